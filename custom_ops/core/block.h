@@ -1,0 +1,128 @@
+// The attention block, forward and backward, as a sequence of stages (DESIGN.md, section 2):
+//
+//   [layer norm] -> QKV projection -> attention -> output projection -> bias + dropout + residual [+ layer norm]
+//
+// A device is a Context type; its stages are functions found in the Context's namespace, each taking (Context&, const
+// Params&): layer_norm_*, qkv_linear_*, attention_*, output_linear_*, residual_* with * = forward, backward, and
+// stage_workspace_bytes(const Context&, const Params&, bool backward), the most that any one stage needs.
+//
+// Memory is planned by walking an Arena twice: once from null to learn the size, once over the memory to place pointers.
+#pragma once
+
+#include "core/params.h"
+
+namespace pfa {
+
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  void* take(size_t bytes) {
+    void* result = base_ ? base_ + used_ : nullptr;
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return result;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Places what backward reads again: O(B*S*E + B*H*S) numbers. The layer-normalised x is not among them: it is computed anew.
+inline void plan_saved(Params& p, Arena& arena) {
+  const size_t rows = p.rows();
+  const size_t element = size_of(p.dtype);
+  const size_t statistic = size_of(accumulator_of(p.dtype));
+  p.random_state = static_cast<uint64_t*>(arena.take(2 * sizeof(uint64_t)));
+  p.pre_ln_mean = p.pre_layer_norm ? arena.take(rows * statistic) : nullptr;
+  p.pre_ln_rstd = p.pre_layer_norm ? arena.take(rows * statistic) : nullptr;
+  p.qkv = arena.take(rows * 3 * p.heads_dim() * element);
+  p.log_sum_exp = arena.take(rows * p.num_heads * statistic);
+  p.attn_out = arena.take(rows * p.heads_dim() * element);
+  p.residual = p.final_layer_norm ? arena.take(rows * p.embed_dim * element) : nullptr;
+  p.ln_mean = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
+  p.ln_rstd = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
+}
+
+inline size_t saved_bytes(Params p) {
+  Arena arena;
+  plan_saved(p, arena);
+  return arena.used();
+}
+
+// Places what the forward pass needs and forgets. Without `saves` that includes what plan_saved places: the output projection
+// then goes to `out` itself and the final layer norm runs there, and its statistics are not kept.
+template <class Context>
+void plan_forward(const Context& context, Params& p, Arena& arena, bool saves) {
+  const size_t rows = p.rows();
+  const size_t element = size_of(p.dtype);
+  p.hidden = p.pre_layer_norm ? arena.take(rows * p.embed_dim * element) : const_cast<void*>(p.x);
+  if (!saves) {
+    p.random_state = static_cast<uint64_t*>(arena.take(2 * sizeof(uint64_t)));
+    p.qkv = arena.take(rows * 3 * p.heads_dim() * element);
+    p.attn_out = arena.take(rows * p.heads_dim() * element);
+    p.pre_ln_mean = p.pre_ln_rstd = p.log_sum_exp = p.ln_mean = p.ln_rstd = p.residual = nullptr;
+  }
+  if (!p.residual) p.residual = p.out;
+  p.stage_workspace = arena.take(stage_workspace_bytes(context, p, false));
+}
+
+template <class Context>
+size_t forward_workspace_bytes(const Context& context, Params p, bool saves) {
+  Arena arena;
+  plan_forward(context, p, arena, saves);
+  return arena.used();
+}
+
+template <class Context>
+void block_forward(Context& context, const Params& p) {
+  if (p.pre_layer_norm) layer_norm_forward(context, p);
+  qkv_linear_forward(context, p);
+  attention_forward(context, p);
+  output_linear_forward(context, p);
+  residual_forward(context, p);
+}
+
+// Places what the backward pass needs and forgets; p holds the plan of plan_saved and the gradients that are asked for.
+template <class Context>
+void plan_backward(const Context& context, Params& p, Arena& arena) {
+  const size_t rows = p.rows();
+  const size_t element = size_of(p.dtype);
+  const size_t activation = rows * p.embed_dim * element;
+  const bool needs_d_residual = needs_d_linear(p) || p.d_x;
+  p.d_residual = !p.final_layer_norm  ? const_cast<void*>(p.d_out)
+                 : !needs_d_residual  ? nullptr
+                                      : arena.take(activation);
+  p.d_linear = !needs_d_linear(p)                                      ? nullptr
+               : p.dropout.threshold == 0 && p.dropout.scale == 1.0 ? p.d_residual
+                                                                       : arena.take(activation);
+  p.d_attn_out = needs_d_qkv(p) ? arena.take(rows * p.heads_dim() * element) : nullptr;
+  p.d_qkv = needs_d_qkv(p) ? arena.take(rows * 3 * p.heads_dim() * element) : nullptr;
+  p.hidden = !p.pre_layer_norm ? const_cast<void*>(p.x) : p.d_qkv_weight ? arena.take(activation) : nullptr;
+  p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? arena.take(activation) : nullptr;
+  p.stage_workspace = arena.take(stage_workspace_bytes(context, p, true));
+}
+
+template <class Context>
+size_t backward_workspace_bytes(const Context& context, Params p) {
+  Arena arena;
+  plan_backward(context, p, arena);
+  return arena.used();
+}
+
+template <class Context>
+void block_backward(Context& context, const Params& p) {
+  if (p.final_layer_norm || needs_d_linear(p)) residual_backward(context, p);
+  if (needs_d_linear(p)) output_linear_backward(context, p);
+  if (needs_d_qkv(p)) {
+    attention_backward(context, p);
+    if (p.pre_layer_norm && p.d_qkv_weight) layer_norm_forward(context, p);
+    qkv_linear_backward(context, p);
+    if (p.d_hidden) layer_norm_backward(context, p);
+  }
+}
+
+}  // namespace pfa

@@ -1,0 +1,149 @@
+// The attention block as one plain struct: sizes, switches, and the pointers of every stage.
+//
+// Bindings fill the sizes, switches, inputs and outputs; block.h places what is saved for backward and the workspace;
+// stages read what they need. All tensors are dense and row-major, in the memory of the device that runs the block.
+// M = batch * seq_len rows, E = embed_dim, H = num_heads, D = head_dim. A pointer that is null is an absent input or a
+// gradient that nobody reads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pfa {
+
+enum class DType : int32_t {
+  kFloat32,
+  kFloat64,
+  kFloat16,
+  kBFloat16,
+  kBool,
+  kUInt8,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+};
+
+inline size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16:
+      return 2;
+    case DType::kBool:
+    case DType::kUInt8:
+    case DType::kInt8:
+      return 1;
+  }
+  return 0;
+}
+
+inline bool is_16bit_float(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
+// The type of statistics, softmax and sums: float64 for float64, else float32.
+inline DType accumulator_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+// An element is dropped when its 16-bit random number (philox.h) is below `threshold`; what is kept is multiplied by
+// `scale`. A threshold of 0 draws no random numbers.
+struct Dropout {
+  uint32_t threshold = 0;  // round(rate * 65536)
+  double scale = 1.0;
+};
+
+// What is added to (float dtype), or must be nonzero in (bool, integer dtypes) the scores. Element (b, h, i, j) lies
+// at data + b*strides[0] + h*strides[1] + i*strides[2] + j*strides[3], counted in elements; 0 where it broadcasts.
+struct Mask {
+  const void* data = nullptr;
+  DType dtype = DType::kBool;
+  int64_t strides[4] = {0, 0, 0, 0};
+};
+
+struct Params {
+  // sizes
+  int64_t batch = 0;
+  int64_t seq_len = 0;
+  int64_t embed_dim = 0;
+  int64_t num_heads = 0;
+  int64_t head_dim = 0;
+
+  // types
+  DType dtype = DType::kFloat32;       // x, weights, linear biases and all activations
+  DType norm_dtype = DType::kFloat32;  // layer-norm scales and biases, and their gradients
+
+  // switches
+  bool pre_layer_norm = false;
+  bool final_layer_norm = true;
+  bool add_residual = true;
+  bool causal = false;
+  double pre_ln_epsilon = 1e-5;
+  double ln_epsilon = 1e-5;
+  Dropout attn_dropout;
+  Dropout dropout;
+
+  // inputs
+  const void* x = nullptr;              // [M, E]
+  const void* pre_ln_scale = nullptr;   // [E] or null
+  const void* pre_ln_bias = nullptr;    // [E] or null
+  const void* qkv_weight = nullptr;     // [3*H*D, E]
+  const void* qkv_bias = nullptr;       // [3*H*D] or null
+  Mask mask;                            // data null: no mask
+  const void* linear_weight = nullptr;  // [H*D, E]
+  const void* linear_bias = nullptr;    // [E] or null
+  const void* ln_scale = nullptr;       // [E] or null
+  const void* ln_bias = nullptr;        // [E] or null
+
+  // result
+  void* out = nullptr;  // [M, E]
+
+  // saved for backward, or in the workspace when nothing is saved
+  uint64_t* random_state = nullptr;  // [2]: seed and offset
+  void* pre_ln_mean = nullptr;       // [M] accumulator type
+  void* pre_ln_rstd = nullptr;       // [M] accumulator type
+  void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
+  void* log_sum_exp = nullptr;       // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
+  void* attn_out = nullptr;          // [batch, seq_len, H, D]
+  void* residual = nullptr;          // [M, E]: z, what the final layer norm reads
+  void* ln_mean = nullptr;           // [M] accumulator type
+  void* ln_rstd = nullptr;           // [M] accumulator type
+
+  // intermediates
+  void* hidden = nullptr;  // [M, E]: layer-normalised x; x itself without pre_layer_norm
+
+  // gradient of the result, and of the inputs
+  const void* d_out = nullptr;    // [M, E]
+  void* d_x = nullptr;            // [M, E]
+  void* d_pre_ln_scale = nullptr; // [E] norm_dtype
+  void* d_pre_ln_bias = nullptr;  // [E] norm_dtype
+  void* d_qkv_weight = nullptr;   // [3*H*D, E]
+  void* d_qkv_bias = nullptr;     // [3*H*D]
+  void* d_linear_weight = nullptr;  // [H*D, E]
+  void* d_linear_bias = nullptr;    // [E]
+  void* d_ln_scale = nullptr;       // [E] norm_dtype
+  void* d_ln_bias = nullptr;        // [E] norm_dtype
+
+  // intermediate gradients
+  void* d_residual = nullptr;  // [M, E]: of z; d_out itself without a final layer norm
+  void* d_linear = nullptr;    // [M, E]: of attn_out @ linear_weight; d_residual itself without dropout
+  void* d_attn_out = nullptr;  // [batch, seq_len, H, D]
+  void* d_qkv = nullptr;       // [batch, seq_len, 3, H, D]
+  void* d_hidden = nullptr;    // [M, E]: of hidden; only with pre_layer_norm
+
+  // memory that the running stage may use freely; stage_workspace_bytes of the device says how much it needs
+  void* stage_workspace = nullptr;
+
+  int64_t rows() const { return batch * seq_len; }
+  int64_t heads_dim() const { return num_heads * head_dim; }
+};
+
+// What the gradients asked for make necessary.
+inline bool needs_d_hidden(const Params& p) { return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias)); }
+inline bool needs_d_qkv(const Params& p) { return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias; }
+inline bool needs_d_linear(const Params& p) { return needs_d_qkv(p) || p.d_linear_weight || p.d_linear_bias; }
+
+}  // namespace pfa
