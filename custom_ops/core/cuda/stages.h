@@ -1,0 +1,36 @@
+// The stages of block.h on CUDA. Each queues its kernels on the context's stream and returns.
+#pragma once
+
+#include <cstddef>
+
+#include "core/cuda/context.h"
+#include "core/params.h"
+
+namespace pfa {
+namespace cuda {
+
+void layer_norm_forward(Context& context, const Params& p);   // x -> hidden, pre_ln_mean, pre_ln_rstd
+void layer_norm_backward(Context& context, const Params& p);  // d_hidden (+ d_residual) -> d_x, d_pre_ln_scale, d_pre_ln_bias
+size_t layer_norm_workspace_bytes(const Context& context, const Params& p, bool backward);
+
+void qkv_linear_forward(Context& context, const Params& p);   // hidden -> qkv
+void qkv_linear_backward(Context& context, const Params& p);  // d_qkv -> d_qkv_weight, d_qkv_bias, d_hidden or d_x
+
+void attention_forward(Context& context, const Params& p);   // qkv -> attn_out, log_sum_exp
+void attention_backward(Context& context, const Params& p);  // d_attn_out -> d_qkv
+size_t attention_workspace_bytes(const Context& context, const Params& p, bool backward);
+
+// attn_out -> residual; that is y, or already z where there is no dropout.
+void output_linear_forward(Context& context, const Params& p);
+void output_linear_backward(Context& context, const Params& p);  // d_linear -> d_linear_weight, d_attn_out
+size_t linear_workspace_bytes(const Context& context, const Params& p, bool backward);
+
+void residual_forward(Context& context, const Params& p);   // residual (y) -> residual (z), out, ln_mean, ln_rstd
+void residual_backward(Context& context, const Params& p);  // d_out -> d_residual, d_linear, d_ln_*, d_linear_bias
+size_t residual_workspace_bytes(const Context& context, const Params& p, bool backward);
+
+// The most that one stage of the pass needs.
+size_t stage_workspace_bytes(const Context& context, const Params& p, bool backward);
+
+}  // namespace cuda
+}  // namespace pfa
