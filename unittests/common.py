@@ -1,0 +1,209 @@
+"""Cases, inputs and comparisons shared by all tests; NumPy only.
+
+A `Case` is a shape, a dtype, the switches, the mask and the absent inputs. `make_inputs` draws its inputs as float64 numbers
+that the dtype holds exactly, so that the reference and the implementation compute on the same numbers; `to_storage` turns
+them into arrays as Paddle shows them in NumPy (bfloat16 as uint16).
+"""
+
+import zlib
+from dataclasses import dataclass, field, replace
+from typing import Dict, Optional, Tuple
+
+import numpy as np
+import reference
+from reference import Config
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+SIXTEEN_BIT = ("float16", "bfloat16")
+OPTIONAL = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias", "qkv_bias", "linear_bias", "attn_mask")
+
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+PEER_FACTOR = {"out": 2.0, "gradient": 3.0}
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask to draw: its shape in letters and ones, e.g. "B1SS", its dtype, and what it holds.
+
+    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, half of it -inf).
+    """
+
+    shape: str = "B1SS"
+    dtype: str = "bool"
+    content: str = "random"
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    seq_len: int = 7
+    num_heads: int = 2
+    head_dim: int = 8
+    dtype: str = "float64"
+    norm_dtype: Optional[str] = None  # of the layer-norm parameters; None: float32 for 16-bit x, else x's dtype
+    mask: Optional[Mask] = None
+    absent: Tuple[str, ...] = ()
+    config: Config = field(default_factory=Config)
+
+    def but(self, **changes):
+        """This case with other fields, or other switches of its config."""
+        own = {k: v for k, v in changes.items() if k in self.__dataclass_fields__}
+        switches = {k: v for k, v in changes.items() if k not in own}
+        return replace(self, config=replace(self.config, **switches), **own)
+
+    @property
+    def embed_dim(self):
+        return self.num_heads * self.head_dim
+
+    def dtype_of(self, name):
+        if name == "attn_mask":
+            return self.mask.dtype
+        if name in reference.NORM_PARAMETERS:
+            return self.norm_dtype or ("float32" if self.dtype in SIXTEEN_BIT else self.dtype)
+        return self.dtype
+
+    def __str__(self):
+        default = Case()
+        parts = ["x".join(str(n) for n in (self.batch, self.seq_len, self.num_heads, self.head_dim)), self.dtype]
+        if self.norm_dtype:
+            parts.append("norm_" + self.norm_dtype)
+        if self.mask:
+            parts.append("_".join(("mask", self.mask.shape, self.mask.dtype, self.mask.content)))
+        parts += ["no_" + name for name in self.absent]
+        for name in Config.__dataclass_fields__:
+            value = getattr(self.config, name)
+            if value != getattr(default.config, name):
+                parts.append(name if value is True else "{}={}".format(name, value))
+        return "-".join(parts)
+
+
+def make_mask(case, rng):
+    mask, seq_len = case.mask, case.seq_len
+    sizes = {"B": case.batch, "H": case.num_heads, "S": seq_len, "1": 1}
+    shape = tuple(sizes[letter] for letter in mask.shape)
+    keep = rng.random(shape) < 0.6
+    if mask.content == "rows":
+        keep[..., ::3, :] = False
+    if mask.content == "none":
+        keep[...] = False
+    if mask.dtype == "bool":
+        return keep
+    if mask.dtype.startswith("float") or mask.dtype == "bfloat16":
+        values = reference.round_to(rng.standard_normal(shape), mask.dtype).astype(np.float64)
+        return values if mask.content == "random" else np.where(keep, values, -np.inf)
+    return np.where(keep, rng.integers(1, 3, shape), 0)
+
+
+def make_inputs(case):
+    """Inputs and the gradient of the result ("d_out"), as float64 (the mask: float64, bool or int) arrays by name."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    b, s, h, d, e = case.batch, case.seq_len, case.num_heads, case.head_dim, case.embed_dim
+
+    def draw(name, shape, scale=1.0, centre=0.0):
+        values = centre + scale * rng.standard_normal(shape)
+        return reference.round_to(values, case.dtype_of(name)).astype(np.float64)
+
+    inputs = {
+        "x": draw("x", (b, s, e)),
+        "qkv_weight": draw("qkv_weight", (3, h, d, e), e**-0.5),
+        "linear_weight": draw("linear_weight", (e, e), e**-0.5),
+        "pre_ln_scale": draw("pre_ln_scale", (e,), 0.2, 1.0),
+        "pre_ln_bias": draw("pre_ln_bias", (e,), 0.2),
+        "ln_scale": draw("ln_scale", (e,), 0.2, 1.0),
+        "ln_bias": draw("ln_bias", (e,), 0.2),
+        "qkv_bias": draw("qkv_bias", (3, h, d), 0.3),
+        "linear_bias": draw("linear_bias", (e,), 0.3),
+        "d_out": draw("x", (b, s, e)),
+    }
+    if case.mask and "attn_mask" not in case.absent:
+        inputs["attn_mask"] = make_mask(case, rng)
+    unused = [] if case.config.pre_layer_norm else ["pre_ln_scale", "pre_ln_bias"]
+    unused += [] if case.config.final_layer_norm else ["ln_scale", "ln_bias"]
+    return {name: a for name, a in inputs.items() if name not in case.absent and name not in unused}
+
+
+def to_storage(a, dtype):
+    """The array as Paddle takes it: of the NumPy type `dtype`, bfloat16 as uint16."""
+    if dtype == "bfloat16":
+        return reference.float32_to_bfloat16(a)
+    return np.asarray(a).astype(dtype)
+
+
+def from_storage(a):
+    """A floating-point array as Paddle gives it, in float64."""
+    if a.dtype == np.uint16:
+        a = reference.bfloat16_to_float32(a)
+    return a.astype(np.float64)
+
+
+def stored_inputs(case, inputs):
+    return {name: to_storage(a, case.dtype_of("x" if name == "d_out" else name)) for name, a in inputs.items()}
+
+
+def differentiable(inputs):
+    return [name for name in reference.DIFFERENTIABLE if name in inputs]
+
+
+@dataclass
+class Expected:
+    out: np.ndarray
+    gradients: Dict[str, np.ndarray]
+    peer_out: Optional[np.ndarray] = None
+    peer_gradients: Optional[Dict[str, np.ndarray]] = None
+
+
+def expect(case, inputs):
+    """What the reference gives, and for 16-bit dtypes what the composed ops give."""
+    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
+    out = reference.forward(arrays, case.config)
+    gradients = reference.backward(arrays, case.config, inputs["d_out"])
+    if case.dtype not in SIXTEEN_BIT:
+        return Expected(out, gradients)
+    peer = reference.composed_16bit(arrays, case.config, inputs["d_out"], case.dtype)
+    return Expected(out, gradients, *peer)
+
+
+def check_tensor(name, actual, expected, dtype, peer=None):
+    """Compares within the tolerance of `dtype` (DESIGN.md, section 5).
+
+    16-bit: the largest error and the root mean square of the errors are each at most 2 (result) or 3 (gradients) times the
+    peer's. Where the peer happens to be exact, half a unit in the last place of the tensor's largest number remains.
+    """
+    assert actual.shape == expected.shape, "{}: shape {}, expected {}".format(name, actual.shape, expected.shape)
+    if expected.size == 0:
+        return
+    assert np.isfinite(actual).all(), "{}: not finite".format(name)
+    scale = np.abs(expected).max()
+    error = np.abs(actual - expected)
+    if dtype not in SIXTEEN_BIT:
+        limit = TOLERANCE[dtype] * scale
+        assert error.max() <= limit, "{}: error {:.3g}, at most {:.3g} of scale {:.3g} allowed".format(
+            name, error.max(), TOLERANCE[dtype], scale
+        )
+        return
+    factor = PEER_FACTOR["out" if name == "out" else "gradient"]
+    peer_error = np.abs(peer - expected)
+    floor = UNIT_ROUNDOFF[dtype] * scale
+    for kind, own, other in (
+        ("largest", error.max(), peer_error.max()),
+        ("rms", np.sqrt((error**2).mean()), np.sqrt((peer_error**2).mean())),
+    ):
+        assert own <= max(factor * other, floor), "{}: {} error {:.3g}, composed ops {:.3g}, scale {:.3g}".format(
+            name, kind, own, other, scale
+        )
+
+
+def check(case, expected, out, gradients):
+    """Compares a result and those gradients that were asked for; every gradient is checked before it complains."""
+    complaints = []
+    pairs = [("out", out, expected.out, expected.peer_out)]
+    for name, actual in gradients.items():
+        peer = expected.peer_gradients[name] if expected.peer_gradients else None
+        pairs.append((name, actual, expected.gradients[name], peer))
+    for name, actual, reference_value, peer in pairs:
+        try:
+            check_tensor(name, actual, reference_value, case.dtype, peer)
+        except AssertionError as error:
+            complaints.append(str(error))
+    assert not complaints, "{}\n{}".format(case, "\n".join(complaints))

@@ -1,0 +1,355 @@
+"""The attention block in float64 NumPy, straight from its definition: what every implementation is compared with.
+
+    h      = layer_norm(x; pre_ln_scale, pre_ln_bias, pre_ln_epsilon)  if pre_layer_norm else x
+    qkv    = h @ W^T + qkv_bias
+    scores = (q * D^-0.5) @ k^T + mask
+    p      = softmax(scores); a row that may see no key gives zeros
+    o      = dropout(p, attn_dropout_rate) @ v
+    y      = o @ linear_weight
+    z      = (x if add_residual) + dropout(y + linear_bias, dropout_rate)
+    out    = layer_norm(z; ln_scale, ln_bias, ln_epsilon)  if final_layer_norm else z
+
+`Config` holds the switches. `forward` and `backward` take a dict of float64 arrays under the names of the public function's
+arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops.
+Dropout masks are Philox4x32-10 numbers; their layout is that of custom_ops/core/philox.h, written here a second time.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TENSORS = (
+    "x",
+    "qkv_weight",
+    "linear_weight",
+    "pre_ln_scale",
+    "pre_ln_bias",
+    "ln_scale",
+    "ln_bias",
+    "qkv_bias",
+    "linear_bias",
+    "attn_mask",
+)
+DIFFERENTIABLE = tuple(name for name in TENSORS if name != "attn_mask")
+NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The switches of the block, named as in the public function; `offset` counts draws of the random generator."""
+
+    pre_layer_norm: bool = False
+    pre_ln_epsilon: float = 1e-5
+    dropout_rate: float = 0.0
+    attn_dropout_rate: float = 0.0
+    ln_epsilon: float = 1e-5
+    training: bool = True
+    mode: str = "upscale_in_train"
+    final_layer_norm: bool = True
+    add_residual: bool = True
+    causal: bool = False
+    seed: int = 0
+    offset: int = 0
+
+
+# Random numbers
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10: four uint32 arrays of counters and two of keys (broadcast) to four uint32 arrays."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
+    k0, k1 = (np.asarray(k, np.uint64) for k in key)
+    for _ in range(10):
+        product0 = np.uint64(0xD2511F53) * c0
+        product1 = np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> shift) ^ c1 ^ k0,
+            product1 & low,
+            (product0 >> shift) ^ c3 ^ k1,
+            product0 & low,
+        )
+        k0 = (k0 + np.uint64(0x9E3779B9)) & low
+        k1 = (k1 + np.uint64(0xBB67AE85)) & low
+    return tuple(c.astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3))
+
+
+def philox_stage(seed, offset, stage):
+    """The key (two words) and the last counter word of a dropout stage: 0 for attention, 1 for the output."""
+    seed %= 1 << 64
+    n = (2 * offset + stage) % (1 << 64)
+    key = (seed & 0xFFFFFFFF, ((seed >> 32) + (n >> 32)) & 0xFFFFFFFF)
+    return key, n & 0xFFFFFFFF
+
+
+def attention_random(seed, offset, batch, num_heads, seq_len):
+    """The 16-bit numbers of the attention probabilities, [B, H, S, S]."""
+    key, c3 = philox_stage(seed, offset, 0)
+    i = np.arange(seq_len)
+    c0 = (i // 16) * 4 + (i % 8) // 2
+    c1 = (i // 16) * 8 + i % 8
+    tiles = -(-seq_len // 16)
+    bh = np.arange(batch * num_heads)
+    words = philox4x32((np.arange(tiles * 4), np.arange(tiles * 8)[:, None], bh[:, None, None], c3), key)
+    word = ((i % 16) // 8 * 2)[:, None] + (i % 16) // 8
+    numbers = np.stack(words)[word, bh[:, None, None], c1[:, None], c0]
+    numbers = (numbers >> (16 * (i % 2)).astype(np.uint32)) & np.uint32(0xFFFF)
+    return numbers.reshape(batch, num_heads, seq_len, seq_len)
+
+
+def output_random(seed, offset, rows, embed_dim):
+    """The 16-bit numbers of the output dropout, [rows, E]."""
+    key, c3 = philox_stage(seed, offset, 1)
+    count = rows * embed_dim
+    calls = np.arange(-(-count // 8), dtype=np.uint64)
+    words = np.stack(philox4x32((calls & np.uint64(0xFFFFFFFF), calls >> np.uint64(32), 0, c3), key), axis=-1)
+    halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
+    return halves.reshape(-1)[:count].reshape(rows, embed_dim)
+
+
+def _drop_factor(rate, config, draw):
+    """What an element is multiplied by: 0 where it is dropped, else the scale of the mode."""
+    if not config.training:
+        return 1.0 - rate if config.mode == "downscale_in_infer" else 1.0
+    if rate == 0.0:
+        return 1.0
+    keep = draw() >= int(np.floor(rate * 65536 + 0.5))
+    if config.mode == "downscale_in_infer":
+        return keep * 1.0
+    return keep / (1.0 - rate) if rate < 1.0 else keep * 0.0
+
+
+def drop_factors(config, batch, seq_len, num_heads, embed_dim):
+    """Factors for the attention probabilities [B, H, S, S] and for the output [B, S, E], arrays or plain numbers."""
+    attention = _drop_factor(
+        config.attn_dropout_rate,
+        config,
+        lambda: attention_random(config.seed, config.offset, batch, num_heads, seq_len),
+    )
+    output = _drop_factor(
+        config.dropout_rate,
+        config,
+        lambda: output_random(config.seed, config.offset, batch * seq_len, embed_dim).reshape(batch, seq_len, embed_dim),
+    )
+    return attention, output
+
+
+# The block
+
+
+def additive_mask(inputs, config, seq_len):
+    """The mask as one float64 array that broadcasts to [B, H, S, S]: -inf where a key may not be seen."""
+    mask = inputs.get("attn_mask")
+    if mask is None:
+        added = np.zeros((seq_len, seq_len))
+    elif mask.dtype.kind == "f":
+        added = mask.astype(np.float64)
+    else:
+        added = np.where(mask != 0, 0.0, -np.inf)
+    if config.causal:
+        added = np.where(np.tri(seq_len, dtype=bool), added, -np.inf)
+    return added
+
+
+def softmax(scores):
+    """Softmax over the last axis; a row of -inf gives zeros."""
+    top = scores.max(-1, keepdims=True, initial=-np.inf)
+    exps = np.exp(scores - np.where(top == -np.inf, 0.0, top))
+    total = exps.sum(-1, keepdims=True)
+    return exps / np.where(total == 0.0, 1.0, total)
+
+
+def layer_norm(x, scale, bias, epsilon):
+    """Returns the result, and the normalised x and 1/deviation for the gradient."""
+    centred = x - x.mean(-1, keepdims=True)
+    rstd = 1.0 / np.sqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+    normalised = centred * rstd
+    result = normalised if scale is None else normalised * scale
+    return (result if bias is None else result + bias), normalised, rstd
+
+
+def layer_norm_gradient(d_result, normalised, rstd, scale):
+    """Gradients of x, scale and bias."""
+    d = d_result if scale is None else d_result * scale
+    d_x = rstd * (d - d.mean(-1, keepdims=True) - normalised * (d * normalised).mean(-1, keepdims=True))
+    return d_x, (d_result * normalised).sum((0, 1)), d_result.sum((0, 1))
+
+
+def _block(inputs, config):
+    """Every intermediate of the forward pass, by name."""
+    x, weight = inputs["x"], inputs["qkv_weight"]
+    batch, seq_len, embed_dim = x.shape
+    _, num_heads, head_dim, _ = weight.shape
+    v = {}
+    v["h"] = x
+    if config.pre_layer_norm:
+        v["h"], v["h_normalised"], v["h_rstd"] = layer_norm(
+            x, inputs.get("pre_ln_scale"), inputs.get("pre_ln_bias"), config.pre_ln_epsilon
+        )
+    qkv = v["h"] @ weight.reshape(3 * embed_dim, embed_dim).T
+    if inputs.get("qkv_bias") is not None:
+        qkv = qkv + inputs["qkv_bias"].reshape(-1)
+    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+    v["q"], v["k"], v["v"] = qkv[0] * head_dim**-0.5, qkv[1], qkv[2]
+    scores = v["q"] @ v["k"].swapaxes(-1, -2) + additive_mask(inputs, config, seq_len)
+    v["p"] = softmax(scores)
+    v["attention_factor"], v["output_factor"] = drop_factors(config, batch, seq_len, num_heads, embed_dim)
+    o = (v["p"] * v["attention_factor"]) @ v["v"]
+    v["o"] = o.transpose(0, 2, 1, 3).reshape(batch, seq_len, embed_dim)
+    y = v["o"] @ inputs["linear_weight"]
+    if inputs.get("linear_bias") is not None:
+        y = y + inputs["linear_bias"]
+    z = y * v["output_factor"]
+    v["out"] = v["z"] = x + z if config.add_residual else z
+    if config.final_layer_norm:
+        v["out"], v["z_normalised"], v["z_rstd"] = layer_norm(
+            v["z"], inputs.get("ln_scale"), inputs.get("ln_bias"), config.ln_epsilon
+        )
+    return v
+
+
+def forward(inputs, config):
+    """The result, [B, S, E]."""
+    return _block(inputs, config)["out"]
+
+
+def backward(inputs, config, d_out):
+    """The gradient of every differentiable input that is present, by name."""
+    v = _block(inputs, config)
+    x, weight = inputs["x"], inputs["qkv_weight"]
+    batch, seq_len, embed_dim = x.shape
+    _, num_heads, head_dim, _ = weight.shape
+    g = {name: np.zeros(inputs[name].shape) for name in DIFFERENTIABLE if inputs.get(name) is not None}
+
+    def rows(a):
+        return a.reshape(-1, a.shape[-1])
+
+    d_z = d_out
+    if config.final_layer_norm:
+        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(
+            d_out, v["z_normalised"], v["z_rstd"], inputs.get("ln_scale")
+        )
+    d_y = d_z * v["output_factor"]
+    g["linear_bias"] = d_y.sum((0, 1))
+    g["linear_weight"] = rows(v["o"]).T @ rows(d_y)
+    d_o = (d_y @ inputs["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim).transpose(0, 2, 1, 3)
+    d_v = (v["p"] * v["attention_factor"]).swapaxes(-1, -2) @ d_o
+    d_p = (d_o @ v["v"].swapaxes(-1, -2)) * v["attention_factor"]
+    d_scores = v["p"] * (d_p - (v["p"] * d_p).sum(-1, keepdims=True))
+    d_q = (d_scores @ v["k"]) * head_dim**-0.5
+    d_k = d_scores.swapaxes(-1, -2) @ v["q"]
+    d_qkv = np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4).reshape(batch, seq_len, 3 * embed_dim)
+    g["qkv_bias"] = d_qkv.sum((0, 1)).reshape(3, num_heads, head_dim)
+    g["qkv_weight"] = (rows(d_qkv).T @ rows(v["h"])).reshape(weight.shape)
+    d_x = d_qkv @ weight.reshape(3 * embed_dim, embed_dim)
+    if config.pre_layer_norm:
+        d_x, g["pre_ln_scale"], g["pre_ln_bias"] = layer_norm_gradient(
+            d_x, v["h_normalised"], v["h_rstd"], inputs.get("pre_ln_scale")
+        )
+    g["x"] = d_x + d_z if config.add_residual else d_x
+    return {name: g[name] for name in DIFFERENTIABLE if inputs.get(name) is not None}
+
+
+# 16-bit peers
+
+
+def round_to(a, dtype):
+    """The nearest numbers of "float16", "bfloat16", "float32" or "float64" (ties to even), as float32 or float64."""
+    if dtype == "float64":
+        return np.asarray(a, np.float64)
+    a = np.asarray(a, np.float32)
+    if dtype == "float16":
+        return a.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        return bfloat16_to_float32(float32_to_bfloat16(a))
+    return a
+
+
+def float32_to_bfloat16(a):
+    """The upper halves, as uint16, of float32 numbers rounded to nearest even: how Paddle shows bfloat16 in NumPy."""
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.where(np.isnan(a), bits | np.uint32(0x400000), rounded)
+    return (rounded >> np.uint32(16)).astype(np.uint16)
+
+
+def bfloat16_to_float32(a):
+    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def composed_16bit(inputs, config, d_out, dtype):
+    """Result and gradients of the block as a chain of ordinary ops on tensors of `dtype`: what a user has without it.
+
+    A fair stand-in for Paddle's or PyTorch's 16-bit ops, many of which the CPU build of Paddle lacks: there each op reads
+    16-bit tensors, computes in float32 inside (matmul sums, softmax and layer-norm statistics included, layer-norm scale
+    and bias held in float32) and rounds once, when it writes its result; the gradient ops do the same, and two gradients
+    of one tensor are added by an op of their own. So this does exactly that, in the order that Paddle's layers do it, and
+    is kinder to the peer than real kernels in one respect: sums are in an order that NumPy chose for accuracy.
+    """
+
+    def r(a):
+        return round_to(a, dtype)
+
+    f = {n: np.asarray(a, np.float32) for n, a in inputs.items() if a is not None and n != "attn_mask"}
+    x, weight = f["x"], f["qkv_weight"]
+    batch, seq_len, embed_dim = x.shape
+    _, num_heads, head_dim, _ = weight.shape
+    flat_weight = weight.reshape(3 * embed_dim, embed_dim)
+    scaling = np.float32(head_dim**-0.5)
+    attention_factor, output_factor = (
+        np.float32(factor) for factor in drop_factors(config, batch, seq_len, num_heads, embed_dim)
+    )
+    mask = additive_mask(inputs, config, seq_len).astype(np.float32)
+
+    h = x
+    if config.pre_layer_norm:
+        h, h_normalised, h_rstd = layer_norm(x, f.get("pre_ln_scale"), f.get("pre_ln_bias"), config.pre_ln_epsilon)
+        h = r(h)
+    qkv = r(h @ flat_weight.T)
+    if "qkv_bias" in f:
+        qkv = r(qkv + f["qkv_bias"].reshape(-1))
+    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+    q, k, v = r(qkv[0] * scaling), qkv[1], qkv[2]
+    scores = r(r(q @ k.swapaxes(-1, -2)) + mask)
+    p = r(softmax(scores))
+    p_dropped = r(p * attention_factor)
+    o = r(p_dropped @ v).transpose(0, 2, 1, 3).reshape(batch, seq_len, embed_dim)
+    y = r(o @ f["linear_weight"])
+    if "linear_bias" in f:
+        y = r(y + f["linear_bias"])
+    z = r(y * output_factor)
+    if config.add_residual:
+        z = r(x + z)
+    out = z
+    if config.final_layer_norm:
+        out, z_normalised, z_rstd = layer_norm(z, f.get("ln_scale"), f.get("ln_bias"), config.ln_epsilon)
+        out = r(out)
+
+    g = {}
+
+    def rows(a):
+        return a.reshape(-1, a.shape[-1])
+
+    d_z = np.asarray(d_out, np.float32)
+    if config.final_layer_norm:
+        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(d_z, z_normalised, z_rstd, f.get("ln_scale"))
+        d_z = r(d_z)
+    d_y = r(d_z * output_factor)
+    g["linear_bias"] = r(d_y.sum((0, 1)))
+    g["linear_weight"] = r(rows(o).T @ rows(d_y))
+    d_o = r(d_y @ f["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim).transpose(0, 2, 1, 3)
+    d_v = r(p_dropped.swapaxes(-1, -2) @ d_o)
+    d_p = r(r(d_o @ v.swapaxes(-1, -2)) * attention_factor)
+    d_scores = r(p * (d_p - (p * d_p).sum(-1, keepdims=True)))
+    d_q = r(r(d_scores @ k) * scaling)
+    d_k = r(d_scores.swapaxes(-1, -2) @ q)
+    d_qkv = np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4).reshape(batch, seq_len, 3 * embed_dim)
+    g["qkv_bias"] = r(d_qkv.sum((0, 1))).reshape(3, num_heads, head_dim)
+    g["qkv_weight"] = r(rows(d_qkv).T @ rows(h)).reshape(weight.shape)
+    d_x = r(d_qkv @ flat_weight)
+    if config.pre_layer_norm:
+        d_x, g["pre_ln_scale"], g["pre_ln_bias"] = layer_norm_gradient(d_x, h_normalised, h_rstd, f.get("pre_ln_scale"))
+        d_x = r(d_x)
+    g["x"] = r(d_x + d_z) if config.add_residual else d_x
+    return out, {name: g[name] for name in DIFFERENTIABLE if name in f}

@@ -1,0 +1,143 @@
+"""The reference is checked by itself: known Philox numbers, finite differences, and Paddle's ordinary ops in float64."""
+
+import common
+import numpy as np
+import pytest
+import reference
+from common import Case, Mask
+
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text):
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize("counter, key, answer", KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, answer):
+    assert [int(w) for w in reference.philox4x32(words(counter), words(key))] == words(answer)
+
+
+def test_attention_numbers_element_by_element():
+    seed, offset = (5 << 40) + 3, (1 << 33) + 7
+    batch, num_heads, seq_len = 2, 3, 37
+    numbers = reference.attention_random(seed, offset, batch, num_heads, seq_len)
+    key, c3 = reference.philox_stage(seed, offset, 0)
+    assert key == (3, (5 << 8) + (2 * offset >> 32)) and c3 == (2 * offset) & 0xFFFFFFFF
+    for b, h, i, j in [(0, 0, 0, 0), (1, 2, 36, 35), (0, 1, 9, 8), (1, 0, 16, 23), (0, 2, 31, 7), (1, 1, 5, 33)]:
+        counter = (j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, b * num_heads + h, c3)
+        word = reference.philox4x32(counter, key)[i % 16 // 8 * 2 + j % 16 // 8]
+        assert numbers[b, h, i, j] == (int(word) >> 16 * (j % 2)) & 0xFFFF
+
+
+def test_output_numbers_element_by_element():
+    seed, offset, rows, embed_dim = 11, 2, 5, 13
+    numbers = reference.output_random(seed, offset, rows, embed_dim)
+    key, c3 = reference.philox_stage(seed, offset, 1)
+    assert key == (11, 0) and c3 == 5
+    for row in range(rows):
+        for column in range(embed_dim):
+            e = row * embed_dim + column
+            word = reference.philox4x32((e // 8, 0, 0, c3), key)[e % 8 // 2]
+            assert numbers[row, column] == (int(word) >> 16 * (e % 2)) & 0xFFFF
+
+
+def test_random_numbers_are_all_different_elements():
+    """No two elements of a tensor may share a number, and no two stages: equal 64-bit windows would show it."""
+    numbers = reference.attention_random(1, 0, 1, 1, 64).reshape(-1)
+    output = reference.output_random(1, 0, 64, 64).reshape(-1)
+    for a in (numbers, output):
+        counts = np.bincount(a, minlength=65536)
+        assert counts.max() <= 5  # 4096 draws of 65536
+    assert not np.array_equal(numbers, output)
+
+
+GRADIENT_CASES = [
+    Case(mask=Mask("B1SS", "float64")).but(pre_layer_norm=True, dropout_rate=0.3, attn_dropout_rate=0.2, seed=4),
+    Case(mask=Mask("SS", "bool", "rows")).but(causal=True, final_layer_norm=False, attn_dropout_rate=0.5),
+    Case(mask=Mask("BHSS", "int64")).but(pre_layer_norm=True, add_residual=False, mode="downscale_in_infer", dropout_rate=0.5),
+    Case(absent=common.OPTIONAL).but(pre_layer_norm=True),
+    Case().but(training=False, mode="downscale_in_infer", dropout_rate=0.4, attn_dropout_rate=0.3),
+    Case(mask=Mask("B11S", "float64", "-inf")).but(dropout_rate=1.0),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_backward_is_the_derivative_of_forward(case):
+    inputs = common.make_inputs(case)
+    d_out = inputs.pop("d_out")
+    gradients = reference.backward(inputs, case.config, d_out)
+    rng = np.random.default_rng(0)
+    step = 1e-6
+    for name, gradient in gradients.items():
+        assert gradient.shape == inputs[name].shape
+        for _ in range(3):
+            direction = rng.standard_normal(gradient.shape)
+            ends = [
+                (reference.forward(dict(inputs, **{name: inputs[name] + sign * step * direction}), case.config) * d_out).sum()
+                for sign in (1, -1)
+            ]
+            slope = (ends[0] - ends[1]) / (2 * step)
+            scale = np.sqrt((gradient**2).sum()) + 1e-3
+            assert abs(slope - (gradient * direction).sum()) <= 1e-6 * scale, name
+
+
+def test_rows_without_a_key_give_zeros():
+    case = Case(mask=Mask("SS", "bool", "none"), absent=("linear_bias",)).but(final_layer_norm=False, add_residual=False)
+    inputs = common.make_inputs(case)
+    d_out = inputs.pop("d_out")
+    assert not reference.forward(inputs, case.config).any()
+    assert not any(g.any() for g in reference.backward(inputs, case.config, d_out).values())
+
+
+@pytest.mark.parametrize("pre_layer_norm", [False, True])
+def test_reference_equals_ordinary_paddle_ops(pre_layer_norm):
+    paddle = pytest.importorskip("paddle")
+    functional = paddle.nn.functional
+    case = Case(mask=Mask("B1SS", "float64")).but(pre_layer_norm=pre_layer_norm)
+    inputs = common.make_inputs(case)
+    d_out = inputs.pop("d_out")
+    t = {n: paddle.to_tensor(a, place=paddle.CPUPlace(), stop_gradient=n == "attn_mask") for n, a in inputs.items()}
+    b, s, h, d, e = case.batch, case.seq_len, case.num_heads, case.head_dim, case.embed_dim
+    hidden = functional.layer_norm(t["x"], [e], t["pre_ln_scale"], t["pre_ln_bias"]) if pre_layer_norm else t["x"]
+    qkv = paddle.matmul(hidden, t["qkv_weight"].reshape([3 * e, e]), transpose_y=True) + t["qkv_bias"].reshape([-1])
+    q, k, v = (a.squeeze(0) for a in qkv.reshape([b, s, 3, h, d]).transpose([2, 0, 3, 1, 4]).split(3))
+    p = functional.softmax(paddle.matmul(q * d**-0.5, k, transpose_y=True) + t["attn_mask"])
+    o = paddle.matmul(p, v).transpose([0, 2, 1, 3]).reshape([b, s, e])
+    z = t["x"] + paddle.matmul(o, t["linear_weight"]) + t["linear_bias"]
+    out = functional.layer_norm(z, [e], t["ln_scale"], t["ln_bias"])
+    names = common.differentiable(inputs)
+    gradients = paddle.grad([out], [t[n] for n in names], grad_outputs=[paddle.to_tensor(d_out, place=paddle.CPUPlace())])
+    common.check(
+        case,
+        common.expect(case, dict(inputs, d_out=d_out)),
+        out.numpy(),
+        {n: g.numpy() for n, g in zip(names, gradients)},
+    )
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    values = np.array([1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8 + 2.0**-20), np.inf, -np.inf, 0.0], np.float32)
+    expected = np.array([1.0, 1.0, 1 + 2.0**-6, -(1 + 2.0**-7), np.inf, -np.inf, 0.0], np.float32)
+    assert np.array_equal(reference.round_to(values, "bfloat16"), expected)
+    assert np.isnan(reference.round_to(np.array([np.nan], np.float32), "bfloat16")).all()
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+def test_composed_16bit_is_near_the_reference(dtype):
+    """Its error is a few roundings: were it wrong, or sloppy, a comparison with it would prove nothing."""
+    case = Case(dtype=dtype, mask=Mask("B1SS", "bool")).but(
+        pre_layer_norm=True, dropout_rate=0.1, attn_dropout_rate=0.1, seed=3
+    )
+    inputs = common.make_inputs(case)
+    expected = common.expect(case, inputs)
+    u = common.UNIT_ROUNDOFF[dtype]
+    assert 0 < np.abs(expected.peer_out - expected.out).max() <= 8 * u * np.abs(expected.out).max()
+    for name, gradient in expected.gradients.items():
+        error = np.abs(expected.peer_gradients[name] - gradient).max()
+        assert error <= 16 * u * np.abs(gradient).max(), name
+
