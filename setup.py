@@ -1,0 +1,190 @@
+"""Builds the operator library of paddle_fused_attention for the Paddle that is installed.
+
+The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/paddle, with their cuda parts
+where Paddle is built with CUDA. What it was built for is written to paddle_fused_attention/_build_info.py, which the package
+compares with the Paddle that it finds at import.
+
+Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, the number of compilers to run at once (default: one per core); CUDA_HOME;
+PADDLE_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" (default: the cards that are visible).
+"""
+
+import os
+import re
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
+
+PACKAGE = "paddle_fused_attention"
+SOURCES = ["custom_ops/core/*.cc", "custom_ops/core/cpu/*.cc", "custom_ops/paddle/*.cc"]
+CUDA_SOURCES = ["custom_ops/core/cuda/*.cc", "custom_ops/core/cuda/*.cu", "custom_ops/paddle/*.cu"]
+HEADERS = ["custom_ops/**/*.h", "custom_ops/**/*.cuh"]
+
+# The instruction set is chosen at run time, so none is asked for here. GOMP symbols are found in Paddle's own OpenMP runtime,
+# hence -fopenmp for the compiler only.
+CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=fast"]
+NVCC_FLAGS = [
+    *["-std=c++17", "-O3", "-DNDEBUG", "-DNVCC", "-DEIGEN_USE_GPU", "--expt-relaxed-constexpr"],
+    *["-Xcompiler", "-fPIC,-fvisibility=hidden"],
+]
+# Paddle says nothing of Python to the operator; without this define its headers ask for Python.h.
+DEFINES = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DPADDLE_NO_PYTHON"]
+# Paddle may bring another CUDA runtime than the nvcc that is used here: ours is linked in and its symbols are kept inside.
+CUDA_LINK_FLAGS = ["-Wl,--as-needed", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
+def find(patterns):
+    return sorted(path for pattern in patterns for path in glob(pattern, recursive=True))
+
+
+def import_paddle():
+    try:
+        import paddle
+    except ModuleNotFoundError as error:
+        if error.name != "paddle":
+            raise
+        raise PlatformError(
+            "paddle_fused_attention is compiled for the Paddle that is installed, and none is. Install it, then build without "
+            "isolation:\n    pip install paddlepaddle setuptools wheel    (or paddlepaddle-gpu)\n"
+            "    pip install --no-build-isolation ."
+        ) from None
+    return paddle
+
+
+def find_cuda_home():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and os.path.exists("/usr/local/cuda/bin/nvcc"):
+        home = "/usr/local/cuda"
+    if not home and shutil.which("nvcc"):
+        home = str(Path(shutil.which("nvcc")).resolve().parents[1])
+    if not home or not os.path.exists(os.path.join(home, "bin", "nvcc")):
+        raise PlatformError(f"Paddle is built with CUDA, but bin/nvcc is not in {home}: set CUDA_HOME to the CUDA toolkit.")
+    return home
+
+
+def cuda_architectures(paddle, requested):
+    """Names such as 80, 90a, 90a+PTX."""
+    if requested:
+        return [name.replace(".", "") for name in re.split(r"[;,\s]+", requested.strip())]
+    cards = range(paddle.device.cuda.device_count())
+    capabilities = sorted({tuple(paddle.device.cuda.get_device_capability(card)) for card in cards})
+    if not capabilities:
+        raise PlatformError(
+            'No GPU is visible: set PADDLE_CUDA_ARCH_LIST to the architectures to build for, such as "8.0;9.0a".'
+        )
+    # Hopper's tensor-core instructions exist in the architecture-specific 90a only.
+    return [f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "") for major, minor in capabilities]
+
+
+def gencode_flags(architectures):
+    flags = []
+    for name in architectures:
+        number = name.replace("+PTX", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name != number:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+class Toolchain:
+    """The commands that compile one source and link the library, from what paddle.utils.cpp_extension says of Paddle."""
+
+    def __init__(self, paddle):
+        self.with_cuda = paddle.is_compiled_with_cuda()
+        self.sources = find(SOURCES) + (find(CUDA_SOURCES) if self.with_cuda else [])
+        # Paddle 3.3.1 reads this variable too, and fails on names such as 9.0a.
+        requested = os.environ.pop("PADDLE_CUDA_ARCH_LIST", "")
+        architectures = cuda_architectures(paddle, requested) if self.with_cuda else []
+        if self.with_cuda:
+            cuda_home = find_cuda_home()
+            os.environ["CUDA_HOME"] = cuda_home  # where CUDAExtension looks first
+
+        from paddle.utils.cpp_extension import CppExtension, CUDAExtension
+
+        make_extension = CUDAExtension if self.with_cuda else CppExtension
+        paddle_says = make_extension(self.sources, extra_compile_args={"cxx": [], "nvcc": []})
+        includes = ["custom_ops", *paddle_says.include_dirs]
+        defines = list(DEFINES)
+        if self.with_cuda:
+            includes.append(os.path.join(cuda_home, "include", "cccl"))
+            defines += ["-DPADDLE_WITH_CUDA", "-DPFA_WITH_CUDA"]
+        common = defines + [f"-I{path}" for path in includes]
+
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        self.compilers = {".cc": [*cxx, *CXX_FLAGS, *paddle_says.extra_compile_args["cxx"], *common]}
+        self.compilers[".cc"] += shlex.split(os.environ.get("CXXFLAGS", ""))
+        if self.with_cuda:
+            nvcc = [os.path.join(cuda_home, "bin", "nvcc"), "-ccbin", cxx[-1], *NVCC_FLAGS, *gencode_flags(architectures)]
+            self.compilers[".cu"] = [*nvcc, *paddle_says.extra_compile_args["nvcc"], *common]
+
+        has_iomp = os.path.exists(os.path.join(paddle.sysconfig.get_lib(), "libiomp5.so"))
+        self.linker = [*cxx, "-shared"]
+        self.link_flags = [flag for path in paddle_says.library_dirs for flag in (f"-L{path}", f"-Wl,-rpath-link,{path}")]
+        self.link_flags += [f"-Wl,-rpath,{path}" for path in paddle_says.runtime_library_dirs]
+        self.link_flags += [flag for flag in paddle_says.extra_link_args if flag != "-lcudart"]
+        self.link_flags.append("-l:libiomp5.so" if has_iomp else "-fopenmp")
+        self.link_flags += CUDA_LINK_FLAGS if self.with_cuda else []
+        self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
+
+        # Objects of different targets live side by side, so that going from one Paddle to another compiles nothing twice.
+        self.target = "-".join(["paddle", paddle.__version__, *(["cuda", *architectures] if self.with_cuda else ["cpu"])])
+        self.build_info = (
+            "# Written by setup.py: what the operator library beside this file was built for.\n"
+            f'PADDLE_VERSION = "{paddle.__version__}"\nWITH_CUDA = {self.with_cuda}\n'
+        )
+
+
+class BuildOperator(build_ext):
+    """Compiles what changed, in parallel, and stops at the first error.
+
+    Paddle's BuildExtension is not used: after a failed compilation 3.3.1 goes on with whatever objects are there, 2.6.2 puts
+    all objects into one folder where equal file names collide, and both compile everything anew each time.
+    """
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self):
+        self.toolchain = Toolchain(import_paddle())
+        super().run()
+        package = Path("python" if self.inplace else self.build_lib, PACKAGE)
+        (package / "_build_info.py").write_text(self.toolchain.build_info)
+
+    def build_extension(self, ext):
+        tools = self.toolchain
+        newest_header = max(os.path.getmtime(path) for path in [__file__, *find(HEADERS)])
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+        def compile_source(source):
+            target = Path("build", "objects", tools.target, source + ".o")
+            needed = max(newest_header, os.path.getmtime(source))
+            if not target.exists() or target.stat().st_mtime <= needed:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = str(target) + ".partial"
+                self.spawn([*tools.compilers[Path(source).suffix], "-c", source, "-o", partial])
+                os.replace(partial, target)
+            return str(target)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(compile_source, source) for source in tools.sources]
+            try:
+                objects = [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([*tools.linker, *objects, "-o", str(library), *tools.link_flags])
+
+
+setup(
+    ext_modules=[Extension(f"{PACKAGE}._C", find(SOURCES), depends=find(HEADERS))],
+    cmdclass={"build_ext": BuildOperator},
+)
