@@ -1,4 +1,7 @@
 // The stages of block.h on CUDA. Each queues its kernels on the context's stream and returns.
+//
+// What lies between the output projection and the result is shared out: without output dropout the projection adds bias and
+// x itself, and without a final layer norm nothing is left for the residual stage.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +11,9 @@
 
 namespace pfa {
 namespace cuda {
+
+inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
+inline bool residual_has_kernel(const Params& p) { return p.final_layer_norm || has_output_dropout(p); }
 
 void layer_norm_forward(Context& context, const Params& p);   // x -> hidden, pre_ln_mean, pre_ln_rstd
 void layer_norm_backward(Context& context, const Params& p);  // d_hidden (+ d_residual) -> d_x, d_pre_ln_scale, d_pre_ln_bias

@@ -1,0 +1,147 @@
+// The two projections and their gradients, as matrix products. M = rows, N = 3*H*D, E = embed_dim.
+//
+//   forward   qkv [M, N] = hidden @ qkv_weight^T + qkv_bias;  residual [M, E] = attn_out @ linear_weight + linear_bias (+ x)
+//   backward  d_qkv_weight = d_qkv^T @ hidden, d_hidden = d_qkv @ qkv_weight (+ d_residual)
+//             d_linear_weight = attn_out^T @ d_linear, d_attn_out = d_linear @ linear_weight^T
+//
+// Biases and, where no other kernel has them, their gradients ride on the products; so does the residual where there is no
+// dropout between.
+#include "core/cuda/matrix_product.h"
+
+#include <algorithm>
+
+#include "core/cuda/column_sums.h"
+#include "core/cuda/stages.h"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+MatrixProduct qkv_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = p.rows();
+  product.n = 3 * p.heads_dim();
+  product.k = p.embed_dim;
+  product.a = p.hidden;
+  product.b = p.qkv_weight;
+  product.b_transposed = true;
+  product.d = p.qkv;
+  product.has_bias = p.qkv_bias != nullptr;
+  product.vector = const_cast<void*>(p.qkv_bias);
+  return product;
+}
+
+MatrixProduct output_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = p.rows();
+  product.n = p.embed_dim;
+  product.k = p.heads_dim();
+  product.a = p.attn_out;
+  product.b = p.linear_weight;
+  product.d = p.residual;
+  product.has_bias = p.linear_bias != nullptr;
+  product.vector = const_cast<void*>(p.linear_bias);
+  product.adds_c = p.add_residual && !has_output_dropout(p);
+  product.c = product.adds_c ? p.x : nullptr;
+  return product;
+}
+
+MatrixProduct d_qkv_weight_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = 3 * p.heads_dim();
+  product.n = p.embed_dim;
+  product.k = p.rows();
+  product.a = p.d_qkv;
+  product.a_transposed = true;
+  product.b = p.hidden;
+  product.d = p.d_qkv_weight;
+  product.sums_a = p.d_qkv_bias != nullptr;
+  product.vector = p.d_qkv_bias;
+  return product;
+}
+
+MatrixProduct d_hidden_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = p.rows();
+  product.n = p.embed_dim;
+  product.k = 3 * p.heads_dim();
+  product.a = p.d_qkv;
+  product.b = p.qkv_weight;
+  product.d = p.pre_layer_norm ? p.d_hidden : p.d_x;
+  product.adds_c = p.add_residual && !p.pre_layer_norm;
+  product.c = product.adds_c ? p.d_residual : nullptr;
+  return product;
+}
+
+MatrixProduct d_linear_weight_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = p.heads_dim();
+  product.n = p.embed_dim;
+  product.k = p.rows();
+  product.a = p.attn_out;
+  product.a_transposed = true;
+  product.b = p.d_linear;
+  product.d = p.d_linear_weight;
+  product.sums_b = p.d_linear_bias && !residual_has_kernel(p);
+  product.vector = product.sums_b ? p.d_linear_bias : nullptr;
+  return product;
+}
+
+MatrixProduct d_attn_out_product(const Params& p) {
+  MatrixProduct product;
+  product.dtype = p.dtype;
+  product.m = p.rows();
+  product.n = p.heads_dim();
+  product.k = p.embed_dim;
+  product.a = p.d_linear;
+  product.b = p.linear_weight;
+  product.b_transposed = true;
+  product.d = p.d_attn_out;
+  return product;
+}
+
+}  // namespace
+
+void qkv_linear_forward(Context& context, const Params& p) { matrix_product(context, qkv_product(p), p.stage_workspace); }
+
+void output_linear_forward(Context& context, const Params& p) {
+  matrix_product(context, output_product(p), p.stage_workspace);
+}
+
+void qkv_linear_backward(Context& context, const Params& p) {
+  if (p.d_qkv_weight) {
+    matrix_product(context, d_qkv_weight_product(p), p.stage_workspace);
+  } else if (p.d_qkv_bias) {
+    column_sums(context, p.dtype, p.d_qkv, p.rows(), 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
+  }
+  if (needs_d_hidden(p)) matrix_product(context, d_hidden_product(p), p.stage_workspace);
+}
+
+void output_linear_backward(Context& context, const Params& p) {
+  if (p.d_linear_weight) {
+    matrix_product(context, d_linear_weight_product(p), p.stage_workspace);
+  } else if (p.d_linear_bias && !residual_has_kernel(p)) {
+    column_sums(context, p.dtype, p.d_linear, p.rows(), p.embed_dim, p.d_linear_bias, p.stage_workspace);
+  }
+  if (needs_d_qkv(p)) matrix_product(context, d_attn_out_product(p), p.stage_workspace);
+}
+
+size_t linear_workspace_bytes(const Context& context, const Params& p, bool backward) {
+  const auto bytes = [&](bool needed, const MatrixProduct& product) {
+    return needed ? matrix_product_workspace_bytes(context, product) : 0;
+  };
+  if (!backward) return std::max(bytes(true, qkv_product(p)), bytes(true, output_product(p)));
+  const size_t d_qkv_bias = p.d_qkv_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()) : 0;
+  const size_t d_linear_bias = p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0;
+  return std::max({d_qkv_bias, d_linear_bias, bytes(p.d_qkv_weight, d_qkv_weight_product(p)),
+                   bytes(needs_d_hidden(p), d_hidden_product(p)), bytes(p.d_linear_weight, d_linear_weight_product(p)),
+                   bytes(needs_d_qkv(p), d_attn_out_product(p))});
+}
+
+}  // namespace cuda
+}  // namespace pfa

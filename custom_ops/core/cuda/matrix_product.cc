@@ -1,0 +1,188 @@
+// Matrix products by cuBLASLt. Row-major matrices are column-major ones transposed, so cuBLASLt is asked for
+// d^T = op(b)^T op(a)^T: its A is our b, its B our a, its bias runs along the columns of d.
+//
+// A plan is what cuBLASLt needs to know of a product: descriptors and the algorithm its heuristic names. Plans are kept per
+// thread, since the bias pointer of a call is set in the descriptor. Products of unaligned matrices get no workspace, so that
+// the size told before the pointers are known is enough.
+#include "core/cuda/matrix_product.h"
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "core/cuda/column_sums.h"
+#include "core/cuda/cublaslt.h"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+namespace lt = cublaslt;
+
+constexpr size_t kMaxWorkspaceBytes = size_t{32} << 20;
+constexpr uintptr_t kAlignment = 16;
+constexpr size_t kMaxPlans = 4096;
+
+cudaDataType_t cuda_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return CUDA_R_64F;
+    case DType::kFloat16:
+      return CUDA_R_16F;
+    case DType::kBFloat16:
+      return CUDA_R_16BF;
+    default:
+      return CUDA_R_32F;
+  }
+}
+
+struct Plan {
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    for (lt::MatrixLayout layout : {a, b, d}) {
+      if (layout) lt::api().layout_destroy(layout);
+    }
+    if (desc) lt::api().desc_destroy(desc);
+  }
+
+  lt::MatmulDesc desc = nullptr;
+  lt::MatrixLayout a = nullptr, b = nullptr, d = nullptr;
+  bool supported = false;
+  lt::Algorithm algorithm{};
+  size_t workspace_bytes = 0;
+};
+
+lt::Epilogue epilogue_of(const MatrixProduct& p) {
+  return p.has_bias ? lt::kEpilogueBias : p.sums_b ? lt::kEpilogueSumA : p.sums_a ? lt::kEpilogueSumB : lt::kEpilogueNone;
+}
+
+std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, bool aligned) {
+  const lt::Api& api = lt::api();
+  auto plan = std::make_unique<Plan>();
+  const cudaDataType_t type = cuda_type(p.dtype);
+  const lt::ComputeType compute = p.dtype == DType::kFloat64                         ? lt::kCompute64F
+                                  : p.dtype == DType::kFloat32 && context.allow_tf32 ? lt::kCompute32FFastTF32
+                                                                                     : lt::kCompute32F;
+  lt::check(api.desc_create(&plan->desc, compute, p.dtype == DType::kFloat64 ? CUDA_R_64F : CUDA_R_32F),
+            "cublasLtMatmulDescCreate");
+  const auto set = [&](lt::DescAttribute attribute, const auto& value) {
+    lt::check(api.desc_set(plan->desc, attribute, &value, sizeof(value)), "cublasLtMatmulDescSetAttribute");
+  };
+  set(lt::kDescTransA, p.b_transposed ? lt::kTransposed : lt::kNormal);
+  set(lt::kDescTransB, p.a_transposed ? lt::kTransposed : lt::kNormal);
+  set(lt::kDescEpilogue, epilogue_of(p));
+  if (epilogue_of(p) != lt::kEpilogueNone) {
+    // The heuristic refuses these epilogues without a pointer; the call sets the real one.
+    const void* any = reinterpret_cast<const void*>(uintptr_t{256});
+    set(lt::kDescBiasPointer, any);
+  }
+
+  const auto layout = [&](lt::MatrixLayout& result, int64_t rows, int64_t cols) {
+    lt::check(api.layout_create(&result, type, cols, rows, cols), "cublasLtMatrixLayoutCreate");
+  };
+  layout(plan->a, p.b_transposed ? p.n : p.k, p.b_transposed ? p.k : p.n);
+  layout(plan->b, p.a_transposed ? p.k : p.m, p.a_transposed ? p.m : p.k);
+  layout(plan->d, p.m, p.n);
+
+  lt::Preference preference = nullptr;
+  lt::check(api.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
+  const uint64_t max_workspace = aligned ? kMaxWorkspaceBytes : 0;
+  const uint32_t alignment = static_cast<uint32_t>(aligned ? kAlignment : size_of(p.dtype));
+  api.preference_set(preference, lt::kPreferenceMaxWorkspaceBytes, &max_workspace, sizeof(max_workspace));
+  for (auto attribute : {lt::kPreferenceMinAlignmentA, lt::kPreferenceMinAlignmentB, lt::kPreferenceMinAlignmentC,
+                         lt::kPreferenceMinAlignmentD}) {
+    api.preference_set(preference, attribute, &alignment, sizeof(alignment));
+  }
+  lt::HeuristicResult result{};
+  int found = 0;
+  const lt::Status status = api.heuristic(lt::handle(context.device), plan->desc, plan->a, plan->b, plan->d, plan->d,
+                                          preference, 1, &result, &found);
+  api.preference_destroy(preference);
+  plan->supported = status == 0 && found > 0 && result.status == 0;
+  plan->algorithm = result.algorithm;
+  plan->workspace_bytes = plan->supported ? result.workspace_bytes : 0;
+  return plan;
+}
+
+const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned) {
+  using Key = std::array<int64_t, 5>;
+  thread_local std::map<Key, std::unique_ptr<Plan>> plans;
+  const int64_t switches = static_cast<int64_t>(p.dtype) | p.a_transposed << 8 | p.b_transposed << 9 | aligned << 10 |
+                           (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 |
+                           static_cast<int64_t>(epilogue_of(p)) << 12;
+  const Key key = {p.m, p.n, p.k, switches, context.device};
+  auto it = plans.find(key);
+  if (it == plans.end()) {
+    if (plans.size() >= kMaxPlans) plans.clear();
+    it = plans.emplace(key, make_plan(context, p, aligned)).first;
+  }
+  return *it->second;
+}
+
+MatrixProduct without_epilogue(MatrixProduct p) {
+  p.has_bias = p.sums_a = p.sums_b = false;
+  p.vector = nullptr;
+  return p;
+}
+
+bool is_aligned(const MatrixProduct& p) {
+  const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) | reinterpret_cast<uintptr_t>(p.c) |
+                    reinterpret_cast<uintptr_t>(p.d) | reinterpret_cast<uintptr_t>(p.vector);
+  return bits % kAlignment == 0;
+}
+
+}  // namespace
+
+void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.k == 0) {
+    // No rows to sum over: only weight gradients of an empty batch come here, and they add nothing.
+    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.dtype), context.stream), "matrix_product: cudaMemsetAsync");
+    const int64_t sums = p.sums_a ? p.m : p.sums_b ? p.n : 0;
+    if (sums) check(cudaMemsetAsync(p.vector, 0, sums * size_of(p.dtype), context.stream), "matrix_product: cudaMemsetAsync");
+    return;
+  }
+
+  const bool aligned = is_aligned(p);
+  const Plan& plan = plan_of(context, p, aligned);
+  if (!plan.supported) {
+    if (epilogue_of(p) == lt::kEpilogueNone) {
+      throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of m = " + std::to_string(p.m) +
+                               ", n = " + std::to_string(p.n) + ", k = " + std::to_string(p.k));
+    }
+    matrix_product(context, without_epilogue(p), workspace);
+    if (p.has_bias) add_bias(context, p.dtype, p.d, p.vector, p.m, p.n);
+    if (p.sums_a) column_sums(context, p.dtype, p.a, p.k, p.m, p.vector, workspace);
+    if (p.sums_b) column_sums(context, p.dtype, p.b, p.k, p.n, p.vector, workspace);
+    return;
+  }
+
+  const lt::Api& api = lt::api();
+  if (epilogue_of(p) != lt::kEpilogueNone) {
+    lt::check(api.desc_set(plan.desc, lt::kDescBiasPointer, &p.vector, sizeof(p.vector)), "cublasLtMatmulDescSetAttribute");
+  }
+  const double alpha64 = 1.0, beta64 = p.adds_c ? 1.0 : 0.0;
+  const float alpha32 = 1.0f, beta32 = p.adds_c ? 1.0f : 0.0f;
+  const bool is_double = p.dtype == DType::kFloat64;
+  lt::check(api.matmul(lt::handle(context.device), plan.desc, is_double ? static_cast<const void*>(&alpha64) : &alpha32, p.b,
+                       plan.a, p.a, plan.b, is_double ? static_cast<const void*>(&beta64) : &beta32, p.adds_c ? p.c : p.d,
+                       plan.d, p.d, plan.d, &plan.algorithm, workspace, plan.workspace_bytes, context.stream),
+            "cublasLtMatmul");
+}
+
+size_t matrix_product_workspace_bytes(const Context& context, const MatrixProduct& p) {
+  if (p.m == 0 || p.n == 0 || p.k == 0) return 0;
+  const Plan& plan = plan_of(context, p, true);
+  const size_t sums = p.sums_a   ? column_sums_workspace_bytes(context, p.dtype, p.k, p.m)
+                      : p.sums_b ? column_sums_workspace_bytes(context, p.dtype, p.k, p.n)
+                                 : 0;
+  const size_t plain = plan.supported ? 0 : plan_of(context, without_epilogue(p), true).workspace_bytes;
+  return std::max({plan.workspace_bytes, plain, sums});
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,57 @@
+// The memory-bound stages, row by row: each number is read once and written once. Rows of `cols` numbers, M = rows.
+#pragma once
+
+#include "core/cuda/context.h"
+
+namespace pfa {
+namespace cuda {
+
+// z = x + dropout(y), out = layer_norm(z). Pointers may be equal: a number is read before it is overwritten.
+struct NormRowsForward {
+  DType dtype = DType::kFloat32;
+  DType norm_dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const void* y = nullptr;
+  const void* x = nullptr;  // null: nothing is added
+  Dropout dropout;
+  const uint64_t* random_state = nullptr;
+  void* z = nullptr;     // null: not wanted
+  void* out = nullptr;   // null: no layer norm
+  const void* scale = nullptr;  // [cols] or null
+  const void* bias = nullptr;   // [cols] or null
+  double epsilon = 0.0;
+  void* mean = nullptr;  // [M] or null
+  void* rstd = nullptr;  // [M] or null
+};
+
+void norm_rows_forward(Context& context, const NormRowsForward& args);
+
+// d_z = layer_norm'(d_out) + d_added, d_y = dropout'(d_z), and the sums of the parameters' gradients over the rows. Without
+// a layer norm d_z is d_out.
+struct NormRowsBackward {
+  DType dtype = DType::kFloat32;
+  DType norm_dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const void* d_out = nullptr;
+  bool has_norm = true;
+  const void* z = nullptr;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  const void* scale = nullptr;    // [cols] or null
+  const void* d_added = nullptr;  // null: nothing is added
+  Dropout dropout;
+  const uint64_t* random_state = nullptr;
+  void* d_z = nullptr;      // null: not wanted
+  void* d_y = nullptr;      // null: not wanted
+  void* d_scale = nullptr;  // [cols] of norm_dtype, or null: not wanted
+  void* d_bias = nullptr;   // [cols] of norm_dtype, or null: not wanted
+  void* d_y_sum = nullptr;  // [cols] of dtype, or null: not wanted
+};
+
+void norm_rows_backward(Context& context, const NormRowsBackward& args, void* workspace);
+size_t norm_rows_backward_workspace_bytes(const Context& context, DType dtype, int64_t cols);
+
+}  // namespace cuda
+}  // namespace pfa

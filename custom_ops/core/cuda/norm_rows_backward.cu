@@ -1,0 +1,386 @@
+// Layer norm, dropout and the parameters' gradients, backward (norm_rows.h).
+//
+//   g = d_out * scale,  n = (z - mean) * rstd,  d_z = rstd * (g - mean(g) - n * mean(g * n)) + d_added,  d_y = dropout'(d_z)
+//   d_scale = sum of d_out * n,  d_bias = sum of d_out,  d_y_sum = sum of d_y, over the rows
+//
+// Few blocks walk over many rows, so that the sums over rows stay in registers until the end; then every block writes one
+// row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows into its
+// own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be read by
+// vectors, take one kernel for d_z and d_y and another for the sums.
+#include "core/cuda/norm_rows.h"
+
+#include "core/cuda/column_sums.h"
+#include "core/cuda/norm_rows.cuh"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+constexpr int kBlockThreads = 512;
+constexpr int kDepth = 4;        // rows in flight, the present one included
+constexpr int kLongThreads = 256;
+constexpr int kSumWidth = 32;
+constexpr int kSumHeight = 16;
+
+enum class Kind { kNorm, kNormDropout, kDropout };
+
+template <class T, class P>
+struct Kernel {
+  using A = Accumulator<T>;
+  int64_t rows;
+  int64_t cols;
+  const T* d_out;
+  const T* z;
+  const A* mean;
+  const A* rstd;
+  const P* scale;
+  const T* d_added;
+  uint32_t threshold;
+  A dropout_scale;
+  const uint64_t* random_state;
+  T* d_z;
+  T* d_y;
+  A* partial;  // [kMaxColumnSums][row blocks][cols]: d_scale, d_bias, d_y_sum
+
+  __device__ PhiloxState philox() const {
+    return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
+  }
+
+  template <int N>
+  __device__ __forceinline__ void dropout(PhiloxState state, int64_t index, A (&value)[N]) const {
+    if (threshold) {
+      apply_output_dropout(state, threshold, dropout_scale, index, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
+    }
+  }
+};
+
+// Starts a 16-byte copy into the thread's own shared memory.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending later groups of copies are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+template <Kind kKind>
+constexpr int kInputs = kKind == Kind::kDropout ? 1 : kKind == Kind::kNorm ? 3 : 2;  // d_out, z, d_added
+
+template <Kind kKind>
+constexpr int kSums = kKind == Kind::kDropout ? 1 : kKind == Kind::kNorm ? 2 : 3;
+
+template <class T, class P, Kind kKind, int kItems>
+__global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
+  using A = Accumulator<T>;
+  constexpr int kVec = kVectorSize<T>;
+  constexpr bool kHasNorm = kKind != Kind::kDropout;
+  constexpr bool kHasDropout = kKind != Kind::kNorm;
+  extern __shared__ uint4 shared[];
+  __shared__ A slots[2][2 * kMaxWarps];
+
+  const int threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const auto slot = [&](int stage, int input, int item) {
+    return shared + ((stage * kInputs<kKind> + input) * kItems + item) * threads + thread;
+  };
+  const auto col_of = [&](int item) { return static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec; };
+
+  const PhiloxState state = k.philox();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+
+  const auto fetch = [&](int64_t row, int stage) {
+    if (row < k.rows) {
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const int64_t col = col_of(item);
+        if (col < k.cols) {
+          copy_async(slot(stage, 0, item), k.d_out + row * k.cols + col);
+          if constexpr (kHasNorm) copy_async(slot(stage, 1, item), k.z + row * k.cols + col);
+          if constexpr (kKind == Kind::kNorm) {
+            if (k.d_added) copy_async(slot(stage, 2, item), k.d_added + row * k.cols + col);
+          }
+        }
+      }
+    }
+    end_copies();
+  };
+
+  A sums[kSums<kKind>][kItems][kVec] = {};
+#pragma unroll
+  for (int stage = 0; stage < kDepth - 1; ++stage) fetch(first + stage * step, stage);
+
+  int stage = 0;
+  for (int64_t row = first; row < k.rows; row += step) {
+    const int ahead = stage == 0 ? kDepth - 1 : stage - 1;
+    fetch(row + (kDepth - 1) * step, ahead);
+    wait_copies<kDepth - 1>();
+
+    A g[kItems][kVec];
+    A n[kItems][kVec];
+    A rstd = 0;
+    A means[2] = {0, 0};
+    if constexpr (kHasNorm) {
+      const A mean = k.mean[row];
+      rstd = k.rstd[row];
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const int64_t col = col_of(item);
+        if (col < k.cols) {
+          A factor[kVec];
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) factor[i] = 1;
+          if (k.scale) load(k.scale + col, factor);
+          load(reinterpret_cast<const T*>(slot(stage, 0, item)), g[item]);
+          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n[item]);
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            n[item][i] = (n[item][i] - mean) * rstd;
+            sums[0][item][i] += g[item][i] * n[item][i];
+            sums[1][item][i] += g[item][i];
+            g[item][i] *= factor[i];
+            means[0] += g[item][i];
+            means[1] += g[item][i] * n[item][i];
+          }
+        }
+      }
+      group_sum(means, slots[stage % 2]);
+      means[0] /= static_cast<A>(k.cols);
+      means[1] /= static_cast<A>(k.cols);
+    }
+
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      const int64_t col = col_of(item);
+      if (col < k.cols) {
+        A d[kVec];
+        if constexpr (kHasNorm) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) d[i] = rstd * (g[item][i] - means[0] - n[item][i] * means[1]);
+          if constexpr (kKind == Kind::kNorm) {
+            if (k.d_added) {
+              A added[kVec];
+              load(reinterpret_cast<const T*>(slot(stage, 2, item)), added);
+#pragma unroll
+              for (int i = 0; i < kVec; ++i) d[i] += added[i];
+            }
+          }
+          if (k.d_z) store(k.d_z + row * k.cols + col, d);
+        } else {
+          load(reinterpret_cast<const T*>(slot(stage, 0, item)), d);
+        }
+        if constexpr (kHasDropout) {
+          k.dropout(state, row * k.cols + col, d);
+          if (k.d_y) store(k.d_y + row * k.cols + col, d);
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) sums[kSums<kKind> - 1][item][i] += d[i];
+        }
+      }
+    }
+    stage = stage == kDepth - 1 ? 0 : stage + 1;
+  }
+
+  // The block's sums: over its groups, through the shared memory that the copies no longer use.
+  wait_copies<0>();
+  A* exchange = reinterpret_cast<A*>(shared);
+#pragma unroll
+  for (int s = 0; s < kSums<kKind>; ++s) {
+    __syncthreads();
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) exchange[(item * kVec + i) * threads + thread] = sums[s][item][i];
+    }
+    __syncthreads();
+    const int target = kKind == Kind::kDropout ? 2 : s;
+    A* partial = k.partial + (static_cast<int64_t>(target) * gridDim.x + blockIdx.x) * k.cols;
+    for (int64_t col = thread; col < k.cols; col += threads) {
+      const int vector = static_cast<int>(col / kVec);
+      const int place = (vector / blockDim.x * kVec + static_cast<int>(col % kVec)) * threads + vector % blockDim.x;
+      A total = 0;
+      for (int group = 0; group < static_cast<int>(blockDim.y); ++group) total += exchange[place + group * blockDim.x];
+      partial[col] = total;
+    }
+  }
+}
+
+template <class T, class P>
+__global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(const Kernel<T, P> k) {
+  using A = Accumulator<T>;
+  __shared__ A slots[2 * kMaxWarps];
+  const int64_t row = blockIdx.x;
+  const PhiloxState state = k.philox();
+  const T* d_out = k.d_out + row * k.cols;
+  const bool has_norm = k.z != nullptr;
+
+  A mean = 0, rstd = 0;
+  A means[2] = {0, 0};
+  if (has_norm) {
+    mean = k.mean[row];
+    rstd = k.rstd[row];
+    for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+      const A g = widen(d_out[col]) * (k.scale ? widen(k.scale[col]) : A(1));
+      means[0] += g;
+      means[1] += g * (widen(k.z[row * k.cols + col]) - mean) * rstd;
+    }
+    group_sum(means, slots);
+    means[0] /= static_cast<A>(k.cols);
+    means[1] /= static_cast<A>(k.cols);
+  }
+  for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+    const int64_t index = row * k.cols + col;
+    A d[1] = {widen(d_out[col])};
+    if (has_norm) {
+      const A n = (widen(k.z[index]) - mean) * rstd;
+      d[0] = rstd * (d[0] * (k.scale ? widen(k.scale[col]) : A(1)) - means[0] - n * means[1]);
+      if (k.d_added) d[0] += widen(k.d_added[index]);
+      if (k.d_z) store(k.d_z + index, d);
+    }
+    if (k.d_y) {
+      k.dropout(state, index, d);
+      store(k.d_y + index, d);
+    }
+  }
+}
+
+// d_scale and d_bias alone; d_y_sum is a plain column sum.
+template <class T, class P>
+__global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_kernel(const Kernel<T, P> k) {
+  using A = Accumulator<T>;
+  __shared__ A shared[2][kSumHeight][kSumWidth];
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kSumWidth + threadIdx.x;
+  A sums[2] = {0, 0};
+  if (col < k.cols) {
+    for (int64_t row = static_cast<int64_t>(blockIdx.y) * kSumHeight + threadIdx.y; row < k.rows;
+         row += static_cast<int64_t>(gridDim.y) * kSumHeight) {
+      const A d_out = widen(k.d_out[row * k.cols + col]);
+      sums[0] += d_out * (widen(k.z[row * k.cols + col]) - k.mean[row]) * k.rstd[row];
+      sums[1] += d_out;
+    }
+  }
+  shared[0][threadIdx.y][threadIdx.x] = sums[0];
+  shared[1][threadIdx.y][threadIdx.x] = sums[1];
+  __syncthreads();
+  if (threadIdx.y < 2 && col < k.cols) {
+    A total = 0;
+    for (int i = 0; i < kSumHeight; ++i) total += shared[threadIdx.y][i][threadIdx.x];
+    k.partial[(static_cast<int64_t>(threadIdx.y) * gridDim.y + blockIdx.y) * k.cols + col] = total;
+  }
+}
+
+template <class T, class P, Kind kKind, int kItems>
+int64_t launch(Context& context, const Kernel<T, P>& kernel) {
+  const RowShape shape = row_shape(kernel.cols / kVectorSize<T>, kItems, kBlockThreads);
+  const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
+  const int threads = shape.group_threads * shape.groups;
+  const size_t copies = sizeof(uint4) * kDepth * kInputs<kKind> * kItems * threads;
+  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * threads;
+  const size_t shared = std::max(copies, exchange);
+  const auto function = norm_rows_backward_kernel<T, P, kKind, kItems>;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "norm_rows_backward_kernel: shared memory");
+  function<<<static_cast<unsigned>(blocks), dim3(shape.group_threads, shape.groups), shared, context.stream>>>(kernel);
+  check_launch("norm_rows_backward_kernel");
+  return blocks;
+}
+
+template <class T, class P, int kItems>
+int64_t launch_kind(Context& context, const Kernel<T, P>& kernel, Kind kind) {
+  if (kind == Kind::kNorm) return launch<T, P, Kind::kNorm, kItems>(context, kernel);
+  if (kind == Kind::kNormDropout) return launch<T, P, Kind::kNormDropout, kItems>(context, kernel);
+  return launch<T, P, Kind::kDropout, kItems>(context, kernel);
+}
+
+template <class T, class P>
+void run(Context& context, const NormRowsBackward& args, void* workspace) {
+  using A = Accumulator<T>;
+  const Kernel<T, P> kernel = {args.rows,
+                               args.cols,
+                               static_cast<const T*>(args.d_out),
+                               args.has_norm ? static_cast<const T*>(args.z) : nullptr,
+                               static_cast<const A*>(args.mean),
+                               static_cast<const A*>(args.rstd),
+                               static_cast<const P*>(args.scale),
+                               static_cast<const T*>(args.d_added),
+                               args.dropout.threshold,
+                               static_cast<A>(args.dropout.scale),
+                               args.random_state,
+                               static_cast<T*>(args.d_z),
+                               static_cast<T*>(args.d_y),
+                               static_cast<A*>(workspace)};
+  constexpr int kVec = kVectorSize<T>;
+  constexpr int kFew = kFewItems<T>;
+  constexpr int kMany = 2 * kFewItems<T>;
+  const int64_t vectors = args.cols / kVec;
+  const bool by_vectors = args.cols % kVec == 0 &&
+                          all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
+  const Kind kind = !args.has_norm ? Kind::kDropout : args.d_y || args.d_y_sum ? Kind::kNormDropout : Kind::kNorm;
+  const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
+  const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
+  const ColumnSum d_y_sum = {args.d_y_sum, args.dtype};
+
+  if (by_vectors && vectors <= kMany * kBlockThreads && !(kind == Kind::kNormDropout && args.d_added)) {
+    const int64_t blocks = vectors <= kFew * kBlockThreads ? launch_kind<T, P, kFew>(context, kernel, kind)
+                                                           : launch_kind<T, P, kMany>(context, kernel, kind);
+    add_row_blocks(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});
+    return;
+  }
+
+  norm_long_rows_backward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+  check_launch("norm_long_rows_backward_kernel");
+  if (args.d_scale || args.d_bias) {
+    const int64_t row_blocks = std::min<int64_t>((args.rows + kSumHeight - 1) / kSumHeight, context.num_sms);
+    const dim3 grid(static_cast<unsigned>((args.cols + kSumWidth - 1) / kSumWidth), static_cast<unsigned>(row_blocks));
+    norm_long_rows_sums_kernel<T, P><<<grid, dim3(kSumWidth, kSumHeight), 0, context.stream>>>(kernel);
+    check_launch("norm_long_rows_sums_kernel");
+    add_row_blocks(context, accumulator_of(args.dtype), workspace, row_blocks, args.cols, {d_scale, d_bias, {}});
+  }
+  if (args.d_y_sum) {
+    const void* d_y = args.d_y ? args.d_y : args.d_z ? args.d_z : args.d_out;
+    column_sums(context, args.dtype, d_y, args.rows, args.cols, args.d_y_sum, workspace);
+  }
+}
+
+}  // namespace
+
+void norm_rows_backward(Context& context, const NormRowsBackward& args, void* workspace) {
+  if (args.rows == 0) {
+    for (const ColumnSum& sum : {ColumnSum{args.d_scale, args.norm_dtype}, ColumnSum{args.d_bias, args.norm_dtype},
+                                 ColumnSum{args.d_y_sum, args.dtype}}) {
+      if (sum.sum) {
+        check(cudaMemsetAsync(sum.sum, 0, args.cols * size_of(sum.dtype), context.stream),
+              "norm_rows_backward: cudaMemsetAsync");
+      }
+    }
+    return;
+  }
+  dispatch_norm(args.dtype, args.norm_dtype, [&](auto* type, auto* norm_type) {
+    run<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(norm_type)>>(context, args, workspace);
+  });
+}
+
+size_t norm_rows_backward_workspace_bytes(const Context& context, DType dtype, int64_t cols) {
+  return kMaxColumnSums * max_row_blocks(context) * cols * size_of(accumulator_of(dtype));
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,216 @@
+// Residual sum with dropout, and layer norm, forward (norm_rows.h).
+//
+// A group of threads holds its row in registers: z is formed, rounded to its dtype, and mean and variance are taken of the
+// rounded numbers, so that the same statistics follow from the z that backward reads. Rows that no group can hold, or that
+// cannot be read by vectors, go through a kernel that reads them again for each step.
+#include "core/cuda/norm_rows.h"
+
+#include "core/cuda/norm_rows.cuh"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+constexpr int kBlockThreads = 256;
+constexpr int kMaxGroupThreads = 1024;
+
+template <class T, class P>
+struct Kernel {
+  using A = Accumulator<T>;
+  int64_t rows;
+  int64_t cols;
+  const T* y;
+  const T* x;
+  uint32_t threshold;
+  A dropout_scale;
+  const uint64_t* random_state;
+  T* z;
+  T* out;
+  const P* scale;
+  const P* bias;
+  A epsilon;
+  A* mean;
+  A* rstd;
+
+  __device__ PhiloxState philox() const {
+    return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
+  }
+
+  // z of N neighbouring columns, rounded to T.
+  template <int N>
+  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, A (&value)[N]) const {
+    load(y + index, value);
+    A added[N] = {};
+    if (x) load(x + index, added);
+    if (threshold) {
+      apply_output_dropout(state, threshold, dropout_scale, index, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = widen(narrow<T>(value[i] + added[i]));
+  }
+
+  template <int N>
+  __device__ __forceinline__ void normalize(int64_t col, A row_mean, A row_rstd, A (&value)[N]) const {
+    A factor[N], offset[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      factor[i] = 1;
+      offset[i] = 0;
+    }
+    if (scale) load(scale + col, factor);
+    if (bias) load(bias + col, offset);
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = (value[i] - row_mean) * row_rstd * factor[i] + offset[i];
+  }
+};
+
+template <class T, class P, int kItems>
+__global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(const Kernel<T, P> k) {
+  using A = Accumulator<T>;
+  constexpr int kVec = kVectorSize<T>;
+  __shared__ A slots[2][kMaxWarps];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= k.rows) return;  // the whole group
+  const PhiloxState state = k.philox();
+
+  A value[kItems][kVec];
+  A sum[1] = {0};
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
+    if (col < k.cols) {
+      k.form_z(state, row * k.cols + col, value[item]);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[0] += value[item][i];
+    }
+  }
+  if (k.z) {
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
+      if (col < k.cols) store(k.z + row * k.cols + col, value[item]);
+    }
+  }
+  if (!k.out) return;
+
+  group_sum(sum, slots[0]);
+  const A mean = sum[0] / static_cast<A>(k.cols);
+  A squares[1] = {0};
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
+    if (col < k.cols) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) squares[0] += (value[item][i] - mean) * (value[item][i] - mean);
+    }
+  }
+  group_sum(squares, slots[1]);
+  const A rstd = reciprocal_root(squares[0] / static_cast<A>(k.cols) + k.epsilon);
+
+  if (threadIdx.x == 0) {
+    if (k.mean) k.mean[row] = mean;
+    if (k.rstd) k.rstd[row] = rstd;
+  }
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
+    if (col < k.cols) {
+      k.normalize(col, mean, rstd, value[item]);
+      store(k.out + row * k.cols + col, value[item]);
+    }
+  }
+}
+
+// Any number of columns. What a thread reads again it has written itself: z, or the unfinished out.
+template <class T, class P>
+__global__ void __launch_bounds__(kBlockThreads) norm_long_rows_forward_kernel(const Kernel<T, P> k) {
+  using A = Accumulator<T>;
+  __shared__ A slots[2][kMaxWarps];
+  const int64_t row = blockIdx.x;
+  const PhiloxState state = k.philox();
+  T* kept = (k.z ? k.z : k.out) + row * k.cols;
+
+  A sum[1] = {0};
+  for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+    A value[1];
+    k.form_z(state, row * k.cols + col, value);
+    store(kept + col, value);
+    sum[0] += value[0];
+  }
+  if (!k.out) return;
+
+  group_sum(sum, slots[0]);
+  const A mean = sum[0] / static_cast<A>(k.cols);
+  A squares[1] = {0};
+  for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+    const A centred = widen(kept[col]) - mean;
+    squares[0] += centred * centred;
+  }
+  group_sum(squares, slots[1]);
+  const A rstd = reciprocal_root(squares[0] / static_cast<A>(k.cols) + k.epsilon);
+
+  if (threadIdx.x == 0) {
+    if (k.mean) k.mean[row] = mean;
+    if (k.rstd) k.rstd[row] = rstd;
+  }
+  for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+    A value[1] = {widen(kept[col])};
+    k.normalize(col, mean, rstd, value);
+    store(k.out + row * k.cols + col, value);
+  }
+}
+
+template <class T, class P>
+void run(Context& context, const NormRowsForward& args) {
+  using A = Accumulator<T>;
+  const Kernel<T, P> kernel = {args.rows,
+                               args.cols,
+                               static_cast<const T*>(args.y),
+                               static_cast<const T*>(args.x),
+                               args.dropout.threshold,
+                               static_cast<A>(args.dropout.scale),
+                               args.random_state,
+                               static_cast<T*>(args.z),
+                               static_cast<T*>(args.out),
+                               static_cast<const P*>(args.scale),
+                               static_cast<const P*>(args.bias),
+                               static_cast<A>(args.epsilon),
+                               static_cast<A*>(args.mean),
+                               static_cast<A*>(args.rstd)};
+  constexpr int kVec = kVectorSize<T>;
+  constexpr int kFew = kFewItems<T>;
+  constexpr int kMany = 2 * kFewItems<T>;
+  const int64_t vectors = args.cols / kVec;
+  const bool by_vectors =
+      args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.out, args.scale, args.bias});
+  const auto launch = [&](auto* function, int items) {
+    const RowShape shape = row_shape(vectors, items, kBlockThreads);
+    function<<<static_cast<unsigned>(shape.row_blocks(args.rows)), dim3(shape.group_threads, shape.groups), 0,
+               context.stream>>>(kernel);
+    check_launch("norm_rows_forward_kernel");
+  };
+  if (by_vectors && vectors <= kFew * kMaxGroupThreads) {
+    launch(norm_rows_forward_kernel<T, P, kFew>, kFew);
+  } else if (by_vectors && vectors <= kMany * kMaxGroupThreads) {
+    launch(norm_rows_forward_kernel<T, P, kMany>, kMany);
+  } else {
+    norm_long_rows_forward_kernel<T, P>
+        <<<static_cast<unsigned>(args.rows), kBlockThreads, 0, context.stream>>>(kernel);
+    check_launch("norm_long_rows_forward_kernel");
+  }
+}
+
+}  // namespace
+
+void norm_rows_forward(Context& context, const NormRowsForward& args) {
+  if (args.rows == 0 || args.cols == 0) return;
+  dispatch_norm(args.dtype, args.norm_dtype, [&](auto* type, auto* norm_type) {
+    run<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(norm_type)>>(context, args);
+  });
+}
+
+}  // namespace cuda
+}  // namespace pfa
