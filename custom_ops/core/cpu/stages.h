@@ -1,0 +1,109 @@
+// All stages for one instruction set: the including file has defined PFA_ISA, the namespace they go to, and PFA_VECTOR_BYTES.
+
+#include "core/cpu/simd.h"
+
+// The order matters: each builds on those before it.
+#include "core/cpu/micro_gemm.h"
+
+#include "core/cpu/attention_tile.h"
+#include "core/cpu/rows.h"
+
+#include "core/cpu/attention_backward.h"
+#include "core/cpu/attention_forward.h"
+#include "core/cpu/layer_norm.h"
+#include "core/cpu/linear.h"
+#include "core/cpu/residual.h"
+
+namespace pfa::cpu::PFA_ISA {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls f with the element's type.
+template <class F>
+auto for_dtype(const Params& p, F&& f) {
+  switch (p.dtype) {
+    case DType::kFloat64:
+      return f(Type<double>{});
+    case DType::kFloat16:
+      return f(Type<Float16>{});
+    case DType::kBFloat16:
+      return f(Type<BFloat16>{});
+    default:
+      return f(Type<float>{});
+  }
+}
+
+// Calls f with the element's type and that of the layer-norm parameters.
+template <class F>
+auto for_norm_dtype(const Params& p, F&& f) {
+  return for_dtype(p, [&](auto element) {
+    using T = typename decltype(element)::type;
+    if constexpr (std::is_same_v<T, Accumulator<T>>) {
+      return f(element, element);
+    } else {
+      return p.norm_dtype == p.dtype ? f(element, element) : f(element, Type<float>{});
+    }
+  });
+}
+
+#define PFA_STAGE(name, pass)                                    \
+  inline void name(Context& context, const Params& p) {          \
+    for_dtype(p, [&](auto element) {                             \
+      using T = typename decltype(element)::type;                \
+      pass(context, p);                                          \
+    });                                                          \
+  }
+#define PFA_NORM_STAGE(name, pass)                               \
+  inline void name(Context& context, const Params& p) {          \
+    for_norm_dtype(p, [&](auto element, auto norm) {             \
+      using T = typename decltype(element)::type;                \
+      using N = typename decltype(norm)::type;                   \
+      pass(context, p);                                          \
+    });                                                          \
+  }
+
+PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, N>::forward))
+PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, N>::backward))
+PFA_STAGE(qkv_linear_forward, Linear<T>::qkv_linear_forward)
+PFA_STAGE(qkv_linear_backward, Linear<T>::qkv_linear_backward)
+PFA_STAGE(attention_forward, AttentionForward<T>::run)
+PFA_STAGE(attention_backward, AttentionBackward<T>::run)
+PFA_STAGE(output_linear_forward, Linear<T>::output_linear_forward)
+PFA_STAGE(output_linear_backward, Linear<T>::output_linear_backward)
+PFA_NORM_STAGE(residual_forward, (Residual<T, N>::forward))
+PFA_NORM_STAGE(residual_backward, (Residual<T, N>::backward))
+
+#undef PFA_STAGE
+#undef PFA_NORM_STAGE
+
+inline size_t stage_workspace_bytes(const Context& context, const Params& p, bool backward) {
+  return for_norm_dtype(p, [&](auto element, auto norm) {
+    using T = typename decltype(element)::type;
+    using N = typename decltype(norm)::type;
+    return std::max({LayerNorm<T, N>::workspace_bytes(context, p, backward), Residual<T, N>::workspace_bytes(context, p, backward),
+                     Linear<T>::workspace_bytes(context, p, backward),
+                     backward ? AttentionBackward<T>::workspace_bytes(context, p)
+                              : AttentionForward<T>::workspace_bytes(context, p)});
+  });
+}
+
+inline Kernels make_kernels(const char* name, bool (*supported)()) {
+  return {name,
+          supported,
+          layer_norm_forward,
+          layer_norm_backward,
+          qkv_linear_forward,
+          qkv_linear_backward,
+          attention_forward,
+          attention_backward,
+          output_linear_forward,
+          output_linear_backward,
+          residual_forward,
+          residual_backward,
+          stage_workspace_bytes};
+}
+
+}  // namespace pfa::cpu::PFA_ISA

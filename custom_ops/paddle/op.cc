@@ -1,0 +1,259 @@
+// The Paddle operator custom_fused_attention and its gradient: describes tensors and attributes to the core, gets memory from Paddle's
+// allocator, and runs the block on the tensors' device.
+//
+// Outputs: Out, and Saved, one byte buffer laid out by the core's plan_saved (one byte long when nothing is saved). When backward
+// finds nothing saved it runs the forward pass again.
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attributes.h"
+#include "checks.h"
+#include "core/block.h"
+#include "core/cpu/context.h"
+#include "core/cpu/parallel.h"
+#include "gemm.h"
+#include "paddle/extension.h"
+#include "paddle/phi/core/generator.h"
+
+namespace pfa::op {
+namespace {
+
+using Tensors = std::array<const paddle::Tensor*, kInputs>;
+
+DType core_dtype(paddle::DataType dtype) {
+  switch (dtype) {
+    case paddle::DataType::FLOAT64:
+      return DType::kFloat64;
+    case paddle::DataType::FLOAT16:
+      return DType::kFloat16;
+    case paddle::DataType::BFLOAT16:
+      return DType::kBFloat16;
+    case paddle::DataType::BOOL:
+      return DType::kBool;
+    case paddle::DataType::UINT8:
+      return DType::kUInt8;
+    case paddle::DataType::INT8:
+      return DType::kInt8;
+    case paddle::DataType::INT16:
+      return DType::kInt16;
+    case paddle::DataType::INT32:
+      return DType::kInt32;
+    case paddle::DataType::INT64:
+      return DType::kInt64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+void check(const Tensors& tensors, const Attributes& attributes) {
+  std::array<Shape, kInputs> shapes;
+  std::array<paddle::DataType, kInputs> dtypes;
+  std::array<const Shape*, kInputs> shape_pointers;
+  std::array<const paddle::DataType*, kInputs> dtype_pointers;
+  for (int i = 0; i < kInputs; ++i) {
+    shapes[i] = tensors[i]->shape();
+    dtypes[i] = tensors[i]->dtype();
+    shape_pointers[i] = &shapes[i];
+    dtype_pointers[i] = &dtypes[i];
+  }
+  check_dtypes(dtype_pointers, attributes);
+  check_shapes(shape_pointers, attributes);
+  for (int i = 0; i < kInputs; ++i) {
+    if (attributes.has(static_cast<Input>(i)) && tensors[i]->place() != tensors[kX]->place()) {
+      throw std::invalid_argument(std::string("[custom_fused_attention] ValueError: ") + kInputNames[i] + ": expected a tensor on the place of x, " +
+                                  tensors[kX]->place().DebugString() + ", got one on " + tensors[i]->place().DebugString());
+    }
+  }
+  if (!tensors[kX]->is_cpu()) {
+    throw std::invalid_argument("[custom_fused_attention] ValueError: x: expected a tensor on the CPU, the only device this build has kernels for, got one on " +
+                                tensors[kX]->place().DebugString());
+  }
+}
+
+Dropout dropout_of(double rate, const Attributes& attributes) {
+  const bool upscale = attributes.has(kUpscaleInTrain);
+  if (attributes.is_test) return {0, upscale ? 1.0 : 1.0 - rate};
+  const double kept = 1.0 - rate;
+  return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscale ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
+}
+
+const void* data_of(const Tensors& tensors, Input input, const Attributes& attributes) {
+  return attributes.has(input) ? tensors[input]->data() : nullptr;
+}
+
+Mask mask_of(const paddle::Tensor& tensor) {
+  Mask mask;
+  mask.data = tensor.data();
+  mask.dtype = core_dtype(tensor.dtype());
+  const Shape shape = tensor.shape();
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    mask.strides[4 - shape.size() + i] = shape[i] == 1 ? 0 : stride;
+    stride *= shape[i];
+  }
+  return mask;
+}
+
+Params describe(const Tensors& tensors, const Attributes& attributes) {
+  Params p;
+  const Shape x = tensors[kX]->shape();
+  const Shape weight = tensors[kQkvWeight]->shape();
+  p.batch = x[0];
+  p.seq_len = x[1];
+  p.embed_dim = x[2];
+  p.num_heads = weight[1];
+  p.head_dim = weight[2];
+  p.dtype = core_dtype(tensors[kX]->dtype());
+  p.norm_dtype = p.dtype;
+  for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {
+    if (attributes.has(input)) p.norm_dtype = core_dtype(tensors[input]->dtype());
+  }
+  p.pre_layer_norm = attributes.has(kPreLayerNorm);
+  p.final_layer_norm = attributes.has(kFinalLayerNorm);
+  p.add_residual = attributes.has(kAddResidual);
+  p.causal = attributes.has(kCausal);
+  p.pre_ln_epsilon = number(attributes.pre_ln_epsilon);
+  p.ln_epsilon = number(attributes.ln_epsilon);
+  p.attn_dropout = dropout_of(number(attributes.attn_dropout_rate), attributes);
+  p.dropout = dropout_of(number(attributes.dropout_rate), attributes);
+  p.x = data_of(tensors, kX, attributes);
+  p.pre_ln_scale = data_of(tensors, kPreLnScale, attributes);
+  p.pre_ln_bias = data_of(tensors, kPreLnBias, attributes);
+  p.qkv_weight = data_of(tensors, kQkvWeight, attributes);
+  p.qkv_bias = data_of(tensors, kQkvBias, attributes);
+  p.linear_weight = data_of(tensors, kLinearWeight, attributes);
+  p.linear_bias = data_of(tensors, kLinearBias, attributes);
+  p.ln_scale = data_of(tensors, kLnScale, attributes);
+  p.ln_bias = data_of(tensors, kLnBias, attributes);
+  if (attributes.has(kAttnMask)) p.mask = mask_of(*tensors[kAttnMask]);
+  return p;
+}
+
+cpu::Context cpu_context() {
+  static const cpu::Gemm<float> sgemm = find_sgemm();
+  static const cpu::Gemm<double> dgemm = find_dgemm();
+  cpu::Context context;
+  context.sgemm = sgemm;
+  context.dgemm = dgemm;
+  context.threads = cpu::max_threads();
+  return context;
+}
+
+paddle::Tensor bytes(size_t count, const paddle::Place& place) {
+  return paddle::empty({static_cast<int64_t>(count)}, paddle::DataType::UINT8, place);
+}
+
+// The seed and offset of this call's dropout masks; Paddle's generator moves on only if something is dropped.
+void draw_random_state(const Params& p, const Attributes& attributes) {
+  uint64_t seed = attributes.seed;
+  uint64_t offset = 0;
+  if (!attributes.has(kFixedSeed) && (p.attn_dropout.threshold || p.dropout.threshold)) {
+    std::tie(seed, offset) = phi::DefaultCPUGenerator()->IncrementOffset(1);
+  }
+  p.random_state[0] = seed;
+  p.random_state[1] = offset;
+}
+
+// Runs the forward pass into p.out; `saved` is memory for plan_saved, or null.
+void run_forward(Params p, const Attributes& attributes, paddle::Tensor* saved, const paddle::Place& place) {
+  cpu::Context context = cpu_context();
+  if (saved) {
+    Arena arena(saved->data());
+    plan_saved(p, arena);
+  }
+  const paddle::Tensor workspace = bytes(forward_workspace_bytes(context, p, saved != nullptr), place);
+  Arena arena(const_cast<void*>(workspace.data()));
+  plan_forward(context, p, arena, saved != nullptr);
+  draw_random_state(p, attributes);
+  block_forward(context, p);
+}
+
+std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
+  const Tensors tensors = PFA_INPUTS;
+  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+  check(tensors, attributes);
+  Params p = describe(tensors, attributes);
+  paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
+  paddle::Tensor saved = bytes(attributes.saves() ? saved_bytes(p) : 1, x.place());
+  p.out = out.data();
+  run_forward(p, attributes, attributes.saves() ? &saved : nullptr, x.place());
+  return {out, saved};
+}
+
+std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
+  const Tensors tensors = PFA_INPUTS;
+  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+  check(tensors, attributes);
+  if (!d_out.defined() || !d_out.initialized()) {
+    throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out, got none");
+  }
+  if (d_out.shape() != x.shape() || d_out.dtype() != x.dtype()) {
+    throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
+  }
+  Params p = describe(tensors, attributes);
+
+  paddle::Tensor saved_again;
+  const paddle::Tensor* saved_memory = &saved;
+  if (!attributes.saves()) {
+    saved_again = bytes(saved_bytes(p), x.place());
+    paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
+    p.out = out.data();
+    run_forward(p, attributes, &saved_again, x.place());
+    saved_memory = &saved_again;
+  }
+  Arena saved_arena(const_cast<void*>(saved_memory->data()));
+  plan_saved(p, saved_arena);
+
+  p.d_out = d_out.data();
+  std::array<void**, kGradients> targets{&p.d_x,        &p.d_qkv_weight, &p.d_linear_weight, &p.d_pre_ln_scale, &p.d_pre_ln_bias,
+                                         &p.d_ln_scale, &p.d_ln_bias,    &p.d_qkv_bias,      &p.d_linear_bias};
+  std::vector<paddle::Tensor> gradients;
+  gradients.reserve(kGradients);
+  for (int i = 0; i < kGradients; ++i) {
+    const bool wanted = attributes.wants_gradient(static_cast<Input>(i));
+    // A gradient that nobody reads must still be a tensor.
+    gradients.push_back(paddle::empty(wanted ? tensors[i]->shape() : Shape{1}, tensors[i]->dtype(), x.place()));
+    if (wanted) *targets[i] = gradients.back().data();
+  }
+  cpu::Context context = cpu_context();
+  const paddle::Tensor workspace = bytes(backward_workspace_bytes(context, p), x.place());
+  Arena arena(const_cast<void*>(workspace.data()));
+  plan_backward(context, p, arena);
+  block_backward(context, p);
+  return gradients;
+}
+
+std::vector<Shape> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
+  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+  check_shapes(PFA_INPUTS, attributes);
+  return {x, {attributes.saves() ? -1 : 1}};
+}
+
+std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) {
+  check_dtypes(PFA_INPUTS, PFA_ATTRIBUTE_VALUES);
+  return {x, paddle::DataType::UINT8};
+}
+
+}  // namespace
+}  // namespace pfa::op
+
+PD_BUILD_OP(custom_fused_attention)
+    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask"})
+    .Outputs({"Out", "Saved"})
+    .Attrs(PFA_ATTRIBUTE_NAMES)
+    .SetKernelFn(PD_KERNEL(pfa::op::forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes));
+
+PD_BUILD_GRAD_OP(custom_fused_attention)
+    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask",
+             "Saved", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("QKVWeight"), paddle::Grad("LinearWeight"), paddle::Grad("PreLnScale"),
+              paddle::Grad("PreLnBias"), paddle::Grad("LnScale"), paddle::Grad("LnBias"), paddle::Grad("QKVBias"),
+              paddle::Grad("LinearBias")})
+    .Attrs(PFA_ATTRIBUTE_NAMES)
+    .SetKernelFn(PD_KERNEL(pfa::op::backward));
