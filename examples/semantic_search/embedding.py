@@ -1,0 +1,89 @@
+"""Texts to embeddings: tokenize, gather texts of like length into batches, encode each batch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import numpy as np
+import paddle
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from .encoder import SentenceEncoder, State, load_state
+from .model_files import EncoderConfig
+
+BATCH_SIZE = 32
+
+Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Token ids [B, S] int64 and keep [B, S] bool to embeddings [B, hidden_size] float32."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of like length.
+
+    Attributes:
+        rows: [B] int64, the place of each text among all texts.
+        token_ids: [B, S] int64, zero where a text is shorter than S.
+        keep: [B, S] bool, False there.
+    """
+
+    rows: np.ndarray
+    token_ids: np.ndarray
+    keep: np.ndarray
+
+
+def make_batches(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[Batch]:
+    """Tokenize the texts and batch them in order of length, so that little is padding."""
+    encodings = tokenizer.encode_batch(list(texts))
+    lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        keep = np.arange(lengths[rows].max()) < lengths[rows, None]
+        token_ids = np.zeros(keep.shape, dtype=np.int64)
+        for ids, row in zip(token_ids, rows):
+            ids[: lengths[row]] = encodings[row].ids
+        batches.append(Batch(rows, token_ids, keep))
+    return batches
+
+
+def dygraph_encode(config: EncoderConfig, attention_block: Callable[[EncoderConfig], paddle.nn.Layer], state: State) -> Encode:
+    """Make an encoder in dygraph with the weights of `state`; return a function from arrays to arrays that runs it."""
+    encoder = SentenceEncoder(config, attention_block)
+    encoder.eval()
+    load_state(encoder, state)
+
+    def encode(token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        with paddle.no_grad():
+            return encoder(paddle.to_tensor(token_ids), paddle.to_tensor(keep)).numpy()
+
+    return encode
+
+
+def embed(encode: Encode, batches: Sequence[Batch], label: str | None = None) -> tuple[np.ndarray, float]:
+    """Encode every batch, with a progress bar if there is a label for it.
+
+    Returns:
+        The embeddings [N, hidden_size] in the order of the texts, and the seconds that encoding them took.
+    """
+    count = sum(len(batch.rows) for batch in batches)
+    encoded = []
+    seconds = 0.0
+    with tqdm(total=count, desc=label, unit="text", disable=label is None) as progress:
+        for batch in batches:
+            start = time.perf_counter()
+            encoded.append(encode(batch.token_ids, batch.keep))
+            seconds += time.perf_counter() - start
+            progress.update(len(batch.rows))
+    rows = np.concatenate([batch.rows for batch in batches])
+    return np.concatenate(encoded)[np.argsort(rows)], seconds
+
+
+def nearest(embeddings: np.ndarray, query: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """Return the rows of `embeddings` [N, E] most like `query` [E], best first, with their cosine similarity."""
+    scores = embeddings @ query
+    return [(int(row), float(scores[row])) for row in np.argsort(-scores, kind="stable")[:count]]
