@@ -9,7 +9,7 @@
 
 VENV ?= .venv
 PADDLE ?= 'paddlepaddle==3.3.1; python_version >= "3.9"' 'paddlepaddle==3.0.0; python_version < "3.9"'
-BUILD_TOOLS := setuptools wheel
+BUILD_TOOLS := 'setuptools>=61' wheel
 CORE_TOOLS := cmake ninja pybind11 scipy-openblas64
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
 

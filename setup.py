@@ -16,7 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 61:
+    # Older ones don't read pyproject.toml. Without build isolation pip doesn't see to it.
+    raise SystemExit(f"setuptools 61 or later is needed, got {setuptools.__version__}: pip install -U setuptools")
+
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
@@ -184,7 +189,7 @@ class BuildOperator(build_ext):
         self.spawn([*tools.linker, *objects, "-o", str(library), *tools.link_flags])
 
 
-setup(
-    ext_modules=[Extension(f"{PACKAGE}._C", find(SOURCES), depends=find(HEADERS))],
+setuptools.setup(
+    ext_modules=[setuptools.Extension(f"{PACKAGE}._C", find(SOURCES), depends=find(HEADERS))],
     cmdclass={"build_ext": BuildOperator},
 )
