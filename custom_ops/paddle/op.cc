@@ -5,6 +5,7 @@
 // finds nothing saved it runs the forward pass again.
 
 #include <array>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -17,6 +18,7 @@
 #include "core/cpu/parallel.h"
 #include "gemm.h"
 #include "paddle/extension.h"
+#include "paddle/phi/core/enforce.h"
 #include "paddle/phi/core/generator.h"
 
 namespace pfa::op {
@@ -172,9 +174,22 @@ void run_forward(Params p, const Attributes& attributes, paddle::Tensor* saved, 
   block_forward(context, p);
 }
 
-std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
-  const Tensors tensors = PFA_INPUTS;
-  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+// Runs f. Paddle ends the process on exceptions other than its own, so those of the core and of the checks are made into these.
+template <class F>
+auto guarded(F&& f) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    PADDLE_THROW(phi::errors::InvalidArgument("%s", error.what()));
+  } catch (const std::runtime_error& error) {
+    PADDLE_THROW(phi::errors::External("custom_fused_attention: %s", error.what()));
+  } catch (const std::bad_alloc&) {
+    PADDLE_THROW(phi::errors::ResourceExhausted("custom_fused_attention: out of memory"));
+  }
+}
+
+std::vector<paddle::Tensor> run_forward_op(const Tensors& tensors, const Attributes& attributes) {
+  const paddle::Tensor& x = *tensors[kX];
   check(tensors, attributes);
   Params p = describe(tensors, attributes);
   paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
@@ -184,9 +199,9 @@ std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
   return {out, saved};
 }
 
-std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
-  const Tensors tensors = PFA_INPUTS;
-  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved, const paddle::Tensor& d_out,
+                                            const Attributes& attributes) {
+  const paddle::Tensor& x = *tensors[kX];
   check(tensors, attributes);
   if (!d_out.defined() || !d_out.initialized()) {
     throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out, got none");
@@ -227,14 +242,22 @@ std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, c
   return gradients;
 }
 
+std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
+  return guarded([&] { return run_forward_op(PFA_INPUTS, PFA_ATTRIBUTE_VALUES); });
+}
+
+std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
+  return guarded([&] { return run_backward_op(PFA_INPUTS, saved, d_out, PFA_ATTRIBUTE_VALUES); });
+}
+
 std::vector<Shape> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
-  check_shapes(PFA_INPUTS, attributes);
+  guarded([&] { check_shapes(PFA_INPUTS, attributes); });
   return {x, {attributes.saves() ? -1 : 1}};
 }
 
 std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) {
-  check_dtypes(PFA_INPUTS, PFA_ATTRIBUTE_VALUES);
+  guarded([&] { check_dtypes(PFA_INPUTS, PFA_ATTRIBUTE_VALUES); });
   return {x, paddle::DataType::UINT8};
 }
 

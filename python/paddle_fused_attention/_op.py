@@ -1,0 +1,210 @@
+"""Loads the operator library and calls the operator custom_fused_attention in each of Paddle's graph modes.
+
+The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared first.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from glob import glob
+from pathlib import Path
+from typing import Any, NoReturn, Sequence
+
+import paddle
+from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+
+OP_TYPE = "custom_fused_attention"
+
+# The operator's inputs, in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
+INPUT_NAMES = (
+    "X",
+    "QKVWeight",
+    "LinearWeight",
+    "PreLnScale",
+    "PreLnBias",
+    "LnScale",
+    "LnBias",
+    "QKVBias",
+    "LinearBias",
+    "AttnMask",
+)
+ATTRIBUTE_NAMES = (
+    "is_test",
+    "switches",
+    "present",
+    "needs_grad",
+    "pre_ln_epsilon",
+    "ln_epsilon",
+    "dropout_rate",
+    "attn_dropout_rate",
+    "seed",
+)
+
+# Bits of the attribute `switches`.
+PRE_LAYER_NORM = 1
+FINAL_LAYER_NORM = 2
+ADD_RESIDUAL = 4
+CAUSAL = 8
+UPSCALE_IN_TRAIN = 16
+SAVE_FOR_BACKWARD = 32
+FIXED_SEED = 64
+
+_ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): ([^\n]*)")
+_ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
+
+
+def _load() -> None:
+    rebuild = (
+        "Build the package again for the Paddle that is installed:\n"
+        "    pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir paddle-fused-attention\n"
+        "(or, in a source checkout: pip install --no-deps --no-build-isolation .)"
+    )
+    try:
+        from . import _build_info as build
+    except ImportError:
+        raise ImportError(f"paddle_fused_attention has not been built. {rebuild}") from None
+    installed = (paddle.__version__, paddle.is_compiled_with_cuda())
+    built_for = (build.PADDLE_VERSION, build.WITH_CUDA)
+    if installed != built_for:
+        kinds = {True: "with CUDA", False: "for the CPU"}
+        raise ImportError(
+            f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that is installed is "
+            f"{installed[0]} {kinds[installed[1]]}. {rebuild}"
+        )
+    libraries = glob(str(Path(__file__).with_name("_C*.so")))
+    if not libraries:
+        raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {rebuild}")
+    # By itself, Paddle's function of this name in utils.cpp_extension would require setuptools at run time.
+    registered = paddle.base.core.load_op_meta_info_and_register_op(libraries[0])
+    holder = paddle.base.framework.OpProtoHolder.instance()
+    if paddle.__version__.startswith("2."):
+        holder.update_op_proto()
+    else:
+        holder.update_op_proto(registered)
+
+
+_load()
+
+_run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
+_absent: Any = None
+
+
+def _absent_eager() -> Any:
+    """The placeholder of absent inputs in dygraph. The kernels never read it, so one on the CPU serves every device."""
+    global _absent
+    if _absent is None:
+        _absent = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
+    return _absent
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float64 as an int64: custom operators have no float64 attribute on Paddle 2.6."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _raise_checked(error: Exception) -> NoReturn:
+    """Raises what the operator's checks found as ValueError or TypeError, anything else as it is."""
+    found = _ERROR.search(str(error))
+    if found is None:
+        raise error
+    raise _ERROR_TYPES[found.group(1)](found.group(2)) from None
+
+
+def fused_attention(
+    inputs: Sequence[Any],
+    *,
+    is_test: bool,
+    switches: int,
+    pre_ln_epsilon: float,
+    ln_epsilon: float,
+    dropout_rate: float,
+    attn_dropout_rate: float,
+    seed: int,
+) -> Any:
+    """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out."""
+    present = 0
+    needs_grad = 0
+    if in_dynamic_mode():
+        tensors = list(inputs)
+        absent = _absent_eager()
+        for i, tensor in enumerate(inputs):
+            if tensor is None:
+                tensors[i] = absent
+                continue
+            present |= 1 << i
+            if not tensor.stop_gradient:
+                needs_grad |= 1 << i
+        if not paddle.is_grad_enabled():
+            needs_grad = 0
+        if needs_grad and not is_test:
+            switches |= SAVE_FOR_BACKWARD
+    else:
+        switches |= SAVE_FOR_BACKWARD
+        for i, value in enumerate(inputs):
+            if value is None:
+                continue
+            present |= 1 << i
+            # Of all that may be differentiated later only a frozen parameter is known not to be.
+            if not (getattr(value, "persistable", False) and value.stop_gradient):
+                needs_grad |= 1 << i
+    attributes = (
+        bool(is_test),
+        switches,
+        present,
+        needs_grad,
+        float_bits(pre_ln_epsilon),
+        float_bits(ln_epsilon),
+        float_bits(dropout_rate),
+        float_bits(attn_dropout_rate),
+        seed,
+    )
+    try:
+        if in_dynamic_mode():
+            return _run_custom_op(OP_TYPE, *tensors, *attributes)[0]
+        if in_dynamic_or_pir_mode():
+            return _call_pir(inputs, attributes)
+        return _append_to_program(inputs, attributes)
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        _raise_checked(error)
+
+
+def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
+    absent = None
+    values = []
+    for value in inputs:
+        if value is None:
+            if absent is None:
+                absent = paddle.full([1], 0.0, dtype="float32")
+                absent.stop_gradient = True
+            value = absent
+        values.append(value)
+    return _run_custom_op(OP_TYPE, *values, *attributes)[0]
+
+
+def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
+    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set, so such
+    inputs, and placeholders, go in as copies without it."""
+    from paddle.base.layer_helper import LayerHelper
+
+    helper = LayerHelper(OP_TYPE)
+    variables = {}
+    for name, value in zip(INPUT_NAMES, inputs):
+        if value is None:
+            value = paddle.full([1], 0.0, dtype="float32")
+            value.stop_gradient = False
+        elif value.stop_gradient:
+            value = paddle.assign(value)
+            value.stop_gradient = False
+        variables[name] = [value]
+    out = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)
+    saved = helper.create_variable_for_type_inference(dtype="uint8")
+    helper.append_op(
+        type=OP_TYPE,
+        inputs=variables,
+        outputs={"Out": [out], "Saved": [saved]},
+        attrs=dict(zip(ATTRIBUTE_NAMES, attributes)),
+    )
+    return out

@@ -1,0 +1,165 @@
+"""The fused attention block as a function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from . import _op
+
+_MODES = ("upscale_in_train", "downscale_in_infer")
+_SEED_RANGE = (-(2**63), 2**63)
+
+
+def _check_tensor(name: str, value: Any, required: bool = False) -> None:
+    if value is None:
+        if required:
+            raise TypeError(f"{name}: expected a Tensor, got None")
+        return
+    if not isinstance(value, _TENSOR_TYPES):
+        raise TypeError(f"{name}: expected a Tensor{'' if required else ' or None'}, got {type(value).__name__}")
+
+
+def _tensor_types() -> tuple:
+    types = [paddle.Tensor, paddle.static.Variable]
+    pir = getattr(paddle, "pir", None)
+    if hasattr(pir, "Value"):
+        types.append(pir.Value)
+    return tuple(types)
+
+
+_TENSOR_TYPES = _tensor_types()
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> float:
+    expected = f"a number in [{low:g}, {high:g}]" if high != float("inf") else f"a number of at least {low:g}"
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    number = float(value)
+    if not low <= number <= high or number == float("inf"):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number
+
+
+def fused_multi_head_attention(
+    x: paddle.Tensor,
+    qkv_weight: paddle.Tensor,
+    linear_weight: paddle.Tensor,
+    pre_layer_norm: bool = False,
+    pre_ln_scale: paddle.Tensor | None = None,
+    pre_ln_bias: paddle.Tensor | None = None,
+    ln_scale: paddle.Tensor | None = None,
+    ln_bias: paddle.Tensor | None = None,
+    pre_ln_epsilon: float = 1e-5,
+    qkv_bias: paddle.Tensor | None = None,
+    linear_bias: paddle.Tensor | None = None,
+    attn_mask: paddle.Tensor | None = None,
+    dropout_rate: float = 0.5,
+    attn_dropout_rate: float = 0.5,
+    ln_epsilon: float = 1e-5,
+    name: str | None = None,
+    *,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    final_layer_norm: bool = True,
+    add_residual: bool = True,
+    causal: bool = False,
+    seed: int | None = None,
+) -> paddle.Tensor:
+    """Self-attention with everything around it as one operator, differentiable, in dygraph and in static graphs.
+
+    With W the ``qkv_weight`` read as ``[3 * num_heads * head_dim, embed_dim]``::
+
+        h   = layer_norm(x; pre_ln_*) if pre_layer_norm else x
+        qkv = h @ W^T + qkv_bias
+        p   = softmax(q @ k^T / sqrt(head_dim) + attn_mask)
+        y   = dropout(p, attn_dropout_rate) @ v @ linear_weight + linear_bias
+        z   = (x if add_residual else 0) + dropout(y, dropout_rate)
+        out = layer_norm(z; ln_*) if final_layer_norm else z
+
+    The parameters up to ``name`` are those of Paddle's pull request #36498, which always has the final layer norm.
+
+    Args:
+        x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
+        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x.
+        linear_weight: ``[embed_dim, embed_dim]``, dtype of x.
+        pre_layer_norm: Whether x is layer-normalised before the QKV projection.
+        pre_ln_scale, pre_ln_bias: ``[embed_dim]``, dtype of x, or float32 for a 16-bit x. None: 1 and 0. Unused without
+            ``pre_layer_norm``.
+        ln_scale, ln_bias: The same for the final layer norm. Unused without ``final_layer_norm``.
+        pre_ln_epsilon, ln_epsilon: Added to the variance.
+        qkv_bias: ``[3, num_heads, head_dim]``, dtype of x, or None.
+        linear_bias: ``[embed_dim]``, dtype of x, or None.
+        attn_mask: Any shape that broadcasts to ``[batch, num_heads, seq_len, seq_len]``, read in place. A float mask, of any float
+            dtype, is added to the scores; True or a nonzero integer keeps a key and False or 0 hides it, as -inf does. A query that
+            may see no key gives zeros. The mask gets no gradient.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element, in [0, 1], exact to 2^-16.
+        name: Unused; there for the sake of Paddle's convention.
+        training: Without it nothing is dropped and nothing is kept for the gradient, which is then computed from x anew.
+        mode: "upscale_in_train": what is kept is divided by ``1 - rate`` in training. "downscale_in_infer": everything is
+            multiplied by ``1 - rate`` outside training.
+        final_layer_norm: Whether the sum is layer-normalised.
+        add_residual: Whether x is added.
+        causal: Whether query i sees the keys up to i only; together with a mask, both apply.
+        seed: Fixes the dropout masks; None draws from Paddle's generator, which ``paddle.seed`` sets.
+
+    Returns:
+        ``[batch, seq_len, embed_dim]``, dtype of x.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape or a number does not fit.
+    """
+    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
+        _check_tensor(argument, value, required=True)
+    for argument, value in (
+        ("pre_ln_scale", pre_ln_scale),
+        ("pre_ln_bias", pre_ln_bias),
+        ("ln_scale", ln_scale),
+        ("ln_bias", ln_bias),
+        ("qkv_bias", qkv_bias),
+        ("linear_bias", linear_bias),
+        ("attn_mask", attn_mask),
+    ):
+        _check_tensor(argument, value)
+    pre_ln_epsilon = _check_number("pre_ln_epsilon", pre_ln_epsilon, 0.0, float("inf"))
+    ln_epsilon = _check_number("ln_epsilon", ln_epsilon, 0.0, float("inf"))
+    dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
+    attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
+    if mode not in _MODES:
+        raise ValueError(f"mode: expected {_MODES[0]!r} or {_MODES[1]!r}, got {mode!r}")
+    if seed is not None:
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise TypeError(f"seed: expected an int or None, got {seed!r}")
+        if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
+            raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+
+    switches = 0
+    if pre_layer_norm:
+        switches |= _op.PRE_LAYER_NORM
+    else:
+        pre_ln_scale = pre_ln_bias = None
+    if final_layer_norm:
+        switches |= _op.FINAL_LAYER_NORM
+    else:
+        ln_scale = ln_bias = None
+    if add_residual:
+        switches |= _op.ADD_RESIDUAL
+    if causal:
+        switches |= _op.CAUSAL
+    if mode == "upscale_in_train":
+        switches |= _op.UPSCALE_IN_TRAIN
+    if seed is not None:
+        switches |= _op.FIXED_SEED
+
+    return _op.fused_attention(
+        (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask),
+        is_test=not training,
+        switches=switches,
+        pre_ln_epsilon=pre_ln_epsilon,
+        ln_epsilon=ln_epsilon,
+        dropout_rate=dropout_rate,
+        attn_dropout_rate=attn_dropout_rate,
+        seed=0 if seed is None else int(seed),
+    )

@@ -1,0 +1,306 @@
+"""The fused attention block as a layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from .functional import _check_number, fused_multi_head_attention
+from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+
+
+def _named(attr: Any, suffix: str) -> Any:
+    """The attribute for one of several parameters: a name of the user's, which must be unique, gets a suffix."""
+    if not isinstance(attr, paddle.ParamAttr) or attr.name is None:
+        return attr
+    attr = copy.copy(attr)
+    attr.name = f"{attr.name}.{suffix}"
+    return attr
+
+
+def _check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+class FusedMultiHeadAttention(nn.Layer):
+    """Self-attention with layer norm, projections, dropout and residual as one operator: see
+    :func:`fused_multi_head_attention` for the meaning.
+
+    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias``
+    [3, num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with ``normalize_before``
+    also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also ``ln_scale`` and ``ln_bias`` [embed_dim].
+
+    Args:
+        embed_dim: Width of the input and the output.
+        num_heads: A divisor of embed_dim.
+        dropout_rate: The probability of dropping an element of the output projection, in [0, 1].
+        attn_dropout_rate: The probability of dropping an element of the attention, in [0, 1].
+        kdim, vdim: None or embed_dim: only self-attention is fused.
+        normalize_before: Whether the input is layer-normalised before the QKV projection.
+        need_weights: Must be False: the attention weights are never stored.
+        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation, as for separate
+            projections. Layer-norm scales begin at one whatever it says.
+        bias_attr: ParamAttr of every bias, those of the layer norms included; False: no biases.
+        name: Prefix of the parameters' names.
+        epsilon: Of both layer norms.
+        final_layer_norm: Whether the sum with the residual is layer-normalised.
+        causal: Whether query i sees the keys up to i only.
+        add_residual: Whether the input is added to the output.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type, or does not fit.
+        NotImplementedError: ``need_weights``, or ``kdim`` or ``vdim`` other than embed_dim.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout_rate: float = 0.5,
+        attn_dropout_rate: float = 0.5,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        normalize_before: bool = False,
+        need_weights: bool = False,
+        weight_attr: Any = None,
+        bias_attr: Any = None,
+        name: str | None = None,
+        *,
+        epsilon: float = 1e-5,
+        final_layer_norm: bool = True,
+        causal: bool = False,
+        add_residual: bool = True,
+    ) -> None:
+        super().__init__(name_scope=name)
+        self.embed_dim = _check_count("embed_dim", embed_dim)
+        self.num_heads = _check_count("num_heads", num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        self.head_dim = embed_dim // num_heads
+        for argument, value in (("kdim", kdim), ("vdim", vdim)):
+            if value is not None and value != embed_dim:
+                raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
+        if need_weights:
+            raise NotImplementedError("need_weights: expected False, since the attention weights are never stored, got True")
+        self.kdim = self.vdim = embed_dim
+        self.need_weights = False
+        self.dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
+        self.attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
+        self.normalize_before = bool(normalize_before)
+        self.epsilon = _check_number("epsilon", epsilon, 0.0, float("inf"))
+        self.final_layer_norm = bool(final_layer_norm)
+        self.causal = bool(causal)
+        self.add_residual = bool(add_residual)
+
+        # The packed weight is three projections of [embed_dim, embed_dim]; its own four dimensions would give another fan.
+        xavier = nn.initializer.XavierUniform(fan_in=embed_dim, fan_out=embed_dim)
+        qkv_shape = [3, num_heads, self.head_dim, embed_dim]
+        self.qkv_weight = self.create_parameter(qkv_shape, _named(weight_attr, "qkv_weight"), default_initializer=xavier)
+        self.qkv_bias = self._create_bias(qkv_shape[:3], bias_attr, "qkv_bias")
+        self.linear_weight = self.create_parameter(
+            [embed_dim, embed_dim], _named(weight_attr, "linear_weight"), default_initializer=xavier
+        )
+        self.linear_bias = self._create_bias([embed_dim], bias_attr, "linear_bias")
+        self.pre_ln_scale = self._create_scale() if self.normalize_before else None
+        self.pre_ln_bias = self._create_bias([embed_dim], bias_attr, "pre_ln_bias") if self.normalize_before else None
+        self.ln_scale = self._create_scale() if self.final_layer_norm else None
+        self.ln_bias = self._create_bias([embed_dim], bias_attr, "ln_bias") if self.final_layer_norm else None
+
+    def _create_bias(self, shape: list[int], bias_attr: Any, suffix: str) -> Any:
+        if bias_attr is False:
+            return None
+        return self.create_parameter(shape, _named(bias_attr, suffix), is_bias=True)
+
+    def _create_scale(self) -> Any:
+        return self.create_parameter([self.embed_dim], default_initializer=nn.initializer.Constant(1.0))
+
+    def forward(
+        self,
+        query: paddle.Tensor,
+        key: paddle.Tensor | None = None,
+        value: paddle.Tensor | None = None,
+        attn_mask: paddle.Tensor | None = None,
+        cache: None = None,
+    ) -> paddle.Tensor:
+        """Applies the block to ``query``.
+
+        Args:
+            query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype.
+            key, value: None or the query itself.
+            attn_mask: As in :func:`fused_multi_head_attention`.
+            cache: Must be None.
+
+        Returns:
+            ``[batch, seq_len, embed_dim]``.
+
+        Raises:
+            NotImplementedError: key or value is not the query, or there is a cache.
+            TypeError, ValueError: See :func:`fused_multi_head_attention`.
+        """
+        for argument, tensor in (("key", key), ("value", value)):
+            if tensor is not None and tensor is not query:
+                raise NotImplementedError(
+                    f"{argument}: expected None or the query itself, of shape {list(query.shape)}, since only self-attention is "
+                    f"fused, got another tensor, of shape {list(getattr(tensor, 'shape', []))}"
+                )
+        if cache is not None:
+            raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
+        return fused_multi_head_attention(
+            query,
+            self.qkv_weight,
+            self.linear_weight,
+            self.normalize_before,
+            self.pre_ln_scale,
+            self.pre_ln_bias,
+            self.ln_scale,
+            self.ln_bias,
+            self.epsilon,
+            self.qkv_bias,
+            self.linear_bias,
+            attn_mask,
+            self.dropout_rate,
+            self.attn_dropout_rate,
+            self.epsilon,
+            training=self.training,
+            final_layer_norm=self.final_layer_norm,
+            add_residual=self.add_residual,
+            causal=self.causal,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout_rate={self.dropout_rate}, "
+            f"attn_dropout_rate={self.attn_dropout_rate}, normalize_before={self.normalize_before}, epsilon={self.epsilon}, "
+            f"final_layer_norm={self.final_layer_norm}, causal={self.causal}, add_residual={self.add_residual}, "
+            f"bias={self.linear_bias is not None}"
+        )
+
+    @classmethod
+    def from_multi_head_attention(
+        cls,
+        mha: nn.MultiHeadAttention,
+        norm: nn.LayerNorm | None = None,
+        normalize_before: bool = False,
+        *,
+        dropout_rate: float = 0.0,
+        causal: bool = False,
+        add_residual: bool = True,
+    ) -> FusedMultiHeadAttention:
+        """The block that a MultiHeadAttention and the layer norm beside it make up, with copies of their parameters.
+
+        Without ``normalize_before`` the layer computes ``norm(x + dropout(mha(x)))``, with it ``x + dropout(mha(norm(x)))``; where
+        ``norm`` is None there is no layer norm.
+
+        Args:
+            mha: A self-attention layer (kdim and vdim equal to embed_dim, need_weights False), with or without biases. Its dropout
+                becomes ``attn_dropout_rate``.
+            norm: A LayerNorm over embed_dim, with or without scale and bias, or None.
+            normalize_before: Where the layer norm stands.
+            dropout_rate: Of the output projection.
+            causal, add_residual: As in the constructor.
+
+        Raises:
+            TypeError: mha or norm is not of its class.
+            ValueError: The layer norm is over another shape, or only some projections have biases.
+            NotImplementedError: See the constructor.
+        """
+        if not isinstance(mha, nn.MultiHeadAttention):
+            raise TypeError(f"mha: expected a paddle.nn.MultiHeadAttention, got {type(mha).__name__}")
+        if norm is not None and not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"norm: expected a paddle.nn.LayerNorm or None, got {type(norm).__name__}")
+        if norm is not None and list(norm._normalized_shape) != [mha.embed_dim]:
+            raise ValueError(
+                f"norm: expected a layer norm over [{mha.embed_dim}], mha's embed_dim, got one over {list(norm._normalized_shape)}"
+            )
+        projections = (mha.q_proj, mha.k_proj, mha.v_proj, mha.out_proj)
+        biases = [projection.bias for projection in projections]
+        if any((bias is None) != (biases[0] is None) for bias in biases):
+            raise ValueError("mha: expected biases in all four projections or in none")
+        layer = cls(
+            mha.embed_dim,
+            mha.num_heads,
+            dropout_rate,
+            mha.dropout or 0.0,
+            mha.kdim,
+            mha.vdim,
+            normalize_before,
+            mha.need_weights,
+            epsilon=1e-5 if norm is None else norm._epsilon,
+            final_layer_norm=norm is not None and not normalize_before,
+            causal=causal,
+            add_residual=add_residual,
+        )
+        parameters = {
+            "qkv_weight": pack_qkv_weight(*(projection.weight for projection in projections[:3]), mha.num_heads),
+            "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases[:3], mha.num_heads),
+            "linear_weight": mha.out_proj.weight,
+            "linear_bias": mha.out_proj.bias,
+        }
+        prefix = "pre_ln" if normalize_before else "ln"
+        if layer.normalize_before or layer.final_layer_norm:
+            parameters[f"{prefix}_scale"] = None if norm is None else norm.weight
+            parameters[f"{prefix}_bias"] = None if norm is None else norm.bias
+        layer._assign(parameters)
+        layer.training = mha.training
+        return layer
+
+    def to_multi_head_attention(self) -> tuple[nn.MultiHeadAttention, nn.LayerNorm | None]:
+        """The inverse of :meth:`from_multi_head_attention`: the attention and its layer norm, or None, with copies of the parameters.
+
+        Raises:
+            ValueError: The layer has two layer norms, which no single LayerNorm can stand for.
+        """
+        if self.normalize_before and self.final_layer_norm:
+            raise ValueError(
+                "to_multi_head_attention: expected a layer with at most one layer norm, got normalize_before=True and "
+                "final_layer_norm=True"
+            )
+        has_bias = self.linear_bias is not None
+        mha = nn.MultiHeadAttention(
+            self.embed_dim, self.num_heads, self.attn_dropout_rate, bias_attr=None if has_bias else False
+        )
+        projections = (mha.q_proj, mha.k_proj, mha.v_proj)
+        for projection, weight in zip(projections, unpack_qkv_weight(self.qkv_weight)):
+            _set(projection.weight, weight)
+        _set(mha.out_proj.weight, self.linear_weight)
+        if has_bias:
+            for projection, bias in zip(projections, unpack_qkv_bias(self.qkv_bias)):
+                _set(projection.bias, bias)
+            _set(mha.out_proj.bias, self.linear_bias)
+        norm = None
+        if self.normalize_before or self.final_layer_norm:
+            scale, bias = (self.pre_ln_scale, self.pre_ln_bias) if self.normalize_before else (self.ln_scale, self.ln_bias)
+            norm = nn.LayerNorm(
+                self.embed_dim,
+                self.epsilon,
+                weight_attr=None if scale is not None else False,
+                bias_attr=None if bias is not None else False,
+            )
+            norm.training = self.training
+            for target, source in ((norm.weight, scale), (norm.bias, bias)):
+                if source is not None:
+                    _set(target, source)
+        mha.training = self.training
+        for projection in (*projections, mha.out_proj):
+            projection.training = self.training
+        return mha, norm
+
+    def _assign(self, parameters: dict[str, Any]) -> None:
+        """Copies values into parameters, and removes those whose value is None."""
+        for name, value in parameters.items():
+            if value is None:
+                setattr(self, name, None)
+            else:
+                _set(getattr(self, name), value)
+
+
+def _set(parameter: paddle.Tensor, value: paddle.Tensor) -> None:
+    parameter.set_value(value.astype(parameter.dtype).numpy())
+    parameter.stop_gradient = value.stop_gradient
