@@ -50,7 +50,7 @@ UPSCALE_IN_TRAIN = 16
 SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
 
-_ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): ([^\n]*)")
+_ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
 
 
@@ -165,8 +165,6 @@ def fused_attention(
         if in_dynamic_or_pir_mode():
             return _call_pir(inputs, attributes)
         return _append_to_program(inputs, attributes)
-    except (ValueError, TypeError):
-        raise
     except Exception as error:
         _raise_checked(error)
 
