@@ -1,0 +1,131 @@
+// Attention, backward: d_q, d_k, d_v from d_out, with the probabilities computed anew from q, k and the saved log-sum-exp.
+//
+// With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
+// dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q.
+#include "core/cuda/attention_launch.h"
+#include "core/cuda/attention_mma.cuh"
+#include "core/cuda/attention_plain.cuh"
+#include "core/cuda/stages.h"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole tiles of any kernel
+
+// A warp per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which make probabilities 0.
+template <class T, class Acc>
+__global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs args) {
+  const int64_t index = blockIdx.x * int64_t{8} + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (index >= args.batch * args.num_heads * args.rows_padded) return;
+  const int row = static_cast<int>(index % args.rows_padded);
+  const HeadIndex h = head_index(args, index / args.rows_padded);
+  Acc delta = 0;
+  Acc lse2 = infinity<Acc>();
+  if (row < args.seq_len) {
+    const T* out = out_head<T>(args, args.out, h) + row * args.heads_dim();
+    const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h) + row * args.heads_dim();
+    if (args.vectors) {
+      constexpr int kVector = 16 / sizeof(T);
+      struct alignas(16) Vector { T v[kVector]; };
+      for (int d = lane * kVector; d < args.head_dim; d += 32 * kVector) {
+        const Vector a = *reinterpret_cast<const Vector*>(out + d);
+        const Vector b = *reinterpret_cast<const Vector*>(d_out + d);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) delta += widen<Acc>(a.v[e]) * widen<Acc>(b.v[e]);
+      }
+    } else {
+      for (int d = lane; d < args.head_dim; d += 32) delta += widen<Acc>(out[d]) * widen<Acc>(d_out[d]);
+    }
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
+    lse2 = static_cast<const Acc*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] * static_cast<Acc>(kLog2e);
+  }
+  if (lane == 0) {
+    static_cast<Acc*>(args.delta)[index] = delta;
+    static_cast<Acc*>(args.lse2)[index] = lse2;
+  }
+}
+
+template <class T, class Acc>
+void backward_rows(const Context& context, const AttentionArgs& args) {
+  launch(context, "attention_backward_rows", attention_backward_rows<T, Acc>,
+         ceil_div(args.batch * args.num_heads * args.rows_padded, 8), 256, 0, args);
+}
+
+template <class T, class Acc>
+void backward_plain(const Context& context, const AttentionArgs& args) {
+  backward_rows<T, Acc>(context, args);
+  with_head_dim<64, 128, 256>(args.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
+    launch(context, "attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim>, blocks, plain::kThreads, 0,
+           args);
+    launch(context, "attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, blocks, plain::kThreads, 0,
+           args);
+  });
+}
+
+template <class T>
+void backward_mma(const Context& context, const AttentionArgs& args) {
+  backward_rows<T, float>(context, args);
+  with_head_dim<64, 96, 128, 192, 256>(args.head_dim, [&](auto head_dim) {
+    with_bool(args.mask.data || args.drops, [&](auto general) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      constexpr bool kGeneral = decltype(general)::value;
+      using Shape = tensor::BackwardShape<kHeadDim>;
+      const int64_t blocks = ceil_div(args.seq_len, Shape::kOuter) * args.batch * args.num_heads;
+      const auto run = [&](const char* name, void (*kernel)(AttentionArgs)) {
+        launch(context, name, kernel, blocks, tensor::kThreads, Shape::kSharedBytes, args);
+      };
+      if constexpr (Shape::kSplit) {
+        run("attention_backward_kv_mma", tensor::attention_backward_kv_mma<T, kHeadDim, kGeneral, true, false>);
+        run("attention_backward_kv_mma", tensor::attention_backward_kv_mma<T, kHeadDim, kGeneral, false, true>);
+      } else {
+        run("attention_backward_kv_mma", tensor::attention_backward_kv_mma<T, kHeadDim, kGeneral, true, true>);
+      }
+      run("attention_backward_q_mma", tensor::attention_backward_q_mma<T, kHeadDim, kGeneral>);
+    });
+  });
+}
+
+template <class T>
+void backward_16bit(const Context& context, const AttentionArgs& args) {
+  if (context.compute_capability >= 80) {
+    backward_mma<T>(context, args);
+  } else {
+    backward_plain<T, float>(context, args);
+  }
+}
+
+int64_t padded_rows(const Params& p) { return ceil_div(p.seq_len, kRowMultiple) * kRowMultiple; }
+
+}  // namespace
+
+size_t attention_workspace_bytes(const Context&, const Params& p, bool backward) {
+  if (!backward) return 0;
+  return 2 * size_of(accumulator_of(p.dtype)) * p.batch * p.num_heads * padded_rows(p);
+}
+
+void attention_backward(Context& context, const Params& p) {
+  if (p.rows() == 0) return;
+  AttentionArgs args = attention_args(p);
+  const int64_t rows = padded_rows(p);
+  args.rows_padded = static_cast<int>(rows);
+  args.delta = p.stage_workspace;
+  args.lse2 = static_cast<char*>(p.stage_workspace) + size_of(accumulator_of(p.dtype)) * p.batch * p.num_heads * rows;
+  switch (p.dtype) {
+    case DType::kFloat16:
+      return backward_16bit<__half>(context, args);
+    case DType::kBFloat16:
+      return backward_16bit<__nv_bfloat16>(context, args);
+    case DType::kFloat64:
+      return backward_plain<double, double>(context, args);
+    default:
+      return backward_plain<float, float>(context, args);
+  }
+}
+
+}  // namespace cuda
+}  // namespace pfa

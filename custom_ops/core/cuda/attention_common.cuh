@@ -1,0 +1,164 @@
+// What all attention kernels share: their arguments, the mask, the dropout bits, and small conversions.
+//
+// Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for exp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cfloat>
+#include <cmath>
+
+#include "core/cuda/context.h"
+#include "core/params.h"
+#include "core/philox.h"
+
+namespace pfa {
+namespace cuda {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Everything a kernel reads of Params, by value. Rows of q, k, v are token_stride elements apart: [B, S, 3, H, D].
+struct AttentionArgs {
+  const void* qkv;
+  void* out;          // [B, S, H, D]
+  void* log_sum_exp;  // [B, H, S], or null: not wanted
+  const uint64_t* random_state;
+  Mask mask;
+  int64_t batch;
+  int64_t num_heads;
+  int seq_len;
+  int head_dim;
+  bool causal;
+  bool vectors;         // rows start at multiples of 16 bytes
+  uint32_t drop_limit;  // an element is kept when its 16-bit number << 16 exceeds this; unused where `drops` is false
+  bool drops;
+  double score_scale;  // D^-0.5
+  double drop_scale;
+
+  const void* d_out;  // [B, S, H, D]
+  void* d_qkv;        // [B, S, 3, H, D]
+  void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
+  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
+  float* dq_sum;      // float32 sums of d_q where several blocks add to them, or null
+  int rows_padded;    // seq_len rounded up to the tile of queries
+
+  __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
+  __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }
+};
+
+inline AttentionArgs attention_args(const Params& p) {
+  AttentionArgs a{};
+  a.qkv = p.qkv;
+  a.out = p.attn_out;
+  a.log_sum_exp = p.log_sum_exp;
+  a.random_state = p.random_state;
+  a.mask = p.mask;
+  a.batch = p.batch;
+  a.num_heads = p.num_heads;
+  a.seq_len = static_cast<int>(p.seq_len);
+  a.head_dim = static_cast<int>(p.head_dim);
+  a.causal = p.causal;
+  a.vectors = p.head_dim * size_of(p.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(p.qkv) % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(p.attn_out) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_attn_out) % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(p.d_qkv) % 16 == 0;
+  a.drops = p.attn_dropout.threshold > 0;
+  a.drop_limit = (p.attn_dropout.threshold << 16) - 1;
+  a.score_scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  a.drop_scale = p.attn_dropout.scale;
+  a.d_out = p.d_attn_out;
+  a.d_qkv = p.d_qkv;
+  return a;
+}
+
+// Where a block finds the head it works on.
+struct HeadIndex {
+  int64_t batch;
+  int64_t head;
+  uint32_t flat;  // batch * H + head
+};
+
+__device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, int64_t flat) {
+  return {flat / a.num_heads, flat % a.num_heads, static_cast<uint32_t>(flat)};
+}
+
+// `which` 0, 1, 2: q, k, v (or their gradients) of a head, at token 0.
+template <class T>
+__device__ __forceinline__ T* qkv_head(const AttentionArgs& a, void* base, const HeadIndex& h, int which) {
+  return static_cast<T*>(base) + h.batch * a.seq_len * a.token_stride() + which * a.heads_dim() + h.head * a.head_dim;
+}
+
+template <class T>
+__device__ __forceinline__ T* out_head(const AttentionArgs& a, void* base, const HeadIndex& h) {
+  return static_cast<T*>(base) + h.batch * a.seq_len * a.heads_dim() + h.head * a.head_dim;
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(T value) { return static_cast<float>(value); }
+template <>
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+template <>
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class Acc, class T>
+__device__ __forceinline__ Acc widen(T value) { return static_cast<Acc>(to_float(value)); }
+template <>
+__device__ __forceinline__ double widen<double, double>(double value) { return value; }
+
+template <class T, class Acc>
+__device__ __forceinline__ T narrow(Acc value) { return static_cast<T>(value); }
+template <>
+__device__ __forceinline__ __half narrow<__half, float>(float value) { return __float2half(value); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) { return __float2bfloat16(value); }
+
+template <class Acc>
+__device__ __forceinline__ Acc infinity() { return static_cast<Acc>(INFINITY); }
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+
+__device__ __forceinline__ float lowest_of(float) { return -FLT_MAX; }
+__device__ __forceinline__ double lowest_of(double) { return -DBL_MAX; }
+
+// What a mask element adds to a score in log2 units. Finite values stay finite: only -inf, false and 0 forbid a key.
+template <class Acc>
+__device__ __forceinline__ Acc additive_mask(Acc value) {
+  const Acc scaled = value * static_cast<Acc>(kLog2e);
+  return value == -infinity<Acc>() ? value : (max(scaled, lowest_of(value)));
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc mask_log2(const Mask& mask, int64_t index) {
+  switch (mask.dtype) {
+    case DType::kFloat32:
+      return additive_mask(static_cast<Acc>(static_cast<const float*>(mask.data)[index]));
+    case DType::kFloat64:
+      return additive_mask(static_cast<Acc>(static_cast<const double*>(mask.data)[index]));
+    case DType::kFloat16:
+      return additive_mask(widen<Acc>(static_cast<const __half*>(mask.data)[index]));
+    case DType::kBFloat16:
+      return additive_mask(widen<Acc>(static_cast<const __nv_bfloat16*>(mask.data)[index]));
+    case DType::kInt16:
+      return static_cast<const int16_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+    case DType::kInt32:
+      return static_cast<const int32_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+    case DType::kInt64:
+      return static_cast<const int64_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+    default:
+      return static_cast<const uint8_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+  }
+}
+
+__device__ __forceinline__ PhiloxState attention_philox(const AttentionArgs& a) {
+  return philox_state(a.random_state[0], a.random_state[1], DropoutStage::kAttention);
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,61 @@
+// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the kernel.
+#include "core/cuda/attention_launch.h"
+#include "core/cuda/attention_mma.cuh"
+#include "core/cuda/attention_plain.cuh"
+#include "core/cuda/stages.h"
+
+namespace pfa {
+namespace cuda {
+namespace {
+
+template <class T, class Acc>
+void forward_plain(const Context& context, const AttentionArgs& args) {
+  with_head_dim<64, 128, 256>(args.head_dim, [&](auto head_dim) {
+    const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
+    launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>, blocks,
+           plain::kThreads, 0, args);
+  });
+}
+
+template <class T>
+void forward_mma(const Context& context, const AttentionArgs& args) {
+  with_head_dim<64, 96, 128, 192, 256>(args.head_dim, [&](auto head_dim) {
+    with_bool(args.mask.data || args.drops, [&](auto general) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      constexpr bool kGeneral = decltype(general)::value;
+      using Shape = tensor::ForwardShape<kHeadDim>;
+      const int64_t blocks = ceil_div(args.seq_len, Shape::kQueries) * args.batch * args.num_heads;
+      launch(context, "attention_forward_mma", tensor::attention_forward_mma<T, kHeadDim, kGeneral>, blocks, tensor::kThreads,
+             Shape::kSharedBytes, args);
+    });
+  });
+}
+
+template <class T>
+void forward_16bit(const Context& context, const AttentionArgs& args) {
+  if (context.compute_capability >= 80) {
+    forward_mma<T>(context, args);
+  } else {
+    forward_plain<T, float>(context, args);
+  }
+}
+
+}  // namespace
+
+void attention_forward(Context& context, const Params& p) {
+  const AttentionArgs args = attention_args(p);
+  if (p.rows() == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat16:
+      return forward_16bit<__half>(context, args);
+    case DType::kBFloat16:
+      return forward_16bit<__nv_bfloat16>(context, args);
+    case DType::kFloat64:
+      return forward_plain<double, double>(context, args);
+    default:
+      return forward_plain<float, float>(context, args);
+  }
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,112 @@
+// The 16 x 16 pieces of a tile that one warp holds as tensor-core accumulators, and what attention does to them.
+//
+// Of such a piece lane 4 g + t (g < 8, t < 4) holds eight numbers c[0..7]: c[e] lies in row g + 8 * (e / 2 % 2) and column
+// 2 t + e % 2 + 8 * (e / 4). The forward pass has queries as rows ("rows are queries"); the gradients of keys and values have
+// keys as rows, so that P^T and dS^T can be operands from registers.
+#pragma once
+
+#include <type_traits>
+
+#include "core/cuda/attention_common.cuh"
+
+namespace pfa {
+namespace cuda {
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same<T, __half>::value) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+__device__ __forceinline__ int lane_row(int e) { return static_cast<int>(threadIdx.x % 32 / 4) + e / 2 % 2 * 8; }
+__device__ __forceinline__ int lane_column(int e) { return static_cast<int>(threadIdx.x % 4) * 2 + e % 2 + e / 4 * 8; }
+
+// Which of the eight elements dropout keeps, where rows are queries: i0 and j0 are the piece's first query and key.
+__device__ __forceinline__ void kept_by_query(const AttentionArgs& args, PhiloxState key, uint32_t head, int i0, int j0,
+                                              bool (&kept)[8]) {
+  const uint32_t lane = threadIdx.x % 32;
+  const PhiloxWords words = philox(key, static_cast<uint32_t>(j0) / 4 + lane % 4, static_cast<uint32_t>(i0) / 2 + lane / 4, head);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const uint32_t word = words.w[e / 2 % 2 * 2 + e / 4];
+    kept[e] = (e % 2 ? word : word << 16) > args.drop_limit;
+  }
+}
+
+// The same where rows are keys. A call of Philox covers one query and two neighbouring keys; this lane needs two queries and one
+// key, so it makes the call for one of the queries and trades halves with the lane that holds the neighbouring key.
+__device__ __forceinline__ void kept_by_key(const AttentionArgs& args, PhiloxState key, uint32_t head, int j0, int i0,
+                                            bool (&kept)[8]) {
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t g = lane / 4;
+  const bool odd = g % 2;
+  const PhiloxWords words =
+      philox(key, static_cast<uint32_t>(j0) / 4 + g / 2, static_cast<uint32_t>(i0) / 2 + lane % 4 * 2 + (odd ? 1 : 0), head);
+  const uint32_t mine = odd ? 0x7632 : 0x5410;
+  const uint32_t theirs = odd ? 0x5410 : 0x7632;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t own = __byte_perm(words.w[2 * half], words.w[2 * half + 1], mine);
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(words.w[2 * half], words.w[2 * half + 1], theirs), 4);
+    const uint32_t first = odd ? other : own;   // query 2 t
+    const uint32_t second = odd ? own : other;  // query 2 t + 1
+    kept[4 * half + 0] = (first << 16) > args.drop_limit;
+    kept[4 * half + 1] = (second << 16) > args.drop_limit;
+    kept[4 * half + 2] = (first & 0xFFFF0000u) > args.drop_limit;
+    kept[4 * half + 3] = (second & 0xFFFF0000u) > args.drop_limit;
+  }
+}
+
+// Adds the mask, in log2 units, to eight scores. Elements outside of seq_len read the last row or column instead.
+template <bool kRowsAreKeys>
+__device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0, float (&scores)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int row = min(row0 + lane_row(e), args.seq_len - 1);
+    const int column = min(column0 + lane_column(e), args.seq_len - 1);
+    const int i = kRowsAreKeys ? column : row;
+    const int j = kRowsAreKeys ? row : column;
+    scores[e] += mask_log2<float>(args.mask, mask_offset + i * args.mask.strides[2] + j * args.mask.strides[3]);
+  }
+}
+
+// Stores 16 rows that a warp holds as accumulators of 8 columns each, through the warp's own 16 rows of shared memory (kStride
+// elements apart), as whole vectors.
+template <class T, int kHeadDim, int kStride>
+__device__ __forceinline__ void store_rows(const float (&sums)[kHeadDim / 8][4], float factor0, float factor1, T* shared, T* to,
+                                           int64_t stride, int row0, const AttentionArgs& args) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+    T* place = shared + lane / 4 * kStride + 8 * n + lane % 4 * 2;
+    *reinterpret_cast<uint32_t*>(place) = pack<T>(sums[n][0] * factor0, sums[n][1] * factor0);
+    *reinterpret_cast<uint32_t*>(place + 8 * kStride) = pack<T>(sums[n][2] * factor1, sums[n][3] * factor1);
+  }
+  __syncwarp();
+  if (args.vectors) {
+    constexpr int kVectors = kHeadDim / 8;
+#pragma unroll
+    for (int i = lane; i < 16 * kVectors; i += 32) {
+      const int row = i / kVectors;
+      const int d = i % kVectors * 8;
+      if (row0 + row < args.seq_len && d < args.head_dim) {
+        *reinterpret_cast<uint4*>(to + (row0 + row) * stride + d) = *reinterpret_cast<const uint4*>(shared + row * kStride + d);
+      }
+    }
+  } else {
+    for (int i = lane; i < 16 * kHeadDim; i += 32) {
+      const int row = i / kHeadDim;
+      const int d = i % kHeadDim;
+      if (row0 + row < args.seq_len && d < args.head_dim) to[(row0 + row) * stride + d] = shared[row * kStride + d];
+    }
+  }
+  __syncwarp();
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,48 @@
+// Host side that the attention stages share: launching, and the choice of a kernel by head dim.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <string>
+#include <type_traits>
+
+#include "core/cuda/context.h"
+
+namespace pfa {
+namespace cuda {
+
+template <class... Args>
+void launch(const Context& context, const char* name, void (*kernel)(Args...), int64_t blocks, int threads, size_t shared_bytes,
+            const typename std::common_type<Args>::type&... args) {
+  if (blocks > INT_MAX) throw std::runtime_error(std::string(name) + ": too many blocks: " + std::to_string(blocks));
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, context.stream>>>(args...);
+  check_launch(name);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f with the smallest of the head dims in `kHeadDims` that is at least head_dim, as a std::integral_constant.
+template <int kFirst, int... kOthers, class F>
+void with_head_dim(int64_t head_dim, F&& f) {
+  if constexpr (sizeof...(kOthers) > 0) {
+    if (head_dim > kFirst) return with_head_dim<kOthers...>(head_dim, static_cast<F&&>(f));
+  }
+  if (head_dim > kFirst) throw std::runtime_error("attention: head_dim up to 256 is expected, got " + std::to_string(head_dim));
+  f(std::integral_constant<int, kFirst>{});
+}
+
+template <class F>
+void with_bool(bool value, F&& f) {
+  if (value) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
+
+}  // namespace cuda
+}  // namespace pfa
