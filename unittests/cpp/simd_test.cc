@@ -1,0 +1,104 @@
+// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, and Philox on vectors against
+// the scalar one.
+#include "core/cpu/system_headers.h"
+
+#define PFA_ISA test
+#define PFA_VECTOR_BYTES 16
+#include "core/cpu/simd.h"
+
+#include <cstdio>
+#include <random>
+
+namespace {
+
+using namespace pfa;
+using namespace pfa::cpu::test;
+
+int failures = 0;
+
+void expect(bool condition, const char* what, double at) {
+  if (condition) return;
+  if (++failures <= 20) std::printf("%s fails at %.9g\n", what, at);
+}
+
+// The value of a 16-bit float from its definition.
+double value_of(uint16_t bits, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1.0 : 1.0;
+  if (exponent == (1 << exponent_bits) - 1) {
+    return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+}
+
+template <class T>
+void test_16bit(int exponent_bits, int mantissa_bits) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const T half{static_cast<uint16_t>(bits)};
+    const float wide = to_float(half);
+    const double expected = value_of(half.bits, exponent_bits, mantissa_bits);
+    expect(wide == expected || (std::isnan(wide) && std::isnan(expected)), "to_float", bits);
+    const T back = from_float<T>(wide);
+    expect(std::isnan(wide) ? std::isnan(to_float(back)) : back.bits == half.bits, "from_float of an exact value", bits);
+  }
+  // Of every two neighbours of one sign: the middle goes to the even one, and to either side of it to the nearer.
+  for (uint32_t bits = 0; bits + 1 < (((1u << exponent_bits) - 1) << mantissa_bits); ++bits) {
+    const double low = value_of(bits, exponent_bits, mantissa_bits);
+    const double high = value_of(bits + 1, exponent_bits, mantissa_bits);
+    const float middle = static_cast<float>((low + high) / 2);
+    if (middle != (low + high) / 2) continue;  // below float32's own precision
+    const uint16_t even = bits & 1 ? bits + 1 : bits;
+    expect(from_float<T>(middle).bits == even, "from_float of a middle", middle);
+    const float infinity = std::numeric_limits<float>::infinity();
+    if (std::nextafter(middle, 0.0f) > low) {
+      expect(from_float<T>(std::nextafter(middle, 0.0f)).bits == bits, "from_float below a middle", middle);
+      expect(from_float<T>(std::nextafter(middle, infinity)).bits == bits + 1, "from_float above a middle", middle);
+    }
+    expect(from_float<T>(-middle).bits == (even | 0x8000), "from_float of a negative middle", -middle);
+  }
+}
+
+template <class A>
+void test_exp(A lowest, double units) {
+  std::mt19937_64 random(1);
+  std::uniform_real_distribution<double> uniform(lowest, 0.5);
+  for (int i = 0; i < 200000; ++i) {
+    const A x = static_cast<A>(uniform(random));
+    const A got = vexp(broadcast(x))[0];
+    const long double expected = std::exp(static_cast<long double>(x));
+    const A rounded = static_cast<A>(expected);
+    const long double unit = std::nextafter(rounded, std::numeric_limits<A>::infinity()) - rounded;
+    expect(std::fabs(got - expected) <= units * unit, "exp", x);
+  }
+  const A infinity = std::numeric_limits<A>::infinity();
+  expect(vexp(broadcast(-infinity))[0] == 0, "exp(-inf)", 0);
+  expect(vexp(broadcast(A(0)))[0] == 1, "exp(0)", 0);
+  expect(vexp(broadcast(A(-1e30)))[0] == 0, "exp of a large negative number", 0);
+  expect(std::isnan(vexp(broadcast(std::numeric_limits<A>::quiet_NaN()))[0]), "exp(NaN)", 0);
+}
+
+void test_philox() {
+  const PhiloxState state = philox_state(0x123456789ABCDEFull, 0x1FFFFFFFFull, DropoutStage::kOutput);
+  const Vec<uint32_t> c0 = lane_numbers() * 0x9E3779B9u;
+  const Vec<uint32_t> c1 = lane_numbers() + 0xFFFFFFFDu;
+  const PhiloxVectors got = philox_vector(state, c0, c1, 77);
+  for (int lane = 0; lane < kLanes<uint32_t>; ++lane) {
+    const PhiloxWords expected = philox(state, c0[lane], c1[lane], 77);
+    for (int word = 0; word < 4; ++word) expect(got.w[word][lane] == expected.w[word], "philox_vector", lane);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_16bit<Float16>(5, 10);
+  test_16bit<BFloat16>(8, 7);
+  test_exp<float>(-86.9f, 2.0);
+  test_exp<double>(-707.0, 2.0);
+  test_philox();
+  if (failures) std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}
