@@ -26,7 +26,8 @@ UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 class Mask:
     """A mask to draw: its shape in letters and ones, e.g. "B1SS", its dtype, and what it holds.
 
-    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, half of it -inf).
+    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, much of it
+    -inf).
     """
 
     shape: str = "B1SS"
@@ -74,7 +75,7 @@ class Case:
         for name in Config.__dataclass_fields__:
             value = getattr(self.config, name)
             if value != getattr(default.config, name):
-                parts.append(name if value is True else "{}={}".format(name, value))
+                parts.append(name if value is True else f"{name}={value}")
         return "-".join(parts)
 
 
@@ -92,7 +93,7 @@ def make_mask(case, rng):
     if mask.dtype.startswith("float") or mask.dtype == "bfloat16":
         values = reference.round_to(rng.standard_normal(shape), mask.dtype).astype(np.float64)
         return values if mask.content == "random" else np.where(keep, values, -np.inf)
-    return np.where(keep, rng.integers(1, 3, shape), 0)
+    return np.where(keep, rng.integers(1, 3, shape) * np.where(rng.random(shape) < 0.5, -1, 1), 0)
 
 
 def make_inputs(case):
@@ -170,17 +171,15 @@ def check_tensor(name, actual, expected, dtype, peer=None):
     16-bit: the largest error and the root mean square of the errors are each at most 2 (result) or 3 (gradients) times the
     peer's. Where the peer happens to be exact, half a unit in the last place of the tensor's largest number remains.
     """
-    assert actual.shape == expected.shape, "{}: shape {}, expected {}".format(name, actual.shape, expected.shape)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if expected.size == 0:
         return
-    assert np.isfinite(actual).all(), "{}: not finite".format(name)
+    assert np.isfinite(actual).all(), f"{name}: not finite"
     scale = np.abs(expected).max()
     error = np.abs(actual - expected)
     if dtype not in SIXTEEN_BIT:
         limit = TOLERANCE[dtype] * scale
-        assert error.max() <= limit, "{}: error {:.3g}, at most {:.3g} of scale {:.3g} allowed".format(
-            name, error.max(), TOLERANCE[dtype], scale
-        )
+        assert error.max() <= limit, f"{name}: error {error.max():.3g} at scale {scale:.3g}, allowed {limit:.3g}"
         return
     factor = PEER_FACTOR["out" if name == "out" else "gradient"]
     peer_error = np.abs(peer - expected)
@@ -189,9 +188,7 @@ def check_tensor(name, actual, expected, dtype, peer=None):
         ("largest", error.max(), peer_error.max()),
         ("rms", np.sqrt((error**2).mean()), np.sqrt((peer_error**2).mean())),
     ):
-        assert own <= max(factor * other, floor), "{}: {} error {:.3g}, composed ops {:.3g}, scale {:.3g}".format(
-            name, kind, own, other, scale
-        )
+        assert own <= max(factor * other, floor), f"{name}: {kind} error {own:.3g}, composed ops {other:.3g}, scale {scale:.3g}"
 
 
 def check(case, expected, out, gradients):

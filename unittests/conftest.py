@@ -1,20 +1,32 @@
-"""Fixtures of all tests. Threads are set before Paddle is imported: Paddle sets one thread otherwise."""
+"""The devices that tests run on. Threads are set before Paddle is imported: Paddle sets one thread otherwise."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import pytest  # noqa: E402
 
+def missing_gpu():
+    """Why tests don't run on a GPU; None if they do."""
+    if importlib.util.find_spec("paddle") is None:
+        return "Paddle is not installed"
+    import paddle
 
-@pytest.fixture(params=["cpu", "gpu"])
-def place(request):
-    """The device to run on: the CPU always, a GPU where Paddle has one."""
-    paddle = pytest.importorskip("paddle")
-    if request.param == "cpu":
-        return paddle.CPUPlace()
     if not paddle.is_compiled_with_cuda():
-        pytest.skip("this Paddle is built without CUDA")
+        return "this Paddle is built without CUDA"
     if paddle.device.cuda.device_count() == 0:
-        pytest.skip("no GPU is visible")
-    return paddle.CUDAPlace(0)
+        return "no GPU is visible"
+    return None
+
+
+def pytest_report_header():
+    return f"places: cpu only, for {missing_gpu()}" if missing_gpu() else "places: cpu, gpu"
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that ask for a `place` run on the CPU, and again on a GPU where there is one."""
+    if "place" in metafunc.fixturenames:
+        import paddle
+
+        places = [paddle.CPUPlace()] if missing_gpu() else [paddle.CPUPlace(), paddle.CUDAPlace(0)]
+        metafunc.parametrize("place", places, ids=["cpu", "gpu"][: len(places)], scope="session")

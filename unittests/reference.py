@@ -227,9 +227,7 @@ def backward(inputs, config, d_out):
 
     d_z = d_out
     if config.final_layer_norm:
-        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(
-            d_out, v["z_normalised"], v["z_rstd"], inputs.get("ln_scale")
-        )
+        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(d_out, v["z_normalised"], v["z_rstd"], inputs.get("ln_scale"))
     d_y = d_z * v["output_factor"]
     g["linear_bias"] = d_y.sum((0, 1))
     g["linear_weight"] = rows(v["o"]).T @ rows(d_y)

@@ -140,4 +140,3 @@ def test_composed_16bit_is_near_the_reference(dtype):
     for name, gradient in expected.gradients.items():
         error = np.abs(expected.peer_gradients[name] - gradient).max()
         assert error <= 16 * u * np.abs(gradient).max(), name
-

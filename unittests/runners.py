@@ -1,0 +1,93 @@
+"""Runs a case through Paddle: dygraph or a static program, on a given device. Everything goes in and comes out as NumPy.
+
+Only the operator and copies run on the device: gradients start from explicit tensors, never from a loss computed there, so
+that the same tests serve on devices where Paddle itself has no kernels.
+"""
+
+import contextlib
+from dataclasses import asdict
+
+import common
+import numpy as np
+import paddle
+import reference
+from paddle_fused_attention import fused_multi_head_attention
+
+
+def call(tensors, config, **changes):
+    """The public function on a dict of tensors (or static variables) by argument name."""
+    switches = asdict(config)
+    switches.pop("offset")
+    switches.update(changes)
+    return fused_multi_head_attention(**{n: t for n, t in tensors.items() if n in reference.TENSORS}, **switches)
+
+
+def to_tensors(arrays, place, wanted=()):
+    return {
+        name: paddle.to_tensor(a, place=place, stop_gradient=name not in wanted)
+        for name, a in arrays.items()
+        if name != "d_out"
+    }
+
+
+def run_dygraph(arrays, config, place, wanted=(), **changes):
+    """Result and the `wanted` gradients, as stored; `changes` replace arguments of the call."""
+    tensors = to_tensors(arrays, place, wanted)
+    out = call(tensors, config, **changes)
+    if not wanted:
+        return out.numpy(), {}
+    d_out = paddle.to_tensor(arrays["d_out"], place=place)
+    gradients = paddle.grad([out], [tensors[name] for name in wanted], grad_outputs=[d_out])
+    return out.numpy(), {name: g.numpy() for name, g in zip(wanted, gradients)}
+
+
+@contextlib.contextmanager
+def static_mode():
+    paddle.enable_static()
+    try:
+        yield
+    finally:
+        paddle.disable_static()
+
+
+def run_static(arrays, config, place, wanted=(), unknown=(), **changes):
+    """As run_dygraph, by a program. The sizes of x, d_out and the mask at the axes in `unknown` are declared as -1."""
+    feed = {name: a for name, a in arrays.items() if wanted or name != "d_out"}
+    with static_mode():
+        main = paddle.static.Program()
+        with paddle.static.program_guard(main, paddle.static.Program()):
+            variables = {}
+            for name, a in feed.items():
+                shape = list(a.shape)
+                if name in ("x", "d_out"):
+                    shape = [-1 if axis in unknown else n for axis, n in enumerate(shape)]
+                if name == "attn_mask" and unknown:
+                    shape = [n if n == 1 else -1 for n in shape]
+                dtype = "bfloat16" if a.dtype == np.uint16 else str(a.dtype)
+                variables[name] = paddle.static.data(name, shape, dtype)
+                variables[name].stop_gradient = name not in wanted
+            out = call(variables, config, **changes)
+            fetched = [out]
+            if wanted:
+                fetched += paddle.static.gradients(
+                    [out], [variables[name] for name in wanted], target_gradients=[variables["d_out"]]
+                )
+        results = paddle.static.Executor(place).run(main, feed=feed, fetch_list=fetched)
+    return results[0], dict(zip(wanted, results[1:]))
+
+
+def check_case(case, place, run=run_dygraph, wanted=None, **changes):
+    """Runs a case and compares the result and every gradient, or those `wanted`, with the reference."""
+    inputs = common.make_inputs(case)
+    wanted = common.differentiable(inputs) if wanted is None else list(wanted)
+    out, gradients = run(common.stored_inputs(case, inputs), case.config, place, wanted, **changes)
+    assert list(gradients) == wanted
+    check_stored(case, common.expect(case, inputs), out, gradients)
+
+
+def check_stored(case, expected, out, gradients):
+    """Compares arrays as Paddle gives them, whose dtypes are checked too."""
+    for name, a in dict(gradients, out=out).items():
+        dtype = case.dtype_of("x" if name == "out" else name)
+        assert a.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype)), f"{name}: {a.dtype}"
+    common.check(case, expected, common.from_storage(out), {name: common.from_storage(g) for name, g in gradients.items()})

@@ -1,0 +1,246 @@
+"""Bad input: a ValueError, TypeError or NotImplementedError that names the argument, what was expected and what came."""
+
+import numpy as np
+import paddle
+import pytest
+from paddle_fused_attention import fused_multi_head_attention
+from runners import static_mode
+
+B, S, H, D = 2, 5, 4, 6
+E = H * D
+
+
+def good():
+    """Arrays for a call that works, with every tensor given."""
+    return {
+        "x": np.zeros((B, S, E), "float32"),
+        "qkv_weight": np.zeros((3, H, D, E), "float32"),
+        "linear_weight": np.zeros((E, E), "float32"),
+        "pre_ln_scale": np.ones(E, "float32"),
+        "pre_ln_bias": np.zeros(E, "float32"),
+        "ln_scale": np.ones(E, "float32"),
+        "ln_bias": np.zeros(E, "float32"),
+        "qkv_bias": np.zeros((3, H, D), "float32"),
+        "linear_bias": np.zeros(E, "float32"),
+        "attn_mask": np.ones((B, 1, S, S), "bool"),
+    }
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+# argument, what comes, the error, and what the message must hold beside the argument's name
+BAD_TENSORS = [
+    # ranks and shapes
+    ("x", zeros(S, E), ValueError, ["[5, 24]"]),
+    ("x", zeros(B, S, 1, E), ValueError, ["[2, 5, 1, 24]"]),
+    ("x", zeros(B, S, 16), ValueError, ["24", "16"]),
+    ("x", zeros(B, S, 0), ValueError, ["0"]),
+    ("qkv_weight", zeros(3 * E, E), ValueError, ["[72, 24]"]),
+    ("qkv_weight", zeros(2, H, D, E), ValueError, ["[3, ", "[2, 4, 6, 24]"]),
+    ("qkv_weight", zeros(3, H, D, 16), ValueError, ["[3, 4, 6, 24]", "[3, 4, 6, 16]"]),
+    ("qkv_weight", zeros(3, 5, D, E), ValueError, ["24", "[3, 5, 6, 24]"]),
+    ("qkv_weight", zeros(3, H, 5, E), ValueError, ["24", "[3, 4, 5, 24]"]),
+    ("qkv_weight", zeros(3, 0, D, E), ValueError, ["[3, 0, 6, 24]"]),
+    ("linear_weight", zeros(E), ValueError, ["[24, 24]", "[24]"]),
+    ("linear_weight", zeros(E, 16), ValueError, ["[24, 24]", "[24, 16]"]),
+    ("linear_weight", zeros(16, E), ValueError, ["[24, 24]", "[16, 24]"]),
+    ("qkv_bias", zeros(3 * E), ValueError, ["[3, 4, 6]", "[72]"]),
+    ("qkv_bias", zeros(3, H, 5), ValueError, ["[3, 4, 6]", "[3, 4, 5]"]),
+    ("linear_bias", zeros(16), ValueError, ["[24]", "[16]"]),
+    ("linear_bias", zeros(1, E), ValueError, ["[24]", "[1, 24]"]),
+    ("pre_ln_scale", zeros(1), ValueError, ["[24]", "[1]"]),
+    ("pre_ln_bias", zeros(25), ValueError, ["[24]", "[25]"]),
+    ("ln_scale", zeros(2, E), ValueError, ["[24]", "[2, 24]"]),
+    ("ln_bias", zeros(23), ValueError, ["[24]", "[23]"]),
+    # masks that do not broadcast to [2, 4, 5, 5]
+    ("attn_mask", zeros(S, 4), ValueError, ["[2, 4, 5, 5]", "[5, 4]"]),
+    ("attn_mask", zeros(3, 1, S, S), ValueError, ["[2, 4, 5, 5]", "[3, 1, 5, 5]"]),
+    ("attn_mask", zeros(B, 3, S, S), ValueError, ["[2, 4, 5, 5]", "[2, 3, 5, 5]"]),
+    ("attn_mask", zeros(B, S, S), ValueError, ["[2, 4, 5, 5]", "[2, 5, 5]"]),
+    ("attn_mask", zeros(1, B, H, S, S), ValueError, ["[2, 4, 5, 5]", "[1, 2, 4, 5, 5]"]),
+    ("attn_mask", zeros(B, 1, 0, S), ValueError, ["[2, 4, 5, 5]", "[2, 1, 0, 5]"]),
+    # dtypes
+    ("x", zeros(B, S, E, dtype="int32"), TypeError, ["int32", "float"]),
+    ("x", zeros(B, S, E, dtype="int64"), TypeError, ["int64", "float"]),
+    ("x", zeros(B, S, E, dtype="bool"), TypeError, ["bool", "float"]),
+    ("x", zeros(B, S, E, dtype="complex64"), TypeError, ["complex64", "float"]),
+    ("qkv_weight", zeros(3, H, D, E, dtype="float64"), TypeError, ["float32", "float64"]),
+    ("qkv_weight", zeros(3, H, D, E, dtype="float16"), TypeError, ["float32", "float16"]),
+    ("linear_weight", zeros(E, E, dtype="int32"), TypeError, ["float32", "int32"]),
+    ("qkv_bias", zeros(3, H, D, dtype="float64"), TypeError, ["float32", "float64"]),
+    ("linear_bias", zeros(E, dtype="float16"), TypeError, ["float32", "float16"]),
+    ("pre_ln_scale", zeros(E, dtype="float64"), TypeError, ["float32", "float64"]),
+    ("pre_ln_bias", zeros(E, dtype="float16"), TypeError, ["float32", "float16"]),
+    ("ln_scale", zeros(E, dtype="int64"), TypeError, ["float32", "int64"]),
+    ("ln_bias", zeros(E, dtype="float64"), TypeError, ["float32", "float64"]),
+    ("attn_mask", zeros(B, 1, S, S, dtype="complex64"), TypeError, ["complex64"]),
+]
+
+# what is no tensor at all
+BAD_OBJECTS = [
+    ("x", None, ["None"]),
+    ("qkv_weight", None, ["None"]),
+    ("linear_weight", None, ["None"]),
+    ("x", zeros(B, S, E), ["ndarray"]),
+    ("qkv_weight", [1.0, 2.0], ["list"]),
+    ("linear_weight", 3, ["int"]),
+    ("qkv_bias", "bias", ["str"]),
+    ("linear_bias", 0.0, ["float"]),
+    ("attn_mask", True, ["bool"]),
+    ("ln_scale", 1.0, ["float"]),
+    ("pre_ln_bias", (0.0,), ["tuple"]),
+]
+
+NAN = float("nan")
+BAD_SWITCHES = [
+    ("dropout_rate", -0.1, ValueError, ["[0, 1]", "-0.1"]),
+    ("dropout_rate", 1.0001, ValueError, ["[0, 1]", "1.0001"]),
+    ("dropout_rate", NAN, ValueError, ["[0, 1]", "nan"]),
+    ("dropout_rate", "half", TypeError, ["[0, 1]", "'half'"]),
+    ("dropout_rate", None, TypeError, ["[0, 1]", "None"]),
+    ("dropout_rate", True, TypeError, ["[0, 1]", "True"]),
+    ("attn_dropout_rate", -1e-9, ValueError, ["[0, 1]", "-1e-09"]),
+    ("attn_dropout_rate", 2, ValueError, ["[0, 1]", "2"]),
+    ("attn_dropout_rate", NAN, ValueError, ["[0, 1]", "nan"]),
+    ("attn_dropout_rate", [0.1], TypeError, ["[0, 1]", "[0.1]"]),
+    ("mode", "downgrade_in_infer", ValueError, ["upscale_in_train", "downscale_in_infer", "downgrade_in_infer"]),
+    ("mode", None, (ValueError, TypeError), ["upscale_in_train", "downscale_in_infer", "None"]),
+    ("pre_ln_epsilon", -1e-5, ValueError, ["-1e-05"]),
+    ("pre_ln_epsilon", NAN, ValueError, ["nan"]),
+    ("ln_epsilon", -1.0, ValueError, ["-1.0"]),
+    ("ln_epsilon", float("inf"), ValueError, ["inf"]),
+    ("ln_epsilon", "small", TypeError, ["'small'"]),
+    ("seed", 1.5, TypeError, ["int", "1.5"]),
+    ("seed", "one", TypeError, ["int", "'one'"]),
+    ("seed", 2**63, ValueError, ["64 bits", str(2**63)]),
+    ("seed", -(2**63) - 1, ValueError, ["64 bits", str(2**63 + 1)]),
+]
+
+
+def labels(table):
+    def text(value):
+        if isinstance(value, np.ndarray):
+            return "x".join(map(str, value.shape)) + "_" + str(value.dtype)
+        return repr(value)
+
+    return [f"{row[0]}={text(row[1])}" for row in table]
+
+
+def to_tensor(value):
+    return paddle.to_tensor(value, place=paddle.CPUPlace())
+
+
+def check_message(raised, argument, words):
+    message = str(raised.value)
+    assert message.startswith(argument + ":"), message
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("argument, value, error, words", BAD_TENSORS, ids=labels(BAD_TENSORS))
+def test_bad_tensors(argument, value, error, words):
+    tensors = {name: to_tensor(a) for name, a in dict(good(), **{argument: value}).items()}
+    with pytest.raises(error) as raised:
+        fused_multi_head_attention(**tensors, pre_layer_norm=True)
+    if argument == "x" and "24" in words:  # x and the weights disagree: either may be blamed
+        assert "qkv_weight" in str(raised.value) or str(raised.value).startswith("x:")
+    else:
+        check_message(raised, argument, words)
+
+
+@pytest.mark.parametrize("argument, value, error, words", BAD_TENSORS, ids=labels(BAD_TENSORS))
+def test_bad_variables(argument, value, error, words):
+    """The same when a static graph is built, where all shapes are known."""
+    with static_mode():
+        with paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+            variables = {
+                name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in dict(good(), **{argument: value}).items()
+            }
+            with pytest.raises(error) as raised:
+                fused_multi_head_attention(**variables, pre_layer_norm=True)
+    if not (argument == "x" and "24" in words):
+        check_message(raised, argument, words)
+
+
+@pytest.mark.parametrize("argument, value, words", BAD_OBJECTS, ids=labels(BAD_OBJECTS))
+def test_bad_objects(argument, value, words):
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    tensors[argument] = value
+    with pytest.raises(TypeError) as raised:
+        fused_multi_head_attention(**tensors)
+    check_message(raised, argument, ["Tensor"] + words)
+
+
+@pytest.mark.parametrize("argument, value, words", BAD_OBJECTS, ids=labels(BAD_OBJECTS))
+def test_bad_objects_in_static_graphs(argument, value, words):
+    with static_mode():
+        with paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+            variables = {name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in good().items()}
+            variables[argument] = value
+            with pytest.raises(TypeError) as raised:
+                fused_multi_head_attention(**variables)
+    check_message(raised, argument, words)
+
+
+@pytest.mark.parametrize("argument, value, error, words", BAD_SWITCHES, ids=labels(BAD_SWITCHES))
+def test_bad_switches(argument, value, error, words):
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    with pytest.raises(error) as raised:
+        fused_multi_head_attention(**tensors, **{argument: value})
+    check_message(raised, argument, words)
+
+
+def test_16_bit_x():
+    """float32 layer-norm parameters are welcome with it; other dtypes are not, nor float32 biases."""
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    for name in ("x", "qkv_weight", "linear_weight", "qkv_bias", "linear_bias"):
+        tensors[name] = to_tensor(good()[name].astype("float16"))
+    assert fused_multi_head_attention(**tensors).dtype == paddle.float16
+    for name, dtype in (("ln_scale", "float64"), ("ln_bias", "uint16"), ("qkv_bias", "float32")):
+        with pytest.raises(TypeError) as raised:
+            fused_multi_head_attention(**dict(tensors, **{name: to_tensor(good()[name].astype(dtype))}))
+        check_message(raised, name, ["float16", "bfloat16" if dtype == "uint16" else dtype])
+
+
+def test_layer_norm_parameters_share_a_dtype():
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    for name in ("x", "qkv_weight", "linear_weight", "qkv_bias", "linear_bias", "ln_scale"):
+        tensors[name] = to_tensor(good()[name].astype("float16"))
+    with pytest.raises(TypeError) as raised:
+        fused_multi_head_attention(**tensors)
+    assert "float16" in str(raised.value) and "float32" in str(raised.value)
+
+
+def test_wrong_shapes_found_when_a_program_runs():
+    """Unknown sizes are checked when they are known: an error then too, not a crash."""
+    with static_mode():
+        main = paddle.static.Program()
+        with paddle.static.program_guard(main, paddle.static.Program()):
+            arrays = good()
+            variables = {name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in arrays.items()}
+            variables["x"] = paddle.static.data("open_x", [-1, -1, E], "float32")
+            variables["attn_mask"] = paddle.static.data("open_mask", [-1, 1, -1, -1], "bool")
+            out = fused_multi_head_attention(**variables)
+        feed = dict(arrays, open_x=arrays["x"], open_mask=np.ones((B, 1, S, S + 1), bool))
+        with pytest.raises(Exception) as raised:
+            paddle.static.Executor(paddle.CPUPlace()).run(main, feed=feed, fetch_list=[out])
+    assert "attn_mask" in str(raised.value) and "[2, 4, 5, 5]" in str(raised.value) and "[2, 1, 5, 6]" in str(raised.value)
+
+
+def test_the_call_itself_is_good():
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    assert list(fused_multi_head_attention(**tensors).shape) == [B, S, E]
+    assert list(fused_multi_head_attention(*list(tensors.values())[:3]).shape) == [B, S, E]
+
+
+def test_positional_arguments_are_those_of_the_pull_request():
+    t = {name: to_tensor(a) for name, a in good().items()}
+    out = fused_multi_head_attention(
+        t["x"], t["qkv_weight"], t["linear_weight"], True, t["pre_ln_scale"], t["pre_ln_bias"], t["ln_scale"],
+        t["ln_bias"], 1e-5, t["qkv_bias"], t["linear_bias"], t["attn_mask"], 0.5, 0.5, 1e-5, "name",
+    )  # fmt: skip
+    assert list(out.shape) == [B, S, E]
+    with pytest.raises(TypeError):
+        fused_multi_head_attention(*t.values(), 1e-5, None, None, None, 0.5, 0.5, 1e-5, "name", True)

@@ -1,0 +1,238 @@
+"""FusedMultiHeadAttention: parameters, switches, modes, state, arguments."""
+
+import copy
+
+import common
+import numpy as np
+import paddle
+import pytest
+import reference
+from paddle_fused_attention import FusedMultiHeadAttention
+from reference import Config
+
+LAYER_NORMS = {"pre_ln_scale": [24], "pre_ln_bias": [24], "ln_scale": [24], "ln_bias": [24]}
+SHAPES = {
+    "qkv_weight": [3, 4, 6, 24],
+    "qkv_bias": [3, 4, 6],
+    "linear_weight": [24, 24],
+    "linear_bias": [24],
+}
+
+
+def make_layer(*args, **changes):
+    arguments = dict(embed_dim=24, num_heads=4, dropout_rate=0.0, attn_dropout_rate=0.0)
+    arguments.update(changes)
+    layer = FusedMultiHeadAttention(*args, **arguments)
+    rng = np.random.default_rng(2)
+    layer.set_state_dict(
+        {n: (p.numpy() + 0.2 * rng.standard_normal(p.shape)).astype("float32") for n, p in layer.state_dict().items()}
+    )
+    return layer
+
+
+def make_x(batch=2, seq_len=5):
+    return np.random.default_rng(3).standard_normal((batch, seq_len, 24)).astype("float32")
+
+
+def expected(layer, x, config, mask=None):
+    inputs = {n: p.numpy().astype(np.float64) for n, p in layer.named_parameters()}
+    inputs.update(x=x.astype(np.float64), attn_mask=mask)
+    return reference.forward(inputs, config)
+
+
+def assert_equal(actual, wanted):
+    common.check_tensor("out", actual.numpy().astype(np.float64), wanted, "float32")
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+@pytest.mark.parametrize("final_layer_norm", [False, True])
+def test_parameters(normalize_before, final_layer_norm):
+    """The pull request's names and shapes; a layer norm that is off has none."""
+    layer = FusedMultiHeadAttention(24, 4, normalize_before=normalize_before, final_layer_norm=final_layer_norm)
+    on = {"pre": normalize_before, "ln_": final_layer_norm}
+    shapes = dict(SHAPES, **{name: shape for name, shape in LAYER_NORMS.items() if on[name[:3]]})
+    assert {name: list(p.shape) for name, p in layer.named_parameters()} == shapes
+    assert all(getattr(layer, name) is None for name in LAYER_NORMS if name not in shapes)
+    for name, p in layer.named_parameters():
+        assert p.dtype == paddle.float32 and not p.stop_gradient, name
+        if name.endswith("_bias"):
+            assert not p.numpy().any(), name
+        if name.endswith("_scale"):
+            assert (p.numpy() == 1).all(), name
+
+
+def test_initial_weights_spread_like_those_of_separate_projections():
+    """Xavier's bound for a [3, H, D, E] weight read as a convolution would be far off: it must be that of E x E."""
+    paddle.seed(0)
+    layer = FusedMultiHeadAttention(256, 8)
+    bound = np.sqrt(6 / (256 + 256))
+    for name in ("qkv_weight", "linear_weight"):
+        values = np.abs(getattr(layer, name).numpy())
+        assert 0.5 * bound < values.max() < 2 * bound, name
+
+
+def test_attributes_and_initializers():
+    layer = FusedMultiHeadAttention(
+        24,
+        4,
+        weight_attr=paddle.ParamAttr(initializer=paddle.nn.initializer.Constant(0.25), learning_rate=0.5),
+        bias_attr=paddle.ParamAttr(initializer=paddle.nn.initializer.Constant(-2.0)),
+    )
+    assert (layer.qkv_weight.numpy() == 0.25).all() and (layer.linear_weight.numpy() == 0.25).all()
+    assert (layer.qkv_bias.numpy() == -2).all() and (layer.linear_bias.numpy() == -2).all()
+
+
+def test_without_biases():
+    layer = make_layer(bias_attr=False)
+    names = {name for name, _ in layer.named_parameters()}
+    assert layer.qkv_bias is None and layer.linear_bias is None
+    assert {"qkv_weight", "linear_weight"} <= names and not {"qkv_bias", "linear_bias"} & names
+    x = make_x()
+    assert_equal(layer(paddle.to_tensor(x)), expected(layer, x, Config()))
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+@pytest.mark.parametrize("final_layer_norm", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_switches(normalize_before, final_layer_norm, causal):
+    layer = make_layer(normalize_before=normalize_before, final_layer_norm=final_layer_norm, causal=causal, epsilon=1e-2)
+    x = make_x()
+    config = Config(
+        pre_layer_norm=normalize_before,
+        final_layer_norm=final_layer_norm,
+        causal=causal,
+        pre_ln_epsilon=1e-2,
+        ln_epsilon=1e-2,
+    )
+    assert_equal(layer(paddle.to_tensor(x)), expected(layer, x, config))
+
+
+def test_mask_and_query_as_key_and_value():
+    layer = make_layer()
+    x = paddle.to_tensor(make_x())
+    mask = np.random.default_rng(0).random((2, 1, 5, 5)) < 0.7
+    wanted = expected(layer, x.numpy(), Config(), mask)
+    t = paddle.to_tensor(mask)
+    for out in (layer(x, attn_mask=t), layer(x, x, x, t), layer(x, key=x, attn_mask=t), layer(x, None, x, attn_mask=t)):
+        assert_equal(out, wanted)
+
+
+def test_train_and_eval():
+    layer = make_layer(dropout_rate=0.5, attn_dropout_rate=0.5)
+    x = make_x()
+    t = paddle.to_tensor(x)
+    assert not np.array_equal(layer(t).numpy(), layer(t).numpy())
+    layer.eval()
+    assert_equal(layer(t), expected(layer, x, Config()))
+    layer.train()
+    paddle.seed(8)
+    seeded = layer(t).numpy()
+    paddle.seed(8)
+    assert np.array_equal(layer(t).numpy(), seeded)
+
+
+def test_default_dropout_is_one_half():
+    layer = FusedMultiHeadAttention(24, 4)
+    assert layer.training
+    x = paddle.to_tensor(make_x())
+    assert not np.array_equal(layer(x).numpy(), layer(x).numpy())
+
+
+def test_training_by_backward():
+    """Every parameter that the switches use gets its gradient, the same as the reference's."""
+    layer = make_layer(normalize_before=True)
+    x = make_x()
+    d_out = np.random.default_rng(5).standard_normal(x.shape).astype("float32")
+    layer(paddle.to_tensor(x)).backward(paddle.to_tensor(d_out))
+    inputs = {n: p.numpy().astype(np.float64) for n, p in layer.named_parameters()}
+    gradients = reference.backward(dict(inputs, x=x.astype(np.float64)), Config(pre_layer_norm=True), d_out.astype(float))
+    for name, p in layer.named_parameters():
+        common.check_tensor(name, p.grad.numpy().astype(np.float64), gradients[name], "float32")
+
+
+def test_state_dict_round_trip(tmp_path):
+    layer, other = make_layer(normalize_before=True), FusedMultiHeadAttention(24, 4, 0.0, 0.0, normalize_before=True)
+    x = paddle.to_tensor(make_x())
+    assert set(layer.state_dict()) == set(SHAPES) | set(LAYER_NORMS)
+    assert not np.array_equal(layer(x).numpy(), other(x).numpy())
+    paddle.save(layer.state_dict(), str(tmp_path / "layer.pdparams"))
+    other.set_state_dict(paddle.load(str(tmp_path / "layer.pdparams")))
+    assert np.array_equal(layer(x).numpy(), other(x).numpy())
+
+
+def test_deepcopy():
+    layer = make_layer()
+    twin = copy.deepcopy(layer)
+    x = paddle.to_tensor(make_x())
+    before = layer(x).numpy()
+    assert np.array_equal(twin(x).numpy(), before)
+    twin.qkv_weight.set_value(twin.qkv_weight.numpy() * 2)
+    assert np.array_equal(layer(x).numpy(), before) and not np.array_equal(twin(x).numpy(), before)
+
+
+def test_extra_repr():
+    text = repr(make_layer(dropout_rate=0.125, attn_dropout_rate=0.25, normalize_before=True, causal=True))
+    assert text.startswith("FusedMultiHeadAttention(")
+    for part in ("embed_dim=24", "num_heads=4", "0.125", "0.25", "normalize_before=True", "causal=True"):
+        assert part in text, part
+
+
+def test_other_dtypes():
+    for dtype in ("float64", "float16", "bfloat16"):
+        layer = FusedMultiHeadAttention(24, 4, 0.0, 0.0)
+        layer.to(dtype=dtype)
+        x = common.to_storage(make_x(), dtype)
+        out = layer(paddle.to_tensor(x))
+        assert str(out.dtype).endswith(dtype) and np.isfinite(common.from_storage(out.numpy())).all()
+
+
+def test_inside_another_network():
+    """Parameters are found through the parent, and train() and eval() reach the layer."""
+    network = paddle.nn.Sequential(paddle.nn.Linear(24, 24), make_layer(dropout_rate=0.5), paddle.nn.Linear(24, 1))
+    assert len(network.parameters()) == 4 + len(SHAPES) + 2
+    network.eval()
+    x = paddle.to_tensor(make_x())
+    assert np.array_equal(network(x).numpy(), network(x).numpy())
+    network.train()
+    assert not np.array_equal(network(x).numpy(), network(x).numpy())
+
+
+BAD_ARGUMENTS = [
+    (dict(embed_dim=24, num_heads=5), ValueError, ["embed_dim", "24", "5"]),
+    (dict(embed_dim=0, num_heads=1), ValueError, ["embed_dim", "0"]),
+    (dict(embed_dim=24, num_heads=0), ValueError, ["num_heads", "0"]),
+    (dict(embed_dim=24, num_heads=-4), ValueError, ["num_heads", "-4"]),
+    (dict(embed_dim=24, num_heads=4, dropout_rate=1.5), ValueError, ["dropout_rate", "1.5"]),
+    (dict(embed_dim=24, num_heads=4, attn_dropout_rate=-0.5), ValueError, ["attn_dropout_rate", "-0.5"]),
+    (dict(embed_dim=24, num_heads=4, kdim=32), (ValueError, NotImplementedError), ["kdim", "24", "32"]),
+    (dict(embed_dim=24, num_heads=4, vdim=32), (ValueError, NotImplementedError), ["vdim", "24", "32"]),
+    (dict(embed_dim=24, num_heads=4, need_weights=True), NotImplementedError, ["need_weights", "False", "True"]),
+]
+
+
+@pytest.mark.parametrize("arguments, error, words", BAD_ARGUMENTS, ids=[str(row[0]) for row in BAD_ARGUMENTS])
+def test_bad_arguments(arguments, error, words):
+    with pytest.raises(error) as raised:
+        FusedMultiHeadAttention(**arguments)
+    for word in words:
+        assert word in str(raised.value), str(raised.value)
+
+
+def test_kdim_and_vdim_may_be_the_embed_dim():
+    FusedMultiHeadAttention(24, 4, kdim=24, vdim=24)
+
+
+@pytest.mark.parametrize("argument", ["key", "value", "cache"])
+def test_cross_attention_is_refused(argument):
+    layer = make_layer()
+    x = paddle.to_tensor(make_x())
+    other = paddle.to_tensor(make_x(seq_len=9))
+    with pytest.raises((ValueError, NotImplementedError)) as raised:
+        layer(x, **{argument: other})
+    assert argument in str(raised.value)
+
+
+def test_query_of_another_width():
+    with pytest.raises(ValueError) as raised:
+        make_layer()(paddle.to_tensor(np.zeros((2, 5, 16), "float32")))
+    assert "24" in str(raised.value) and "[2, 5, 16]" in str(raised.value)
