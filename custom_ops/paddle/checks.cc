@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -10,33 +12,6 @@ std::string text(const Shape& shape) {
   std::string result = "[";
   for (size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
   return result + "]";
-}
-
-std::string text(paddle::DataType dtype) {
-  switch (dtype) {
-    case paddle::DataType::FLOAT32:
-      return "float32";
-    case paddle::DataType::FLOAT64:
-      return "float64";
-    case paddle::DataType::FLOAT16:
-      return "float16";
-    case paddle::DataType::BFLOAT16:
-      return "bfloat16";
-    case paddle::DataType::BOOL:
-      return "bool";
-    case paddle::DataType::UINT8:
-      return "uint8";
-    case paddle::DataType::INT8:
-      return "int8";
-    case paddle::DataType::INT16:
-      return "int16";
-    case paddle::DataType::INT32:
-      return "int32";
-    case paddle::DataType::INT64:
-      return "int64";
-    default:
-      return "dtype number " + std::to_string(static_cast<int>(dtype));
-  }
 }
 
 [[noreturn]] void fail(const char* kind, Input input, const std::string& expected, const std::string& got) {
@@ -53,9 +28,8 @@ bool agree(const Shape& expected, const Shape& got) {
   return true;
 }
 
-bool is_float(paddle::DataType dtype) {
-  return dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::FLOAT64 || dtype == paddle::DataType::FLOAT16 ||
-         dtype == paddle::DataType::BFLOAT16;
+bool is_one_of(const std::string& dtype, std::initializer_list<const char*> names) {
+  return std::find(names.begin(), names.end(), dtype) != names.end();
 }
 
 }  // namespace
@@ -64,22 +38,22 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
   const Shape& x = *shapes[kX];
   if (x.size() != 3) fail("ValueError", kX, "shape [batch, seq_len, embed_dim]", text(x));
   const int64_t embed_dim = x[2];
-  const std::string for_x = " for x of shape " + text(x);
+  const std::string width = std::to_string(embed_dim);
   if (embed_dim == 0) fail("ValueError", kX, "embed_dim of at least 1", text(x));
 
   const Shape& weight = *shapes[kQkvWeight];
-  if (weight.size() != 4 || !agree(3, weight[0]) || !agree(embed_dim, weight[3])) {
-    fail("ValueError", kQkvWeight, "shape [3, num_heads, head_dim, " + std::to_string(embed_dim) + "]" + for_x, text(weight));
-  }
-  const int64_t num_heads = weight[1];
-  const int64_t head_dim = weight[2];
-  if (num_heads >= 0 && head_dim >= 0 && !agree(embed_dim, num_heads * head_dim)) {
+  const int64_t num_heads = weight.size() == 4 ? weight[1] : -1;
+  const int64_t head_dim = weight.size() == 4 ? weight[2] : -1;
+  const bool packs_width = num_heads < 0 || head_dim < 0 || agree(embed_dim, num_heads * head_dim);
+  if (!agree({3, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
+    const bool splits = num_heads > 0 && embed_dim > 0 && embed_dim % num_heads == 0;
     fail("ValueError", kQkvWeight,
-         "shape [3, num_heads, head_dim, " + std::to_string(embed_dim) + "] with num_heads * head_dim = " +
-             std::to_string(embed_dim) + for_x,
+         splits ? "shape " + text({3, num_heads, embed_dim / num_heads, embed_dim}) + " for x with embed_dim " + width + " and " +
+                      std::to_string(num_heads) + " heads"
+                : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " + text(x),
          text(weight));
   }
-  const std::string for_weight = for_x + " and qkv_weight of shape " + text(weight);
+  const std::string for_weight = " for x of shape " + text(x) + " and qkv_weight of shape " + text(weight);
   const auto check = [&](Input input, const Shape& expected) {
     if (attributes.has(input) && !agree(expected, *shapes[input])) {
       fail("ValueError", input, "shape " + text(expected) + for_weight, text(*shapes[input]));
@@ -105,31 +79,59 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
   }
 }
 
-void check_dtypes(const std::array<const paddle::DataType*, kInputs>& dtypes, const Attributes& attributes) {
-  const paddle::DataType dtype = *dtypes[kX];
-  if (!is_float(dtype)) fail("TypeError", kX, "float32, float64, float16 or bfloat16", text(dtype));
-  const bool is_16bit = dtype == paddle::DataType::FLOAT16 || dtype == paddle::DataType::BFLOAT16;
-  const std::string as_x = text(dtype) + " like x";
-  for (Input input : {kQkvWeight, kLinearWeight, kQkvBias, kLinearBias}) {
-    if (attributes.has(input) && *dtypes[input] != dtype) fail("TypeError", input, as_x, text(*dtypes[input]));
+void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attributes& attributes) {
+  const std::string& dtype = dtypes[kX];
+  if (!is_one_of(dtype, {"float32", "float64", "float16", "bfloat16"})) {
+    fail("TypeError", kX, "float32, float64, float16 or bfloat16", dtype);
   }
-  // One type for all layer-norm parameters: that of the first present.
-  const paddle::DataType* norm = nullptr;
+  const bool is_16bit = is_one_of(dtype, {"float16", "bfloat16"});
+  const std::string as_x = dtype + " like x";
+  for (Input input : {kQkvWeight, kLinearWeight, kQkvBias, kLinearBias}) {
+    if (attributes.has(input) && dtypes[input] != dtype) fail("TypeError", input, as_x, dtypes[input]);
+  }
+  const std::string* norm = nullptr;
   for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {
     if (!attributes.has(input)) continue;
-    const paddle::DataType got = *dtypes[input];
-    if (got != dtype && !(is_16bit && got == paddle::DataType::FLOAT32)) {
-      fail("TypeError", input, is_16bit ? "float32, or " + as_x : as_x, text(got));
+    const std::string& got = dtypes[input];
+    if (got != dtype && !(is_16bit && got == "float32")) {
+      fail("TypeError", input, is_16bit ? "float32, or " + as_x : as_x, got);
     }
-    if (norm && got != *norm) fail("TypeError", input, text(*norm) + " like the other layer-norm parameters", text(got));
-    norm = dtypes[input];
+    if (norm && got != *norm) fail("TypeError", input, *norm + " like the other layer-norm parameters", got);
+    norm = &got;
   }
-  if (attributes.has(kAttnMask)) {
-    const paddle::DataType mask = *dtypes[kAttnMask];
-    const bool is_integer = mask == paddle::DataType::BOOL || mask == paddle::DataType::UINT8 || mask == paddle::DataType::INT8 ||
-                            mask == paddle::DataType::INT16 || mask == paddle::DataType::INT32 || mask == paddle::DataType::INT64;
-    if (!is_float(mask) && !is_integer) fail("TypeError", kAttnMask, "a float, bool or integer dtype", text(mask));
+  if (attributes.has(kAttnMask) && !is_one_of(dtypes[kAttnMask], {"float32", "float64", "float16", "bfloat16", "bool", "uint8",
+                                                                 "int8", "int16", "int32", "int64"})) {
+    fail("TypeError", kAttnMask, "a float dtype, bool, uint8 or a signed integer dtype", dtypes[kAttnMask]);
   }
 }
 
 }  // namespace pfa::op
+
+// For Python, which checks with it what goes into a static graph: there an exception during Paddle's shape inference would end the
+// process. shapes holds the dimensions of all inputs one after another. Returns null, or a message that is valid until the next call
+// on this thread.
+extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(const int64_t* shapes, const int32_t* ranks,
+                                                                                           const char* const* dtypes,
+                                                                                           int64_t present) {
+  using namespace pfa::op;
+  thread_local std::string message;
+  std::array<Shape, kInputs> dimensions;
+  std::array<const Shape*, kInputs> pointers;
+  std::array<std::string, kInputs> names;
+  for (int i = 0; i < kInputs; ++i) {
+    dimensions[i].assign(shapes, shapes + ranks[i]);
+    shapes += ranks[i];
+    pointers[i] = &dimensions[i];
+    names[i] = dtypes[i];
+  }
+  Attributes attributes{};
+  attributes.present = present;
+  try {
+    check_dtypes(names, attributes);
+    check_shapes(pointers, attributes);
+  } catch (const std::invalid_argument& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}

@@ -3,10 +3,10 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "attributes.h"
-#include "paddle/extension.h"
 
 namespace pfa::op {
 
@@ -15,6 +15,6 @@ using Shape = std::vector<int64_t>;
 // Throw std::invalid_argument whose message begins "[custom_fused_attention] ValueError: " or "... TypeError: ", for Python to raise
 // as that, then names the argument, what was expected and what came.
 void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attributes& attributes);
-void check_dtypes(const std::array<const paddle::DataType*, kInputs>& dtypes, const Attributes& attributes);
+void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attributes& attributes);
 
 }  // namespace pfa::op

@@ -5,11 +5,12 @@ The library is compiled against one version of Paddle; another would load and mi
 
 from __future__ import annotations
 
+import ctypes
 import re
 import struct
 from glob import glob
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import Any, Sequence
 
 import paddle
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
@@ -54,7 +55,8 @@ _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
 
 
-def _load() -> None:
+def _load() -> Any:
+    """Registers the operator and returns the function that checks the inputs of a static graph."""
     rebuild = (
         "Build the package again for the Paddle that is installed:\n"
         "    pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir paddle-fused-attention\n"
@@ -82,9 +84,12 @@ def _load() -> None:
         holder.update_op_proto()
     else:
         holder.update_op_proto(registered)
+    check = ctypes.CDLL(libraries[0]).custom_fused_attention_check
+    check.restype = ctypes.c_char_p
+    return check
 
 
-_load()
+_check = _load()
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
 _absent: Any = None
@@ -103,14 +108,14 @@ def float_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _raise_checked(error: Exception) -> NoReturn:
-    """Raises what the operator's checks found as ValueError or TypeError, anything else as it is."""
-    found = _ERROR.search(str(error))
-    if found is None:
-        raise error
-    raise _ERROR_TYPES[found.group(1)](found.group(2)) from None
+def _raise_checked(message: str) -> None:
+    """Raises what the operator's checks found as ValueError or TypeError; returns if the message is not theirs."""
+    found = _ERROR.search(message)
+    if found is not None:
+        raise _ERROR_TYPES[found.group(1)](found.group(2)) from None
 
 
+@paddle.jit.not_to_static
 def fused_attention(
     inputs: Sequence[Any],
     *,
@@ -123,50 +128,72 @@ def fused_attention(
     seed: int,
 ) -> Any:
     """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out."""
-    present = 0
-    needs_grad = 0
-    if in_dynamic_mode():
-        tensors = list(inputs)
-        absent = _absent_eager()
-        for i, tensor in enumerate(inputs):
-            if tensor is None:
-                tensors[i] = absent
-                continue
-            present |= 1 << i
-            if not tensor.stop_gradient:
-                needs_grad |= 1 << i
-        if not paddle.is_grad_enabled():
-            needs_grad = 0
-        if needs_grad and not is_test:
-            switches |= SAVE_FOR_BACKWARD
-    else:
-        switches |= SAVE_FOR_BACKWARD
-        for i, value in enumerate(inputs):
-            if value is None:
-                continue
-            present |= 1 << i
-            # Of all that may be differentiated later only a frozen parameter is known not to be.
-            if not (getattr(value, "persistable", False) and value.stop_gradient):
-                needs_grad |= 1 << i
-    attributes = (
-        bool(is_test),
-        switches,
-        present,
-        needs_grad,
+    numbers = (
         float_bits(pre_ln_epsilon),
         float_bits(ln_epsilon),
         float_bits(dropout_rate),
         float_bits(attn_dropout_rate),
         seed,
     )
+    if in_dynamic_mode():
+        return _call_eager(inputs, is_test, switches, numbers)
+    present, needs_grad = _static_bits(inputs)
+    _check_static(inputs, present)
+    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *numbers)
+    if in_dynamic_or_pir_mode():
+        return _call_pir(inputs, attributes)
+    return _append_to_program(inputs, attributes)
+
+
+def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, numbers: tuple) -> Any:
+    tensors = list(inputs)
+    absent = _absent_eager()
+    present = 0
+    needs_grad = 0
+    for i, tensor in enumerate(inputs):
+        if tensor is None:
+            tensors[i] = absent
+            continue
+        present |= 1 << i
+        if not tensor.stop_gradient:
+            needs_grad |= 1 << i
+    is_recorded = paddle.is_grad_enabled()
+    if needs_grad and is_recorded and not is_test:
+        switches |= SAVE_FOR_BACKWARD
     try:
-        if in_dynamic_mode():
-            return _run_custom_op(OP_TYPE, *tensors, *attributes)[0]
-        if in_dynamic_or_pir_mode():
-            return _call_pir(inputs, attributes)
-        return _append_to_program(inputs, attributes)
+        out = _run_custom_op(OP_TYPE, *tensors, is_test, switches, present, needs_grad, *numbers)[0]
     except Exception as error:
-        _raise_checked(error)
+        _raise_checked(str(error))
+        raise
+    # Paddle records custom operators even under no_grad.
+    return out if is_recorded or not needs_grad else out.detach()
+
+
+def _static_bits(inputs: Sequence[Any]) -> tuple[int, int]:
+    present = 0
+    needs_grad = 0
+    for i, value in enumerate(inputs):
+        if value is None:
+            continue
+        present |= 1 << i
+        # Of all that may be differentiated later only a frozen parameter is known not to be.
+        if not (getattr(value, "persistable", False) and value.stop_gradient):
+            needs_grad |= 1 << i
+    return present, needs_grad
+
+
+def _check_static(inputs: Sequence[Any], present: int) -> None:
+    shapes = [[] if value is None else list(value.shape) for value in inputs]
+    dimensions = [size for shape in shapes for size in shape]
+    dtypes = [b"" if value is None else str(value.dtype).split(".")[-1].lower().encode() for value in inputs]
+    message = _check(
+        (ctypes.c_int64 * len(dimensions))(*dimensions),
+        (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
+        (ctypes.c_char_p * len(dtypes))(*dtypes),
+        ctypes.c_int64(present),
+    )
+    if message is not None:
+        _raise_checked(message.decode())
 
 
 def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:

@@ -42,6 +42,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
+@paddle.jit.not_to_static
 def fused_multi_head_attention(
     x: paddle.Tensor,
     qkv_weight: paddle.Tensor,

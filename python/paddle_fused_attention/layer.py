@@ -223,6 +223,7 @@ class FusedMultiHeadAttention(nn.Layer):
         biases = [projection.bias for projection in projections]
         if any((bias is None) != (biases[0] is None) for bias in biases):
             raise ValueError("mha: expected biases in all four projections or in none")
+        normalize_before = bool(normalize_before) and norm is not None
         layer = cls(
             mha.embed_dim,
             mha.num_heads,

@@ -11,24 +11,29 @@ Array = TypeVar("Array", np.ndarray, paddle.Tensor)
 
 
 def _stack(arrays: list) -> Array:
-    return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else paddle.stack(arrays)
+    # np.stack would keep the order in memory of its transposed parts.
+    return np.ascontiguousarray(np.stack(arrays)) if isinstance(arrays[0], np.ndarray) else paddle.stack(arrays)
 
 
-def _check_three(names: tuple[str, str, str], arrays: tuple, shape: list[int] | None) -> None:
-    """All three of one kind and dtype, and of `shape` or, where that is None, of the shape of the first."""
+def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: str) -> int:
+    """Checks three arrays of one kind, dtype and shape, [embed_dim] or [embed_dim, embed_dim]; returns embed_dim."""
     kind = np.ndarray if isinstance(arrays[0], np.ndarray) else paddle.Tensor
     for name, array in zip(names, arrays):
         if not isinstance(array, kind):
             raise TypeError(
-                f"{name}: expected a Tensor or NumPy array, the same for all three, got {type(array).__name__}"
-                + (f" beside {kind.__name__}" if array is not arrays[0] else "")
+                f"{name}: expected a {kind.__name__} like {names[0]}, got {type(array).__name__}"
+                if name != names[0]
+                else f"{name}: expected a Tensor or a NumPy array, got {type(array).__name__}"
             )
-    expected = list(arrays[0].shape) if shape is None else shape
+    expected = list(arrays[0].shape)
+    if len(expected) != rank or expected[0] != expected[-1]:
+        raise ValueError(f"{names[0]}: expected shape {form}, got {expected}")
     for name, array in zip(names, arrays):
         if list(array.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {list(array.shape)}")
         if array.dtype != arrays[0].dtype:
             raise TypeError(f"{name}: expected {arrays[0].dtype} like {names[0]}, got {array.dtype}")
+    return expected[0]
 
 
 def _head_dim(embed_dim: int, num_heads: int) -> int:
@@ -43,6 +48,8 @@ def _check_packed(name: str, array: Array, rank: int, form: str) -> None:
     if not isinstance(array, (np.ndarray, paddle.Tensor)):
         raise TypeError(f"{name}: expected a Tensor or NumPy array, got {type(array).__name__}")
     shape = list(array.shape)
+    if len(shape) == rank == 4 and shape[0] == 3:
+        form = str([3, shape[1], shape[2], shape[1] * shape[2]])
     if len(shape) != rank or shape[0] != 3 or (rank == 4 and shape[1] * shape[2] != shape[3]):
         raise ValueError(f"{name}: expected shape {form}, got {shape}")
 
@@ -61,13 +68,9 @@ def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
     Raises:
         TypeError, ValueError: Kinds, dtypes or shapes do not fit.
     """
-    names = ("wq", "wk", "wv")
-    _check_three(names, (wq, wk, wv), None)
-    shape = list(wq.shape)
-    if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"wq: expected shape [embed_dim, embed_dim], got {shape}")
-    head_dim = _head_dim(shape[0], num_heads)
-    return _stack([weight.T.reshape([num_heads, head_dim, shape[0]]) for weight in (wq, wk, wv)])
+    embed_dim = _check_three(("wq", "wk", "wv"), (wq, wk, wv), 2, "[embed_dim, embed_dim]")
+    head_dim = _head_dim(embed_dim, num_heads)
+    return _stack([weight.T.reshape([num_heads, head_dim, embed_dim]) for weight in (wq, wk, wv)])
 
 
 def unpack_qkv_weight(qkv_weight: Array) -> tuple[Array, Array, Array]:
@@ -84,11 +87,8 @@ def pack_qkv_bias(bq: Array, bk: Array, bv: Array, num_heads: int) -> Array:
     Raises:
         TypeError, ValueError: Kinds, dtypes or shapes do not fit.
     """
-    _check_three(("bq", "bk", "bv"), (bq, bk, bv), None)
-    shape = list(bq.shape)
-    if len(shape) != 1:
-        raise ValueError(f"bq: expected shape [embed_dim], got {shape}")
-    head_dim = _head_dim(shape[0], num_heads)
+    embed_dim = _check_three(("bq", "bk", "bv"), (bq, bk, bv), 1, "[embed_dim]")
+    head_dim = _head_dim(embed_dim, num_heads)
     return _stack([bias.reshape([num_heads, head_dim]) for bias in (bq, bk, bv)])
 
 
