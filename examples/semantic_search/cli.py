@@ -12,11 +12,11 @@ from typing import Sequence
 
 DEFAULT_QUERIES = (
     "how do I clip gradients by their norm",
-    "loss for classification with integer labels",
-    "normalize activations over the last dimension",
+    "attention over queries, keys and values",
     "randomly switch off neurons while training",
     "multiply two matrices",
-    "write trained parameters to disk",
+    "how do I save a model",
+    "convert a numpy array to a tensor",
 )
 REQUIREMENTS = {"numpy", "safetensors", "tokenizers", "tqdm"}
 
@@ -42,8 +42,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0 done, 1 failed, 2 bad arguments."""
     arguments = parse_arguments(argv)
-    # Paddle and cuBLAS read these when they are loaded: all cores, and float32 products that are not rounded to TF32.
+    # Read by Paddle and cuBLAS when they are loaded: all cores, errors only, and float32 products that are not
+    # rounded to TF32.
     os.environ.setdefault("OMP_NUM_THREADS", str(_usable_cores()))
+    os.environ.setdefault("GLOG_minloglevel", "2")
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     try:
         _import_paddle()

@@ -29,6 +29,7 @@ _MARKUP = (
     (re.compile(r"\\(?=_)"), ""),
     (re.compile(r"\*\*([^*]+)\*\*"), r"\1"),
     (re.compile(r"\.\. _[^:]+: \S+"), ""),
+    (re.compile(r"\b(The )?[Ee]quation( is)?\s*:"), ""),
     (re.compile(r"\s+"), " "),
 )
 _WORD = re.compile(r"\d+[A-Za-z]?(?![a-z])|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

@@ -95,8 +95,8 @@ class SentenceEncoder(nn.Layer):
         Returns:
             [B, hidden_size] float32, each row of length 1.
         """
-        positions = paddle.cumsum(keep.astype("int64"), axis=1) - 1
-        x = self.word(token_ids) + self.position(positions) + self.token_type.weight[0]
+        position = self.position.weight[: paddle.shape(token_ids)[1]]
+        x = self.word(token_ids) + position + self.token_type.weight[0]
         x = self.dropout(self.norm(x))
         attn_mask = keep.unsqueeze([1, 2])
         for layer in self.layers:
