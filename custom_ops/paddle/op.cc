@@ -248,6 +248,10 @@ std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, c
   return guarded([&] { return run_backward_op(PFA_INPUTS, saved, d_out, PFA_ATTRIBUTE_VALUES); });
 }
 
+std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&, PFA_ATTRIBUTES) {
+  PADDLE_THROW(phi::errors::Unimplemented("custom_fused_attention has no second-order gradient"));
+}
+
 // No checks here: in Paddle 3's static graphs an exception at this point ends the process. Python checks what goes into a graph, and
 // the kernels what comes at run time.
 std::vector<Shape> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
@@ -278,3 +282,10 @@ PD_BUILD_GRAD_OP(custom_fused_attention)
               paddle::Grad("LinearBias")})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::backward));
+
+// Without this a second-order gradient would silently be missing.
+PD_BUILD_DOUBLE_GRAD_OP(custom_fused_attention)
+    .Inputs({"X", paddle::Grad("Out"), paddle::Grad(paddle::Grad("X"))})
+    .Outputs({paddle::Grad(paddle::Grad("Out"))})
+    .Attrs(PFA_ATTRIBUTE_NAMES)
+    .SetKernelFn(PD_KERNEL(pfa::op::double_backward));

@@ -26,6 +26,18 @@ DType dtype_of(const std::string& name) {
   return it->second;
 }
 
+namespace {
+
+DType float_dtype_of(const char* entry, const std::string& name) {
+  const DType dtype = dtype_of(name);
+  if (dtype != DType::kFloat32 && dtype != DType::kFloat64 && !is_16bit_float(dtype)) {
+    throw py::value_error(std::string(entry) + ": expected float32, float64, float16 or bfloat16, got " + name);
+  }
+  return dtype;
+}
+
+}  // namespace
+
 Config parse_config(const py::dict& config) {
   std::map<std::string, py::object> left;
   for (const auto& item : config) left[item.first.cast<std::string>()] = py::reinterpret_borrow<py::object>(item.second);
@@ -48,8 +60,8 @@ Config parse_config(const py::dict& config) {
   require("head_dim", p.head_dim);
   std::string dtype, norm_dtype, mode = "upscale_in_train";
   require("dtype", dtype);
-  p.dtype = dtype_of(dtype);
-  p.norm_dtype = take("norm_dtype", norm_dtype) ? dtype_of(norm_dtype) : p.dtype;
+  p.dtype = float_dtype_of("dtype", dtype);
+  p.norm_dtype = take("norm_dtype", norm_dtype) ? float_dtype_of("norm_dtype", norm_dtype) : p.dtype;
   take("pre_layer_norm", p.pre_layer_norm);
   take("final_layer_norm", p.final_layer_norm);
   take("add_residual", p.add_residual);

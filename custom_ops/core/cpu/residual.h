@@ -89,11 +89,17 @@ struct Residual {
           const T* x = static_cast<const T*>(p.x) + r * width;
           for (int64_t i = 0; i < width; ++i) row[i] += to_float(x[i]);
         }
-        if (p.residual != p.out || !p.final_layer_norm) store_row(row, width, residual);
-        if (!p.final_layer_norm) continue;
+        if (!p.final_layer_norm) {
+          store_row(row, width, residual);
+          continue;
+        }
         if constexpr (!std::is_same_v<T, A>) {
-          // The statistics are those of z as it is kept, so that backward finds the same normalised row.
-          if (p.residual != p.out) load_row(residual, width, row);
+          // The statistics are those of z as it is kept, so that backward finds the same normalised row; and whether it is kept
+          // makes no difference to the result.
+          store_row(row, width, residual);
+          load_row(residual, width, row);
+        } else if (p.residual != p.out) {
+          store_row(row, width, residual);
         }
         A mean, rstd;
         normalize_row(row, width, p.ln_epsilon, memory.scale, memory.bias, mean, rstd);
