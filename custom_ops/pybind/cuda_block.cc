@@ -4,43 +4,31 @@
 
 #ifdef PFA_WITH_CUDA
 
-#include <cmath>
 #include <map>
 #include <stdexcept>
 #include <string>
 
 #include "core/block.h"
 #include "core/cuda/stages.h"
+#include "pybind/config.h"
 
 namespace py = pybind11;
 
 namespace pfa {
 namespace {
 
-constexpr char kDoc[] = R"(The attention block on one CUDA device, for one shape and one set of switches.
-
-CudaBlock(config, device=0): config is a dict of batch, seq_len, embed_dim, num_heads, head_dim (ints), dtype ("float32",
-"float64", "float16" or "bfloat16"), and optionally norm_dtype (default: dtype), pre_layer_norm, final_layer_norm,
-add_residual, causal (bools), pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate (floats), mode ("upscale_in_train"
-or "downscale_in_infer"), training, allow_tf32, deterministic (bools).
-
-Methods take `arrays`, a dict from the names of Params' pointers ("x", "qkv_weight", "out", "d_x", ...) to addresses or objects
-with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. "mask" is a tuple of an
-array, its dtype ("bool", "int32", "float16", ...) and four strides in elements, 0 where it broadcasts.
-`stream` is the address of a CUDA stream. Nothing is synchronised.)";
-
-const std::map<std::string, DType>& dtypes() {
-  static const std::map<std::string, DType> names = {
-      {"float32", DType::kFloat32}, {"float64", DType::kFloat64}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16},
-      {"bool", DType::kBool},       {"uint8", DType::kUInt8},     {"int8", DType::kInt8},       {"int16", DType::kInt16},
-      {"int32", DType::kInt32},     {"int64", DType::kInt64}};
-  return names;
-}
-
-DType dtype_of(const std::string& name) {
-  const auto it = dtypes().find(name);
-  if (it == dtypes().end()) throw py::value_error("dtype: expected the name of a number type, got " + name);
-  return it->second;
+const std::string& doc() {
+  static const std::string text =
+      "The attention block on one CUDA device, for one shape and one set of switches.\n\n"
+      "CudaBlock(config, device=0): " +
+      std::string(kConfigDoc) +
+      "\n\n"
+      "Methods take `arrays`, a dict from the names of Params' pointers (x, qkv_weight, out, d_x, ...) to addresses or "
+      "objects\n"
+      "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a tuple\n"
+      "of an array, its dtype (such as bool, int32 or float16) and four strides in elements, 0 where it broadcasts.\n"
+      "`stream` is the address of a CUDA stream. Nothing is synchronised.";
+  return text;
 }
 
 void* address_of(const py::handle& array) {
@@ -59,16 +47,42 @@ using Setter = void (*)(Params&, void*);
 #define PFA_POINTER(name) {#name, [](Params& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
 
 const std::map<std::string, Setter>& pointers() {
-  static const std::map<std::string, Setter> setters = {
-      PFA_POINTER(x),           PFA_POINTER(pre_ln_scale),    PFA_POINTER(pre_ln_bias),    PFA_POINTER(qkv_weight),
-      PFA_POINTER(qkv_bias),    PFA_POINTER(linear_weight),   PFA_POINTER(linear_bias),    PFA_POINTER(ln_scale),
-      PFA_POINTER(ln_bias),     PFA_POINTER(out),             PFA_POINTER(random_state),   PFA_POINTER(pre_ln_mean),
-      PFA_POINTER(pre_ln_rstd), PFA_POINTER(qkv),             PFA_POINTER(log_sum_exp),    PFA_POINTER(attn_out),
-      PFA_POINTER(residual),    PFA_POINTER(ln_mean),         PFA_POINTER(ln_rstd),        PFA_POINTER(hidden),
-      PFA_POINTER(d_out),       PFA_POINTER(d_x),             PFA_POINTER(d_pre_ln_scale), PFA_POINTER(d_pre_ln_bias),
-      PFA_POINTER(d_qkv_weight), PFA_POINTER(d_qkv_bias),     PFA_POINTER(d_linear_weight), PFA_POINTER(d_linear_bias),
-      PFA_POINTER(d_ln_scale),  PFA_POINTER(d_ln_bias),       PFA_POINTER(d_residual),     PFA_POINTER(d_linear),
-      PFA_POINTER(d_attn_out),  PFA_POINTER(d_qkv),           PFA_POINTER(d_hidden),       PFA_POINTER(stage_workspace)};
+  static const std::map<std::string, Setter> setters = {PFA_POINTER(x),
+                                                        PFA_POINTER(pre_ln_scale),
+                                                        PFA_POINTER(pre_ln_bias),
+                                                        PFA_POINTER(qkv_weight),
+                                                        PFA_POINTER(qkv_bias),
+                                                        PFA_POINTER(linear_weight),
+                                                        PFA_POINTER(linear_bias),
+                                                        PFA_POINTER(ln_scale),
+                                                        PFA_POINTER(ln_bias),
+                                                        PFA_POINTER(out),
+                                                        PFA_POINTER(random_state),
+                                                        PFA_POINTER(pre_ln_mean),
+                                                        PFA_POINTER(pre_ln_rstd),
+                                                        PFA_POINTER(qkv),
+                                                        PFA_POINTER(log_sum_exp),
+                                                        PFA_POINTER(attn_out),
+                                                        PFA_POINTER(residual),
+                                                        PFA_POINTER(ln_mean),
+                                                        PFA_POINTER(ln_rstd),
+                                                        PFA_POINTER(hidden),
+                                                        PFA_POINTER(d_out),
+                                                        PFA_POINTER(d_x),
+                                                        PFA_POINTER(d_pre_ln_scale),
+                                                        PFA_POINTER(d_pre_ln_bias),
+                                                        PFA_POINTER(d_qkv_weight),
+                                                        PFA_POINTER(d_qkv_bias),
+                                                        PFA_POINTER(d_linear_weight),
+                                                        PFA_POINTER(d_linear_bias),
+                                                        PFA_POINTER(d_ln_scale),
+                                                        PFA_POINTER(d_ln_bias),
+                                                        PFA_POINTER(d_residual),
+                                                        PFA_POINTER(d_linear),
+                                                        PFA_POINTER(d_attn_out),
+                                                        PFA_POINTER(d_qkv),
+                                                        PFA_POINTER(d_hidden),
+                                                        PFA_POINTER(stage_workspace)};
   return setters;
 }
 
@@ -104,48 +118,9 @@ class CurrentDevice {
 
 class CudaBlock {
  public:
-  CudaBlock(const py::dict& config, int device) : device_(device) {
-    std::map<std::string, py::object> left;
-    for (const auto& item : config) left[item.first.cast<std::string>()] = py::reinterpret_borrow<py::object>(item.second);
-    const auto take = [&](const char* name, auto& value) {
-      const auto it = left.find(name);
-      if (it == left.end()) return false;
-      value = it->second.cast<std::decay_t<decltype(value)>>();
-      left.erase(it);
-      return true;
-    };
-    const auto require = [&](const char* name, auto& value) {
-      if (!take(name, value)) throw py::value_error(std::string("config: expected an entry ") + name);
-    };
-    require("batch", base_.batch);
-    require("seq_len", base_.seq_len);
-    require("embed_dim", base_.embed_dim);
-    require("num_heads", base_.num_heads);
-    require("head_dim", base_.head_dim);
-    std::string dtype, norm_dtype, mode = "upscale_in_train";
-    require("dtype", dtype);
-    base_.dtype = dtype_of(dtype);
-    base_.norm_dtype = take("norm_dtype", norm_dtype) ? dtype_of(norm_dtype) : base_.dtype;
-    take("pre_layer_norm", base_.pre_layer_norm);
-    take("final_layer_norm", base_.final_layer_norm);
-    take("add_residual", base_.add_residual);
-    take("causal", base_.causal);
-    take("pre_ln_epsilon", base_.pre_ln_epsilon);
-    take("ln_epsilon", base_.ln_epsilon);
-    double rate = 0.0, attn_rate = 0.0;
-    bool training = true;
-    take("dropout_rate", rate);
-    take("attn_dropout_rate", attn_rate);
-    take("mode", mode);
-    take("training", training);
-    base_.dropout = dropout_of(rate, training, mode == "upscale_in_train");
-    base_.attn_dropout = dropout_of(attn_rate, training, mode == "upscale_in_train");
-    take("allow_tf32", allow_tf32_);
-    take("deterministic", deterministic_);
-    if (!left.empty()) throw py::value_error("config: unknown entry " + left.begin()->first);
-  }
+  CudaBlock(const py::dict& config, int device) : config_(parse_config(config)), device_(device) {}
 
-  size_t saved_bytes() const { return pfa::saved_bytes(base_); }
+  size_t saved_bytes() const { return pfa::saved_bytes(config_.params); }
 
   size_t forward_workspace_bytes(const py::dict& arrays, bool saves) const {
     CurrentDevice current(device_);
@@ -207,23 +182,12 @@ class CudaBlock {
   }
 
  private:
-  static Dropout dropout_of(double rate, bool training, bool upscale) {
-    Dropout dropout;
-    if (!training) {
-      dropout.scale = upscale ? 1.0 : 1.0 - rate;
-      return dropout;
-    }
-    dropout.threshold = static_cast<uint32_t>(std::floor(rate * 65536.0 + 0.5));
-    dropout.scale = !upscale ? 1.0 : rate < 1.0 ? 1.0 / (1.0 - rate) : 0.0;
-    return dropout;
-  }
-
   cuda::Context context(uintptr_t stream) const {
-    return cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, allow_tf32_, deterministic_);
+    return cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, config_.allow_tf32, config_.deterministic);
   }
 
   Params params(const py::dict& arrays) const {
-    Params p = base_;
+    Params p = config_.params;
     for (const auto& item : arrays) {
       const std::string name = item.first.cast<std::string>();
       if (name == "mask") {
@@ -241,16 +205,14 @@ class CudaBlock {
     return p;
   }
 
-  Params base_;
-  int device_ = 0;
-  bool allow_tf32_ = false;
-  bool deterministic_ = false;
+  Config config_;
+  int device_;
 };
 
 }  // namespace
 
 void bind_cuda(py::module_& module) {
-  py::class_<CudaBlock>(module, "CudaBlock", kDoc)
+  py::class_<CudaBlock>(module, "CudaBlock", doc().c_str())
       .def(py::init<const py::dict&, int>(), py::arg("config"), py::arg("device") = 0)
       .def("saved_bytes", &CudaBlock::saved_bytes, "Bytes that forward saves for backward.")
       .def("forward_workspace_bytes", &CudaBlock::forward_workspace_bytes, py::arg("arrays"), py::arg("saves"))

@@ -90,8 +90,8 @@ int64_t launch_column_sums(Context& context, const void* matrix, int64_t rows, i
   const int64_t wanted = std::max<int64_t>(1, 4 * context.num_sms / col_blocks);
   const int64_t row_blocks = std::min({wanted, max_row_blocks(context), (rows + kHeight - 1) / kHeight});
   const dim3 grid(static_cast<unsigned>(col_blocks), static_cast<unsigned>(row_blocks));
-  column_sums_kernel<T, kVec><<<grid, dim3(kWidth, kHeight), 0, context.stream>>>(
-      static_cast<const T*>(matrix), rows, cols, static_cast<Accumulator<T>*>(partial));
+  column_sums_kernel<T, kVec><<<grid, dim3(kWidth, kHeight), 0, context.stream>>>(static_cast<const T*>(matrix), rows, cols,
+                                                                                  static_cast<Accumulator<T>*>(partial));
   check_launch("column_sums_kernel");
   return row_blocks;
 }
@@ -144,8 +144,8 @@ void add_bias(Context& context, DType dtype, void* matrix, const void* bias, int
   const int64_t blocks = std::min<int64_t>((size + kThreads - 1) / kThreads, 8 * static_cast<int64_t>(context.num_sms));
   dispatch_float(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    add_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(
-        static_cast<T*>(matrix), static_cast<const T*>(bias), size, cols);
+    add_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(static_cast<T*>(matrix),
+                                                                                       static_cast<const T*>(bias), size, cols);
     check_launch("add_bias_kernel");
   });
 }

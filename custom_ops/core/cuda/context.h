@@ -19,11 +19,11 @@ namespace cuda {
 struct Context {
   cudaStream_t stream = nullptr;
   int device = 0;
-  int compute_capability = 0;    // 10 * major + minor: 90 on an H100
+  int compute_capability = 0;  // 10 * major + minor: 90 on an H100
   int num_sms = 0;
-  size_t max_shared_bytes = 0;   // of one block, after raising the kernel's dynamic limit
-  bool allow_tf32 = false;       // float32 matrix products may round their inputs to TF32
-  bool deterministic = false;    // same input, same bits: no atomic sums
+  size_t max_shared_bytes = 0;  // of one block, after raising the kernel's dynamic limit
+  bool allow_tf32 = false;      // float32 matrix products may round their inputs to TF32
+  bool deterministic = false;   // same input, same bits: no atomic sums
 };
 
 // The context of a device, whose properties are read once per process. Throws std::runtime_error for a device below

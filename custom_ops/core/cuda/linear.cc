@@ -109,9 +109,7 @@ MatrixProduct d_attn_out_product(const Params& p) {
 
 void qkv_linear_forward(Context& context, const Params& p) { matrix_product(context, qkv_product(p), p.stage_workspace); }
 
-void output_linear_forward(Context& context, const Params& p) {
-  matrix_product(context, output_product(p), p.stage_workspace);
-}
+void output_linear_forward(Context& context, const Params& p) { matrix_product(context, output_product(p), p.stage_workspace); }
 
 void qkv_linear_backward(Context& context, const Params& p) {
   if (p.d_qkv_weight) {

@@ -99,8 +99,8 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
   }
   lt::HeuristicResult result{};
   int found = 0;
-  const lt::Status status = api.heuristic(lt::handle(context.device), plan->desc, plan->a, plan->b, plan->d, plan->d,
-                                          preference, 1, &result, &found);
+  const lt::Status status =
+      api.heuristic(lt::handle(context.device), plan->desc, plan->a, plan->b, plan->d, plan->d, preference, 1, &result, &found);
   api.preference_destroy(preference);
   plan->supported = status == 0 && found > 0 && result.status == 0;
   plan->algorithm = result.algorithm;

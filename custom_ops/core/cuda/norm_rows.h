@@ -16,8 +16,8 @@ struct NormRowsForward {
   const void* x = nullptr;  // null: nothing is added
   Dropout dropout;
   const uint64_t* random_state = nullptr;
-  void* z = nullptr;     // null: not wanted
-  void* out = nullptr;   // null: no layer norm
+  void* z = nullptr;            // null: not wanted
+  void* out = nullptr;          // null: no layer norm
   const void* scale = nullptr;  // [cols] or null
   const void* bias = nullptr;   // [cols] or null
   double epsilon = 0.0;

@@ -17,7 +17,7 @@ namespace cuda {
 namespace {
 
 constexpr int kBlockThreads = 512;
-constexpr int kDepth = 4;        // rows in flight, the present one included
+constexpr int kDepth = 4;  // rows in flight, the present one included
 constexpr int kLongThreads = 256;
 constexpr int kSumWidth = 32;
 constexpr int kSumHeight = 16;
@@ -83,10 +83,14 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 template <Kind kKind>
-constexpr int kInputs = kKind == Kind::kDropout ? 1 : kKind == Kind::kNorm ? 3 : 2;  // d_out, z, d_added
+constexpr int kInputs = kKind == Kind::kDropout ? 1
+                        : kKind == Kind::kNorm  ? 3
+                                                : 2;  // d_out, z, d_added
 
 template <Kind kKind>
-constexpr int kSums = kKind == Kind::kDropout ? 1 : kKind == Kind::kNorm ? 2 : 3;
+constexpr int kSums = kKind == Kind::kDropout ? 1
+                      : kKind == Kind::kNorm  ? 2
+                                              : 3;
 
 template <class T, class P, Kind kKind, int kItems>
 __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
@@ -331,8 +335,8 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
   constexpr int kFew = kFewItems<T>;
   constexpr int kMany = 2 * kFewItems<T>;
   const int64_t vectors = args.cols / kVec;
-  const bool by_vectors = args.cols % kVec == 0 &&
-                          all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
+  const bool by_vectors =
+      args.cols % kVec == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
   const Kind kind = !args.has_norm ? Kind::kDropout : args.d_y || args.d_y_sum ? Kind::kNormDropout : Kind::kNorm;
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};

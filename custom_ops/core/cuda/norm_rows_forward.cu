@@ -184,8 +184,7 @@ void run(Context& context, const NormRowsForward& args) {
   constexpr int kFew = kFewItems<T>;
   constexpr int kMany = 2 * kFewItems<T>;
   const int64_t vectors = args.cols / kVec;
-  const bool by_vectors =
-      args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.out, args.scale, args.bias});
+  const bool by_vectors = args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.out, args.scale, args.bias});
   const auto launch = [&](auto* function, int items) {
     const RowShape shape = row_shape(vectors, items, kBlockThreads);
     function<<<static_cast<unsigned>(shape.row_blocks(args.rows)), dim3(shape.group_threads, shape.groups), 0,
@@ -197,8 +196,7 @@ void run(Context& context, const NormRowsForward& args) {
   } else if (by_vectors && vectors <= kMany * kMaxGroupThreads) {
     launch(norm_rows_forward_kernel<T, P, kMany>, kMany);
   } else {
-    norm_long_rows_forward_kernel<T, P>
-        <<<static_cast<unsigned>(args.rows), kBlockThreads, 0, context.stream>>>(kernel);
+    norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kBlockThreads, 0, context.stream>>>(kernel);
     check_launch("norm_long_rows_forward_kernel");
   }
 }

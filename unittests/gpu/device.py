@@ -1,0 +1,134 @@
+"""Runs the CUDA core on PyTorch's tensors. All memory that a kernel may write lies between guards and starts as NaN."""
+
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pfa_core
+import reference
+import torch
+
+GUARD = 256
+# compute-sanitizer's initcheck must see memory that nobody wrote as such.
+POISON = os.environ.get("PFA_TEST_POISON", "1") == "1"
+
+
+class Memory:
+    """Device buffers with a guard on either side; `check` says whether a guard was written to."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def bytes(self, count, offset=0):
+        count += offset
+        if not POISON:
+            return torch.empty(count, dtype=torch.uint8, device="cuda")[offset:]
+        whole = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8, device="cuda")
+        self.buffers.append((whole, GUARD + offset, GUARD + count))
+        return whole[GUARD + offset : GUARD + count]
+
+    def empty(self, shape, dtype, offset=0):
+        """A tensor `offset` bytes away from an aligned address."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        return self.bytes(count, offset).view(dtype).view(*shape)
+
+    def check(self):
+        for whole, begin, end in self.buffers:
+            assert (whole[:begin] == 0xFF).all() and (whole[end:] == 0xFF).all(), "a kernel wrote outside its memory"
+
+
+def torch_dtype(name):
+    return getattr(torch, name)
+
+
+def to_device(a, name):
+    return torch.from_numpy(np.ascontiguousarray(a)).to("cuda").to(torch_dtype(name))
+
+
+def to_numpy(tensor):
+    return tensor.to(torch.float64).cpu().numpy()
+
+
+def mask_argument(mask, shape):
+    """The tuple that CudaBlock takes for a mask that broadcasts to `shape`."""
+    strides = mask.expand(shape).stride()
+    strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides))
+    return (mask.data_ptr(), str(mask.dtype).split(".")[1], strides)
+
+
+def make_block(case, **switches):
+    config = asdict(case.config)
+    del config["seed"], config["offset"]
+    config.update(
+        batch=case.batch,
+        seq_len=case.seq_len,
+        embed_dim=case.embed_dim,
+        num_heads=case.num_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        norm_dtype=case.dtype_of("ln_scale"),
+        **switches,
+    )
+    return pfa_core.CudaBlock(config)
+
+
+class Run:
+    """The block of a case on device tensors: forward, backward, and the memory they use."""
+
+    def __init__(self, case, inputs, saves=True, offset=0, **switches):
+        self.case = case
+        self.saves = saves
+        self.memory = Memory()
+        self.block = make_block(case, **switches)
+        self.tensors = {}
+        for name, a in inputs.items():
+            tensor = to_device(a, case.dtype_of("x" if name == "d_out" else name))
+            if offset and name != "attn_mask":
+                moved = self.memory.empty(tensor.shape, tensor.dtype, offset)
+                moved.copy_(tensor)
+                tensor = moved
+            self.tensors[name] = tensor
+        self.arrays = {n: t.data_ptr() for n, t in self.tensors.items() if n not in ("attn_mask", "d_out")}
+        if "attn_mask" in self.tensors:
+            shape = (case.batch, case.num_heads, case.seq_len, case.seq_len)
+            self.arrays["mask"] = mask_argument(self.tensors["attn_mask"], shape)
+        x = self.tensors["x"]
+        self.out = self.memory.empty(x.shape, x.dtype, offset)
+        self.arrays["out"] = self.out.data_ptr()
+        self.saved = self.memory.bytes(self.block.saved_bytes()) if saves else None
+        self.offset = offset
+
+    def stream(self):
+        return torch.cuda.current_stream().cuda_stream
+
+    def forward(self):
+        if not hasattr(self, "workspace"):
+            self.workspace = self.memory.bytes(self.block.forward_workspace_bytes(self.arrays, self.saves))
+        saved = self.saved.data_ptr() if self.saves else None
+        self.block.forward(
+            self.arrays, saved, self.workspace.data_ptr(), self.stream(), self.case.config.seed, self.case.config.offset
+        )
+        return self.out
+
+    def backward(self, wanted):
+        if not hasattr(self, "gradients"):
+            self.gradients = {n: self.memory.empty(self.tensors[n].shape, self.tensors[n].dtype, self.offset) for n in wanted}
+            self.backward_arrays = {n: a for n, a in self.arrays.items() if n != "out"}
+            self.backward_arrays["d_out"] = self.tensors["d_out"].data_ptr()
+            self.backward_arrays.update({"d_" + n: g.data_ptr() for n, g in self.gradients.items()})
+            self.backward_workspace = self.memory.bytes(self.block.backward_workspace_bytes(self.backward_arrays))
+        self.block.backward(self.backward_arrays, self.saved.data_ptr(), self.backward_workspace.data_ptr(), self.stream())
+        return self.gradients
+
+
+def run_case(case, inputs, wanted=None, **options):
+    """Result and gradients (all, or the wanted), as float64 NumPy arrays."""
+    if wanted is None:
+        wanted = [name for name in reference.DIFFERENTIABLE if name in inputs]
+    run = Run(case, inputs, **options)
+    run.forward()
+    if wanted:
+        run.backward(wanted)
+    torch.cuda.synchronize()
+    run.memory.check()
+    return to_numpy(run.out), {n: to_numpy(g) for n, g in run.gradients.items()} if wanted else {}

@@ -1,0 +1,188 @@
+"""The whole block on the GPU against the float64 reference: dtypes, features, sizes, dropout."""
+
+import common
+import pytest
+import torch
+from common import Case, Mask
+from device import Run, run_case
+from reference import Config
+
+FEATURES = {
+    "plain": Case(),
+    "pre": Case(config=Config(pre_layer_norm=True, final_layer_norm=False)),
+    "pre-and-final": Case(config=Config(pre_layer_norm=True)),
+    "no-norm": Case(config=Config(final_layer_norm=False)),
+    "no-residual": Case(config=Config(add_residual=False)),
+    "pre-no-residual": Case(config=Config(pre_layer_norm=True, final_layer_norm=False, add_residual=False)),
+    "causal": Case(config=Config(causal=True)),
+    "dropout": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, seed=7)),
+    "dropout-pre": Case(
+        config=Config(pre_layer_norm=True, final_layer_norm=False, dropout_rate=0.3, attn_dropout_rate=0.2, seed=2**40)
+    ),
+    "dropout-pre-causal": Case(
+        config=Config(pre_layer_norm=True, causal=True, dropout_rate=0.1, attn_dropout_rate=0.1, seed=-1, offset=2**33)
+    ),
+    "dropout-all": Case(config=Config(dropout_rate=1.0, attn_dropout_rate=1.0)),
+    "dropout-output-only": Case(config=Config(dropout_rate=0.5, offset=3)),
+    "downscale": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, mode="downscale_in_infer")),
+    "eval": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False)),
+    "eval-downscale": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False, mode="downscale_in_infer")),
+    "epsilon": Case(config=Config(pre_layer_norm=True, pre_ln_epsilon=0.1, ln_epsilon=0.5)),
+}
+for absent in common.OPTIONAL[:-1]:
+    FEATURES["no-" + absent] = Case(absent=(absent,), config=Config(pre_layer_norm=True))
+FEATURES["no-optional"] = Case(absent=common.OPTIONAL, config=Config(pre_layer_norm=True, dropout_rate=0.2))
+
+MASK_SHAPES = ("SS", "S", "11SS", "B11S", "1HSS", "BHSS", "BHS1", "B1SS")
+MASK_DTYPES = ("int32", "int64", "uint8", "int8", "int16", "float32", "float64", "float16", "bfloat16")
+MASKS = [Mask(shape) for shape in MASK_SHAPES] + [Mask(dtype=dtype) for dtype in MASK_DTYPES]
+MASKS += [Mask(content=content) for content in ("rows", "none")]
+MASKS += [Mask(dtype="float32", content=content) for content in ("-inf", "rows", "none")]
+
+
+def check(case, **options):
+    inputs = common.make_inputs(case)
+    common.check(case, common.expect(case, inputs), *run_case(case, inputs, **options))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(feature, dtype):
+    check(FEATURES[feature].but(dtype=dtype, seq_len=37, head_dim=24))
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+def test_norm_parameters_of_x_dtype(dtype):
+    check(Case(dtype=dtype, norm_dtype=dtype, seq_len=37, config=Config(pre_layer_norm=True, dropout_rate=0.1)))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_mask(mask, dtype):
+    if mask.dtype in ("float16", "float32", "float64", "bfloat16") and mask.dtype not in (dtype, "float32"):
+        pytest.skip("a float mask is float32 or of the dtype of x")
+    check(Case(dtype=dtype, seq_len=70, mask=mask))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_mask_causal_dropout(dtype):
+    config = Config(causal=True, attn_dropout_rate=0.2, dropout_rate=0.2, seed=11)
+    check(Case(dtype=dtype, seq_len=133, mask=Mask("1HSS", "float32", "-inf"), config=config))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("seq_len", (1, 7, 64, 129, 257))
+def test_length(seq_len, causal, dtype):
+    check(Case(dtype=dtype, seq_len=seq_len, head_dim=64, config=Config(causal=causal, attn_dropout_rate=0.1)))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("causal", (False, True))
+def test_length_1000(causal, dtype):
+    config = Config(causal=causal, attn_dropout_rate=0.1)
+    check(Case(batch=1, dtype=dtype, seq_len=1000, num_heads=1, head_dim=64, config=config))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("head_dim", (1, 3, 8, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256))
+def test_head_dim(head_dim, dtype):
+    check(Case(dtype=dtype, seq_len=93, num_heads=3, head_dim=head_dim, config=Config(causal=True, dropout_rate=0.1)))
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["x"],
+        ["qkv_weight"],
+        ["qkv_bias"],
+        ["linear_weight"],
+        ["linear_bias"],
+        ["ln_scale"],
+        ["ln_bias", "linear_bias"],
+        ["pre_ln_scale"],
+        ["x", "pre_ln_bias", "linear_weight"],
+        [],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("rate", (0.0, 0.3))
+@pytest.mark.parametrize("final", (False, True))
+def test_wanted_gradients(wanted, rate, final, dtype):
+    if not final and any(name.startswith("ln_") for name in wanted):
+        pytest.skip("there is no final layer norm")
+    pre = "pre_ln_scale" in wanted or "pre_ln_bias" in wanted
+    case = Case(dtype=dtype, config=Config(pre_layer_norm=pre, final_layer_norm=final, dropout_rate=rate))
+    check(case, wanted=wanted)
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("feature", ("plain", "pre", "dropout", "dropout-pre", "eval-downscale"))
+def test_forward_alone_has_the_same_bits(feature, dtype):
+    case = FEATURES[feature].but(dtype=dtype, seq_len=130, head_dim=40)
+    inputs = common.make_inputs(case)
+    saving, _ = run_case(case, inputs, wanted=[])
+    alone, _ = run_case(case, inputs, wanted=[], saves=False)
+    assert (saving == alone).all()
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_unaligned(dtype):
+    offset = 8 if dtype == "float64" else 4
+    check(Case(dtype=dtype, seq_len=37, config=Config(pre_layer_norm=True, dropout_rate=0.2)), offset=offset)
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_deterministic(dtype):
+    case = Case(dtype=dtype, batch=4, seq_len=300, head_dim=64, config=Config(causal=True, dropout_rate=0.1))
+    inputs = common.make_inputs(case)
+    first = run_case(case, inputs, deterministic=True)
+    second = run_case(case, inputs, deterministic=True)
+    assert (first[0] == second[0]).all()
+    for name, gradient in first[1].items():
+        assert (gradient == second[1][name]).all(), name
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
+def test_empty(shape, dtype):
+    case = Case(batch=shape[0], seq_len=shape[1], dtype=dtype, config=Config(pre_layer_norm=True, dropout_rate=0.1))
+    out, gradients = run_case(case, common.make_inputs(case))
+    assert out.size == 0
+    for name, gradient in gradients.items():
+        assert (gradient == 0).all(), name
+
+
+@pytest.mark.parametrize("dtype", ("float16", "float32"))
+def test_cuda_graph(dtype):
+    case = Case(dtype=dtype, seq_len=65, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, seed=3))
+    inputs = common.make_inputs(case)
+    run = Run(case, inputs)
+    wanted = common.differentiable(inputs)
+    run.forward()
+    run.backward(wanted)
+    torch.cuda.synchronize()
+    eager = [run.out.clone()] + [gradient.clone() for gradient in run.gradients.values()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.forward()
+        run.backward(wanted)
+    for tensor in [run.out, *run.gradients.values()]:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    run.memory.check()
+    tolerance = {"float16": 2e-3, "float32": 1e-5}[dtype]
+    for before, after in zip(eager, [run.out, *run.gradients.values()]):
+        torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
+
+
+def test_tf32_is_off_unless_asked_for():
+    case = Case(dtype="float32", seq_len=64, head_dim=64)
+    inputs = common.make_inputs(case)
+    check(case)
+    exact, _ = run_case(case, inputs, wanted=[])
+    rounded, _ = run_case(case, inputs, wanted=[], allow_tf32=True)
+    error = abs(exact - rounded).max()
+    assert 1e-5 < error < 2e-2

@@ -1,0 +1,153 @@
+"""The memory-bound stages alone, on rows of every length, aligned or not, against float64 on the device."""
+
+import pfa_core
+import pytest
+import reference
+import torch
+from device import Memory, torch_dtype
+
+# By vectors with few and many numbers per thread, at the limits of each, by single numbers, and rows too long for registers.
+COLS = (8, 96, 768, 1000, 1023, 1024, 2560, 4096, 4104, 8192, 12288, 16384, 20000, 40000)
+LIMIT = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+class Rows:
+    """x, y, z, d_out of [rows, cols] and layer-norm parameters, with what the stages write."""
+
+    def __init__(self, dtype, norm_dtype, rows, cols, rate=0.0, offset=0, **switches):
+        self.memory = Memory()
+        self.dtype, self.norm_dtype = torch_dtype(dtype), torch_dtype(norm_dtype)
+        self.rows, self.cols, self.rate, self.offset = rows, cols, rate, offset
+        config = dict(batch=1, seq_len=rows, embed_dim=cols, num_heads=1, head_dim=1, dtype=dtype, norm_dtype=norm_dtype)
+        self.block = pfa_core.CudaBlock(dict(config, dropout_rate=rate, **switches))
+        self.accumulator = torch.float64 if dtype == "float64" else torch.float32
+        torch.manual_seed(cols)
+        self.stream = torch.cuda.current_stream().cuda_stream
+        self.random_state = torch.empty(2, dtype=torch.int64, device="cuda")
+        self.block.set_random_state(self.random_state.data_ptr(), 5, 9, self.stream)
+
+    def draw(self, *shape, dtype=None):
+        tensor = self.memory.empty(shape, dtype or self.dtype, self.offset)
+        return tensor.copy_(torch.randn(shape, dtype=torch.float64, device="cuda"))
+
+    def empty(self, *shape, dtype=None):
+        return self.memory.empty(shape, dtype or self.dtype, self.offset)
+
+    def factor(self):
+        if self.rate == 0:
+            return 1.0
+        random = torch.from_numpy(reference.output_random(5, 9, self.rows, self.cols).astype("int32")).cuda()
+        return (random >= int(self.rate * 65536 + 0.5)).double() / (1 - self.rate)
+
+    def run(self, stage, tensors):
+        arrays = {n: t.data_ptr() for n, t in tensors.items() if t is not None}
+        backward = "backward" in stage
+        # Only the row stages' own part of the workspace is used, which does not depend on the attention's shape.
+        size = 6 * 132 * 2 * max(self.cols, 64) * 8 if backward else 64
+        workspace = self.memory.bytes(size)
+        self.block.run_stage(
+            stage, dict(arrays, random_state=self.random_state.data_ptr(), stage_workspace=workspace.data_ptr()), self.stream
+        )
+        torch.cuda.synchronize()
+        self.memory.check()
+
+
+def close(name, actual, expected, dtype):
+    error = float((actual.double() - expected).abs().max() / expected.abs().max())
+    assert error <= LIMIT[dtype], f"{name}: relative error {error:.3g}"
+
+
+def normalise(z, epsilon=1e-5):
+    centred = z - z.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+
+
+def norm_dtypes(dtype):
+    return [dtype, "float32"] if dtype in ("float16", "bfloat16") else [dtype]
+
+
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("dtype,norm_dtype", [(d, n) for d in LIMIT for n in norm_dtypes(d)])
+@pytest.mark.parametrize("rate", (0.0, 0.3))
+def test_residual(dtype, norm_dtype, cols, rate):
+    check_residual(dtype, norm_dtype, 37, cols, rate)
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_residual_many_rows(dtype):
+    check_residual(dtype, dtype, 5000, 768, 0.1)
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_residual_unaligned(dtype):
+    check_residual(dtype, dtype, 37, 768, 0.1, offset=8 if dtype == "float64" else 4)
+
+
+def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0):
+    r = Rows(dtype, norm_dtype, rows, cols, rate, offset)
+    y, x, d_out = r.draw(rows, cols), r.draw(rows, cols), r.draw(rows, cols)
+    scale, bias = r.draw(cols, dtype=r.norm_dtype), r.draw(cols, dtype=r.norm_dtype)
+    residual, out = r.empty(rows, cols).copy_(y), r.empty(rows, cols)
+    mean, rstd = r.empty(rows, dtype=r.accumulator), r.empty(rows, dtype=r.accumulator)
+    r.run("residual_forward", dict(x=x, residual=residual, out=out, ln_scale=scale, ln_bias=bias, ln_mean=mean, ln_rstd=rstd))
+    factor = r.factor()
+    z = y.double() * factor + x.double() if rate else y.double()
+    close("z", residual, z, dtype)
+    z = residual.double()
+    n = normalise(z)
+    close("out", out, n * scale.double() + bias.double(), dtype)
+    close("mean", mean, z.mean(-1), "float64" if dtype == "float64" else "float32")
+
+    names = ("ln_scale", "ln_bias", "linear_bias")
+    sums = {"d_" + name: r.empty(cols, dtype=r.dtype if name == "linear_bias" else r.norm_dtype) for name in names}
+    d_residual = r.empty(rows, cols)
+    d_linear = r.empty(rows, cols) if rate else d_residual
+    tensors = dict(d_out=d_out, residual=residual, ln_mean=mean, ln_rstd=rstd, ln_scale=scale, d_residual=d_residual)
+    r.run("residual_backward", dict(tensors, d_linear=d_linear, **sums))
+    z.requires_grad_()
+    (normalise(z) * scale.double()).backward(d_out.double())
+    close("d_residual", d_residual, z.grad, dtype)
+    close("d_linear", d_linear, z.grad * factor, dtype)
+    close("d_ln_scale", sums["d_ln_scale"], (d_out.double() * n).sum(0), norm_dtype)
+    close("d_ln_bias", sums["d_ln_bias"], d_out.double().sum(0), norm_dtype)
+    close("d_linear_bias", sums["d_linear_bias"], (z.grad * factor).sum(0), dtype)
+
+
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("dtype,norm_dtype", [(d, n) for d in LIMIT for n in norm_dtypes(d)])
+@pytest.mark.parametrize("adds", (False, True))
+def test_layer_norm(dtype, norm_dtype, cols, adds):
+    rows = 37
+    r = Rows(dtype, norm_dtype, rows, cols, pre_layer_norm=True, add_residual=adds)
+    x, d_hidden, d_residual = r.draw(rows, cols), r.draw(rows, cols), r.draw(rows, cols)
+    scale, bias = r.draw(cols, dtype=r.norm_dtype), r.draw(cols, dtype=r.norm_dtype)
+    hidden = r.empty(rows, cols)
+    mean, rstd = r.empty(rows, dtype=r.accumulator), r.empty(rows, dtype=r.accumulator)
+    norm = dict(x=x, pre_ln_scale=scale, pre_ln_mean=mean, pre_ln_rstd=rstd)
+    r.run("layer_norm_forward", dict(norm, pre_ln_bias=bias, hidden=hidden))
+    n = normalise(x.double())
+    close("hidden", hidden, n * scale.double() + bias.double(), dtype)
+
+    d_x, d_scale, d_bias = r.empty(rows, cols), r.empty(cols, dtype=r.norm_dtype), r.empty(cols, dtype=r.norm_dtype)
+    sums = dict(d_pre_ln_scale=d_scale, d_pre_ln_bias=d_bias)
+    r.run("layer_norm_backward", dict(norm, d_hidden=d_hidden, d_residual=d_residual, d_x=d_x, **sums))
+    z = x.double().requires_grad_()
+    (normalise(z) * scale.double()).backward(d_hidden.double())
+    close("d_x", d_x, z.grad + d_residual.double() if adds else z.grad, dtype)
+    close("d_pre_ln_scale", d_scale, (d_hidden.double() * n).sum(0), norm_dtype)
+    close("d_pre_ln_bias", d_bias, d_hidden.double().sum(0), norm_dtype)
+
+
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_dropout_without_norm(dtype, cols):
+    rows = 37
+    r = Rows(dtype, dtype, rows, cols, 0.3, final_layer_norm=False)
+    y, x, d_out = r.draw(rows, cols), r.draw(rows, cols), r.draw(rows, cols)
+    residual = r.empty(rows, cols).copy_(y)
+    r.run("residual_forward", dict(x=x, residual=residual, out=residual))
+    close("out", residual, y.double() * r.factor() + x.double(), dtype)
+    d_linear, d_bias = r.empty(rows, cols), r.empty(cols)
+    r.run("residual_backward", dict(d_out=d_out, d_residual=d_out, d_linear=d_linear, d_linear_bias=d_bias))
+    close("d_linear", d_linear, d_out.double() * r.factor(), dtype)
+    close("d_linear_bias", d_bias, (d_out.double() * r.factor()).sum(0), dtype)
