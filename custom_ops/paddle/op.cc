@@ -8,18 +8,14 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "attributes.h"
 #include "checks.h"
 #include "core/block.h"
-#include "core/cpu/context.h"
-#include "core/cpu/parallel.h"
-#include "gemm.h"
+#include "devices.h"
 #include "paddle/extension.h"
 #include "paddle/phi/core/enforce.h"
-#include "paddle/phi/core/generator.h"
 
 namespace pfa::op {
 namespace {
@@ -68,8 +64,8 @@ void check(const Tensors& tensors, const Attributes& attributes) {
                                   tensors[kX]->place().DebugString() + ", got one on " + tensors[i]->place().DebugString());
     }
   }
-  if (!tensors[kX]->is_cpu()) {
-    throw std::invalid_argument("[custom_fused_attention] ValueError: x: expected a tensor on the CPU, the only device this build has kernels for, got one on " +
+  if (!has_kernels_for(*tensors[kX])) {
+    throw std::invalid_argument("[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got one on " +
                                 tensors[kX]->place().DebugString());
   }
 }
@@ -133,43 +129,30 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   return p;
 }
 
-cpu::Context cpu_context() {
-  static const cpu::Gemm<float> sgemm = find_sgemm();
-  static const cpu::Gemm<double> dgemm = find_dgemm();
-  cpu::Context context;
-  context.sgemm = sgemm;
-  context.dgemm = dgemm;
-  context.threads = cpu::max_threads();
-  return context;
-}
-
 paddle::Tensor bytes(size_t count, const paddle::Place& place) {
   return paddle::empty({static_cast<int64_t>(count)}, paddle::DataType::UINT8, place);
 }
 
 // The seed and offset of this call's dropout masks; Paddle's generator moves on only if something is dropped.
-void draw_random_state(const Params& p, const Attributes& attributes) {
-  uint64_t seed = attributes.seed;
-  uint64_t offset = 0;
-  if (!attributes.has(kFixedSeed) && (p.attn_dropout.threshold || p.dropout.threshold)) {
-    std::tie(seed, offset) = phi::DefaultCPUGenerator()->IncrementOffset(1);
-  }
-  p.random_state[0] = seed;
-  p.random_state[1] = offset;
+template <class Device>
+void write_random_state(Device& device, const Params& p, const Attributes& attributes) {
+  if (!p.attn_dropout.threshold && !p.dropout.threshold) return;
+  const bool fixed = attributes.has(kFixedSeed);
+  device.write(fixed ? RandomState{static_cast<uint64_t>(attributes.seed), 0} : device.draw(), p.random_state);
 }
 
 // Runs the forward pass into p.out; `saved` is memory for plan_saved, or null.
-void run_forward(Params p, const Attributes& attributes, paddle::Tensor* saved, const paddle::Place& place) {
-  cpu::Context context = cpu_context();
+template <class Device>
+void run_forward(Device& device, Params p, const Attributes& attributes, paddle::Tensor* saved, const paddle::Place& place) {
   if (saved) {
     Arena arena(saved->data());
     plan_saved(p, arena);
   }
-  const paddle::Tensor workspace = bytes(forward_workspace_bytes(context, p, saved != nullptr), place);
+  const paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
   Arena arena(const_cast<void*>(workspace.data()));
-  plan_forward(context, p, arena, saved != nullptr);
-  draw_random_state(p, attributes);
-  block_forward(context, p);
+  plan_forward(device.context, p, arena, saved != nullptr);
+  write_random_state(device, p, attributes);
+  block_forward(device.context, p);
 }
 
 // Runs f. Paddle ends the process on exceptions other than its own, so those of the core and of the checks are made into these.
@@ -193,7 +176,7 @@ std::vector<paddle::Tensor> run_forward_op(const Tensors& tensors, const Attribu
   paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
   paddle::Tensor saved = bytes(attributes.saves() ? saved_bytes(p) : 1, x.place());
   p.out = out.data();
-  run_forward(p, attributes, attributes.saves() ? &saved : nullptr, x.place());
+  on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, attributes.saves() ? &saved : nullptr, x.place()); });
   return {out, saved};
 }
 
@@ -215,7 +198,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
     saved_again = bytes(saved_bytes(p), x.place());
     paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
     p.out = out.data();
-    run_forward(p, attributes, &saved_again, x.place());
+    on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, &saved_again, x.place()); });
     saved_memory = &saved_again;
   }
   Arena saved_arena(const_cast<void*>(saved_memory->data()));
@@ -232,11 +215,12 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
     gradients.push_back(paddle::empty(wanted ? tensors[i]->shape() : Shape{1}, tensors[i]->dtype(), x.place()));
     if (wanted) *targets[i] = gradients.back().data();
   }
-  cpu::Context context = cpu_context();
-  const paddle::Tensor workspace = bytes(backward_workspace_bytes(context, p), x.place());
-  Arena arena(const_cast<void*>(workspace.data()));
-  plan_backward(context, p, arena);
-  block_backward(context, p);
+  on_device_of(x, [&](auto& device) {
+    const paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
+    Arena arena(const_cast<void*>(workspace.data()));
+    plan_backward(device.context, p, arena);
+    block_backward(device.context, p);
+  });
   return gradients;
 }
 

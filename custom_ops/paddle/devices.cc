@@ -1,0 +1,69 @@
+#include "devices.h"
+
+#ifdef PFA_WITH_CUDA
+#include <dlfcn.h>
+#endif
+
+#include "core/cpu/parallel.h"
+#include "gemm.h"
+#include "paddle/phi/core/generator.h"
+
+#ifdef PFA_WITH_CUDA
+#if __has_include("paddle/common/flags.h")
+#include "paddle/common/flags.h"
+COMMON_DECLARE_bool(cudnn_deterministic);
+#else  // Paddle 2.6
+#include "paddle/phi/core/flags.h"
+PD_DECLARE_bool(cudnn_deterministic);
+#endif
+#endif
+
+namespace pfa::op {
+
+CpuDevice::CpuDevice() {
+  static const cpu::Gemm<float> sgemm = find_sgemm();
+  static const cpu::Gemm<double> dgemm = find_dgemm();
+  context.sgemm = sgemm;
+  context.dgemm = dgemm;
+  context.threads = cpu::max_threads();
+}
+
+RandomState CpuDevice::draw() const {
+  const auto [seed, offset] = phi::DefaultCPUGenerator()->IncrementOffset(1);
+  return {seed, offset};
+}
+
+#ifdef PFA_WITH_CUDA
+namespace {
+
+// Paddle's switch for TF32 in matrix products, of which no header of all supported versions speaks.
+bool allows_tf32() {
+  static const auto function = reinterpret_cast<bool (*)()>(dlsym(RTLD_DEFAULT, "_ZN3phi15AllowTF32CublasEv"));
+  return function ? function() : true;
+}
+
+int current_card() {
+  int card = 0;
+  cuda::check(cudaGetDevice(&card), "cudaGetDevice");
+  return card;
+}
+
+}  // namespace
+
+CudaDevice::CudaDevice(const paddle::Tensor& tensor) : previous_(current_card()) {
+  const int card = tensor.place().GetDeviceId();
+  if (card != previous_) cuda::check(cudaSetDevice(card), "cudaSetDevice");
+  context = cuda::make_context(tensor.stream(), card, allows_tf32(), FLAGS_cudnn_deterministic);
+}
+
+CudaDevice::~CudaDevice() {
+  if (context.device != previous_) cudaSetDevice(previous_);
+}
+
+RandomState CudaDevice::draw() const {
+  const auto [seed, offset] = phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1);
+  return {seed, offset};
+}
+#endif
+
+}  // namespace pfa::op

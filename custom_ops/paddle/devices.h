@@ -1,0 +1,67 @@
+// The devices that the operator runs on: for each, the core's context from Paddle's state, and Paddle's generator of random numbers.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "core/cpu/context.h"
+#include "core/params.h"
+#include "paddle/extension.h"
+#ifdef PFA_WITH_CUDA
+#include "core/cuda/stages.h"
+#endif
+
+namespace pfa::op {
+
+struct RandomState {
+  uint64_t seed;
+  uint64_t offset;
+};
+
+struct CpuDevice {
+  cpu::Context context;
+
+  CpuDevice();
+  RandomState draw() const;
+  void write(RandomState state, uint64_t* target) { target[0] = state.seed, target[1] = state.offset; }
+};
+
+#ifdef PFA_WITH_CUDA
+// Makes the tensor's card current while it lives, and queues work on Paddle's stream.
+struct CudaDevice {
+  cuda::Context context;
+
+  explicit CudaDevice(const paddle::Tensor& tensor);
+  ~CudaDevice();
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+  RandomState draw() const;
+  void write(RandomState state, uint64_t* target) { cuda::set_random_state(context, target, state.seed, state.offset); }
+
+ private:
+  int previous_;
+};
+#endif
+
+// Whether this build has kernels for the tensor's device.
+inline bool has_kernels_for(const paddle::Tensor& tensor) {
+#ifdef PFA_WITH_CUDA
+  if (tensor.is_gpu()) return true;
+#endif
+  return tensor.is_cpu();
+}
+
+// Calls f with the tensor's device.
+template <class F>
+auto on_device_of(const paddle::Tensor& tensor, F&& f) {
+#ifdef PFA_WITH_CUDA
+  if (tensor.is_gpu()) {
+    CudaDevice device(tensor);
+    return f(device);
+  }
+#endif
+  CpuDevice device;
+  return f(device);
+}
+
+}  // namespace pfa::op
