@@ -15,6 +15,7 @@
 #include "core/block.h"
 #include "devices.h"
 #include "paddle/extension.h"
+#include "paddle/phi/core/dense_tensor.h"
 #include "paddle/phi/core/enforce.h"
 
 namespace pfa::op {
@@ -129,6 +130,17 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   return p;
 }
 
+// Paddle 2.6 takes a tensor without memory, as an empty one is, for an output that was forgotten.
+paddle::Tensor allocate(const Shape& shape, paddle::DataType dtype, const paddle::Place& place) {
+  for (int64_t size : shape) {
+    if (size != 0) continue;
+    paddle::Tensor tensor = paddle::empty({1}, dtype, place);
+    static_cast<phi::DenseTensor*>(tensor.impl().get())->Resize(phi::DDim(shape.data(), static_cast<int>(shape.size())));
+    return tensor;
+  }
+  return paddle::empty(shape, dtype, place);
+}
+
 paddle::Tensor bytes(size_t count, const paddle::Place& place) {
   return paddle::empty({static_cast<int64_t>(count)}, paddle::DataType::UINT8, place);
 }
@@ -173,7 +185,7 @@ std::vector<paddle::Tensor> run_forward_op(const Tensors& tensors, const Attribu
   const paddle::Tensor& x = *tensors[kX];
   check(tensors, attributes);
   Params p = describe(tensors, attributes);
-  paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
+  paddle::Tensor out = allocate(x.shape(), x.dtype(), x.place());
   paddle::Tensor saved = bytes(attributes.saves() ? saved_bytes(p) : 1, x.place());
   p.out = out.data();
   on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, attributes.saves() ? &saved : nullptr, x.place()); });
@@ -196,7 +208,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   const paddle::Tensor* saved_memory = &saved;
   if (!attributes.saves()) {
     saved_again = bytes(saved_bytes(p), x.place());
-    paddle::Tensor out = paddle::empty(x.shape(), x.dtype(), x.place());
+    paddle::Tensor out = allocate(x.shape(), x.dtype(), x.place());
     p.out = out.data();
     on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, &saved_again, x.place()); });
     saved_memory = &saved_again;
@@ -212,7 +224,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   for (int i = 0; i < kGradients; ++i) {
     const bool wanted = attributes.wants_gradient(static_cast<Input>(i));
     // A gradient that nobody reads must still be a tensor.
-    gradients.push_back(paddle::empty(wanted ? tensors[i]->shape() : Shape{1}, tensors[i]->dtype(), x.place()));
+    gradients.push_back(allocate(wanted ? tensors[i]->shape() : Shape{1}, tensors[i]->dtype(), x.place()));
     if (wanted) *targets[i] = gradients.back().data();
   }
   on_device_of(x, [&](auto& device) {

@@ -99,7 +99,7 @@ struct Linear {
     });
   }
 
-  static void start_row(const Product& product, int64_t row, int64_t column, int64_t columns, A* __restrict target) {
+  static void start_row(const Product& product, int64_t row, int64_t column, int64_t columns, A* target) {
     const T* addend = product.addend ? product.addend + row * product.n + column : nullptr;
     const T* bias = product.bias ? product.bias + column : nullptr;
     for (int64_t i = 0; i < columns; ++i) {

@@ -2,6 +2,7 @@
 //
 // With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
 // dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q.
+#include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_launch.h"
 #include "core/cuda/attention_mma.cuh"
 #include "core/cuda/attention_plain.cuh"
@@ -14,6 +15,7 @@ namespace {
 constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole tiles of any kernel
 
 // A warp per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which make probabilities 0.
+// Clears the sums of d_q as well.
 template <class T, class Acc>
 __global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs args) {
   const int64_t index = blockIdx.x * int64_t{8} + threadIdx.x / 32;
@@ -42,6 +44,10 @@ __global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs arg
     for (int other = 16; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] * static_cast<Acc>(kLog2e);
   }
+  if (args.dq_sum) {
+    float4* sums = reinterpret_cast<float4*>(args.dq_sum + index * args.dq_columns);
+    for (int i = lane; i < args.dq_columns / 4; i += 32) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
@@ -69,7 +75,6 @@ void backward_plain(const Context& context, const AttentionArgs& args) {
 
 template <class T>
 void backward_mma(const Context& context, const AttentionArgs& args) {
-  backward_rows<T, float>(context, args);
   with_head_dim<64, 96, 128, 192, 256>(args.head_dim, [&](auto head_dim) {
     with_bool(args.mask.data || args.drops, [&](auto general) {
       constexpr int kHeadDim = decltype(head_dim)::value;
@@ -91,35 +96,53 @@ void backward_mma(const Context& context, const AttentionArgs& args) {
 }
 
 template <class T>
-void backward_16bit(const Context& context, const AttentionArgs& args) {
-  if (context.compute_capability >= 80) {
-    backward_mma<T>(context, args);
+void backward_16bit(const Context& context, const AttentionArgs& args, DType dtype) {
+  if (context.compute_capability < 80) return backward_plain<T, float>(context, args);
+  backward_rows<T, float>(context, args);
+  if (args.dq_sum) {
+    attention_backward_hopper(context, args, dtype);
   } else {
-    backward_plain<T, float>(context, args);
+    backward_mma<T>(context, args);
   }
 }
 
-int64_t padded_rows(const Params& p) { return ceil_div(p.seq_len, kRowMultiple) * kRowMultiple; }
+// Where things lie in the stage's workspace.
+struct Workspace {
+  int64_t rows;        // seq_len, padded
+  int dq_columns;      // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
+  size_t statistics;   // bytes of delta, and of lse2
+  size_t total;
+
+  Workspace(const Context& context, const AttentionArgs& args, DType dtype) {
+    rows = ceil_div(args.seq_len, kRowMultiple) * kRowMultiple;
+    dq_columns = hopper_serves(context, args, dtype) && !context.deterministic ? (args.head_dim > 64 ? 128 : 64) : 0;
+    const int64_t all_rows = args.batch * args.num_heads * rows;
+    statistics = all_rows * size_of(accumulator_of(dtype));
+    total = 2 * statistics + all_rows * dq_columns * sizeof(float);
+  }
+};
 
 }  // namespace
 
-size_t attention_workspace_bytes(const Context&, const Params& p, bool backward) {
-  if (!backward) return 0;
-  return 2 * size_of(accumulator_of(p.dtype)) * p.batch * p.num_heads * padded_rows(p);
+size_t attention_workspace_bytes(const Context& context, const Params& p, bool backward) {
+  return backward ? Workspace(context, attention_args(p), p.dtype).total : 0;
 }
 
 void attention_backward(Context& context, const Params& p) {
   if (p.rows() == 0) return;
   AttentionArgs args = attention_args(p);
-  const int64_t rows = padded_rows(p);
-  args.rows_padded = static_cast<int>(rows);
-  args.delta = p.stage_workspace;
-  args.lse2 = static_cast<char*>(p.stage_workspace) + size_of(accumulator_of(p.dtype)) * p.batch * p.num_heads * rows;
+  const Workspace workspace(context, args, p.dtype);
+  char* memory = static_cast<char*>(p.stage_workspace);
+  args.rows_padded = static_cast<int>(workspace.rows);
+  args.dq_columns = workspace.dq_columns;
+  args.delta = memory;
+  args.lse2 = memory + workspace.statistics;
+  args.dq_sum = workspace.dq_columns ? reinterpret_cast<float*>(memory + 2 * workspace.statistics) : nullptr;
   switch (p.dtype) {
     case DType::kFloat16:
-      return backward_16bit<__half>(context, args);
+      return backward_16bit<__half>(context, args, p.dtype);
     case DType::kBFloat16:
-      return backward_16bit<__nv_bfloat16>(context, args);
+      return backward_16bit<__nv_bfloat16>(context, args, p.dtype);
     case DType::kFloat64:
       return backward_plain<double, double>(context, args);
     default:

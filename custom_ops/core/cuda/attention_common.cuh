@@ -42,8 +42,9 @@ struct AttentionArgs {
   void* d_qkv;        // [B, S, 3, H, D]
   void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
   void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
-  float* dq_sum;      // float32 sums of d_q where several blocks add to them, or null
-  int rows_padded;    // seq_len rounded up to the tile of queries
+  float* dq_sum;      // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
+  int dq_columns;     // head_dim rounded up to whole blocks of columns
+  int rows_padded;    // seq_len rounded up to whole tiles of queries
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
   __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }

@@ -1,4 +1,5 @@
 // Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the kernel.
+#include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_launch.h"
 #include "core/cuda/attention_mma.cuh"
 #include "core/cuda/attention_plain.cuh"
@@ -45,6 +46,7 @@ void forward_16bit(const Context& context, const AttentionArgs& args) {
 void attention_forward(Context& context, const Params& p) {
   const AttentionArgs args = attention_args(p);
   if (p.rows() == 0) return;
+  if (hopper_serves(context, args, p.dtype)) return attention_forward_hopper(context, args, p.dtype);
   switch (p.dtype) {
     case DType::kFloat16:
       return forward_16bit<__half>(context, args);

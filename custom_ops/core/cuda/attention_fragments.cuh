@@ -23,6 +23,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// The first (low) or second number of a packed pair.
+template <class T>
+__device__ __forceinline__ float unpack(uint32_t packed, int which) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(which ? packed >> 16 : packed)));
+  } else {
+    return __uint_as_float(which ? packed & 0xFFFF0000u : packed << 16);
+  }
+}
+
 __device__ __forceinline__ int lane_row(int e) { return static_cast<int>(threadIdx.x % 32 / 4) + e / 2 % 2 * 8; }
 __device__ __forceinline__ int lane_column(int e) { return static_cast<int>(threadIdx.x % 4) * 2 + e % 2 + e / 4 * 8; }
 

@@ -91,6 +91,28 @@ __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, uint
   }
 }
 
+// Starts copying bytes (a multiple of 16) as they lie.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Writes a warp's 16 x 16 piece, packed as lanes hold it, to where the swizzle puts rows row0.. and columns column0.. of a block.
+__device__ __forceinline__ void store_piece(void* block, int row0, int column0, const uint32_t (&piece)[4]) {
+  const int lane = threadIdx.x % 32;
+  const int row = row0 + lane % 16;
+  const int vector = column0 / 8 + lane / 16;
+  const uint32_t address = shared_address(block) + row * kRowBytes + ((vector ^ (row % 8)) * 16);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece[0]), "r"(piece[1]),
+               "r"(piece[2]), "r"(piece[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void add_to(float* to, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // Operand descriptors. Rows along the product's M or N and columns along its K:
 __device__ __forceinline__ uint64_t rows_operand(const void* p) {
   return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (uint64_t{1} << 16) | (shared_address(p) >> 4 & 0x3FFF);

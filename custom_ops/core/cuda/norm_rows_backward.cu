@@ -16,8 +16,6 @@ namespace pfa {
 namespace cuda {
 namespace {
 
-constexpr int kBlockThreads = 512;
-constexpr int kDepth = 4;  // rows in flight, the present one included
 constexpr int kLongThreads = 256;
 constexpr int kSumWidth = 32;
 constexpr int kSumHeight = 16;
@@ -92,10 +90,24 @@ constexpr int kSums = kKind == Kind::kDropout ? 1
                       : kKind == Kind::kNorm  ? 2
                                               : 3;
 
+#ifndef PFA_THREADS
+#define PFA_THREADS 512
+#define PFA_BLOCKS 1
+#endif
+template <class T, int kItems>
+constexpr int kBlockThreads = kItems == kFewItems<T> ? PFA_THREADS : 512;
+template <class T, int kItems>
+constexpr int kBlocksPerSm = kItems == kFewItems<T> ? PFA_BLOCKS : 1;
+
+// Rows on their way at a time, the present one included: as many as 96 KiB hold, but 2 to 4.
+template <Kind kKind, int kItems>
+constexpr int kRowsInFlight = std::max(2, std::min(4, 12 / (kInputs<kKind> * kItems)));
+
 template <class T, class P, Kind kKind, int kItems>
-__global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
+__global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kItems>) norm_rows_backward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
+  constexpr int kDepth = kRowsInFlight<kKind, kItems>;
   constexpr bool kHasNorm = kKind != Kind::kDropout;
   constexpr bool kHasDropout = kKind != Kind::kNorm;
   extern __shared__ uint4 shared[];
@@ -134,6 +146,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   for (int stage = 0; stage < kDepth - 1; ++stage) fetch(first + stage * step, stage);
 
   int stage = 0;
+  int parity = 0;
   for (int64_t row = first; row < k.rows; row += step) {
     const int ahead = stage == 0 ? kDepth - 1 : stage - 1;
     fetch(row + (kDepth - 1) * step, ahead);
@@ -167,7 +180,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
           }
         }
       }
-      group_sum(means, slots[stage % 2]);
+      group_sum(means, slots[parity]);
+      parity ^= 1;
       means[0] /= static_cast<A>(k.cols);
       means[1] /= static_cast<A>(k.cols);
     }
@@ -291,14 +305,19 @@ __global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_ker
   }
 }
 
+// Returns how many blocks wrote sums; 0 if the rows do not fit, and nothing was launched.
 template <class T, class P, Kind kKind, int kItems>
 int64_t launch(Context& context, const Kernel<T, P>& kernel) {
-  const RowShape shape = row_shape(kernel.cols / kVectorSize<T>, kItems, kBlockThreads);
-  const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
+  const int64_t vectors = kernel.cols / kVectorSize<T>;
+  if (vectors > kItems * kBlockThreads<T, kItems>) return 0;
+  const RowShape shape = row_shape(vectors, kItems, kBlockThreads<T, kItems>);
+  const int64_t blocks =
+      std::min<int64_t>(shape.row_blocks(kernel.rows), kBlocksPerSm<T, kItems> * static_cast<int64_t>(context.num_sms));
   const int threads = shape.group_threads * shape.groups;
-  const size_t copies = sizeof(uint4) * kDepth * kInputs<kKind> * kItems * threads;
+  const size_t copies = sizeof(uint4) * kRowsInFlight<kKind, kItems> * kInputs<kKind> * kItems * threads;
   const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * threads;
   const size_t shared = std::max(copies, exchange);
+  if (shared > context.max_shared_bytes) return 0;
   const auto function = norm_rows_backward_kernel<T, P, kKind, kItems>;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "norm_rows_backward_kernel: shared memory");
@@ -307,11 +326,10 @@ int64_t launch(Context& context, const Kernel<T, P>& kernel) {
   return blocks;
 }
 
-template <class T, class P, int kItems>
-int64_t launch_kind(Context& context, const Kernel<T, P>& kernel, Kind kind) {
-  if (kind == Kind::kNorm) return launch<T, P, Kind::kNorm, kItems>(context, kernel);
-  if (kind == Kind::kNormDropout) return launch<T, P, Kind::kNormDropout, kItems>(context, kernel);
-  return launch<T, P, Kind::kDropout, kItems>(context, kernel);
+template <class T, class P, Kind kKind>
+int64_t launch(Context& context, const Kernel<T, P>& kernel) {
+  const int64_t blocks = launch<T, P, kKind, kFewItems<T>>(context, kernel);
+  return blocks ? blocks : launch<T, P, kKind, 2 * kFewItems<T>>(context, kernel);
 }
 
 template <class T, class P>
@@ -331,20 +349,20 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
                                static_cast<T*>(args.d_z),
                                static_cast<T*>(args.d_y),
                                static_cast<A*>(workspace)};
-  constexpr int kVec = kVectorSize<T>;
-  constexpr int kFew = kFewItems<T>;
-  constexpr int kMany = 2 * kFewItems<T>;
-  const int64_t vectors = args.cols / kVec;
-  const bool by_vectors =
-      args.cols % kVec == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
+  const bool by_vectors = args.cols % kVectorSize<T> == 0 &&
+                          all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
   const Kind kind = !args.has_norm ? Kind::kDropout : args.d_y || args.d_y_sum ? Kind::kNormDropout : Kind::kNorm;
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
   const ColumnSum d_y_sum = {args.d_y_sum, args.dtype};
 
-  if (by_vectors && vectors <= kMany * kBlockThreads && !(kind == Kind::kNormDropout && args.d_added)) {
-    const int64_t blocks = vectors <= kFew * kBlockThreads ? launch_kind<T, P, kFew>(context, kernel, kind)
-                                                           : launch_kind<T, P, kMany>(context, kernel, kind);
+  int64_t blocks = 0;
+  if (by_vectors) {
+    blocks = kind == Kind::kNorm          ? launch<T, P, Kind::kNorm>(context, kernel)
+             : kind == Kind::kNormDropout ? launch<T, P, Kind::kNormDropout>(context, kernel)
+                                          : launch<T, P, Kind::kDropout>(context, kernel);
+  }
+  if (blocks) {
     add_row_blocks(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});
     return;
   }

@@ -1,6 +1,6 @@
 // Residual sum with dropout, and layer norm, forward (norm_rows.h).
 //
-// A group of threads holds its row in registers: z is formed, rounded to its dtype, and mean and variance are taken of the
+// A group of threads holds its row in registers, all of it on its way before the first number is used: z is formed, rounded to its dtype, and mean and variance are taken of the
 // rounded numbers, so that the same statistics follow from the z that backward reads. Rows that no group can hold, or that
 // cannot be read by vectors, go through a kernel that reads them again for each step.
 #include "core/cuda/norm_rows.h"
@@ -11,8 +11,10 @@ namespace pfa {
 namespace cuda {
 namespace {
 
-constexpr int kBlockThreads = 256;
-constexpr int kMaxGroupThreads = 1024;
+constexpr int kBlockThreads = 128;
+constexpr int kMaxGroupThreads = 512;
+constexpr int kLongThreads = 256;
+constexpr int kItems = 4;  // vectors that a thread has in flight
 
 template <class T, class P>
 struct Kernel {
@@ -38,10 +40,9 @@ struct Kernel {
 
   // z of N neighbouring columns, rounded to T.
   template <int N>
-  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, A (&value)[N]) const {
-    load(y + index, value);
-    A added[N] = {};
-    if (x) load(x + index, added);
+  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
+                                         const Vector<T, N>& x_vector, A (&value)[N]) const {
+    widen(y_vector, value);
     if (threshold) {
       apply_output_dropout(state, threshold, dropout_scale, index, value);
     } else {
@@ -49,7 +50,10 @@ struct Kernel {
       for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = widen(narrow<T>(value[i] + added[i]));
+    for (int i = 0; i < N; ++i) {
+      if (x) value[i] += widen(x_vector.value[i]);
+      value[i] = widen(narrow<T>(value[i]));
+    }
   }
 
   template <int N>
@@ -67,7 +71,7 @@ struct Kernel {
   }
 };
 
-template <class T, class P, int kItems>
+template <class T, class P, int kRowItems>
 __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
@@ -76,20 +80,30 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
   if (row >= k.rows) return;  // the whole group
   const PhiloxState state = k.philox();
 
-  A value[kItems][kVec];
-  A sum[1] = {0};
+  Vector<T, kVec> y[kRowItems], x[kRowItems];
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) {
+  for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
-      k.form_z(state, row * k.cols + col, value[item]);
+      y[item] = load_vector<kVec>(k.y + row * k.cols + col);
+      if (k.x) x[item] = load_vector<kVec>(k.x + row * k.cols + col);
+    }
+  }
+
+  A value[kRowItems][kVec];
+  A sum[1] = {0};
+#pragma unroll
+  for (int item = 0; item < kRowItems; ++item) {
+    const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
+    if (col < k.cols) {
+      k.form_z(state, row * k.cols + col, y[item], x[item], value[item]);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += value[item][i];
     }
   }
   if (k.z) {
 #pragma unroll
-    for (int item = 0; item < kItems; ++item) {
+    for (int item = 0; item < kRowItems; ++item) {
       const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
       if (col < k.cols) store(k.z + row * k.cols + col, value[item]);
     }
@@ -100,7 +114,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
   const A mean = sum[0] / static_cast<A>(k.cols);
   A squares[1] = {0};
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) {
+  for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
 #pragma unroll
@@ -115,7 +129,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
     if (k.rstd) k.rstd[row] = rstd;
   }
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) {
+  for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
       k.normalize(col, mean, rstd, value[item]);
@@ -126,7 +140,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
 
 // Any number of columns. What a thread reads again it has written itself: z, or the unfinished out.
 template <class T, class P>
-__global__ void __launch_bounds__(kBlockThreads) norm_long_rows_forward_kernel(const Kernel<T, P> k) {
+__global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   __shared__ A slots[2][kMaxWarps];
   const int64_t row = blockIdx.x;
@@ -135,8 +149,11 @@ __global__ void __launch_bounds__(kBlockThreads) norm_long_rows_forward_kernel(c
 
   A sum[1] = {0};
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
+    const int64_t index = row * k.cols + col;
+    Vector<T, 1> x = {};
+    if (k.x) x = load_vector<1>(k.x + index);
     A value[1];
-    k.form_z(state, row * k.cols + col, value);
+    k.form_z(state, index, load_vector<1>(k.y + index), x, value);
     store(kept + col, value);
     sum[0] += value[0];
   }
@@ -181,8 +198,6 @@ void run(Context& context, const NormRowsForward& args) {
                                static_cast<A*>(args.mean),
                                static_cast<A*>(args.rstd)};
   constexpr int kVec = kVectorSize<T>;
-  constexpr int kFew = kFewItems<T>;
-  constexpr int kMany = 2 * kFewItems<T>;
   const int64_t vectors = args.cols / kVec;
   const bool by_vectors = args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.out, args.scale, args.bias});
   const auto launch = [&](auto* function, int items) {
@@ -191,12 +206,12 @@ void run(Context& context, const NormRowsForward& args) {
                context.stream>>>(kernel);
     check_launch("norm_rows_forward_kernel");
   };
-  if (by_vectors && vectors <= kFew * kMaxGroupThreads) {
-    launch(norm_rows_forward_kernel<T, P, kFew>, kFew);
-  } else if (by_vectors && vectors <= kMany * kMaxGroupThreads) {
-    launch(norm_rows_forward_kernel<T, P, kMany>, kMany);
+  if (by_vectors && vectors <= 32) {
+    launch(norm_rows_forward_kernel<T, P, 1>, 1);
+  } else if (by_vectors && vectors <= kItems * kMaxGroupThreads) {
+    launch(norm_rows_forward_kernel<T, P, kItems>, kItems);
   } else {
-    norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kBlockThreads, 0, context.stream>>>(kernel);
+    norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
     check_launch("norm_long_rows_forward_kernel");
   }
 }

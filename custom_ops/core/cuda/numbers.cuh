@@ -50,12 +50,21 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
 template <class T>
 constexpr int kVectorSize = 16 / sizeof(T);
 
+template <int N, class T>
+__device__ __forceinline__ Vector<T, N> load_vector(const T* source) {
+  return *reinterpret_cast<const Vector<T, N>*>(source);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void widen(const Vector<T, N>& vector, Accumulator<T> (&result)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) result[i] = widen(vector.value[i]);
+}
+
 // N consecutive numbers as accumulators.
 template <int N, class T>
 __device__ __forceinline__ void load(const T* source, Accumulator<T> (&result)[N]) {
-  const Vector<T, N> vector = *reinterpret_cast<const Vector<T, N>*>(source);
-#pragma unroll
-  for (int i = 0; i < N; ++i) result[i] = widen(vector.value[i]);
+  widen(load_vector<N>(source), result);
 }
 
 template <int N, class T>

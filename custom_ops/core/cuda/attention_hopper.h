@@ -1,0 +1,18 @@
+// The Hopper kernels' host side. They serve float16 and bfloat16 with head dims up to 128 that are multiples of 8.
+#pragma once
+
+#include "core/cuda/attention_common.cuh"
+
+namespace pfa {
+namespace cuda {
+
+// Whether the kernels can take this call: a device of compute capability 9.0, and device code built for it (sm_90a).
+bool hopper_serves(const Context& context, const AttentionArgs& args, DType dtype);
+
+void attention_forward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
+
+// delta and lse2 must have been computed, and dq_sum cleared. Blocks add to dq_sum in no fixed order.
+void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
+
+}  // namespace cuda
+}  // namespace pfa

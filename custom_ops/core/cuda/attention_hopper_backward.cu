@@ -1,0 +1,306 @@
+// Attention, backward, on Hopper: a block owns 128 keys and walks over the queries; d_k and d_v stay in registers.
+//
+// Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for d_v and d_k.
+// dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64 each computes 64 of the
+// tile's 128 queries, else each computes half of the head dims of 64 queries. d_q is added up in float32 in device memory, in the
+// order in which threads hold it, and brought to its place by a kernel of its own. A third warpgroup copies.
+#include "core/cuda/attention_hopper.cuh"
+#include "core/cuda/attention_hopper.h"
+#include "core/cuda/attention_hopper_launch.h"
+
+namespace pfa {
+namespace cuda {
+namespace hopper {
+namespace {
+
+constexpr int kKeys = 128;
+constexpr int kStages = 2;
+constexpr int kThreads = 384;
+
+template <int kHeadDim>
+struct BackwardShape {
+  static constexpr int kQueries = kHeadDim > 64 ? 64 : 128;
+  static constexpr int kStoreStride = kHeadDim + 8;
+  static constexpr int kKeyBytes = kKeys * kHeadDim * 2;        // a tile of k or v
+  static constexpr int kQueryBytes = kQueries * kHeadDim * 2;   // a tile of q or d_out
+  static constexpr int kScoreBlockBytes = kKeys * kRowBytes;    // dS^T for 64 queries
+  static constexpr int kScoreBytes = kQueries / 64 * kScoreBlockBytes;
+  static constexpr int kRowStatisticBytes = kQueries * 4;
+  static constexpr size_t kSharedBytes =
+      1024 + 2 * kKeyBytes + kStages * (2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
+};
+
+template <class T, int kHeadDim, bool kMask, bool kDrops>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map, const AttentionArgs args,
+                    const int heads_per_group) {
+#if PFA_HOPPER_CODE
+  using Shape = BackwardShape<kHeadDim>;
+  constexpr int kQueries = Shape::kQueries;
+  extern __shared__ unsigned char unaligned[];
+  char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
+  char* k_tile = shared;
+  char* v_tile = k_tile + Shape::kKeyBytes;
+  char* q_tiles = v_tile + Shape::kKeyBytes;
+  char* d_out_tiles = q_tiles + kStages * Shape::kQueryBytes;
+  char* score_tiles = d_out_tiles + kStages * Shape::kQueryBytes;
+  float* lse2_tiles = reinterpret_cast<float*>(score_tiles + kStages * Shape::kScoreBytes);
+  float* delta_tiles = lse2_tiles + kStages * kQueries;
+  __shared__ uint64_t kv_full, q_full[kStages], d_out_full[kStages], q_empty[kStages], d_out_empty[kStages];
+
+  const TileIndex tile = tile_index(args, heads_per_group, (args.seq_len + kKeys - 1) / kKeys);
+  const HeadIndex h = head_index(args, tile.head);
+  const int key0 = tile.tile * kKeys;
+  const int first = args.causal ? key0 / kQueries : 0;
+  const int steps = (args.seq_len + kQueries - 1) / kQueries - first;
+
+  if (threadIdx.x == 0) {
+    barrier_init(&kv_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&q_full[i], 1);
+      barrier_init(&d_out_full[i], 1);
+      barrier_init(&q_empty[i], 8);
+      barrier_init(&d_out_empty[i], 8);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    registers_give<24>();
+    if (threadIdx.x == 0) {
+      const int head = static_cast<int>(h.head);
+      const int batch = static_cast<int>(h.batch);
+      const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
+      const float* lse2 = static_cast<const float*>(args.lse2) + statistics;
+      const float* delta = static_cast<const float*>(args.delta) + statistics;
+      barrier_expect(&kv_full, 2 * Shape::kKeyBytes);
+      copy_tile<kKeys, kHeadDim>(k_tile, qkv_map, &kv_full, head, 1, key0, batch);
+      copy_tile<kKeys, kHeadDim>(v_tile, qkv_map, &kv_full, head, 2, key0, batch);
+      for (int n = 0; n < steps; ++n) {
+        const int stage = n % kStages;
+        const int row0 = (first + n) * kQueries;
+        if (n >= kStages) barrier_wait(&q_empty[stage], (n / kStages - 1) % 2);
+        barrier_expect(&q_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
+        copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
+        copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
+        if (n >= kStages) barrier_wait(&d_out_empty[stage], (n / kStages - 1) % 2);
+        barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
+        copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0, batch);
+        copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
+      }
+    }
+    return;
+  }
+  registers_take<240>();
+
+  const int group = threadIdx.x / 128 - 1;
+  const int strip = group * 64 + threadIdx.x / 32 % 4 * 16;  // of the warp's 16 keys in the tile
+  const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
+  const float drop_scale = static_cast<float>(args.drop_scale);
+  const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
+  PhiloxState philox_key{};
+  if (kDrops) philox_key = attention_philox(args);
+  const auto release = [&](uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  };
+
+  float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+  float s[kQueries / 2], dp[kQueries / 2], dq[32];
+  uint32_t p[kQueries / 16][4], signed_p[kQueries / 16][4], ds[kQueries / 16][4];
+  constexpr bool kPackedOnly = kQueries > 64;
+
+  const uint64_t k_rows = rows_operand(k_tile + group * 64 * kRowBytes);
+  const uint64_t v_rows = rows_operand(v_tile + group * 64 * kRowBytes);
+  const uint64_t k_columns = columns_operand(k_tile + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
+  constexpr int kKeyBlock = kKeys * kRowBytes / 16;  // from a block of 64 columns to the next, as descriptors count
+  constexpr int kQueryBlock = kQueries * kRowBytes / 16;
+
+  barrier_wait(&kv_full, 0);
+  for (int n = 0; n < steps; ++n) {
+    const int stage = n % kStages;
+    const int parity = n / kStages % 2;
+    const int row0 = (first + n) * kQueries;
+    const char* q_tile = q_tiles + stage * Shape::kQueryBytes;
+    const char* d_out_tile = d_out_tiles + stage * Shape::kQueryBytes;
+    char* score_tile = score_tiles + stage * Shape::kScoreBytes;
+    const float* lse2 = lse2_tiles + stage * kQueries;
+    const float* delta = delta_tiles + stage * kQueries;
+
+    barrier_wait(&q_full[stage], parity);
+    pin(s);
+    wgmma_fence();
+    const uint64_t q_rows = rows_operand(q_tile);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      wgmma<T, 0, 0>(s, k_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, q_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
+    }
+    wgmma_commit();
+    barrier_wait(&d_out_full[stage], parity);
+    pin(dp);
+    const uint64_t d_out_rows = rows_operand(d_out_tile);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      wgmma<T, 0, 0>(dp, v_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, d_out_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(s);
+
+    // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit form is kept.
+    const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
+#pragma unroll
+    for (int m = 0; m < kQueries / 16; ++m) {
+      float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[8 * m]);
+      if (kMask) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
+        add_mask<true>(args, mask_offset, key0 + strip, row0 + 16 * m, piece);
+      }
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float exponent = piece[e + i] * (kMask ? 1.0f : scale_log2) - (i % 2 ? l.y : l.x);
+          piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
+        }
+      }
+      if (edge) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int j = key0 + strip + lane_row(e);
+          if (j >= args.seq_len || (args.causal && j > row0 + 16 * m + lane_column(e))) piece[e] = 0.0f;
+        }
+      }
+      if (kDrops) {
+        bool kept[8];
+        kept_by_key(args, philox_key, h.flat, key0 + strip, row0 + 16 * m, kept);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : -piece[e];
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (kPackedOnly) signed_p[m][e] = pack<T>(piece[2 * e], piece[2 * e + 1]);
+        p[m][e] = kDrops ? pack<T>(fmaxf(piece[2 * e], 0.0f), fmaxf(piece[2 * e + 1], 0.0f)) : pack<T>(piece[2 * e], piece[2 * e + 1]);
+      }
+    }
+
+    pin(dv);
+    wgmma_fence();
+    const uint64_t d_out_columns = columns_operand(d_out_tile, kQueries * kRowBytes);
+#pragma unroll
+    for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(dp);
+
+#pragma unroll
+    for (int m = 0; m < kQueries / 16; ++m) {
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        const float2 rows = *reinterpret_cast<const float2*>(delta + 16 * m + lane_column(e));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float probability = kPackedOnly ? unpack<T>(signed_p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
+          const float d = kDrops && !(probability > 0.0f) ? 0.0f : dp[8 * m + e + i];
+          dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) ds[m][e] = pack<T>(dp[8 * m + 2 * e], dp[8 * m + 2 * e + 1]);
+      store_piece(score_tile + m / 4 * Shape::kScoreBlockBytes, strip, m % 4 * 16, ds[m]);
+    }
+
+    shared_proxy_fence();
+    named_sync<1, 256>();
+    pin(dq);
+    pin(dk);
+    wgmma_fence();
+    const uint64_t scores = columns_operand(score_tile + (kHeadDim > 64 ? 0 : group * Shape::kScoreBlockBytes), 0);
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) wgmma<T, 1, 1>(dq, scores + k * kColumnsStep, k_columns + k * kColumnsStep, k > 0);
+    wgmma_commit();
+    const uint64_t q_columns = columns_operand(q_tile, kQueries * kRowBytes);
+#pragma unroll
+    for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dk, ds[m], q_columns + m * kColumnsStep, 1);
+    wgmma_commit();
+
+    wgmma_wait<1>();
+    pin(dv);
+    pin(dq);
+    release(&d_out_empty[stage]);
+    const int block = (first + n) * 2 + group;
+    float* to = args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    wgmma_wait<0>();
+    pin(dk);
+    release(&q_empty[stage]);
+  }
+
+  named_sync<1, 256>();  // the results go where the tiles were
+  const float scale = static_cast<float>(args.score_scale);
+  constexpr int kStride = Shape::kStoreStride;
+  T* warp_rows = reinterpret_cast<T*>(shared) + strip * kStride;
+  store_rows<T, kHeadDim, kStride>(reinterpret_cast<const float(&)[kHeadDim / 8][4]>(dk), scale, scale, warp_rows,
+                                   qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(), key0 + strip, args);
+  store_rows<T, kHeadDim, kStride>(reinterpret_cast<const float(&)[kHeadDim / 8][4]>(dv), drop_scale, drop_scale, warp_rows,
+                                   qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(), key0 + strip, args);
+#endif
+}
+
+// d_q from its float32 sums: a block per 64 queries x 64 head dims.
+template <class T>
+__global__ void __launch_bounds__(128) query_gradient_kernel(const AttentionArgs args, const int column_blocks) {
+  constexpr int kStride = kBlockColumns + 8;
+  __shared__ alignas(16) T shared[64 * kStride];
+  const int blocks = args.rows_padded / 64 * column_blocks;
+  const HeadIndex h = head_index(args, blockIdx.x / blocks);
+  const int block = static_cast<int>(blockIdx.x % blocks);
+  const int row0 = block / column_blocks * 64 + threadIdx.x / 32 * 16;
+  const int column0 = block % column_blocks * kBlockColumns;
+  if (row0 >= args.seq_len || column0 >= args.head_dim) return;
+  const float4* from = reinterpret_cast<const float4*>(args.dq_sum + blockIdx.x * int64_t{4096}) + threadIdx.x;
+  float sums[8][4];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) *reinterpret_cast<float4*>(sums[i]) = from[i * 128];
+  const float scale = static_cast<float>(args.score_scale);
+  AttentionArgs part = args;
+  part.head_dim -= column0;
+  store_rows<T, kBlockColumns, kStride>(sums, scale, scale, shared + threadIdx.x / 32 * 16 * kStride,
+                                        qkv_head<T>(args, args.d_qkv, h, 0) + column0, args.token_stride(), row0, part);
+}
+
+template <class T, int kHeadDim>
+void backward(const Context& context, const AttentionArgs& args, DType dtype) {
+  const CUtensorMap qkv_map = tensor_map(args.qkv, dtype, args, 3);
+  const CUtensorMap d_out_map = tensor_map(args.d_out, dtype, args, 1);
+  with_bool(args.mask.data != nullptr, [&](auto mask) {
+    with_bool(args.drops, [&](auto drops) {
+      launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
+             ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads, kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map,
+             d_out_map, args, heads_per_group(args));
+    });
+  });
+  launch(context, "attention_query_gradient", query_gradient_kernel<T>,
+         args.rows_padded / 64 * (kHeadDim / 64) * args.batch * args.num_heads, 128, 0, args, kHeadDim / 64);
+}
+
+}  // namespace
+}  // namespace hopper
+
+void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype) {
+  with_head_dim<64, 128>(args.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    if (dtype == DType::kFloat16) {
+      hopper::backward<__half, kHeadDim>(context, args, dtype);
+    } else {
+      hopper::backward<__nv_bfloat16, kHeadDim>(context, args, dtype);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace pfa

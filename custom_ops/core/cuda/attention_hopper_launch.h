@@ -1,0 +1,82 @@
+// Tensor maps and the order of tiles, for the Hopper kernels.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "core/cuda/attention_common.cuh"
+#include "core/cuda/attention_hopper.cuh"
+#include "core/cuda/attention_launch.h"
+
+namespace pfa {
+namespace cuda {
+namespace hopper {
+
+// What a block works on: tile `tile` of `tiles` of head `head`.
+struct TileIndex {
+  int64_t head;
+  int tile;
+  int tiles;
+};
+
+// Blocks start in the order of their index. Heads go in groups whose keys and values fit in the L2 cache together; within a group
+// the same tile of every head comes before the next tile, so that with causal masks long tiles start first.
+__device__ __forceinline__ TileIndex tile_index(const AttentionArgs& args, int heads_per_group, int tiles) {
+  const int64_t heads = args.batch * args.num_heads;
+  const int64_t group = blockIdx.x / (static_cast<int64_t>(heads_per_group) * tiles);
+  const int first = static_cast<int>(group * heads_per_group);
+  const int size = static_cast<int>(min(static_cast<int64_t>(heads_per_group), heads - first));
+  const int place = static_cast<int>(blockIdx.x - static_cast<int64_t>(first) * tiles);
+  return {first + place % size, place / size, tiles};
+}
+
+inline int heads_per_group(const AttentionArgs& args) {
+  constexpr int64_t kCacheBytes = 24 << 20;
+  const int64_t head_bytes = int64_t{4} * args.seq_len * args.head_dim;
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.batch * args.num_heads, kCacheBytes / head_bytes)));
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
+#endif
+    if (!entry || found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+// Of a tensor [B, S, parts, H, D], in copies of 64 tokens x 64 head dims of one head.
+inline CUtensorMap tensor_map(const void* data, DType dtype, const AttentionArgs& args, int parts) {
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.head_dim) * 2;
+  const cuuint64_t part_bytes = row_bytes * args.num_heads;
+  const cuuint64_t token_bytes = part_bytes * parts;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(args.head_dim), static_cast<cuuint64_t>(args.num_heads),
+                               static_cast<cuuint64_t>(parts), static_cast<cuuint64_t>(args.seq_len),
+                               static_cast<cuuint64_t>(args.batch)};
+  const cuuint64_t strides[4] = {row_bytes, part_bytes, token_bytes, token_bytes * args.seq_len};
+  const cuuint32_t box[5] = {kBlockColumns, 1, 1, kCopyRows, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status = encode_tiled()(
+      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(data),
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
+  }
+  return map;
+}
+
+}  // namespace hopper
+}  // namespace cuda
+}  // namespace pfa
