@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -37,7 +38,7 @@ NVCC_FLAGS = [
     *["-std=c++17", "-O3", "-DNDEBUG", "-DNVCC", "-DEIGEN_USE_GPU", "--expt-relaxed-constexpr"],
     *["-Xcompiler", "-fPIC,-fvisibility=hidden"],
 ]
-# Paddle says nothing of Python to the operator; without this define its headers ask for Python.h.
+# The operator uses no Python; without this define Paddle's headers want Python.h.
 DEFINES = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DPADDLE_NO_PYTHON"]
 # Paddle may bring another CUDA runtime than the nvcc that is used here: ours is linked in and its symbols are kept inside.
 CUDA_LINK_FLAGS = ["-Wl,--as-needed", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
@@ -136,8 +137,8 @@ class Toolchain:
         self.link_flags += CUDA_LINK_FLAGS if self.with_cuda else []
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
 
-        # Objects of different targets live side by side, so that going from one Paddle to another compiles nothing twice.
-        self.target = "-".join(["paddle", paddle.__version__, *(["cuda", *architectures] if self.with_cuda else ["cpu"])])
+        # Objects of other commands live side by side, so that going from one Paddle to another compiles nothing twice.
+        self.target = f"paddle-{paddle.__version__}-{zlib.crc32(repr(self.compilers).encode()):08x}"
         self.build_info = (
             "# Written by setup.py: what the operator library beside this file was built for.\n"
             f'PADDLE_VERSION = "{paddle.__version__}"\nWITH_CUDA = {self.with_cuda}\n'
@@ -162,7 +163,7 @@ class BuildOperator(build_ext):
 
     def build_extension(self, ext):
         tools = self.toolchain
-        newest_header = max(os.path.getmtime(path) for path in [__file__, *find(HEADERS)])
+        newest_header = max(map(os.path.getmtime, find(HEADERS)))
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
         def compile_source(source):
