@@ -73,13 +73,13 @@ void backward_plain(const Context& context, const AttentionArgs& args) {
   });
 }
 
-template <class T>
+template <class T, int... kHeadDims>
 void backward_mma(const Context& context, const AttentionArgs& args) {
-  with_head_dim<64, 96, 128, 192, 256>(args.head_dim, [&](auto head_dim) {
+  with_head_dim<kHeadDims...>(args.head_dim, [&](auto head_dim) {
     with_bool(args.mask.data || args.drops, [&](auto general) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       constexpr bool kGeneral = decltype(general)::value;
-      using Shape = tensor::BackwardShape<kHeadDim>;
+      using Shape = tensor::BackwardShape<T, kHeadDim>;
       const int64_t blocks = ceil_div(args.seq_len, Shape::kOuter) * args.batch * args.num_heads;
       const auto run = [&](const char* name, void (*kernel)(AttentionArgs)) {
         launch(context, name, kernel, blocks, tensor::kThreads, Shape::kSharedBytes, args);
@@ -102,7 +102,7 @@ void backward_16bit(const Context& context, const AttentionArgs& args, DType dty
   if (args.dq_sum) {
     attention_backward_hopper(context, args, dtype);
   } else {
-    backward_mma<T>(context, args);
+    backward_mma<T, 64, 96, 128, 192, 256>(context, args);
   }
 }
 
@@ -146,7 +146,9 @@ void attention_backward(Context& context, const Params& p) {
     case DType::kFloat64:
       return backward_plain<double, double>(context, args);
     default:
-      return backward_plain<float, float>(context, args);
+      if (!tensor::tf32_serves(context, args)) return backward_plain<float, float>(context, args);
+      backward_rows<float, float>(context, args);
+      return backward_mma<float, 64, 128>(context, args);
   }
 }
 

@@ -18,13 +18,13 @@ void forward_plain(const Context& context, const AttentionArgs& args) {
   });
 }
 
-template <class T>
+template <class T, int... kHeadDims>
 void forward_mma(const Context& context, const AttentionArgs& args) {
-  with_head_dim<64, 96, 128, 192, 256>(args.head_dim, [&](auto head_dim) {
+  with_head_dim<kHeadDims...>(args.head_dim, [&](auto head_dim) {
     with_bool(args.mask.data || args.drops, [&](auto general) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       constexpr bool kGeneral = decltype(general)::value;
-      using Shape = tensor::ForwardShape<kHeadDim>;
+      using Shape = tensor::ForwardShape<T, kHeadDim>;
       const int64_t blocks = ceil_div(args.seq_len, Shape::kQueries) * args.batch * args.num_heads;
       launch(context, "attention_forward_mma", tensor::attention_forward_mma<T, kHeadDim, kGeneral>, blocks, tensor::kThreads,
              Shape::kSharedBytes, args);
@@ -35,7 +35,7 @@ void forward_mma(const Context& context, const AttentionArgs& args) {
 template <class T>
 void forward_16bit(const Context& context, const AttentionArgs& args) {
   if (context.compute_capability >= 80) {
-    forward_mma<T>(context, args);
+    forward_mma<T, 64, 96, 128, 192, 256>(context, args);
   } else {
     forward_plain<T, float>(context, args);
   }
@@ -55,6 +55,7 @@ void attention_forward(Context& context, const Params& p) {
     case DType::kFloat64:
       return forward_plain<double, double>(context, args);
     default:
+      if (tensor::tf32_serves(context, args)) return forward_mma<float, 64, 128>(context, args);
       return forward_plain<float, float>(context, args);
   }
 }

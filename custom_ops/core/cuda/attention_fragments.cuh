@@ -94,16 +94,22 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kHeadDim / 8][4],
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
     T* place = shared + lane / 4 * kStride + 8 * n + lane % 4 * 2;
-    *reinterpret_cast<uint32_t*>(place) = pack<T>(sums[n][0] * factor0, sums[n][1] * factor0);
-    *reinterpret_cast<uint32_t*>(place + 8 * kStride) = pack<T>(sums[n][2] * factor1, sums[n][3] * factor1);
+    if constexpr (std::is_same<T, float>::value) {
+      *reinterpret_cast<float2*>(place) = make_float2(sums[n][0] * factor0, sums[n][1] * factor0);
+      *reinterpret_cast<float2*>(place + 8 * kStride) = make_float2(sums[n][2] * factor1, sums[n][3] * factor1);
+    } else {
+      *reinterpret_cast<uint32_t*>(place) = pack<T>(sums[n][0] * factor0, sums[n][1] * factor0);
+      *reinterpret_cast<uint32_t*>(place + 8 * kStride) = pack<T>(sums[n][2] * factor1, sums[n][3] * factor1);
+    }
   }
   __syncwarp();
   if (args.vectors) {
-    constexpr int kVectors = kHeadDim / 8;
+    constexpr int kVector = 16 / sizeof(T);
+    constexpr int kVectors = kHeadDim / kVector;
 #pragma unroll
     for (int i = lane; i < 16 * kVectors; i += 32) {
       const int row = i / kVectors;
-      const int d = i % kVectors * 8;
+      const int d = i % kVectors * kVector;
       if (row0 + row < args.seq_len && d < args.head_dim) {
         *reinterpret_cast<uint4*>(to + (row0 + row) * stride + d) = *reinterpret_cast<const uint4*>(shared + row * kStride + d);
       }

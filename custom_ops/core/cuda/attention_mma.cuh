@@ -1,8 +1,8 @@
-// Attention for float16 and bfloat16 with mma.sync, ldmatrix and cp.async: compute capability 8.0 and later.
+// Attention with mma.sync, ldmatrix and cp.async for float16, bfloat16, and float32 rounded to TF32: compute capability 8.0 and later.
 //
 // Every warp owns 16-row strips of the tile and keeps its scores, probabilities and sums in registers; blocks share nothing and
-// add to nothing, so results are the same bits each time. Tiles lie in shared memory with rows kHeadDim + 8 elements apart, which
-// spreads the eight rows of an ldmatrix over all banks. kGeneral kernels know masks and dropout, the others are kept lean.
+// add to nothing, so results are the same bits each time. Tiles lie in shared memory with 16 bytes between rows, which spreads the
+// eight rows of an ldmatrix over all banks. kGeneral kernels know masks and dropout, the others are kept lean.
 #pragma once
 
 #include "core/cuda/attention_fragments.cuh"
@@ -11,8 +11,20 @@ namespace pfa {
 namespace cuda {
 namespace tensor {
 
+// Whether float32 may go by TF32 tensor cores, and the kernels are there for the head dim.
+inline bool tf32_serves(const Context& context, const AttentionArgs& args) {
+  return context.allow_tf32 && context.compute_capability >= 80 && args.head_dim <= 128;
+}
+
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
+
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
+template <class T>
+constexpr int kDepth = 2 * kVector<T>;  // what one instruction sums over: 16, or 8 in TF32
+template <class T, int kHeadDim>
+constexpr int kStride = kHeadDim + kVector<T>;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
@@ -32,9 +44,28 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "memory");
 }
 
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return rounded;
+}
+
+template <class T>
+__device__ __forceinline__ void load_operand(uint32_t (&r)[4], const T* p) {
+  load_matrices(r, p);
+  if constexpr (std::is_same<T, float>::value) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = round_to_tf32(__uint_as_float(r[i]));
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same<T, __half>::value) {
+  if constexpr (std::is_same<T, float>::value) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same<T, __half>::value) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -56,16 +87,15 @@ __device__ __forceinline__ void copies_wait() {
 // Starts copying rows [row0, row0 + kRows) into shared memory; zeros stand for what lies outside of seq_len and head_dim.
 template <class T, int kRows, int kHeadDim>
 __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int row0, const AttentionArgs& args) {
-  constexpr int kStride = kHeadDim + 8;
   if (args.vectors) {
-    constexpr int kVectors = kHeadDim / 8;
+    constexpr int kVectors = kHeadDim / kVector<T>;
 #pragma unroll
     for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
       const int row = i / kVectors;
-      const int d = i % kVectors * 8;
+      const int d = i % kVectors * kVector<T>;
       const bool inside = row0 + row < args.seq_len && d < args.head_dim;
       const T* source = inside ? from + (row0 + row) * stride + d : from;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride + d)), "l"(source),
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<T, kHeadDim> + d)), "l"(source),
                    "r"(inside ? 16 : 0)
                    : "memory");
     }
@@ -74,7 +104,7 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
       const int row = i / kHeadDim;
       const int d = i % kHeadDim;
       const bool inside = row0 + row < args.seq_len && d < args.head_dim;
-      to[row * kStride + d] = inside ? from[(row0 + row) * stride + d] : narrow<T>(0.0f);
+      to[row * kStride<T, kHeadDim> + d] = inside ? from[(row0 + row) * stride + d] : narrow<T>(0.0f);
     }
   }
 }
@@ -82,19 +112,19 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
 // c[m][n] += a[16 m ..][d] * b[8 n ..][d]: both operands in shared memory, rows of head dims.
 template <class T, int kStrips, int kColumns, int kHeadDim>
 __device__ __forceinline__ void dot_rows(float (&c)[kStrips][kColumns / 8][4], const T* a, const T* b) {
-  constexpr int kStride = kHeadDim + 8;
+  constexpr int kRow = kStride<T, kHeadDim>;
   const int lane = threadIdx.x % 32;
-  const T* a_lane = a + lane % 16 * kStride + lane / 16 * 8;
-  const T* b_lane = b + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
+  const T* a_lane = a + lane % 16 * kRow + lane / 16 * kVector<T>;
+  const T* b_lane = b + (lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * kVector<T>;
 #pragma unroll
-  for (int d = 0; d < kHeadDim; d += 16) {
+  for (int d = 0; d < kHeadDim; d += kDepth<T>) {
     uint32_t af[kStrips][4];
 #pragma unroll
-    for (int m = 0; m < kStrips; ++m) load_matrices(af[m], a_lane + m * 16 * kStride + d);
+    for (int m = 0; m < kStrips; ++m) load_operand<T>(af[m], a_lane + m * 16 * kRow + d);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
       uint32_t bf[4];
-      load_matrices(bf, b_lane + n * 16 * kStride + d);
+      load_operand<T>(bf, b_lane + n * 16 * kRow + d);
 #pragma unroll
       for (int m = 0; m < kStrips; ++m) {
         mma<T>(c[m][2 * n], af[m], bf[0], bf[1]);
@@ -104,23 +134,46 @@ __device__ __forceinline__ void dot_rows(float (&c)[kStrips][kColumns / 8][4], c
   }
 }
 
-// c[m][n] += a[m][k] * b[16 k ..][8 n ..]: a in registers, b in shared memory with head dims as columns.
-template <class T, int kStrips, int kDepth, int kHeadDim>
-__device__ __forceinline__ void sum_rows(float (&c)[kStrips][kHeadDim / 8][4], const uint32_t (&a)[kStrips][kDepth / 16][4],
-                                         const T* b) {
-  constexpr int kStride = kHeadDim + 8;
+// Eight numbers of a 16 x 16 piece of accumulators as left operands of one instruction (16 bits) or two (TF32; there the lane's
+// neighbouring columns 2 t and 2 t + 1 take the places t and t + 4 of the sum, and sum_rows reads its rows in that order).
+template <class T>
+__device__ __forceinline__ void pack_piece(uint32_t (*to)[4], const float (&from)[8]) {
+  if constexpr (std::is_same<T, float>::value) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to[e / 4][e % 2 * 2 + e / 2 % 2] = round_to_tf32(from[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[0][e] = pack<T>(from[2 * e], from[2 * e + 1]);
+  }
+}
+
+// c[m][n] += a[m][k] * b[kDepth k ..][8 n ..]: a in registers, b in shared memory with head dims as columns.
+template <class T, int kStrips, int kSteps, int kHeadDim>
+__device__ __forceinline__ void sum_rows(float (&c)[kStrips][kHeadDim / 8][4], const uint32_t (&a)[kStrips][kSteps][4], const T* b) {
+  constexpr int kRow = kStride<T, kHeadDim>;
   const int lane = threadIdx.x % 32;
-  const T* b_lane = b + lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
+    if constexpr (std::is_same<T, float>::value) {
+      const T* b_lane = b + (8 * k + lane % 4 * 2) * kRow + lane / 4;
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 16; ++n) {
-      uint32_t bf[4];
-      load_matrices_transposed(bf, b_lane + k * 16 * kStride + n * 16);
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        const uint32_t b0 = round_to_tf32(b_lane[8 * n]);
+        const uint32_t b1 = round_to_tf32(b_lane[8 * n + kRow]);
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        mma<T>(c[m][2 * n], a[m][k], bf[0], bf[1]);
-        mma<T>(c[m][2 * n + 1], a[m][k], bf[2], bf[3]);
+        for (int m = 0; m < kStrips; ++m) mma<T>(c[m][n], a[m][k], b0, b1);
+      }
+    } else {
+      const T* b_lane = b + (16 * k + lane % 16) * kRow + lane / 16 * 8;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t bf[4];
+        load_matrices_transposed(bf, b_lane + n * 16);
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) {
+          mma<T>(c[m][2 * n], a[m][k], bf[0], bf[1]);
+          mma<T>(c[m][2 * n + 1], a[m][k], bf[2], bf[3]);
+        }
       }
     }
   }
@@ -140,26 +193,26 @@ __device__ __forceinline__ void clear(float (&c)[kStrips][kColumns][4]) {
 
 #endif
 
-template <int kHeadDim>
+template <class T, int kHeadDim>
 struct ForwardShape {
-  static constexpr int kStrips = kHeadDim <= 128 ? 2 : 1;  // of 16 queries, per warp
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kStrips = kHeadDim <= 128 && !kWide ? 2 : 1;  // of 16 queries, per warp
   static constexpr int kQueries = 16 * kStrips * kWarps;
-  static constexpr int kKeys = kHeadDim == 64 || kHeadDim == 192 ? 64 : 32;  // what fits in registers beside the sums
-  static constexpr int kStride = kHeadDim + 8;
-  static constexpr size_t kSharedBytes = sizeof(uint16_t) * kStride * (kQueries + 2 * kKeys);
+  static constexpr int kKeys = (kHeadDim == 64 || kHeadDim == 192) && !kWide ? 64 : 32;  // what fits in registers beside the sums
+  static constexpr size_t kSharedBytes = sizeof(T) * kStride<T, kHeadDim> * (kQueries + 2 * kKeys);
 };
 
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using Shape = ForwardShape<kHeadDim>;
+  using Shape = ForwardShape<T, kHeadDim>;
   constexpr int kStrips = Shape::kStrips;
   constexpr int kKeys = Shape::kKeys;
-  constexpr int kStride = Shape::kStride;
+  constexpr int kRow = kStride<T, kHeadDim>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* q_tile = reinterpret_cast<T*>(shared_memory);
-  T* k_tile = q_tile + Shape::kQueries * kStride;
-  T* v_tile = k_tile + kKeys * kStride;
+  T* k_tile = q_tile + Shape::kQueries * kRow;
+  T* v_tile = k_tile + kKeys * kRow;
 
   const int tiles = (args.seq_len + Shape::kQueries - 1) / Shape::kQueries;
   const HeadIndex h = head_index(args, blockIdx.x / tiles);
@@ -196,9 +249,9 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 
     float s[kStrips][kKeys / 8][4];
     clear(s);
-    dot_rows<T, kStrips, kKeys, kHeadDim>(s, q_tile + warp_row * kStride, k_tile);
+    dot_rows<T, kStrips, kKeys, kHeadDim>(s, q_tile + warp_row * kRow, k_tile);
 
-    uint32_t p[kStrips][kKeys / 16][4];
+    uint32_t p[kStrips][kKeys / kDepth<T>][4];
 #pragma unroll
     for (int m = 0; m < kStrips; ++m) {
       const int strip = row0 + warp_row + 16 * m;
@@ -252,8 +305,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 #pragma unroll
           for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : 0.0f;
         }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) p[m][n][e] = pack<T>(piece[2 * e], piece[2 * e + 1]);
+        pack_piece<T>(&p[m][16 / kDepth<T> * n], piece);
       }
     }
 
@@ -263,7 +315,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       copy_rows<T, kKeys, kHeadDim>(k_tile, k, stride, col0 + kKeys, args);
       copies_commit();
     }
-    sum_rows<T, kStrips, kKeys, kHeadDim>(sums, p, v_tile);
+    sum_rows<T, kStrips, kKeys / kDepth<T>, kHeadDim>(sums, p, v_tile);
   }
 
 #pragma unroll
@@ -282,7 +334,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       }
     }
     const int row = warp_row + 16 * m;
-    store_rows<T, kHeadDim, kStride>(sums[m], factor[0], factor[1], q_tile + row * kStride, out_head<T>(args, args.out, h),
+    store_rows<T, kHeadDim, kRow>(sums[m], factor[0], factor[1], q_tile + row * kRow, out_head<T>(args, args.out, h),
                                      args.heads_dim(), row0 + row, args);
   }
 #endif
@@ -322,24 +374,23 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
   }
 }
 
-template <class T, int kPieces>
-__device__ __forceinline__ void pack_pieces(uint32_t (&to)[1][kPieces][4], const float (&from)[1][2 * kPieces][4]) {
+template <class T, int kSteps, int kColumns>
+__device__ __forceinline__ void pack_pieces(uint32_t (&to)[1][kSteps][4], const float (&from)[1][kColumns][4]) {
 #pragma unroll
-  for (int n = 0; n < kPieces; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[0][n][e] = pack<T>(from[0][2 * n + e / 2][e % 2 * 2], from[0][2 * n + e / 2][e % 2 * 2 + 1]);
+  for (int n = 0; n < kColumns / 2; ++n) {
+    pack_piece<T>(&to[0][16 / kDepth<T> * n], reinterpret_cast<const float(&)[8]>(from[0][2 * n]));
   }
 }
 
 #endif
 
-template <int kHeadDim>
+template <class T, int kHeadDim>
 struct BackwardShape {
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
   static constexpr int kOuter = 16 * kWarps;  // keys or queries that a block owns
-  static constexpr int kInner = kHeadDim <= 64 ? 64 : kHeadDim <= 192 ? 32 : 16;
-  static constexpr int kStages = kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kStride = kHeadDim + 8;
-  static constexpr size_t kSharedBytes = sizeof(uint16_t) * kStride * 2 * (kOuter + kStages * kInner);
+  static constexpr int kInner = kRowBytes <= 128 ? 64 : kRowBytes <= 384 ? 32 : 16;
+  static constexpr int kStages = kRowBytes <= 256 ? 2 : 1;
+  static constexpr size_t kSharedBytes = sizeof(T) * kStride<T, kHeadDim> * 2 * (kOuter + kStages * kInner);
   static constexpr bool kSplit = kHeadDim > 128;  // d_k and d_v each by a launch of its own: both don't fit in registers
 };
 
@@ -347,14 +398,14 @@ struct BackwardShape {
 template <class T, int kHeadDim, bool kGeneral, bool kKeyGradient, bool kValueGradient>
 __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using Shape = BackwardShape<kHeadDim>;
+  using Shape = BackwardShape<T, kHeadDim>;
   constexpr int kQueries = Shape::kInner;
-  constexpr int kStride = Shape::kStride;
+  constexpr int kRow = kStride<T, kHeadDim>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* k_tile = reinterpret_cast<T*>(shared_memory);
-  T* v_tile = k_tile + Shape::kOuter * kStride;
-  T* q_tiles = v_tile + Shape::kOuter * kStride;
-  T* d_out_tiles = q_tiles + Shape::kStages * kQueries * kStride;
+  T* v_tile = k_tile + Shape::kOuter * kRow;
+  T* q_tiles = v_tile + Shape::kOuter * kRow;
+  T* d_out_tiles = q_tiles + Shape::kStages * kQueries * kRow;
 
   const int tiles = (args.seq_len + Shape::kOuter - 1) / Shape::kOuter;
   const HeadIndex h = head_index(args, blockIdx.x / tiles);
@@ -385,20 +436,20 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   for (int row0 = start, stage = 0; row0 < args.seq_len; row0 += kQueries) {
     copies_wait<0>();
     __syncthreads();
-    const T* q_tile = q_tiles + stage * kQueries * kStride;
-    const T* d_out_tile = d_out_tiles + stage * kQueries * kStride;
+    const T* q_tile = q_tiles + stage * kQueries * kRow;
+    const T* d_out_tile = d_out_tiles + stage * kQueries * kRow;
     if (Shape::kStages > 1 && row0 + kQueries < args.seq_len) {
       stage ^= 1;
-      copy_rows<T, kQueries, kHeadDim>(q_tiles + stage * kQueries * kStride, q, stride, row0 + kQueries, args);
-      copy_rows<T, kQueries, kHeadDim>(d_out_tiles + stage * kQueries * kStride, d_out, args.heads_dim(), row0 + kQueries, args);
+      copy_rows<T, kQueries, kHeadDim>(q_tiles + stage * kQueries * kRow, q, stride, row0 + kQueries, args);
+      copy_rows<T, kQueries, kHeadDim>(d_out_tiles + stage * kQueries * kRow, d_out, args.heads_dim(), row0 + kQueries, args);
       copies_commit();
     }
 
     float s[1][kQueries / 8][4], dp[1][kQueries / 8][4];
     clear(s);
     clear(dp);
-    dot_rows<T, 1, kQueries, kHeadDim>(s, k_tile + warp_row * kStride, q_tile);
-    if (kKeyGradient) dot_rows<T, 1, kQueries, kHeadDim>(dp, v_tile + warp_row * kStride, d_out_tile);
+    dot_rows<T, 1, kQueries, kHeadDim>(s, k_tile + warp_row * kRow, q_tile);
+    if (kKeyGradient) dot_rows<T, 1, kQueries, kHeadDim>(dp, v_tile + warp_row * kRow, d_out_tile);
     const bool edge = key0 + Shape::kOuter > args.seq_len || (args.causal && key0 + Shape::kOuter - 1 > row0);
 #pragma unroll
     for (int n = 0; n < kQueries / 16; ++n) {
@@ -413,14 +464,14 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
                                       delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
-      uint32_t p[1][kQueries / 16][4];
+      uint32_t p[1][kQueries / kDepth<T>][4];
       pack_pieces<T>(p, s);
-      sum_rows<T, 1, kQueries, kHeadDim>(dv, p, d_out_tile);
+      sum_rows<T, 1, kQueries / kDepth<T>, kHeadDim>(dv, p, d_out_tile);
     }
     if (kKeyGradient) {
-      uint32_t ds[1][kQueries / 16][4];
+      uint32_t ds[1][kQueries / kDepth<T>][4];
       pack_pieces<T>(ds, dp);
-      sum_rows<T, 1, kQueries, kHeadDim>(dk, ds, q_tile);
+      sum_rows<T, 1, kQueries / kDepth<T>, kHeadDim>(dk, ds, q_tile);
     }
     if (Shape::kStages == 1 && row0 + kQueries < args.seq_len) {
       __syncthreads();
@@ -433,12 +484,12 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   __syncthreads();
   const float scale = static_cast<float>(args.score_scale);
   const float drop_scale = static_cast<float>(args.drop_scale);
-  T* shared = k_tile + warp_row * kStride;
+  T* shared = k_tile + warp_row * kRow;
   if (kKeyGradient) {
-    store_rows<T, kHeadDim, kStride>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride, key0 + warp_row, args);
+    store_rows<T, kHeadDim, kRow>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride, key0 + warp_row, args);
   }
   if (kValueGradient) {
-    store_rows<T, kHeadDim, kStride>(dv[0], drop_scale, drop_scale, shared, qkv_head<T>(args, args.d_qkv, h, 2), stride,
+    store_rows<T, kHeadDim, kRow>(dv[0], drop_scale, drop_scale, shared, qkv_head<T>(args, args.d_qkv, h, 2), stride,
                                      key0 + warp_row, args);
   }
 #endif
@@ -448,14 +499,14 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using Shape = BackwardShape<kHeadDim>;
+  using Shape = BackwardShape<T, kHeadDim>;
   constexpr int kKeys = Shape::kInner;
-  constexpr int kStride = Shape::kStride;
+  constexpr int kRow = kStride<T, kHeadDim>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* q_tile = reinterpret_cast<T*>(shared_memory);
-  T* d_out_tile = q_tile + Shape::kOuter * kStride;
-  T* k_tiles = d_out_tile + Shape::kOuter * kStride;
-  T* v_tiles = k_tiles + Shape::kStages * kKeys * kStride;
+  T* d_out_tile = q_tile + Shape::kOuter * kRow;
+  T* k_tiles = d_out_tile + Shape::kOuter * kRow;
+  T* v_tiles = k_tiles + Shape::kStages * kKeys * kRow;
 
   const int tiles = (args.seq_len + Shape::kOuter - 1) / Shape::kOuter;
   const HeadIndex h = head_index(args, blockIdx.x / tiles);
@@ -490,29 +541,29 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   for (int col0 = 0, stage = 0; col0 < end; col0 += kKeys) {
     copies_wait<0>();
     __syncthreads();
-    const T* k_tile = k_tiles + stage * kKeys * kStride;
-    const T* v_tile = v_tiles + stage * kKeys * kStride;
+    const T* k_tile = k_tiles + stage * kKeys * kRow;
+    const T* v_tile = v_tiles + stage * kKeys * kRow;
     if (Shape::kStages > 1 && col0 + kKeys < end) {
       stage ^= 1;
-      copy_rows<T, kKeys, kHeadDim>(k_tiles + stage * kKeys * kStride, k, stride, col0 + kKeys, args);
-      copy_rows<T, kKeys, kHeadDim>(v_tiles + stage * kKeys * kStride, v, stride, col0 + kKeys, args);
+      copy_rows<T, kKeys, kHeadDim>(k_tiles + stage * kKeys * kRow, k, stride, col0 + kKeys, args);
+      copy_rows<T, kKeys, kHeadDim>(v_tiles + stage * kKeys * kRow, v, stride, col0 + kKeys, args);
       copies_commit();
     }
 
     float s[1][kKeys / 8][4], dp[1][kKeys / 8][4];
     clear(s);
     clear(dp);
-    dot_rows<T, 1, kKeys, kHeadDim>(s, q_tile + warp_row * kStride, k_tile);
-    dot_rows<T, 1, kKeys, kHeadDim>(dp, d_out_tile + warp_row * kStride, v_tile);
+    dot_rows<T, 1, kKeys, kHeadDim>(s, q_tile + warp_row * kRow, k_tile);
+    dot_rows<T, 1, kKeys, kHeadDim>(dp, d_out_tile + warp_row * kRow, v_tile);
     const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0 + warp_row);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       score_gradients<kGeneral, false>(args, philox_key, h.flat, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n, edge, lse2,
                                        delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
     }
-    uint32_t ds[1][kKeys / 16][4];
+    uint32_t ds[1][kKeys / kDepth<T>][4];
     pack_pieces<T>(ds, dp);
-    sum_rows<T, 1, kKeys, kHeadDim>(dq, ds, k_tile);
+    sum_rows<T, 1, kKeys / kDepth<T>, kHeadDim>(dq, ds, k_tile);
     if (Shape::kStages == 1 && col0 + kKeys < end) {
       __syncthreads();
       copy_rows<T, kKeys, kHeadDim>(k_tiles, k, stride, col0 + kKeys, args);
@@ -523,7 +574,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
 
   __syncthreads();
   const float scale = static_cast<float>(args.score_scale);
-  store_rows<T, kHeadDim, kStride>(dq[0], scale, scale, q_tile + warp_row * kStride, qkv_head<T>(args, args.d_qkv, h, 0), stride,
+  store_rows<T, kHeadDim, kRow>(dq[0], scale, scale, q_tile + warp_row * kRow, qkv_head<T>(args, args.d_qkv, h, 0), stride,
                                    row0 + warp_row, args);
 #endif
 }
