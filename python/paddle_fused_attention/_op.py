@@ -6,6 +6,7 @@ The library is compiled against one version of Paddle; another would load and mi
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import struct
 from glob import glob
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import paddle
+from paddle.base import core
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+
+from . import _amp
 
 OP_TYPE = "custom_fused_attention"
 
@@ -30,6 +34,8 @@ INPUT_NAMES = (
     "LinearBias",
     "AttnMask",
 )
+_NORM_INPUTS = range(INPUT_NAMES.index("PreLnScale"), INPUT_NAMES.index("LnBias") + 1)
+_MASK_INPUT = INPUT_NAMES.index("AttnMask")
 ATTRIBUTE_NAMES = (
     "is_test",
     "switches",
@@ -78,10 +84,12 @@ def _load() -> Any:
     if not libraries:
         raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {rebuild}")
     # By itself, Paddle's function of this name in utils.cpp_extension would require setuptools at run time.
-    registered = paddle.base.core.load_op_meta_info_and_register_op(libraries[0])
+    registered = core.load_op_meta_info_and_register_op(libraries[0])
     holder = paddle.base.framework.OpProtoHolder.instance()
     if paddle.__version__.startswith("2."):
         holder.update_op_proto()
+        # to_static there resumes wrongly in the middle of functions with keyword-only arguments; they run as they are instead.
+        core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     else:
         holder.update_op_proto(registered)
     check = ctypes.CDLL(libraries[0]).custom_fused_attention_check
@@ -91,7 +99,7 @@ def _load() -> Any:
 
 _check = _load()
 
-_run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
+_run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
 _absent: Any = None
 
 
@@ -135,9 +143,12 @@ def fused_attention(
         float_bits(attn_dropout_rate),
         seed,
     )
+    present, needs_grad = (0, 0) if in_dynamic_mode() else _static_bits(inputs)
+    amp_dtype = _amp.target_dtype(OP_TYPE)
+    if amp_dtype is not None:
+        inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
     if in_dynamic_mode():
         return _call_eager(inputs, is_test, switches, numbers)
-    present, needs_grad = _static_bits(inputs)
     _check_static(inputs, present)
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *numbers)
     if in_dynamic_or_pir_mode():

@@ -7,9 +7,13 @@ from typing import Any
 
 import paddle
 from paddle import nn
+from paddle.base.data_feeder import convert_dtype
 
 from .functional import _check_number, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+
+_NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+_SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
 
 
 def _named(attr: Any, suffix: str) -> Any:
@@ -173,6 +177,26 @@ class FusedMultiHeadAttention(nn.Layer):
             add_residual=self.add_residual,
             causal=self.causal,
         )
+
+    def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
+        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes the layer 16-bit,
+        layer-norm parameters become float32."""
+        if dtype is None or convert_dtype(dtype) not in _SIXTEEN_BIT:
+            super()._apply(func, device, dtype, blocking, include_sublayers)
+            return
+        parameters = self._parameters
+        self._parameters = {name: p for name, p in parameters.items() if name not in _NORM_PARAMETERS}
+        try:
+            super()._apply(func, device, dtype, blocking, include_sublayers)
+        finally:
+            self._parameters = parameters
+        with paddle.no_grad():
+            for parameter in (parameters.get(name) for name in _NORM_PARAMETERS):
+                if parameter is None:
+                    continue
+                func(parameter, device, "float32", blocking)
+                if parameter.grad is not None:
+                    func(parameter._grad_ivar(), device, "float32", blocking)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,46 @@
+"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: custom operators are not cast by Paddle.
+
+The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and the biases
+of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32. Layer-norm
+parameters always stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import paddle
+from paddle.base import core
+from paddle.base.framework import _dygraph_tracer
+from paddle.framework import in_dynamic_or_pir_mode
+
+_DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16}
+_OFF = core.AmpLevel.O0
+_CASTABLE = (paddle.float32, paddle.float16, paddle.bfloat16)
+
+
+def target_dtype(op_type: str) -> Any:
+    """The dtype that auto_cast wants for the operator, or None where it is off."""
+    tracer = _dygraph_tracer()  # None while a static graph is built
+    if tracer is None and not in_dynamic_or_pir_mode():
+        return None
+    state = tracer or core._get_amp_attrs()
+    if state._amp_level == _OFF:
+        return None
+    dtype = _DTYPES.get(state._amp_dtype)
+    if dtype is None:
+        return None
+    _, black_list = tracer._get_amp_op_list() if tracer else core._get_amp_op_list()
+    return paddle.float32 if op_type in black_list else dtype
+
+
+def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
+    """Casts the operator's inputs, which may be None, to `dtype`, those at `norm_indices` to float32."""
+    cast = list(inputs)
+    if inputs[0].dtype not in _CASTABLE:
+        return cast
+    for i, tensor in enumerate(inputs):
+        wanted = paddle.float32 if i in norm_indices else dtype
+        if tensor is not None and i != mask_index and tensor.dtype in _CASTABLE and tensor.dtype != wanted:
+            cast[i] = paddle.cast(tensor, wanted)
+    return cast

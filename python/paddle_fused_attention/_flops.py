@@ -1,0 +1,28 @@
+"""Lets paddle.flops count FusedMultiHeadAttention: layers that Paddle doesn't know count as zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle.hapi.dynamic_flops import register_hooks
+
+from .layer import FusedMultiHeadAttention
+
+
+def count_flops(layer: Any, inputs: Any, output: Any) -> None:
+    """Adds the multiply-accumulates of one call to ``layer.total_ops``, as Paddle counts its Linear.
+
+    Those are the four projections and both products of attention; with ``layer.causal`` only the pairs of a query and a key that it
+    may see. For a subclass, or a layer with the same attributes: ``paddle.flops(net, size, custom_ops={ThatLayer: count_flops})``.
+
+    Args:
+        layer: The layer, with a ``total_ops``, as paddle.flops makes it.
+        inputs: The layer's arguments, of which the first is ``[batch, seq_len, embed_dim]``.
+        output: Not used.
+    """
+    batch, seq_len, embed_dim = inputs[0].shape
+    pairs = seq_len * (seq_len + 1) // 2 if layer.causal else seq_len * seq_len
+    layer.total_ops += batch * embed_dim * (4 * seq_len * embed_dim + 2 * pairs)
+
+
+register_hooks[FusedMultiHeadAttention] = count_flops
