@@ -138,7 +138,7 @@ void score_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t que
   }
 }
 
-// keep [keys][kQueryTile] = scale where the element is kept, else 0. i0 is a multiple of 16 and so is j0.
+// keep [keys][kQueryTile] = scale where the element is kept, else 0. i0 is a multiple of 32 and j0 of 16.
 template <class A>
 void keep_tile(const Params& p, PhiloxState state, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys, A* keep) {
   constexpr int lanes = kLanes<uint32_t>;
@@ -153,18 +153,14 @@ void keep_tile(const Params& p, PhiloxState state, int64_t bh, int64_t i0, int64
         const Vec<uint32_t> c1 = lane_numbers() + static_cast<uint32_t>(i0 / 2 + group);
         const PhiloxVectors words = philox_vector(state, broadcast(c0), c1, static_cast<uint32_t>(bh));
         for (int word = 0; word < 4; ++word) {
-          uint32_t numbers[lanes];
-          store(numbers, words.w[word]);
           for (int half = 0; half < 2; ++half) {
             const int64_t column = j + 8 * (word % 2) + 2 * t + half;
             if (column >= keys) continue;
+            A factors[lanes];
+            store_keep(words.w[word], half, threshold, scale, factors);
             for (int first = 0; first < lanes; first += chunk) {
               const int64_t row = (group + first) / 8 * 16 + (group + first) % 8 + 8 * (word / 2);
-              if (row >= kQueryTile) continue;
-              A* target = keep + column * kQueryTile + row;
-              for (int l = 0; l < chunk; ++l) {
-                target[l] = ((numbers[first + l] >> (16 * half)) & 0xFFFFu) >= threshold ? scale : A(0);
-              }
+              std::memcpy(keep + column * kQueryTile + row, factors + first, chunk * sizeof(A));
             }
           }
         }

@@ -40,7 +40,7 @@ inline void micro_block(int64_t k_size, const T* __restrict a, int64_t a_row, in
 
 // Rows of a block such that its sums, a row of b and a factor fit the registers (32 with AVX-512 and NEON, else 16).
 #if PFA_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kBlockRows[5] = {0, 12, 12, 8, 6};
+constexpr int kBlockRows[5] = {0, 12, 12, 8, 4};
 constexpr int kBlockVectors = 4;
 #else
 constexpr int kBlockRows[5] = {0, 8, 6, 4, 4};

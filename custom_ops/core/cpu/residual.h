@@ -56,18 +56,18 @@ struct Residual {
       const Vec<uint32_t> carry = low < static_cast<uint32_t>(call) ? broadcast(1u) : Vec<uint32_t>{};
       const PhiloxVectors words =
           philox_vector(random, low, carry + static_cast<uint32_t>(static_cast<uint64_t>(call) >> 32), 0);
-      uint32_t numbers[4][lanes];
-      for (int word = 0; word < 4; ++word) store(numbers[word], words.w[word]);
-      A factors[8 * lanes];
-      for (int l = 0; l < lanes; ++l) {
-        for (int word = 0; word < 4; ++word) {
-          factors[8 * l + 2 * word] = (numbers[word][l] & 0xFFFFu) >= threshold ? scale : A(0);
-          factors[8 * l + 2 * word + 1] = (numbers[word][l] >> 16) >= threshold ? scale : A(0);
-        }
+      // In memory the words of a call, and the halves of a word, follow each other in the order of the elements.
+      uint32_t sequence[4 * lanes];
+      for (int i = 0; i < 4; ++i) {
+        uint32_t column[lanes];
+        store(column, words.w[i]);
+        for (int l = 0; l < lanes; ++l) sequence[4 * l + i] = column[l];
       }
+      uint16_t numbers[8 * lanes];
+      std::memcpy(numbers, sequence, sizeof numbers);
       const int64_t begin = std::max(call * 8, first);
       const int64_t end = std::min((call + lanes) * 8, first + count);
-      for (int64_t e = begin; e < end; ++e) keep[e - first] = factors[e - call * 8];
+      for (int64_t e = begin; e < end; ++e) keep[e - first] = numbers[e - call * 8] >= threshold ? scale : A(0);
     }
   }
 

@@ -179,47 +179,60 @@ inline Vec<double> vexp(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : poly * power;
 }
 
-// High and low halves of the products of 32-bit lanes with a constant.
-inline void multiply_wide(Vec<uint32_t> a, uint32_t b, Vec<uint32_t>& high, Vec<uint32_t>& low) {
-  const Vec<uint64_t> even = bit_cast<Vec<uint64_t>>(a);
+// Products of the low halves of 64-bit lanes with a 32-bit constant.
+inline Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, uint32_t b) {
 #if defined(__AVX512F__) && PFA_VECTOR_BYTES == 64
-  const __m512i factor = _mm512_set1_epi64(b);
-  const Vec<uint64_t> product_even = bit_cast<Vec<uint64_t>>(_mm512_mul_epu32(bit_cast<__m512i>(even), factor));
-  const Vec<uint64_t> product_odd = bit_cast<Vec<uint64_t>>(_mm512_mul_epu32(bit_cast<__m512i>(even >> 32), factor));
+  return bit_cast<Vec<uint64_t>>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__) && PFA_VECTOR_BYTES == 32
-  const __m256i factor = _mm256_set1_epi64x(b);
-  const Vec<uint64_t> product_even = bit_cast<Vec<uint64_t>>(_mm256_mul_epu32(bit_cast<__m256i>(even), factor));
-  const Vec<uint64_t> product_odd = bit_cast<Vec<uint64_t>>(_mm256_mul_epu32(bit_cast<__m256i>(even >> 32), factor));
+  return bit_cast<Vec<uint64_t>>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__) && PFA_VECTOR_BYTES == 16
+  return bit_cast<Vec<uint64_t>>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
 #else
-  const Vec<uint64_t> product_even = (even & 0xFFFFFFFFull) * static_cast<uint64_t>(b);
-  const Vec<uint64_t> product_odd = (even >> 32) * static_cast<uint64_t>(b);
+  return (a & 0xFFFFFFFFull) * static_cast<uint64_t>(b);
 #endif
-  high = bit_cast<Vec<uint32_t>>((product_even >> 32) | (product_odd & 0xFFFFFFFF00000000ull));
-  low = bit_cast<Vec<uint32_t>>((product_even & 0xFFFFFFFFull) | (product_odd << 32));
 }
 
 struct PhiloxVectors {
   Vec<uint32_t> w[4];
 };
 
-// philox() of philox.h on every lane.
-inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> c0, Vec<uint32_t> c1, uint32_t counter2) {
-  Vec<uint32_t> c2 = broadcast(counter2);
-  Vec<uint32_t> c3 = broadcast(state.counter3);
+// philox() of philox.h on every lane. The even and the odd lanes go through the rounds as the low halves of 64-bit lanes, whose high
+// halves the multiplication ignores.
+inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Vec<uint32_t> counter1, uint32_t counter2) {
+  Vec<uint64_t> half[2][4];
+  for (int odd = 0; odd < 2; ++odd) {
+    half[odd][0] = bit_cast<Vec<uint64_t>>(counter0) >> (32 * odd);
+    half[odd][1] = bit_cast<Vec<uint64_t>>(counter1) >> (32 * odd);
+    half[odd][2] = broadcast<uint64_t>(counter2);
+    half[odd][3] = broadcast<uint64_t>(state.counter3);
+  }
   uint32_t k0 = state.key0;
   uint32_t k1 = state.key1;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    Vec<uint32_t> high0, low0, high1, low1;
-    multiply_wide(c0, kPhiloxM0, high0, low0);
-    multiply_wide(c2, kPhiloxM1, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
+    for (auto& c : half) {
+      const Vec<uint64_t> product0 = multiply_low_halves(c[0], kPhiloxM0);
+      const Vec<uint64_t> product1 = multiply_low_halves(c[2], kPhiloxM1);
+      c[0] = (product1 >> 32) ^ c[1] ^ static_cast<uint64_t>(k0);
+      c[1] = product1;
+      c[2] = (product0 >> 32) ^ c[3] ^ static_cast<uint64_t>(k1);
+      c[3] = product0;
+    }
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
-  return {{c0, c1, c2, c3}};
+  PhiloxVectors words;
+  for (int i = 0; i < 4; ++i) words.w[i] = bit_cast<Vec<uint32_t>>((half[0][i] & 0xFFFFFFFFull) | (half[1][i] << 32));
+  return words;
+}
+
+// keep[i] = scale where the 16-bit number in half `half` of lane i is at least the threshold, else 0.
+inline void store_keep(Vec<uint32_t> words, int half, uint32_t threshold, float scale, float* keep) {
+  const Vec<uint32_t> numbers = (words >> (16 * half)) & 0xFFFFu;
+  store(keep, numbers >= threshold ? broadcast(scale) : Vec<float>{});
+}
+
+inline void store_keep(Vec<uint32_t> words, int half, uint32_t threshold, double scale, double* keep) {
+  for (int l = 0; l < kLanes<uint32_t>; ++l) keep[l] = ((words[l] >> (16 * half)) & 0xFFFFu) >= threshold ? scale : 0.0;
 }
 
 inline Vec<uint32_t> lane_numbers() {
