@@ -235,4 +235,4 @@ def test_cross_attention_is_refused(argument):
 def test_query_of_another_width():
     with pytest.raises(ValueError) as raised:
         make_layer()(paddle.to_tensor(np.zeros((2, 5, 16), "float32")))
-    assert "24" in str(raised.value) and "[2, 5, 16]" in str(raised.value)
+    assert "24" in str(raised.value) and "16" in str(raised.value)

@@ -14,7 +14,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def run_python(code, *arguments, threads=2):
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=HERE, GLOG_minloglevel="2")
+    path = os.pathsep.join([HERE, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=path)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,

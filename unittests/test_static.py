@@ -1,5 +1,7 @@
 """Static graphs give what dygraph gives: PIR programs on Paddle 3, legacy programs on 2.6."""
 
+import os
+
 import common
 import numpy as np
 import paddle
@@ -298,15 +300,57 @@ def test_clone_for_test_turns_dropout_off(mode):
     assert not np.allclose(train, test)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_to_static_and_jit_save(training, tmp_path):
+def no_dropout_layer(training):
     layer = FusedMultiHeadAttention(**dict(LAYER, dropout_rate=0.0, attn_dropout_rate=0.0), normalize_before=True)
-    layer.train() if training else layer.eval()
-    x = training_data()[0]
-    expected = layer(paddle.to_tensor(x)).numpy()
-    static = paddle.jit.to_static(layer, input_spec=[paddle.static.InputSpec([None, None, 16], "float32")])
-    np.testing.assert_allclose(static(paddle.to_tensor(x)).numpy(), expected, rtol=1e-6, atol=1e-6)
     if not training:
-        paddle.jit.save(static, str(tmp_path / "layer"))
-        loaded = paddle.jit.load(str(tmp_path / "layer"))
+        layer.eval()
+    return layer
+
+
+@pytest.mark.parametrize("full_graph", [False, True], ids=["partial", "full"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_to_static(training, full_graph):
+    """The layer under paddle.jit.to_static: its result, and in training the gradients of its parameters."""
+    layer = no_dropout_layer(training)
+    x, d_out = (paddle.to_tensor(a) for a in training_data())
+    expected = layer(x)
+    expected.backward(d_out)
+    gradients = {name: p.grad.numpy() for name, p in layer.named_parameters()}
+    layer.clear_gradients()
+    out = paddle.jit.to_static(layer, full_graph=full_graph)(x)
+    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6)
+    if not training:
+        return
+    out.backward(d_out)
+    for name, p in layer.named_parameters():
+        np.testing.assert_allclose(p.grad.numpy(), gradients[name], rtol=1e-5, atol=1e-5 * np.abs(gradients[name]).max())
+
+
+def test_jit_save_load_and_predictor(tmp_path):
+    """A saved layer, of unknown batch and sequence, gives the same when it is loaded and in the inference predictor."""
+    layer = no_dropout_layer(False)
+    path = str(tmp_path / "layer")
+    paddle.jit.save(layer, path, input_spec=[paddle.static.InputSpec([None, None, 16], "float32", "x")])
+    loaded = paddle.jit.load(path)
+    model = next(path + ending for ending in (".json", ".pdmodel") if os.path.exists(path + ending))
+    predictor = paddle.inference.create_predictor(paddle.inference.Config(model, path + ".pdiparams"))
+    for x in (training_data()[0], training_data()[0][:1, :4]):
+        expected = layer(paddle.to_tensor(x)).numpy()
         np.testing.assert_allclose(loaded(paddle.to_tensor(x)).numpy(), expected, rtol=1e-6, atol=1e-6)
+        predictor.get_input_handle(predictor.get_input_names()[0]).copy_from_cpu(np.ascontiguousarray(x))
+        predictor.run()
+        result = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+        np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_second_order_gradients_are_reported_missing(place):
+    """A static graph with one can't be built: Paddle says that there is none."""
+    case = Case()
+    arrays = common.stored_inputs(case, common.make_inputs(case))
+    with static_mode(), paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+        variables = {n: paddle.static.data(n, a.shape, str(a.dtype)) for n, a in arrays.items()}
+        variables["x"].stop_gradient = variables["qkv_weight"].stop_gradient = False
+        out = call(variables, case.config)
+        (d_x,) = paddle.static.gradients([out], [variables["x"]], target_gradients=[variables["d_out"]])
+        second = paddle.static.gradients([d_x], [variables["x"]], target_gradients=[variables["d_out"]])
+    assert [gradient for gradient in second if gradient is not None] == []

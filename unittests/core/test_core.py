@@ -1,0 +1,191 @@
+"""The core on NumPy arrays, without Paddle: every instruction set that this processor has, against the same reference."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import asdict
+
+import common
+import numpy as np
+import pytest
+import reference
+from common import Case, Mask
+
+pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
+
+INSTRUCTION_SETS = pfa_core.instruction_sets()
+FULL = Case(2, 21, 2, 8, mask=Mask("B1SS", "bool")).but(
+    pre_layer_norm=True, attn_dropout_rate=0.2, dropout_rate=0.3, pre_ln_epsilon=1e-3, ln_epsilon=1e-4, seed=17, offset=3
+)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request):
+    return request.param
+
+
+def run(case, arrays, wanted, isa="", **changes):
+    """Result and gradients; `changes` are further entries of the config."""
+    config = asdict(case.config)
+    seed, offset = config.pop("seed"), config.pop("offset")
+    config.update(
+        batch=case.batch,
+        seq_len=case.seq_len,
+        embed_dim=case.embed_dim,
+        num_heads=case.num_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        norm_dtype=case.dtype_of("ln_scale"),
+    )
+    config.update(changes)
+    inputs = {name: a for name, a in arrays.items() if name != "d_out"}
+    out, saved = pfa_core.forward(inputs, config, seed=seed, offset=offset, saves=bool(wanted), isa=isa)
+    if not wanted:
+        assert saved is None
+        return out, {}
+    return out, pfa_core.backward(inputs, config, arrays["d_out"], saved, wanted, isa=isa)
+
+
+def check_case(case, isa="", wanted=None):
+    inputs = common.make_inputs(case)
+    arrays = common.stored_inputs(case, inputs)
+    wanted = common.differentiable(inputs) if wanted is None else list(wanted)
+    out, gradients = run(case, arrays, wanted, isa)
+    assert sorted(gradients) == sorted(wanted)
+    common.check(
+        case,
+        common.expect(case, inputs),
+        common.from_storage(out),
+        {name: common.from_storage(g) for name, g in gradients.items()},
+    )
+    alone, _ = run(case, arrays, [], isa)  # without saving anything
+    assert np.array_equal(alone, out)
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("pre, final, residual", list(itertools.product([False, True], repeat=3)))
+def test_switches(pre, final, residual, dtype, isa):
+    check_case(FULL.but(dtype=dtype, pre_layer_norm=pre, final_layer_norm=final, add_residual=residual), isa)
+
+
+@pytest.mark.parametrize("absent", [(name,) for name in common.OPTIONAL] + [common.OPTIONAL], ids="+".join)
+def test_absent_inputs(absent, isa):
+    check_case(FULL.but(absent=absent), isa)
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 1, 128), (2, 66, 1, 256)], ids=str
+)
+def test_sizes(sizes, dtype, isa):
+    check_case(Case(*sizes, dtype=dtype).but(causal=True, attn_dropout_rate=0.1, seed=5), isa)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", ["SS", "S", "B11S", "BHS1", "BHSS"])
+@pytest.mark.parametrize("dtype", ["bool", "int32", "int64", "uint8", "int8", "int16", "float16", "float32", "float64"])
+def test_masks(dtype, shape, causal, isa):
+    check_case(Case(2, 37, 3, 8, "float32", mask=Mask(shape, dtype)).but(causal=causal), isa)
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("mask", [Mask("BHSS", "bool", "rows"), Mask("SS", "int32", "none"), Mask("B1SS", "float32", "-inf")])
+def test_hard_masks(mask, dtype, isa):
+    check_case(Case(2, 37, 2, 8, dtype, mask=mask, absent=("linear_bias",)).but(final_layer_norm=False), isa)
+
+
+def test_masks_of_any_strides(isa):
+    case = Case(2, 19, 3, 8, "float32", mask=Mask("BHSS", "bool"))
+    inputs = common.make_inputs(case)
+    arrays = common.stored_inputs(case, inputs)
+    mask = arrays["attn_mask"]
+    wide = np.zeros((2, 3, 38, 25), bool)
+    wide[:, :, ::2, 3:22] = mask
+    for view in (np.asfortranarray(mask), wide[:, :, ::2, 3:22], mask[:, :, ::-1].copy()[:, :, ::-1]):
+        assert not view.flags.c_contiguous and np.array_equal(view, mask)
+        out, _ = run(case, dict(arrays, attn_mask=view), [], isa)
+        common.check(case, common.expect(case, inputs), common.from_storage(out), {})
+
+
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("batch, seq_len", [(0, 7), (2, 0)])
+def test_zero_sizes(batch, seq_len, dtype):
+    check_case(FULL.but(batch=batch, seq_len=seq_len, dtype=dtype))
+
+
+@pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_dropout(training, rate, mode):
+    for dtype in ("float64", "float32"):
+        check_case(
+            FULL.but(dtype=dtype, dropout_rate=rate, attn_dropout_rate=rate, mode=mode, training=training, seed=2**63 + 9)
+        )
+
+
+SUBSETS = [(name,) for name in reference.DIFFERENTIABLE] + list(itertools.combinations(reference.DIFFERENTIABLE, 2))
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
+def test_subsets_of_gradients(wanted):
+    check_case(FULL, wanted=wanted)
+
+
+def test_instruction_sets_agree():
+    """Not bit for bit, but far closer than the tolerances."""
+    assert len(set(INSTRUCTION_SETS)) == len(INSTRUCTION_SETS) >= 1
+    inputs = common.make_inputs(FULL)
+    arrays = common.stored_inputs(FULL, inputs)
+    wanted = common.differentiable(inputs)
+    results = [run(FULL, arrays, wanted, isa) for isa in INSTRUCTION_SETS]
+    for out, gradients in results[1:]:
+        np.testing.assert_allclose(out, results[0][0], rtol=1e-12, atol=1e-12)
+        for name in wanted:
+            scale = np.abs(gradients[name]).max()
+            assert np.abs(gradients[name] - results[0][1][name]).max() <= 1e-12 * scale, name
+
+
+def test_paddle_is_not_needed():
+    code = "import sys, numpy, pfa_core; assert not any(name.startswith('paddle') for name in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+BAD = [
+    (dict(x=np.zeros((2, 21, 15))), {}, ValueError, ["x", "[2, 21, 16]", "(2, 21, 15)"]),
+    (dict(x=np.zeros((2, 21, 16), "float32")), {}, TypeError, ["x", "float64"]),
+    (dict(x=np.zeros((2, 16, 21)).swapaxes(1, 2)), {}, ValueError, ["x", "contiguous"]),
+    (dict(x=None), {}, ValueError, ["x"]),
+    (dict(x=[1.0]), {}, TypeError, ["x", "array"]),
+    (dict(qkv_weight=np.zeros((3, 2, 8, 15))), {}, ValueError, ["qkv_weight", "[3, 2, 8, 16]", "(3, 2, 8, 15)"]),
+    (dict(attn_mask=np.zeros((21, 20), bool)), {}, ValueError, ["attn_mask", "(21, 20)"]),
+    (dict(attn_mask=np.zeros((1, 2, 2, 21, 21), bool)), {}, ValueError, ["attn_mask", "(1, 2, 2, 21, 21)"]),
+    (dict(attn_mask=np.zeros((21, 21), "complex64")), {}, ValueError, ["complex64"]),
+    (dict(key=np.zeros((2, 21, 16))), {}, ValueError, ["key"]),
+    ({}, dict(mode="none"), ValueError, ["mode", "upscale_in_train", "none"]),
+    ({}, dict(dropout_rate=1.5), ValueError, ["[0, 1]"]),
+    ({}, dict(dtype="int32"), ValueError, ["dtype", "int32"]),
+    ({}, dict(dtype="half"), ValueError, ["half"]),
+    ({}, dict(num_heads=3), ValueError, ["qkv_weight", "[3, 3, 8, 16]", "(3, 2, 8, 16)"]),
+    ({}, dict(batch=-1), ValueError, ["-1"]),
+    ({}, dict(head_size=8), ValueError, ["head_size"]),
+]
+
+
+@pytest.mark.parametrize("arrays, config, error, words", BAD, ids=[str(n) for n in range(len(BAD))])
+def test_bad_input(arrays, config, error, words):
+    good = common.stored_inputs(FULL, common.make_inputs(FULL))
+    with pytest.raises(error) as raised:
+        run(FULL, dict(good, **arrays), [], **config)
+    for word in words:
+        assert word in str(raised.value), str(raised.value)
+
+
+def test_bad_saved_memory_and_needs():
+    arrays = common.stored_inputs(FULL, common.make_inputs(FULL))
+    with pytest.raises(ValueError):
+        run(FULL, arrays, ["attn_mask"])
+    with pytest.raises(ValueError):
+        run(FULL, {n: a for n, a in arrays.items() if n != "qkv_bias"}, ["qkv_bias"])
+    with pytest.raises(ValueError):
+        run(FULL, arrays, [], isa="sse9")
