@@ -14,15 +14,18 @@ namespace {
 
 constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole tiles of any kernel
 
-// A warp per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which make probabilities 0.
-// Clears the sums of d_q as well.
+constexpr int kRowThreads = 256;
+
+// `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which
+// make probabilities 0. Clears the sums of d_q and the count of tiles as well.
 template <class T, class Acc>
-__global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs args) {
-  const int64_t index = blockIdx.x * int64_t{8} + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (index >= args.batch * args.num_heads * args.rows_padded) return;
-  const int row = static_cast<int>(index % args.rows_padded);
-  const HeadIndex h = head_index(args, index / args.rows_padded);
+__global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const AttentionArgs args, const int lanes) {
+  const int rows = kRowThreads / lanes;
+  const int lane = threadIdx.x % lanes;
+  const uint32_t blocks = args.rows_padded / rows;
+  const HeadIndex h = head_index(args, blockIdx.x / blocks);
+  const int row = blockIdx.x % blocks * rows + threadIdx.x / lanes;
+  const int64_t index = h.flat * static_cast<int64_t>(args.rows_padded) + row;
   Acc delta = 0;
   Acc lse2 = infinity<Acc>();
   if (row < args.seq_len) {
@@ -31,23 +34,23 @@ __global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs arg
     if (args.vectors) {
       constexpr int kVector = 16 / sizeof(T);
       struct alignas(16) Vector { T v[kVector]; };
-      for (int d = lane * kVector; d < args.head_dim; d += 32 * kVector) {
+      for (int d = lane * kVector; d < args.head_dim; d += lanes * kVector) {
         const Vector a = *reinterpret_cast<const Vector*>(out + d);
         const Vector b = *reinterpret_cast<const Vector*>(d_out + d);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) delta += widen<Acc>(a.v[e]) * widen<Acc>(b.v[e]);
       }
     } else {
-      for (int d = lane; d < args.head_dim; d += 32) delta += widen<Acc>(out[d]) * widen<Acc>(d_out[d]);
+      for (int d = lane; d < args.head_dim; d += lanes) delta += widen<Acc>(out[d]) * widen<Acc>(d_out[d]);
     }
-#pragma unroll
-    for (int other = 16; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] * static_cast<Acc>(kLog2e);
   }
+  for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (args.dq_sum) {
     float4* sums = reinterpret_cast<float4*>(args.dq_sum + index * args.dq_columns);
-    for (int i = lane; i < args.dq_columns / 4; i += 32) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = lane; i < args.dq_columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
+  if (args.next_tile && blockIdx.x == 0 && threadIdx.x == 0) *args.next_tile = 0;
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
@@ -56,8 +59,10 @@ __global__ void __launch_bounds__(256) attention_backward_rows(AttentionArgs arg
 
 template <class T, class Acc>
 void backward_rows(const Context& context, const AttentionArgs& args) {
+  int lanes = 2;
+  while (lanes < 32 && lanes * 16 < args.head_dim * static_cast<int>(sizeof(T))) lanes *= 2;
   launch(context, "attention_backward_rows", attention_backward_rows<T, Acc>,
-         ceil_div(args.batch * args.num_heads * args.rows_padded, 8), 256, 0, args);
+         args.batch * args.num_heads * (args.rows_padded / (kRowThreads / lanes)), kRowThreads, 0, args, lanes);
 }
 
 template <class T, class Acc>
@@ -111,6 +116,7 @@ struct Workspace {
   int64_t rows;        // seq_len, padded
   int dq_columns;      // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
   size_t statistics;   // bytes of delta, and of lse2
+  size_t sums;         // bytes of dq_sum
   size_t total;
 
   Workspace(const Context& context, const AttentionArgs& args, DType dtype) {
@@ -118,7 +124,8 @@ struct Workspace {
     dq_columns = hopper_serves(context, args, dtype) && !context.deterministic ? (args.head_dim > 64 ? 128 : 64) : 0;
     const int64_t all_rows = args.batch * args.num_heads * rows;
     statistics = all_rows * size_of(accumulator_of(dtype));
-    total = 2 * statistics + all_rows * dq_columns * sizeof(float);
+    sums = all_rows * dq_columns * sizeof(float);
+    total = 2 * statistics + sums + (sums ? sizeof(uint32_t) : 0);
   }
 };
 
@@ -137,7 +144,10 @@ void attention_backward(Context& context, const Params& p) {
   args.dq_columns = workspace.dq_columns;
   args.delta = memory;
   args.lse2 = memory + workspace.statistics;
-  args.dq_sum = workspace.dq_columns ? reinterpret_cast<float*>(memory + 2 * workspace.statistics) : nullptr;
+  if (workspace.sums) {
+    args.dq_sum = reinterpret_cast<float*>(memory + 2 * workspace.statistics);
+    args.next_tile = reinterpret_cast<uint32_t*>(memory + 2 * workspace.statistics + workspace.sums);
+  }
   switch (p.dtype) {
     case DType::kFloat16:
       return backward_16bit<__half>(context, args, p.dtype);

@@ -44,6 +44,7 @@ struct AttentionArgs {
   void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
   float* dq_sum;      // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
   int dq_columns;     // head_dim rounded up to whole blocks of columns
+  uint32_t* next_tile;  // counts the tiles that blocks have taken, or null where each block has its own
   int rows_padded;    // seq_len rounded up to whole tiles of queries
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
@@ -81,8 +82,9 @@ struct HeadIndex {
   uint32_t flat;  // batch * H + head
 };
 
-__device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, int64_t flat) {
-  return {flat / a.num_heads, flat % a.num_heads, static_cast<uint32_t>(flat)};
+__device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, uint32_t flat) {
+  const uint32_t heads = static_cast<uint32_t>(a.num_heads);
+  return {flat / heads, flat % heads, flat};
 }
 
 // `which` 0, 1, 2: q, k, v (or their gradients) of a head, at token 0.

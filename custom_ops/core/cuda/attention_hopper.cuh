@@ -91,6 +91,10 @@ __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, uint
   }
 }
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Starts copying bytes (a multiple of 16) as they lie.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
@@ -107,6 +111,39 @@ __device__ __forceinline__ void store_piece(void* block, int row0, int column0, 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece[0]), "r"(piece[1]),
                "r"(piece[2]), "r"(piece[3])
                : "memory");
+}
+
+// Stores a warp's 16 rows of sums, times a factor per lane's row, by way of rows row0.. of `block`, which are the warp's own.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], float factor0, float factor1, char* block, int row0, T* to,
+                                            int64_t stride, int first_row, const AttentionArgs& args) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int column = 0; column < kHeadDim; column += kBlockColumns) {
+#pragma unroll
+    for (int n = 0; n < kBlockColumns / 16; ++n) {
+      uint32_t piece[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float* pair = &sums[column / 2 + 8 * n + 2 * e];
+        const float factor = e % 2 ? factor1 : factor0;
+        piece[e] = pack<T>(pair[0] * factor, pair[1] * factor);
+      }
+      store_piece(block, row0, 16 * n, piece);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + lane / 8;
+      const int vector = lane % 8;
+      const int d = column + vector * 8;
+      if (first_row + row < args.seq_len && d < args.head_dim) {
+        *reinterpret_cast<uint4*>(to + (first_row + row) * stride + d) =
+            *reinterpret_cast<const uint4*>(block + (row0 + row) * kRowBytes + (vector ^ row % 8) * 16);
+      }
+    }
+    __syncwarp();
+  }
 }
 
 __device__ __forceinline__ void add_to(float* to, float a, float b, float c, float d) {

@@ -3,7 +3,8 @@
 // Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for d_v and d_k.
 // dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64 each computes 64 of the
 // tile's 128 queries, else each computes half of the head dims of 64 queries. d_q is added up in float32 in device memory, in the
-// order in which threads hold it, and brought to its place by a kernel of its own. A third warpgroup copies.
+// order in which threads hold it, and brought to its place by a kernel of its own. A third warpgroup copies, and takes the block's
+// next tile of keys while the others are at work on this one.
 #include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_hopper_launch.h"
@@ -20,14 +21,13 @@ constexpr int kThreads = 384;
 template <int kHeadDim>
 struct BackwardShape {
   static constexpr int kQueries = kHeadDim > 64 ? 64 : 128;
-  static constexpr int kStoreStride = kHeadDim + 8;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;        // a tile of k or v
   static constexpr int kQueryBytes = kQueries * kHeadDim * 2;   // a tile of q or d_out
   static constexpr int kScoreBlockBytes = kKeys * kRowBytes;    // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScoreBlockBytes;
   static constexpr int kRowStatisticBytes = kQueries * 4;
   static constexpr size_t kSharedBytes =
-      1024 + 2 * kKeyBytes + kStages * (2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
+      1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
 };
 
 template <class T, int kHeadDim, bool kMask, bool kDrops>
@@ -39,26 +39,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kQueries = Shape::kQueries;
   extern __shared__ unsigned char unaligned[];
   char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
-  char* k_tile = shared;
-  char* v_tile = k_tile + Shape::kKeyBytes;
-  char* q_tiles = v_tile + Shape::kKeyBytes;
+  char* k_tiles = shared;
+  char* v_tiles = k_tiles + kStages * Shape::kKeyBytes;
+  char* q_tiles = v_tiles + kStages * Shape::kKeyBytes;
   char* d_out_tiles = q_tiles + kStages * Shape::kQueryBytes;
   char* score_tiles = d_out_tiles + kStages * Shape::kQueryBytes;
   float* lse2_tiles = reinterpret_cast<float*>(score_tiles + kStages * Shape::kScoreBytes);
   float* delta_tiles = lse2_tiles + kStages * kQueries;
-  __shared__ uint64_t kv_full, q_full[kStages], d_out_full[kStages], q_empty[kStages], d_out_empty[kStages];
+  __shared__ uint64_t kv_full[kStages], kv_empty[kStages], q_full[kStages], q_empty[kStages], d_out_full[kStages], d_out_empty[kStages];
+  __shared__ uint32_t taken[kStages];  // which tiles of keys lie in k_tiles and v_tiles
 
-  const TileIndex tile = tile_index(args, heads_per_group, (args.seq_len + kKeys - 1) / kKeys);
-  const HeadIndex h = head_index(args, tile.head);
-  const int key0 = tile.tile * kKeys;
-  const int first = args.causal ? key0 / kQueries : 0;
-  const int steps = (args.seq_len + kQueries - 1) / kQueries - first;
-
+  const int tiles = (args.seq_len + kKeys - 1) / kKeys;
+  const int query_tiles = (args.seq_len + kQueries - 1) / kQueries;
+  const uint32_t all_tiles = static_cast<uint32_t>(args.batch * args.num_heads) * tiles;
   if (threadIdx.x == 0) {
-    barrier_init(&kv_full, 1);
+    prefetch_map(qkv_map);
+    prefetch_map(d_out_map);
     for (int i = 0; i < kStages; ++i) {
+      barrier_init(&kv_full[i], 1);
       barrier_init(&q_full[i], 1);
       barrier_init(&d_out_full[i], 1);
+      barrier_init(&kv_empty[i], 8);
       barrier_init(&q_empty[i], 8);
       barrier_init(&d_out_empty[i], 8);
     }
@@ -69,25 +70,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     registers_give<24>();
     if (threadIdx.x == 0) {
-      const int head = static_cast<int>(h.head);
-      const int batch = static_cast<int>(h.batch);
-      const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
-      const float* lse2 = static_cast<const float*>(args.lse2) + statistics;
-      const float* delta = static_cast<const float*>(args.delta) + statistics;
-      barrier_expect(&kv_full, 2 * Shape::kKeyBytes);
-      copy_tile<kKeys, kHeadDim>(k_tile, qkv_map, &kv_full, head, 1, key0, batch);
-      copy_tile<kKeys, kHeadDim>(v_tile, qkv_map, &kv_full, head, 2, key0, batch);
-      for (int n = 0; n < steps; ++n) {
-        const int stage = n % kStages;
-        const int row0 = (first + n) * kQueries;
-        if (n >= kStages) barrier_wait(&q_empty[stage], (n / kStages - 1) % 2);
-        barrier_expect(&q_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
-        copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
-        copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
-        if (n >= kStages) barrier_wait(&d_out_empty[stage], (n / kStages - 1) % 2);
-        barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
-        copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0, batch);
-        copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
+      uint32_t index = blockIdx.x;
+      for (int t = 0, step = 0;; ++t) {
+        const int slot = t % kStages;
+        if (t >= kStages) barrier_wait(&kv_empty[slot], (t / kStages - 1) % 2);
+        taken[slot] = index;
+        if (index >= all_tiles) {
+          barrier_arrive(&kv_full[slot]);
+          break;
+        }
+        const TileIndex tile = tile_index(args, index, heads_per_group, tiles);
+        const HeadIndex h = head_index(args, tile.head);
+        const int head = static_cast<int>(h.head);
+        const int batch = static_cast<int>(h.batch);
+        const int key0 = tile.tile * kKeys;
+        const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
+        const float* lse2 = static_cast<const float*>(args.lse2) + statistics;
+        const float* delta = static_cast<const float*>(args.delta) + statistics;
+        barrier_expect(&kv_full[slot], 2 * Shape::kKeyBytes);
+        copy_tile<kKeys, kHeadDim>(k_tiles + slot * Shape::kKeyBytes, qkv_map, &kv_full[slot], head, 1, key0, batch);
+        copy_tile<kKeys, kHeadDim>(v_tiles + slot * Shape::kKeyBytes, qkv_map, &kv_full[slot], head, 2, key0, batch);
+        for (int n = args.causal ? key0 / kQueries : 0; n < query_tiles; ++n, ++step) {
+          const int stage = step % kStages;
+          const int row0 = n * kQueries;
+          if (step >= kStages) barrier_wait(&q_empty[stage], (step / kStages - 1) % 2);
+          barrier_expect(&q_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
+          copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
+          copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
+          if (step >= kStages) barrier_wait(&d_out_empty[stage], (step / kStages - 1) % 2);
+          barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
+          copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0, batch);
+          copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
+        }
+        index = gridDim.x + atomicAdd(args.next_tile, 1u);
       }
     }
     return;
@@ -96,158 +111,168 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int group = threadIdx.x / 128 - 1;
   const int strip = group * 64 + threadIdx.x / 32 % 4 * 16;  // of the warp's 16 keys in the tile
+  const float scale = static_cast<float>(args.score_scale);
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   const float drop_scale = static_cast<float>(args.drop_scale);
-  const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
   PhiloxState philox_key{};
   if (kDrops) philox_key = attention_philox(args);
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   };
-
-  float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
-  float s[kQueries / 2], dp[kQueries / 2], dq[32];
-  uint32_t p[kQueries / 16][4], signed_p[kQueries / 16][4], ds[kQueries / 16][4];
-  constexpr bool kPackedOnly = kQueries > 64;
-
-  const uint64_t k_rows = rows_operand(k_tile + group * 64 * kRowBytes);
-  const uint64_t v_rows = rows_operand(v_tile + group * 64 * kRowBytes);
-  const uint64_t k_columns = columns_operand(k_tile + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
   constexpr int kKeyBlock = kKeys * kRowBytes / 16;  // from a block of 64 columns to the next, as descriptors count
   constexpr int kQueryBlock = kQueries * kRowBytes / 16;
+  constexpr bool kPackedOnly = kQueries > 64;
 
-  barrier_wait(&kv_full, 0);
-  for (int n = 0; n < steps; ++n) {
-    const int stage = n % kStages;
-    const int parity = n / kStages % 2;
-    const int row0 = (first + n) * kQueries;
-    const char* q_tile = q_tiles + stage * Shape::kQueryBytes;
-    const char* d_out_tile = d_out_tiles + stage * Shape::kQueryBytes;
-    char* score_tile = score_tiles + stage * Shape::kScoreBytes;
-    const float* lse2 = lse2_tiles + stage * kQueries;
-    const float* delta = delta_tiles + stage * kQueries;
+  for (int t = 0, step = 0;; ++t) {
+    const int slot = t % kStages;
+    barrier_wait(&kv_full[slot], t / kStages % 2);
+    const uint32_t index = taken[slot];
+    if (index >= all_tiles) break;
+    const TileIndex tile = tile_index(args, index, heads_per_group, tiles);
+    const HeadIndex h = head_index(args, tile.head);
+    const int key0 = tile.tile * kKeys;
+    const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
+    const char* k_tile = k_tiles + slot * Shape::kKeyBytes;
+    const char* v_tile = v_tiles + slot * Shape::kKeyBytes;
+    const uint64_t k_rows = rows_operand(k_tile + group * 64 * kRowBytes);
+    const uint64_t v_rows = rows_operand(v_tile + group * 64 * kRowBytes);
+    const uint64_t k_columns = columns_operand(k_tile + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
 
-    barrier_wait(&q_full[stage], parity);
-    pin(s);
-    wgmma_fence();
-    const uint64_t q_rows = rows_operand(q_tile);
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      wgmma<T, 0, 0>(s, k_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, q_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
-    }
-    wgmma_commit();
-    barrier_wait(&d_out_full[stage], parity);
-    pin(dp);
-    const uint64_t d_out_rows = rows_operand(d_out_tile);
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      wgmma<T, 0, 0>(dp, v_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, d_out_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(s);
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+    float s[kQueries / 2], dp[kQueries / 2], dq[32];
+    uint32_t p[kQueries / 16][4], signed_p[kQueries / 16][4], ds[kQueries / 16][4];
 
-    // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit form is kept.
-    const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
+    for (int n = args.causal ? key0 / kQueries : 0; n < query_tiles; ++n, ++step) {
+      const int stage = step % kStages;
+      const int parity = step / kStages % 2;
+      const int row0 = n * kQueries;
+      const char* q_tile = q_tiles + stage * Shape::kQueryBytes;
+      const char* d_out_tile = d_out_tiles + stage * Shape::kQueryBytes;
+      char* score_tile = score_tiles + stage * Shape::kScoreBytes;
+      const float* lse2 = lse2_tiles + stage * kQueries;
+      const float* delta = delta_tiles + stage * kQueries;
+
+      barrier_wait(&q_full[stage], parity);
+      pin(s);
+      wgmma_fence();
+      const uint64_t q_rows = rows_operand(q_tile);
 #pragma unroll
-    for (int m = 0; m < kQueries / 16; ++m) {
-      float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[8 * m]);
-      if (kMask) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
-        add_mask<true>(args, mask_offset, key0 + strip, row0 + 16 * m, piece);
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        wgmma<T, 0, 0>(s, k_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, q_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
       }
+      wgmma_commit();
+      barrier_wait(&d_out_full[stage], parity);
+      pin(dp);
+      const uint64_t d_out_rows = rows_operand(d_out_tile);
 #pragma unroll
-      for (int e = 0; e < 8; e += 4) {
-        const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        wgmma<T, 0, 0>(dp, v_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, d_out_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(s);
+
+      // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit form is kept.
+      const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float exponent = piece[e + i] * (kMask ? 1.0f : scale_log2) - (i % 2 ? l.y : l.x);
-          piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
+      for (int m = 0; m < kQueries / 16; ++m) {
+        float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[8 * m]);
+        if (kMask) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
+          add_mask<true>(args, mask_offset, key0 + strip, row0 + 16 * m, piece);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e += 4) {
+          const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float exponent = piece[e + i] * (kMask ? 1.0f : scale_log2) - (i % 2 ? l.y : l.x);
+            piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
+          }
+        }
+        if (edge) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const int j = key0 + strip + lane_row(e);
+            if (j >= args.seq_len || (args.causal && j > row0 + 16 * m + lane_column(e))) piece[e] = 0.0f;
+          }
+        }
+        if (kDrops) {
+          bool kept[8];
+          kept_by_key(args, philox_key, h.flat, key0 + strip, row0 + 16 * m, kept);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : -piece[e];
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (kPackedOnly) signed_p[m][e] = pack<T>(piece[2 * e], piece[2 * e + 1]);
+          p[m][e] = kDrops ? pack<T>(fmaxf(piece[2 * e], 0.0f), fmaxf(piece[2 * e + 1], 0.0f)) : pack<T>(piece[2 * e], piece[2 * e + 1]);
         }
       }
-      if (edge) {
+
+      pin(dv);
+      wgmma_fence();
+      const uint64_t d_out_columns = columns_operand(d_out_tile, kQueries * kRowBytes);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int j = key0 + strip + lane_row(e);
-          if (j >= args.seq_len || (args.causal && j > row0 + 16 * m + lane_column(e))) piece[e] = 0.0f;
+      for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(dp);
+
+#pragma unroll
+      for (int m = 0; m < kQueries / 16; ++m) {
+#pragma unroll
+        for (int e = 0; e < 8; e += 4) {
+          const float2 rows = *reinterpret_cast<const float2*>(delta + 16 * m + lane_column(e));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float probability = kPackedOnly ? unpack<T>(signed_p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
+            const float d = kDrops && !(probability > 0.0f) ? 0.0f : dp[8 * m + e + i];
+            dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
+          }
         }
-      }
-      if (kDrops) {
-        bool kept[8];
-        kept_by_key(args, philox_key, h.flat, key0 + strip, row0 + 16 * m, kept);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : -piece[e];
+        for (int e = 0; e < 4; ++e) ds[m][e] = pack<T>(dp[8 * m + 2 * e], dp[8 * m + 2 * e + 1]);
+        store_piece(score_tile + m / 4 * Shape::kScoreBlockBytes, strip, m % 4 * 16, ds[m]);
       }
+
+      shared_proxy_fence();
+      named_sync<1, 256>();
+      pin(dq);
+      pin(dk);
+      wgmma_fence();
+      const uint64_t scores = columns_operand(score_tile + (kHeadDim > 64 ? 0 : group * Shape::kScoreBlockBytes), 0);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (kPackedOnly) signed_p[m][e] = pack<T>(piece[2 * e], piece[2 * e + 1]);
-        p[m][e] = kDrops ? pack<T>(fmaxf(piece[2 * e], 0.0f), fmaxf(piece[2 * e + 1], 0.0f)) : pack<T>(piece[2 * e], piece[2 * e + 1]);
-      }
+      for (int k = 0; k < kKeys / 16; ++k) wgmma<T, 1, 1>(dq, scores + k * kColumnsStep, k_columns + k * kColumnsStep, k > 0);
+      wgmma_commit();
+      const uint64_t q_columns = columns_operand(q_tile, kQueries * kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dk, ds[m], q_columns + m * kColumnsStep, 1);
+      wgmma_commit();
+
+      wgmma_wait<1>();
+      pin(dv);
+      pin(dq);
+      release(&d_out_empty[stage]);
+      const int block = n * 2 + group;
+      float* to = args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+      wgmma_wait<0>();
+      pin(dk);
+      release(&q_empty[stage]);
     }
 
-    pin(dv);
-    wgmma_fence();
-    const uint64_t d_out_columns = columns_operand(d_out_tile, kQueries * kRowBytes);
-#pragma unroll
-    for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(dp);
+    release(&kv_empty[slot]);
 
-#pragma unroll
-    for (int m = 0; m < kQueries / 16; ++m) {
-#pragma unroll
-      for (int e = 0; e < 8; e += 4) {
-        const float2 rows = *reinterpret_cast<const float2*>(delta + 16 * m + lane_column(e));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float probability = kPackedOnly ? unpack<T>(signed_p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
-          const float d = kDrops && !(probability > 0.0f) ? 0.0f : dp[8 * m + e + i];
-          dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) ds[m][e] = pack<T>(dp[8 * m + 2 * e], dp[8 * m + 2 * e + 1]);
-      store_piece(score_tile + m / 4 * Shape::kScoreBlockBytes, strip, m % 4 * 16, ds[m]);
-    }
-
-    shared_proxy_fence();
-    named_sync<1, 256>();
-    pin(dq);
-    pin(dk);
-    wgmma_fence();
-    const uint64_t scores = columns_operand(score_tile + (kHeadDim > 64 ? 0 : group * Shape::kScoreBlockBytes), 0);
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) wgmma<T, 1, 1>(dq, scores + k * kColumnsStep, k_columns + k * kColumnsStep, k > 0);
-    wgmma_commit();
-    const uint64_t q_columns = columns_operand(q_tile, kQueries * kRowBytes);
-#pragma unroll
-    for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dk, ds[m], q_columns + m * kColumnsStep, 1);
-    wgmma_commit();
-
-    wgmma_wait<1>();
-    pin(dv);
-    pin(dq);
-    release(&d_out_empty[stage]);
-    const int block = (first + n) * 2 + group;
-    float* to = args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    wgmma_wait<0>();
-    pin(dk);
-    release(&q_empty[stage]);
+    // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
+    char* block = score_tiles + step % kStages * Shape::kScoreBytes;
+    store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(), key0 + strip, args);
+    store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(),
+                             key0 + strip, args);
   }
-
-  named_sync<1, 256>();  // the results go where the tiles were
-  const float scale = static_cast<float>(args.score_scale);
-  constexpr int kStride = Shape::kStoreStride;
-  T* warp_rows = reinterpret_cast<T*>(shared) + strip * kStride;
-  store_rows<T, kHeadDim, kStride>(reinterpret_cast<const float(&)[kHeadDim / 8][4]>(dk), scale, scale, warp_rows,
-                                   qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(), key0 + strip, args);
-  store_rows<T, kHeadDim, kStride>(reinterpret_cast<const float(&)[kHeadDim / 8][4]>(dv), drop_scale, drop_scale, warp_rows,
-                                   qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(), key0 + strip, args);
 #endif
 }
 
@@ -280,8 +305,8 @@ void backward(const Context& context, const AttentionArgs& args, DType dtype) {
   with_bool(args.mask.data != nullptr, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
-             ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads, kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map,
-             d_out_map, args, heads_per_group(args));
+             std::min<int64_t>(context.num_sms, ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads), kThreads,
+             BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args, heads_per_group(args, 12));  // q, k, v, d_out, dq_sum
     });
   });
   launch(context, "attention_query_gradient", query_gradient_kernel<T>,

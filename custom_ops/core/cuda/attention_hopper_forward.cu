@@ -21,8 +21,7 @@ struct ForwardShape {
   static constexpr bool kCopies = kHeadDim > 64;  // a warpgroup that only copies
   static constexpr int kThreads = kCopies ? 384 : 256;
   static constexpr int kBlocksPerSm = kCopies ? 1 : 2;
-  static constexpr int kStoreStride = kHeadDim + 8;
-  static constexpr int kQueryBytes = 64 * kStoreStride * 2;  // of a warpgroup: its queries, in the end its result
+  static constexpr int kQueryBytes = 64 * kHeadDim * 2;  // of a warpgroup: its queries, in the end its result
   static constexpr int kTileBytes = kKeys * kHeadDim * 2;
   static constexpr size_t kSharedBytes = 1024 + 2 * kQueryBytes + 2 * kStages * kTileBytes;
 };
@@ -121,7 +120,7 @@ __device__ __forceinline__ void start_sums(float (&o)[kHeadDim / 2], const uint3
 
 template <class T, int kHeadDim>
 __device__ __forceinline__ void finish(const AttentionArgs& args, const HeadIndex& h, float scale, int row0, Rows& rows,
-                                       const float (&o)[kHeadDim / 2], void* shared) {
+                                       const float (&o)[kHeadDim / 2], char* shared) {
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -135,10 +134,8 @@ __device__ __forceinline__ void finish(const AttentionArgs& args, const HeadInde
           sum > 0.0f ? (rows.maximum[half] * scale + log2f(sum)) * static_cast<float>(kLn2) : INFINITY;
     }
   }
-  constexpr int kStride = ForwardShape<kHeadDim>::kStoreStride;
-  store_rows<T, kHeadDim, kStride>(reinterpret_cast<const float(&)[kHeadDim / 8][4]>(o), factor[0], factor[1],
-                                   static_cast<T*>(shared) + threadIdx.x / 32 % 4 * 16 * kStride, out_head<T>(args, args.out, h),
-                                   args.heads_dim(), row0, args);
+  store_strip<T, kHeadDim>(o, factor[0], factor[1], shared, threadIdx.x / 32 % 4 * 16, out_head<T>(args, args.out, h),
+                           args.heads_dim(), row0, args);
 }
 
 #endif
@@ -154,7 +151,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
   char* v_tiles = k_tiles + kStages * Shape::kTileBytes;
   __shared__ uint64_t q_full, k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
 
-  const TileIndex tile = tile_index(args, heads_per_group, (args.seq_len + kQueries - 1) / kQueries);
+  const TileIndex tile = tile_index(args, blockIdx.x, heads_per_group, (args.seq_len + kQueries - 1) / kQueries);
   const HeadIndex h = head_index(args, tile.head);
   const int row0 = (tile.tiles - 1 - tile.tile) * kQueries;
   const int end = args.causal ? min(args.seq_len, row0 + kQueries) : args.seq_len;
@@ -163,6 +160,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
   const int batch = static_cast<int>(h.batch);
 
   if (threadIdx.x == 0) {
+    prefetch_map(qkv_map);
     barrier_init(&q_full, 1);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&k_full[i], 1);
@@ -306,7 +304,7 @@ void forward(const Context& context, const AttentionArgs& args, DType dtype) {
       using Shape = ForwardShape<kHeadDim>;
       launch(context, "attention_forward_hopper", forward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
              ceil_div(args.seq_len, kQueries) * args.batch * args.num_heads, Shape::kThreads, Shape::kSharedBytes, map, args,
-             heads_per_group(args));
+             heads_per_group(args, 4));  // k, v
     });
   });
 }

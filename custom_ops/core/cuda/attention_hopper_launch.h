@@ -15,25 +15,25 @@ namespace hopper {
 
 // What a block works on: tile `tile` of `tiles` of head `head`.
 struct TileIndex {
-  int64_t head;
+  uint32_t head;
   int tile;
   int tiles;
 };
 
-// Blocks start in the order of their index. Heads go in groups whose keys and values fit in the L2 cache together; within a group
-// the same tile of every head comes before the next tile, so that with causal masks long tiles start first.
-__device__ __forceinline__ TileIndex tile_index(const AttentionArgs& args, int heads_per_group, int tiles) {
-  const int64_t heads = args.batch * args.num_heads;
-  const int64_t group = blockIdx.x / (static_cast<int64_t>(heads_per_group) * tiles);
-  const int first = static_cast<int>(group * heads_per_group);
-  const int size = static_cast<int>(min(static_cast<int64_t>(heads_per_group), heads - first));
-  const int place = static_cast<int>(blockIdx.x - static_cast<int64_t>(first) * tiles);
-  return {first + place % size, place / size, tiles};
+// Tiles start in the order of `index`: head by head. With causal masks, where tiles differ in length, heads go in groups that fit in
+// the L2 cache, and within a group the same tile of every head comes before the next, so that long tiles start first.
+__device__ __forceinline__ TileIndex tile_index(const AttentionArgs& args, uint32_t index, int heads_per_group, int tiles) {
+  const uint32_t heads = static_cast<uint32_t>(args.batch * args.num_heads);
+  const uint32_t first = index / (heads_per_group * tiles) * heads_per_group;
+  const uint32_t size = min(static_cast<uint32_t>(heads_per_group), heads - first);
+  const uint32_t place = index - first * tiles;
+  return {first + place % size, static_cast<int>(place / size), tiles};
 }
 
-inline int heads_per_group(const AttentionArgs& args) {
+inline int heads_per_group(const AttentionArgs& args, int bytes_per_element) {
+  if (!args.causal) return 1;
   constexpr int64_t kCacheBytes = 24 << 20;
-  const int64_t head_bytes = int64_t{4} * args.seq_len * args.head_dim;
+  const int64_t head_bytes = static_cast<int64_t>(bytes_per_element) * args.seq_len * args.head_dim;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.batch * args.num_heads, kCacheBytes / head_bytes)));
 }
 
