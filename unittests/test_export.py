@@ -1,4 +1,4 @@
-"""to_static in both modes, jit.save and jit.load, and the inference predictor give the numbers of dygraph, at any batch and sequence."""
+"""to_static in both modes, jit.save and load, and the inference predictor give the numbers of dygraph, at any batch and sequence."""
 
 import contextlib
 import os
@@ -15,7 +15,9 @@ IS_PADDLE_2 = paddle.__version__.startswith("2.")
 SIZES = ((2, 7), (1, 1), (3, 50))
 # What Paddle says of the operator where this package is not imported; the README quotes it.
 UNKNOWN_OPERATOR = (
-    "Operator (custom_fused_attention) is not registered" if IS_PADDLE_2 else "kernel output args (0) defs should equal op outputs (2)"
+    "Operator (custom_fused_attention) is not registered"
+    if IS_PADDLE_2
+    else "kernel output args (0) defs should equal op outputs (2)"
 )
 
 
@@ -24,7 +26,9 @@ class Network(paddle.nn.Layer):
 
     def __init__(self, dropout_rate=0.2):
         super().__init__()
-        self.attention = FusedMultiHeadAttention(24, 4, dropout_rate, dropout_rate, normalize_before=True, final_layer_norm=False)
+        self.attention = FusedMultiHeadAttention(
+            24, 4, dropout_rate, dropout_rate, normalize_before=True, final_layer_norm=False
+        )
         self.linear = paddle.nn.Linear(24, 8)
 
     def forward(self, x, keep):
@@ -175,7 +179,7 @@ def test_a_process_of_its_own(saved, imported):
     np.savez(path + ".npz", x=x, keep=keep)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + ".result.npy")
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
     result = subprocess.run(
         [sys.executable, "-c", LOAD, "imported" if imported else "not", path],
         env=environment,

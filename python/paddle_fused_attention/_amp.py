@@ -1,7 +1,7 @@
 """What Paddle's auto_cast does to the inputs of its own operators, done for this one: custom operators are not cast by Paddle.
 
-The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and the biases
-of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32. Layer-norm
+The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and the
+biases of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32. Layer-norm
 parameters always stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
 """
 

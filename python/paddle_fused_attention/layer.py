@@ -179,8 +179,8 @@ class FusedMultiHeadAttention(nn.Layer):
         )
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
-        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes the layer 16-bit,
-        layer-norm parameters become float32."""
+        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes the layer
+        16-bit, layer-norm parameters become float32."""
         if dtype is None or convert_dtype(dtype) not in _SIXTEEN_BIT:
             super()._apply(func, device, dtype, blocking, include_sublayers)
             return
