@@ -93,7 +93,10 @@ def make_mask(case, rng):
     if mask.dtype.startswith("float") or mask.dtype == "bfloat16":
         values = reference.round_to(rng.standard_normal(shape), mask.dtype).astype(np.float64)
         return values if mask.content == "random" else np.where(keep, values, -np.inf)
-    return np.where(keep, rng.integers(1, 3, shape) * np.where(rng.random(shape) < 0.5, -1, 1), 0)
+    # Nonzero is what counts: also negative numbers, and those whose low bytes are zero.
+    dtype = np.dtype(mask.dtype)
+    values = np.array([1, 2, -1, 1 << (8 * dtype.itemsize - 2)]).astype(dtype)
+    return np.where(keep, values[rng.integers(0, 4, shape)], np.zeros((), dtype))
 
 
 def make_inputs(case):

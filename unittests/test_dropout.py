@@ -33,6 +33,22 @@ def test_rates_between_two_steps(rate, place):
     check_case(CASE.but(dropout_rate=rate, attn_dropout_rate=rate, seed=5), place)
 
 
+def test_an_element_whose_number_is_the_threshold_is_kept(place):
+    """Rates are chosen so that some element's number equals the threshold: there, and only there, > and >= differ."""
+    case = CASE.but(seed=5)
+    attention = reference.attention_random(5, 0, case.batch, case.num_heads, case.seq_len)
+    output = reference.output_random(5, 0, case.batch * case.seq_len, case.embed_dim)
+    # A key that the mask hides would prove nothing: this one may be seen.
+    visible = np.broadcast_to(common.make_inputs(case)["attn_mask"], attention.shape)
+    for n in (0, 7, 100):
+        changes = dict(attn_dropout_rate=attention[visible][n] / 65536, dropout_rate=output.reshape(-1)[n] / 65536)
+        changed = case.but(**changes)
+        inputs = common.make_inputs(case)
+        wanted = common.differentiable(inputs)
+        results = run_dygraph(common.stored_inputs(case, inputs), changed.config, place, wanted)
+        check_stored(changed, common.expect(changed, inputs), *results)
+
+
 def factors(shape, place, seed, **changes):
     """The factors of the output dropout: weights are zero and linear_bias one, so they are what comes out."""
     batch, seq_len, embed_dim = shape

@@ -73,12 +73,13 @@ def test_absent_inputs(absent, isa):
     check_case(FULL.but(absent=absent), isa)
 
 
+SIZES = [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 1, 128), (2, 66, 1, 256), (3, 100, 5, 80)]
+
+
 @pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize(
-    "sizes", [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 1, 128), (2, 66, 1, 256)], ids=str
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes, dtype, isa):
-    check_case(Case(*sizes, dtype=dtype).but(causal=True, attn_dropout_rate=0.1, seed=5), isa)
+    check_case(Case(*sizes, dtype=dtype).but(causal=True, attn_dropout_rate=0.1, seed=5, offset=2**33 + 1), isa)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
