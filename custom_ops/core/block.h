@@ -9,6 +9,8 @@
 // Memory is planned by walking an Arena twice: once from null to learn the size, once over the memory to place pointers.
 #pragma once
 
+#include <algorithm>
+
 #include "core/params.h"
 
 namespace pfa {
@@ -41,6 +43,7 @@ inline void plan_saved(Params& p, Arena& arena) {
   p.pre_ln_rstd = p.pre_layer_norm ? arena.take(rows * statistic) : nullptr;
   p.qkv = arena.take(rows * 3 * p.heads_dim() * element);
   p.log_sum_exp = arena.take(rows * p.num_heads * statistic);
+  p.score_shift = p.mask.data ? arena.take(rows * p.num_heads * statistic) : nullptr;
   p.attn_out = arena.take(rows * p.heads_dim() * element);
   p.residual = p.final_layer_norm ? arena.take(rows * p.embed_dim * element) : nullptr;
   p.ln_mean = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
@@ -64,7 +67,7 @@ void plan_forward(const Context& context, Params& p, Arena& arena, bool saves) {
     p.random_state = static_cast<uint64_t*>(arena.take(2 * sizeof(uint64_t)));
     p.qkv = arena.take(rows * 3 * p.heads_dim() * element);
     p.attn_out = arena.take(rows * p.heads_dim() * element);
-    p.pre_ln_mean = p.pre_ln_rstd = p.log_sum_exp = p.ln_mean = p.ln_rstd = p.residual = nullptr;
+    p.pre_ln_mean = p.pre_ln_rstd = p.log_sum_exp = p.score_shift = p.ln_mean = p.ln_rstd = p.residual = nullptr;
   }
   if (!p.residual) p.residual = p.out;
   p.stage_workspace = arena.take(stage_workspace_bytes(context, p, false));
@@ -87,22 +90,37 @@ void block_forward(Context& context, const Params& p) {
 }
 
 // Places what the backward pass needs and forgets; p holds the plan of plan_saved and the gradients that are asked for.
+//
+// Memory is shared by what lives at different times. d_linear ends before d_qkv begins. d_attn_out, hidden and d_hidden follow
+// each other in one place; that is d_x itself, where the last of them becomes d_x, unless d_residual waits there. So layer_norm_backward
+// and qkv_linear_backward find what they read where they write.
 template <class Context>
 void plan_backward(const Context& context, Params& p, Arena& arena) {
-  const size_t rows = p.rows();
-  const size_t element = size_of(p.dtype);
-  const size_t activation = rows * p.embed_dim * element;
+  const size_t row_bytes = p.rows() * size_of(p.dtype);
+  const size_t activation = row_bytes * p.embed_dim;
+  const bool drops = p.dropout.threshold != 0 || p.dropout.scale != 1.0;
   const bool needs_d_residual = needs_d_linear(p) || p.d_x;
-  p.d_residual = !p.final_layer_norm  ? const_cast<void*>(p.d_out)
-                 : !needs_d_residual  ? nullptr
-                                      : arena.take(activation);
-  p.d_linear = !needs_d_linear(p)                                      ? nullptr
-               : p.dropout.threshold == 0 && p.dropout.scale == 1.0 ? p.d_residual
-                                                                       : arena.take(activation);
-  p.d_attn_out = needs_d_qkv(p) ? arena.take(rows * p.heads_dim() * element) : nullptr;
-  p.d_qkv = needs_d_qkv(p) ? arena.take(rows * 3 * p.heads_dim() * element) : nullptr;
-  p.hidden = !p.pre_layer_norm ? const_cast<void*>(p.x) : p.d_qkv_weight ? arena.take(activation) : nullptr;
-  p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? arena.take(activation) : nullptr;
+  p.d_residual = !p.final_layer_norm ? const_cast<void*>(p.d_out)
+                 : !needs_d_residual ? nullptr
+                 : p.d_x             ? p.d_x
+                                     : arena.take(activation);
+  void* d_linear = nullptr;
+  if (needs_d_qkv(p)) {
+    d_linear = p.d_qkv = arena.take(std::max(row_bytes * 3 * p.heads_dim(), drops ? activation : 0));
+  } else {
+    p.d_qkv = nullptr;
+    if (needs_d_linear(p) && drops) d_linear = arena.take(activation);
+  }
+  p.d_linear = !needs_d_linear(p) ? nullptr : drops ? d_linear : p.d_residual;
+
+  void* shared = nullptr;
+  if (needs_d_qkv(p)) {
+    const bool in_d_x = p.d_x && !p.final_layer_norm && p.heads_dim() <= p.embed_dim;
+    shared = in_d_x ? p.d_x : arena.take(std::max(row_bytes * p.heads_dim(), p.pre_layer_norm ? activation : 0));
+  }
+  p.d_attn_out = shared;
+  p.hidden = !p.pre_layer_norm ? const_cast<void*>(p.x) : p.d_qkv_weight ? shared : nullptr;
+  p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? shared : nullptr;
   p.stage_workspace = arena.take(stage_workspace_bytes(context, p, true));
 }
 

@@ -107,6 +107,9 @@ struct Params {
   void* pre_ln_rstd = nullptr;       // [M] accumulator type
   void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
   void* log_sum_exp = nullptr;       // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
+  // [batch, H, seq_len] accumulator type, only with a mask: log_sum_exp is that of scores - score_shift. A float mask may put a
+  // row so far down (-1e9) that the sum of exponentials would be lost beside it.
+  void* score_shift = nullptr;
   void* attn_out = nullptr;          // [batch, seq_len, H, D]
   void* residual = nullptr;          // [M, E]: z, what the final layer norm reads
   void* ln_mean = nullptr;           // [M] accumulator type

@@ -31,6 +31,7 @@ struct AttentionBackward {
     A* probability;         // [kKeyTile][kQueryTile]
     A* d_score;             // [kKeyTile][kQueryTile]
     A* keep;                // [kKeyTile][kQueryTile]
+    A* score_shift;         // [kQueryTile]
     A* log_sum_exp;         // [kQueryTile]
     A* delta;               // [kQueryTile]
     A* d_query;             // [kQueryTile][padded]
@@ -49,6 +50,7 @@ struct AttentionBackward {
       probability = take(kKeyTile * kQueryTile);
       d_score = take(kKeyTile * kQueryTile);
       keep = p.attn_dropout.threshold ? take(kKeyTile * kQueryTile) : nullptr;
+      score_shift = take(kQueryTile);
       log_sum_exp = take(kQueryTile);
       delta = take(kQueryTile);
       d_query = take(kQueryTile * padded);
@@ -170,12 +172,14 @@ struct AttentionBackward {
     const HeadRows<const T> out(static_cast<const T*>(p.attn_out), p, bh, 1, 0);
     const HeadRows<const T> d_out(static_cast<const T*>(p.d_attn_out), p, bh, 1, 0);
     const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + bh * p.seq_len + i0;
+    const A* score_shift = p.score_shift ? static_cast<const A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
     pack_rows(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, head_dim, padded, query_scale, tiles.query);
     pack_rows(d_out, i0, queries, head_dim, padded, A(1), tiles.d_out);
     transpose_tile(tiles.query, queries, head_dim, padded, tiles.query_transposed);
     transpose_tile(tiles.d_out, queries, head_dim, padded, tiles.d_out_transposed);
     for (int64_t i = 0; i < round_up(queries, kLanes<A>); ++i) {
       // A query that is only there to fill the vector has no probabilities, like one that sees no key.
+      tiles.score_shift[i] = score_shift && i < queries ? score_shift[i] : A(0);
       tiles.log_sum_exp[i] = i < queries ? log_sum_exp[i] : std::numeric_limits<A>::infinity();
       A delta = 0;
       if (i < queries) {
@@ -191,11 +195,12 @@ struct AttentionBackward {
   static void score_gradients(const Params& p, int64_t keys, int64_t width, const Tiles& tiles) {
     const Vec<A> plain_scale = broadcast(static_cast<A>(p.attn_dropout.scale));
     for (int64_t i = 0; i < width; i += kLanes<A>) {
+      const Vec<A> score_shift = load(tiles.score_shift + i);
       const Vec<A> log_sum_exp = load(tiles.log_sum_exp + i);
       const Vec<A> delta = load(tiles.delta + i);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * kQueryTile + i;
-        const Vec<A> probability = vexp(load(tiles.probability + at) - log_sum_exp);
+        const Vec<A> probability = vexp(load(tiles.probability + at) - score_shift - log_sum_exp);
         const Vec<A> factor = tiles.keep ? load(tiles.keep + at) : plain_scale;
         store(tiles.probability + at, probability * factor);
         store(tiles.d_score + at, probability * (load(tiles.d_score + at) * factor - delta));

@@ -113,6 +113,7 @@ struct AttentionForward {
     const A scale = tiles.keep ? A(1) : static_cast<A>(p.attn_dropout.scale);
     const HeadRows<T> out(static_cast<T*>(p.attn_out), p, bh, 1, 0);
     A* log_sum_exp = p.log_sum_exp ? static_cast<A*>(p.log_sum_exp) + bh * p.seq_len + i0 : nullptr;
+    A* score_shift = p.score_shift ? static_cast<A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
     for (int64_t i = 0; i < queries; ++i) {
       const A sum = tiles.sum[i];
       const A factor = sum == 0 ? A(0) : scale / sum;
@@ -120,7 +121,9 @@ struct AttentionForward {
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] = tiles.out_transposed[d * kQueryTile + i] * factor;
       store_row(row, p.head_dim, out.row(i0 + i));
       if (log_sum_exp) {
-        log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : tiles.maximum[i] + std::log(sum);
+        const A shift = sum == 0 ? A(0) : tiles.maximum[i];
+        log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : (score_shift ? A(0) : shift) + std::log(sum);
+        if (score_shift) score_shift[i] = shift;
       }
     }
   }
