@@ -2,6 +2,11 @@
 # make test                 the core's C++ tests, then all Python tests
 # make core                 the core without Paddle and its C++ tests only
 # make lint, make format    ruff and clang-format
+# make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
+# make gpu-bench            the block and its stages on a GPU against PyTorch
+#
+# The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, pybind11 and
+# scipy-openblas64; CUDAARCHS, such as 90a, says what to compile for.
 #
 # demo and test make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
 #   make test PYTHON=/path/to/python
@@ -79,6 +84,31 @@ $(STATE)/demo-packages: $(STATE)/paddle examples/requirements.txt examples/requi
 	$(RUN) -m pip install --prefer-binary -r examples/requirements.txt
 	$(RUN) -m pip install --no-deps -r examples/requirements-no-deps.txt
 	@touch $@
+
+GPU_PYTHON ?= python3
+GPU_BUILD := build/gpu
+GPU_RUN := PYTHONPATH=$(GPU_BUILD) $(GPU_PYTHON)
+SANITIZED := test_rows and (768 or 1023 or 8192) and (float16-float32 or float32-float32) or test_feature and (plain or \
+	dropout-pre-causal) and (float16 or float32)
+
+.PHONY: gpu-core gpu-test gpu-sanitize gpu-bench
+
+gpu-core:
+	cmake -S . -B $(GPU_BUILD) -DPFA_CUDA=ON -DBUILD_TESTING=OFF \
+		-DPython_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
+	cmake --build $(GPU_BUILD) --parallel $(JOBS)
+
+gpu-test: gpu-core
+	$(GPU_RUN) -m pytest unittests/gpu
+
+# initcheck has to see memory that nobody has written, so the tests don't fill it.
+gpu-sanitize: gpu-core
+	set -e; export PYTORCH_NO_CUDA_MEMORY_CACHING=1; for tool in memcheck racecheck synccheck initcheck; do \
+		echo "$$tool"; PFA_TEST_POISON=$$([ $$tool = initcheck ] && echo 0 || echo 1) PYTHONPATH=$(GPU_BUILD) \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest unittests/gpu -q -x -k "$(SANITIZED)"; done
+
+gpu-bench: gpu-core
+	$(GPU_RUN) benchmarks/gpu_block.py
 
 build/lint/packages:
 	$(or $(PYTHON),python3) -m venv build/lint

@@ -105,9 +105,9 @@ class Run:
         if not hasattr(self, "workspace"):
             self.workspace = self.memory.bytes(self.block.forward_workspace_bytes(self.arrays, self.saves))
         saved = self.saved.data_ptr() if self.saves else None
-        self.block.forward(
-            self.arrays, saved, self.workspace.data_ptr(), self.stream(), self.case.config.seed, self.case.config.offset
-        )
+        config = self.case.config
+        seed = config.seed % 2**64
+        self.block.forward(self.arrays, saved, self.workspace.data_ptr(), self.stream(), seed, config.offset)
         return self.out
 
     def backward(self, wanted):

@@ -33,7 +33,7 @@ enum PreferenceAttribute : int {
 
 enum Operation : int32_t { kNormal = 0, kTransposed = 1 };
 
-enum Epilogue : uint32_t { kEpilogueNone = 1, kEpilogueBias = 4, kEpilogueSumA = 256, kEpilogueSumB = 512 };
+enum Epilogue : uint32_t { kEpilogueBias = 4 };
 
 struct Algorithm {
   uint64_t data[8];

@@ -56,10 +56,6 @@ struct Plan {
   size_t workspace_bytes = 0;
 };
 
-lt::Epilogue epilogue_of(const MatrixProduct& p) {
-  return p.has_bias ? lt::kEpilogueBias : p.sums_b ? lt::kEpilogueSumA : p.sums_a ? lt::kEpilogueSumB : lt::kEpilogueNone;
-}
-
 std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, bool aligned) {
   const lt::Api& api = lt::api();
   auto plan = std::make_unique<Plan>();
@@ -74,9 +70,9 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
   };
   set(lt::kDescTransA, p.b_transposed ? lt::kTransposed : lt::kNormal);
   set(lt::kDescTransB, p.a_transposed ? lt::kTransposed : lt::kNormal);
-  set(lt::kDescEpilogue, epilogue_of(p));
-  if (epilogue_of(p) != lt::kEpilogueNone) {
-    // The heuristic refuses these epilogues without a pointer; the call sets the real one.
+  if (p.has_bias) {
+    set(lt::kDescEpilogue, lt::kEpilogueBias);
+    // The heuristic wants a pointer; the call sets the real one.
     const void* any = reinterpret_cast<const void*>(uintptr_t{256});
     set(lt::kDescBiasPointer, any);
   }
@@ -112,8 +108,7 @@ const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned
   using Key = std::array<int64_t, 5>;
   thread_local std::map<Key, std::unique_ptr<Plan>> plans;
   const int64_t switches = static_cast<int64_t>(p.dtype) | p.a_transposed << 8 | p.b_transposed << 9 | aligned << 10 |
-                           (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 |
-                           static_cast<int64_t>(epilogue_of(p)) << 12;
+                           (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 | p.has_bias << 12;
   const Key key = {p.m, p.n, p.k, switches, context.device};
   auto it = plans.find(key);
   if (it == plans.end()) {
@@ -123,15 +118,15 @@ const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned
   return *it->second;
 }
 
-MatrixProduct without_epilogue(MatrixProduct p) {
-  p.has_bias = p.sums_a = p.sums_b = false;
-  p.vector = nullptr;
+MatrixProduct without_bias(MatrixProduct p) {
+  p.has_bias = false;
+  p.bias = nullptr;
   return p;
 }
 
 bool is_aligned(const MatrixProduct& p) {
   const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) | reinterpret_cast<uintptr_t>(p.c) |
-                    reinterpret_cast<uintptr_t>(p.d) | reinterpret_cast<uintptr_t>(p.vector);
+                    reinterpret_cast<uintptr_t>(p.d) | reinterpret_cast<uintptr_t>(p.bias);
   return bits % kAlignment == 0;
 }
 
@@ -142,28 +137,24 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
   if (p.k == 0) {
     // No rows to sum over: only weight gradients of an empty batch come here, and they add nothing.
     check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.dtype), context.stream), "matrix_product: cudaMemsetAsync");
-    const int64_t sums = p.sums_a ? p.m : p.sums_b ? p.n : 0;
-    if (sums) check(cudaMemsetAsync(p.vector, 0, sums * size_of(p.dtype), context.stream), "matrix_product: cudaMemsetAsync");
     return;
   }
 
   const bool aligned = is_aligned(p);
   const Plan& plan = plan_of(context, p, aligned);
   if (!plan.supported) {
-    if (epilogue_of(p) == lt::kEpilogueNone) {
+    if (!p.has_bias) {
       throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of m = " + std::to_string(p.m) +
                                ", n = " + std::to_string(p.n) + ", k = " + std::to_string(p.k));
     }
-    matrix_product(context, without_epilogue(p), workspace);
-    if (p.has_bias) add_bias(context, p.dtype, p.d, p.vector, p.m, p.n);
-    if (p.sums_a) column_sums(context, p.dtype, p.a, p.k, p.m, p.vector, workspace);
-    if (p.sums_b) column_sums(context, p.dtype, p.b, p.k, p.n, p.vector, workspace);
+    matrix_product(context, without_bias(p), workspace);
+    add_bias(context, p.dtype, p.d, p.bias, p.m, p.n);
     return;
   }
 
   const lt::Api& api = lt::api();
-  if (epilogue_of(p) != lt::kEpilogueNone) {
-    lt::check(api.desc_set(plan.desc, lt::kDescBiasPointer, &p.vector, sizeof(p.vector)), "cublasLtMatmulDescSetAttribute");
+  if (p.has_bias) {
+    lt::check(api.desc_set(plan.desc, lt::kDescBiasPointer, &p.bias, sizeof(p.bias)), "cublasLtMatmulDescSetAttribute");
   }
   const double alpha64 = 1.0, beta64 = p.adds_c ? 1.0 : 0.0;
   const float alpha32 = 1.0f, beta32 = p.adds_c ? 1.0f : 0.0f;
@@ -177,11 +168,8 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
 size_t matrix_product_workspace_bytes(const Context& context, const MatrixProduct& p) {
   if (p.m == 0 || p.n == 0 || p.k == 0) return 0;
   const Plan& plan = plan_of(context, p, true);
-  const size_t sums = p.sums_a   ? column_sums_workspace_bytes(context, p.dtype, p.k, p.m)
-                      : p.sums_b ? column_sums_workspace_bytes(context, p.dtype, p.k, p.n)
-                                 : 0;
-  const size_t plain = plan.supported ? 0 : plan_of(context, without_epilogue(p), true).workspace_bytes;
-  return std::max({plan.workspace_bytes, plain, sums});
+  if (!plan.supported && p.has_bias) return matrix_product_workspace_bytes(context, without_bias(p));
+  return plan.workspace_bytes;
 }
 
 }  // namespace cuda

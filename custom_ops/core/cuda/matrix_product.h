@@ -1,4 +1,4 @@
-// A matrix product by cuBLASLt with what can be fused to it: an added matrix, a bias, the sums that are bias gradients.
+// A matrix product by cuBLASLt with what can be fused to it: an added matrix and a bias.
 #pragma once
 
 #include "core/cuda/context.h"
@@ -17,11 +17,8 @@ struct MatrixProduct {
   bool b_transposed = false;
   void* d = nullptr;
 
-  // At most one of the following three.
-  bool has_bias = false;   // adds bias [n] to every row
-  bool sums_a = false;     // sum_a[m] = sum over k of op(a); needs a_transposed
-  bool sums_b = false;     // sum_b[n] = sum over k of op(b); needs b not transposed
-  void* vector = nullptr;  // that bias or sum
+  bool has_bias = false;  // adds bias [n] to every row
+  const void* bias = nullptr;
 
   bool adds_c = false;
   const void* c = nullptr;  // [m, n], may be d itself

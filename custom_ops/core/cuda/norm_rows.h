@@ -28,7 +28,7 @@ struct NormRowsForward {
 void norm_rows_forward(Context& context, const NormRowsForward& args);
 
 // d_z = layer_norm'(d_out) + d_added, d_y = dropout'(d_z), and the sums of the parameters' gradients over the rows. Without
-// a layer norm d_z is d_out.
+// a layer norm d_z is d_out. d_z may lie where d_out or d_added does.
 struct NormRowsBackward {
   DType dtype = DType::kFloat32;
   DType norm_dtype = DType::kFloat32;

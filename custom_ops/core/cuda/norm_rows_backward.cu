@@ -44,14 +44,25 @@ struct Kernel {
     return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
   }
 
+  __device__ __forceinline__ PhiloxWords words(PhiloxState state, int64_t index) const {
+    return threshold ? output_words(state, index) : PhiloxWords{};
+  }
+
   template <int N>
-  __device__ __forceinline__ void dropout(PhiloxState state, int64_t index, A (&value)[N]) const {
+  __device__ __forceinline__ void dropout(const PhiloxWords& words, int64_t index, A (&value)[N]) const {
     if (threshold) {
-      apply_output_dropout(state, threshold, dropout_scale, index, value);
+      apply_output_dropout(words, threshold, dropout_scale, index, value);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
     }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void load_scale(int64_t col, A (&value)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = 1;
+    if (scale) load(scale + col, value);
   }
 };
 
@@ -81,30 +92,25 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 template <Kind kKind>
-constexpr int kInputs = kKind == Kind::kDropout ? 1
-                        : kKind == Kind::kNorm  ? 3
-                                                : 2;  // d_out, z, d_added
+constexpr int kInputs = kKind == Kind::kNorm          ? 3
+                        : kKind == Kind::kNormDropout ? 2
+                                                      : 1;  // d_out, z, d_added
 
 template <Kind kKind>
-constexpr int kSums = kKind == Kind::kDropout ? 1
-                      : kKind == Kind::kNorm  ? 2
-                                              : 3;
+constexpr int kSums = kKind == Kind::kNorm          ? 2
+                      : kKind == Kind::kNormDropout ? 3
+                                                    : 1;
 
-#ifndef PFA_THREADS
-#define PFA_THREADS 512
-#define PFA_BLOCKS 1
-#endif
+// More threads leave too few registers for float64, or for the sums of many vectors.
 template <class T, int kItems>
-constexpr int kBlockThreads = kItems == kFewItems<T> ? PFA_THREADS : 512;
-template <class T, int kItems>
-constexpr int kBlocksPerSm = kItems == kFewItems<T> ? PFA_BLOCKS : 1;
+constexpr int kBlockThreads = sizeof(T) < 8 && kItems == kFewItems<T> ? 1024 : 512;
 
-// Rows on their way at a time, the present one included: as many as 96 KiB hold, but 2 to 4.
+// Rows of a group on their way at a time, the present one included: as many as 192 KiB hold, but 2 to 4.
 template <Kind kKind, int kItems>
 constexpr int kRowsInFlight = std::max(2, std::min(4, 12 / (kInputs<kKind> * kItems)));
 
 template <class T, class P, Kind kKind, int kItems>
-__global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kItems>) norm_rows_backward_kernel(const Kernel<T, P> k) {
+__global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
   constexpr int kDepth = kRowsInFlight<kKind, kItems>;
@@ -118,22 +124,22 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kIte
   const auto slot = [&](int stage, int input, int item) {
     return shared + ((stage * kInputs<kKind> + input) * kItems + item) * threads + thread;
   };
-  const auto col_of = [&](int item) { return static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec; };
+  const int cols = static_cast<int>(k.cols);
+  const auto col_of = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) * kVec; };
 
-  const PhiloxState state = k.philox();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const int step = static_cast<int>(gridDim.x * blockDim.y);
 
   const auto fetch = [&](int64_t row, int stage) {
     if (row < k.rows) {
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
-        const int64_t col = col_of(item);
-        if (col < k.cols) {
-          copy_async(slot(stage, 0, item), k.d_out + row * k.cols + col);
-          if constexpr (kHasNorm) copy_async(slot(stage, 1, item), k.z + row * k.cols + col);
+        const int col = col_of(item);
+        if (col < cols) {
+          copy_async(slot(stage, 0, item), k.d_out + row * cols + col);
+          if constexpr (kHasNorm) copy_async(slot(stage, 1, item), k.z + row * cols + col);
           if constexpr (kKind == Kind::kNorm) {
-            if (k.d_added) copy_async(slot(stage, 2, item), k.d_added + row * k.cols + col);
+            if (k.d_added) copy_async(slot(stage, 2, item), k.d_added + row * cols + col);
           }
         }
       }
@@ -145,55 +151,66 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kIte
 #pragma unroll
   for (int stage = 0; stage < kDepth - 1; ++stage) fetch(first + stage * step, stage);
 
+  const A inverse_cols = A(1) / static_cast<A>(k.cols);
+  A mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
+  const auto fetch_statistics = [&](int64_t row) {
+    if (kHasNorm && row < k.rows) {
+      next_mean = k.mean[row];
+      next_rstd = k.rstd[row];
+    }
+  };
+  fetch_statistics(first);
+
   int stage = 0;
   int parity = 0;
   for (int64_t row = first; row < k.rows; row += step) {
+    mean = next_mean;
+    rstd = next_rstd;
+    fetch_statistics(row + step);
     const int ahead = stage == 0 ? kDepth - 1 : stage - 1;
     fetch(row + (kDepth - 1) * step, ahead);
     wait_copies<kDepth - 1>();
 
-    A g[kItems][kVec];
-    A n[kItems][kVec];
-    A rstd = 0;
     A means[2] = {0, 0};
     if constexpr (kHasNorm) {
-      const A mean = k.mean[row];
-      rstd = k.rstd[row];
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
-        const int64_t col = col_of(item);
-        if (col < k.cols) {
-          A factor[kVec];
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) factor[i] = 1;
-          if (k.scale) load(k.scale + col, factor);
-          load(reinterpret_cast<const T*>(slot(stage, 0, item)), g[item]);
-          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n[item]);
+        const int col = col_of(item);
+        if (col < cols) {
+          A g[kVec], n[kVec], factor[kVec];
+          k.load_scale(col, factor);
+          load(reinterpret_cast<const T*>(slot(stage, 0, item)), g);
+          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
-            n[item][i] = (n[item][i] - mean) * rstd;
-            sums[0][item][i] += g[item][i] * n[item][i];
-            sums[1][item][i] += g[item][i];
-            g[item][i] *= factor[i];
-            means[0] += g[item][i];
-            means[1] += g[item][i] * n[item][i];
+            n[i] = (n[i] - mean) * rstd;
+            sums[0][item][i] += g[i] * n[i];
+            sums[1][item][i] += g[i];
+            g[i] *= factor[i];
+            means[0] += g[i];
+            means[1] += g[i] * n[i];
           }
         }
       }
       group_sum(means, slots[parity]);
       parity ^= 1;
-      means[0] /= static_cast<A>(k.cols);
-      means[1] /= static_cast<A>(k.cols);
+      means[0] *= inverse_cols;
+      means[1] *= inverse_cols;
     }
 
+    // g and n are formed anew and the seed is read anew: registers are scarcer than arithmetic.
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int64_t col = col_of(item);
-      if (col < k.cols) {
+      const int col = col_of(item);
+      if (col < cols) {
         A d[kVec];
+        load(reinterpret_cast<const T*>(slot(stage, 0, item)), d);
         if constexpr (kHasNorm) {
+          A n[kVec], factor[kVec];
+          k.load_scale(col, factor);
+          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) d[i] = rstd * (g[item][i] - means[0] - n[item][i] * means[1]);
+          for (int i = 0; i < kVec; ++i) d[i] = rstd * (d[i] * factor[i] - means[0] - (n[i] - mean) * rstd * means[1]);
           if constexpr (kKind == Kind::kNorm) {
             if (k.d_added) {
               A added[kVec];
@@ -202,13 +219,11 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kIte
               for (int i = 0; i < kVec; ++i) d[i] += added[i];
             }
           }
-          if (k.d_z) store(k.d_z + row * k.cols + col, d);
-        } else {
-          load(reinterpret_cast<const T*>(slot(stage, 0, item)), d);
+          if (k.d_z) store(k.d_z + row * cols + col, d);
         }
         if constexpr (kHasDropout) {
-          k.dropout(state, row * k.cols + col, d);
-          if (k.d_y) store(k.d_y + row * k.cols + col, d);
+          k.dropout(k.words(k.philox(), row * cols + col), row * cols + col, d);
+          if (k.d_y) store(k.d_y + row * cols + col, d);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) sums[kSums<kKind> - 1][item][i] += d[i];
         }
@@ -219,24 +234,28 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, kBlocksPerSm<T, kIte
 
   // The block's sums: over its groups, through the shared memory that the copies no longer use.
   wait_copies<0>();
+  __syncthreads();
   A* exchange = reinterpret_cast<A*>(shared);
 #pragma unroll
   for (int s = 0; s < kSums<kKind>; ++s) {
-    __syncthreads();
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) exchange[(item * kVec + i) * threads + thread] = sums[s][item][i];
+      for (int i = 0; i < kVec; ++i) exchange[((s * kItems + item) * kVec + i) * threads + thread] = sums[s][item][i];
     }
-    __syncthreads();
-    const int target = kKind == Kind::kDropout ? 2 : s;
-    A* partial = k.partial + (static_cast<int64_t>(target) * gridDim.x + blockIdx.x) * k.cols;
-    for (int64_t col = thread; col < k.cols; col += threads) {
-      const int vector = static_cast<int>(col / kVec);
-      const int place = (vector / blockDim.x * kVec + static_cast<int>(col % kVec)) * threads + vector % blockDim.x;
+  }
+  __syncthreads();
+  for (int col = thread; col < cols; col += threads) {
+    const int vector = col / kVec;
+    const int place = (vector / blockDim.x * kVec + col % kVec) * threads + vector % blockDim.x;
+#pragma unroll
+    for (int s = 0; s < kSums<kKind>; ++s) {
       A total = 0;
-      for (int group = 0; group < static_cast<int>(blockDim.y); ++group) total += exchange[place + group * blockDim.x];
-      partial[col] = total;
+      for (int group = 0; group < static_cast<int>(blockDim.y); ++group) {
+        total += exchange[s * kItems * kVec * threads + place + group * blockDim.x];
+      }
+      const int target = kKind == Kind::kDropout ? 2 : s;
+      k.partial[(static_cast<int64_t>(target) * gridDim.x + blockIdx.x) * cols + col] = total;
     }
   }
 }
@@ -274,7 +293,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(c
       if (k.d_z) store(k.d_z + index, d);
     }
     if (k.d_y) {
-      k.dropout(state, index, d);
+      k.dropout(k.words(state, index), index, d);
       store(k.d_y + index, d);
     }
   }
@@ -311,11 +330,10 @@ int64_t launch(Context& context, const Kernel<T, P>& kernel) {
   const int64_t vectors = kernel.cols / kVectorSize<T>;
   if (vectors > kItems * kBlockThreads<T, kItems>) return 0;
   const RowShape shape = row_shape(vectors, kItems, kBlockThreads<T, kItems>);
-  const int64_t blocks =
-      std::min<int64_t>(shape.row_blocks(kernel.rows), kBlocksPerSm<T, kItems> * static_cast<int64_t>(context.num_sms));
+  const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
   const int threads = shape.group_threads * shape.groups;
   const size_t copies = sizeof(uint4) * kRowsInFlight<kKind, kItems> * kInputs<kKind> * kItems * threads;
-  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * threads;
+  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * kSums<kKind> * threads;
   const size_t shared = std::max(copies, exchange);
   if (shared > context.max_shared_bytes) return 0;
   const auto function = norm_rows_backward_kernel<T, P, kKind, kItems>;
@@ -349,8 +367,8 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
                                static_cast<T*>(args.d_z),
                                static_cast<T*>(args.d_y),
                                static_cast<A*>(workspace)};
-  const bool by_vectors = args.cols % kVectorSize<T> == 0 &&
-                          all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
+  const bool by_vectors =
+      args.cols % kVectorSize<T> == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
   const Kind kind = !args.has_norm ? Kind::kDropout : args.d_y || args.d_y_sum ? Kind::kNormDropout : Kind::kNorm;
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
@@ -367,8 +385,7 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
     return;
   }
 
-  norm_long_rows_backward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
-  check_launch("norm_long_rows_backward_kernel");
+  // First the sums: d_z may be written over what they read.
   if (args.d_scale || args.d_bias) {
     const int64_t row_blocks = std::min<int64_t>((args.rows + kSumHeight - 1) / kSumHeight, context.num_sms);
     const dim3 grid(static_cast<unsigned>((args.cols + kSumWidth - 1) / kSumWidth), static_cast<unsigned>(row_blocks));
@@ -376,6 +393,8 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
     check_launch("norm_long_rows_sums_kernel");
     add_row_blocks(context, accumulator_of(args.dtype), workspace, row_blocks, args.cols, {d_scale, d_bias, {}});
   }
+  norm_long_rows_backward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+  check_launch("norm_long_rows_backward_kernel");
   if (args.d_y_sum) {
     const void* d_y = args.d_y ? args.d_y : args.d_z ? args.d_z : args.d_out;
     column_sums(context, args.dtype, d_y, args.rows, args.cols, args.d_y_sum, workspace);

@@ -38,22 +38,27 @@ struct Kernel {
     return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
   }
 
-  // z of N neighbouring columns, rounded to T.
+  // z of N neighbouring columns.
   template <int N>
-  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
-                                         const Vector<T, N>& x_vector, A (&value)[N]) const {
-    widen(y_vector, value);
+  __device__ __forceinline__ Vector<T, N> form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
+                                                 const Vector<T, N>& x_vector) const {
+    A value[N];
     if (threshold) {
-      apply_output_dropout(state, threshold, dropout_scale, index, value);
+      const PhiloxWords words = output_words(state, index);
+      widen(y_vector, value);
+      apply_output_dropout(words, threshold, dropout_scale, index, value);
     } else {
+      widen(y_vector, value);
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
     }
+    if (x) {
+      A added[N];
+      widen(x_vector, added);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (x) value[i] += widen(x_vector.value[i]);
-      value[i] = widen(narrow<T>(value[i]));
+      for (int i = 0; i < N; ++i) value[i] += added[i];
     }
+    return narrow_vector<T, N>(value);
   }
 
   template <int N>
@@ -72,7 +77,7 @@ struct Kernel {
 };
 
 template <class T, class P, int kRowItems>
-__global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(const Kernel<T, P> k) {
+__global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
   __shared__ A slots[2][kMaxWarps];
@@ -90,22 +95,19 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
     }
   }
 
-  A value[kRowItems][kVec];
+  // From here on y holds z.
   A sum[1] = {0};
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
-      k.form_z(state, row * k.cols + col, y[item], x[item], value[item]);
+      const int64_t index = row * k.cols + col;
+      y[item] = k.form_z(state, index, y[item], x[item]);
+      if (k.z) store_vector(k.z + index, y[item]);
+      A value[kVec];
+      widen(y[item], value);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sum[0] += value[item][i];
-    }
-  }
-  if (k.z) {
-#pragma unroll
-    for (int item = 0; item < kRowItems; ++item) {
-      const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-      if (col < k.cols) store(k.z + row * k.cols + col, value[item]);
+      for (int i = 0; i < kVec; ++i) sum[0] += value[i];
     }
   }
   if (!k.out) return;
@@ -117,8 +119,10 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
+      A value[kVec];
+      widen(y[item], value);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) squares[0] += (value[item][i] - mean) * (value[item][i] - mean);
+      for (int i = 0; i < kVec; ++i) squares[0] += (value[i] - mean) * (value[i] - mean);
     }
   }
   group_sum(squares, slots[1]);
@@ -132,8 +136,10 @@ __global__ void __launch_bounds__(kMaxGroupThreads) norm_rows_forward_kernel(con
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < k.cols) {
-      k.normalize(col, mean, rstd, value[item]);
-      store(k.out + row * k.cols + col, value[item]);
+      A value[kVec];
+      widen(y[item], value);
+      k.normalize(col, mean, rstd, value);
+      store(k.out + row * k.cols + col, value);
     }
   }
 }
@@ -152,10 +158,9 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
     const int64_t index = row * k.cols + col;
     Vector<T, 1> x = {};
     if (k.x) x = load_vector<1>(k.x + index);
-    A value[1];
-    k.form_z(state, index, load_vector<1>(k.y + index), x, value);
-    store(kept + col, value);
-    sum[0] += value[0];
+    const Vector<T, 1> z = k.form_z(state, index, load_vector<1>(k.y + index), x);
+    kept[col] = z.value[0];
+    sum[0] += widen(z.value[0]);
   }
   if (!k.out) return;
 

@@ -42,6 +42,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+// N neighbouring numbers as they lie in memory.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T value[N];
@@ -56,9 +57,60 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* source) {
 }
 
 template <int N, class T>
+__device__ __forceinline__ void store_vector(T* target, const Vector<T, N>& vector) {
+  *reinterpret_cast<Vector<T, N>*>(target) = vector;
+}
+
+__device__ __forceinline__ float2 widen_pair(__half2 pair) { return __half22float2(pair); }
+__device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) {
+  const uint32_t bits = reinterpret_cast<const uint32_t&>(pair);
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
+}
+__device__ __forceinline__ void narrow_pair(float low, float high, __half2& pair) { pair = __floats2half2_rn(low, high); }
+__device__ __forceinline__ void narrow_pair(float low, float high, __nv_bfloat162& pair) {
+  pair = __floats2bfloat162_rn(low, high);
+}
+
+// 16-bit numbers go by twos, so that a register holds two of them.
+template <class T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+
+template <int N, class T>
 __device__ __forceinline__ void widen(const Vector<T, N>& vector, Accumulator<T> (&result)[N]) {
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    const auto* pairs = reinterpret_cast<const typename PairOf<T>::type*>(&vector);
 #pragma unroll
-  for (int i = 0; i < N; ++i) result[i] = widen(vector.value[i]);
+    for (int i = 0; i < N / 2; ++i) {
+      const float2 pair = widen_pair(pairs[i]);
+      result[2 * i] = pair.x;
+      result[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) result[i] = widen(vector.value[i]);
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vector<T, N> narrow_vector(const Accumulator<T> (&source)[N]) {
+  Vector<T, N> vector;
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    auto* pairs = reinterpret_cast<typename PairOf<T>::type*>(&vector);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) narrow_pair(source[2 * i], source[2 * i + 1], pairs[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) vector.value[i] = narrow<T>(source[i]);
+  }
+  return vector;
 }
 
 // N consecutive numbers as accumulators.
@@ -69,10 +121,7 @@ __device__ __forceinline__ void load(const T* source, Accumulator<T> (&result)[N
 
 template <int N, class T>
 __device__ __forceinline__ void store(T* target, const Accumulator<T> (&source)[N]) {
-  Vector<T, N> vector;
-#pragma unroll
-  for (int i = 0; i < N; ++i) vector.value[i] = narrow<T>(source[i]);
-  *reinterpret_cast<Vector<T, N>*>(target) = vector;
+  store_vector(target, narrow_vector<T, N>(source));
 }
 
 template <class A>
@@ -82,22 +131,26 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-// Multiplies N elements of the output dropout by 0 or scale; index is that of the first and a multiple of N, a divisor of 8.
+// The random numbers of output dropout of the eight elements that hold element `index`.
+__device__ __forceinline__ PhiloxWords output_words(PhiloxState state, int64_t index) {
+  const uint64_t call = static_cast<uint64_t>(index) / 8;
+  return philox(state, static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), 0);
+}
+
+// Multiplies N elements by 0 or scale, threshold > 0; index is that of the first and a multiple of N, a divisor of 8.
 template <int N, class A>
-__device__ __forceinline__ void apply_output_dropout(PhiloxState state, uint32_t threshold, A scale, int64_t index,
+__device__ __forceinline__ void apply_output_dropout(const PhiloxWords& words, uint32_t threshold, A scale, int64_t index,
                                                      A (&value)[N]) {
   static_assert(N == 1 || N == 2 || N == 4 || N == 8, "one call serves eight elements");
-  const uint64_t call = static_cast<uint64_t>(index) / 8;
-  const PhiloxWords words = philox(state, static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), 0);
   const int first = N == 8 ? 0 : static_cast<int>(index % 8);
+  const uint32_t limit = (threshold << 16) - 1;  // a number in the upper half exceeds it when it is >= threshold
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int number = first + i;
     const uint32_t low = number & 2 ? words.w[1] : words.w[0];
     const uint32_t high = number & 2 ? words.w[3] : words.w[2];
     const uint32_t word = number & 4 ? high : low;
-    const uint32_t random = number & 1 ? word >> 16 : word & 0xFFFFu;
-    value[i] = random >= threshold ? value[i] * scale : A(0);
+    value[i] = (number & 1 ? word : word << 16) > limit ? value[i] * scale : A(0);
   }
 }
 
