@@ -315,6 +315,6 @@ def test_missing_package(package, command, monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
-    monkeypatch.setattr(cli, "_import_paddle", missing)
+    monkeypatch.setattr(cli, "import_paddle", missing)
     assert cli.main(["save a model"]) == 1
     assert f"The package {package} is not installed: {command}" in capsys.readouterr().err

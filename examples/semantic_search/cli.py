@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import os
 import sys
-import warnings
 from typing import Sequence
+
+from ..startup import explain_missing, import_paddle
 
 DEFAULT_QUERIES = (
     "how do I clip gradients by their norm",
@@ -18,7 +16,6 @@ DEFAULT_QUERIES = (
     "how do I save a model",
     "convert a numpy array to a tensor",
 )
-REQUIREMENTS = {"numpy", "safetensors", "tokenizers", "tqdm"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,17 +39,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0 done, 1 failed, 2 bad arguments."""
     arguments = parse_arguments(argv)
-    # Read by Paddle and cuBLAS when they are loaded: all cores, errors only, and float32 products that are not
-    # rounded to TF32.
-    os.environ.setdefault("OMP_NUM_THREADS", str(_usable_cores()))
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     try:
-        _import_paddle()
+        import_paddle()
         from . import demo
         from .model_files import ModelFilesError
     except ModuleNotFoundError as error:
-        return _missing(error)
+        return explain_missing(error)
     try:
         demo.run(arguments.queries, arguments.top)
     except demo.RequestError as error:
@@ -62,34 +54,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _import_paddle() -> None:
-    """Import Paddle without its remarks on OMP_NUM_THREADS and on a compiler cache, which are no news here."""
-    warnings.filterwarnings("ignore", message="No ccache found")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            import paddle  # noqa: F401
-    finally:
-        kept = [line for line in said.getvalue().splitlines(keepends=True) if "OMP_NUM_THREADS" not in line]
-        sys.stderr.write("".join(kept))
-
-
-def _missing(error: ModuleNotFoundError) -> int:
-    """Say how to install a package that is not there; anything else is a fault of this program."""
-    package = (error.name or "").split(".")[0]
-    if package in REQUIREMENTS:
-        command = "pip install -r examples/requirements.txt"
-    elif package == "paddle":
-        command = "pip install paddlepaddle"
-    elif package == "paddle_fused_attention":
-        command = "pip install --no-build-isolation ."
-    else:
-        raise error
-    print(f"The package {package} is not installed: {command}", file=sys.stderr)
-    return 1

@@ -1,0 +1,105 @@
+"""The encoder on disk: saving it as a static program beside its tokenizer, and running it from there by Paddle's predictor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import paddle
+import paddle_fused_attention  # noqa: F401  a saved model holds the operator by its name; this import registers it
+from paddle import inference
+from tokenizers import Tokenizer
+
+from ..semantic_search.embedding import embed, make_batches
+from ..semantic_search.encoder import SentenceEncoder, fused_attention_block, fused_state, load_state
+from ..semantic_search.model_files import find_model_directory, load_config, load_weights
+
+ENCODER = "encoder"
+TOKENIZER = "tokenizer.json"
+PARAMETERS = f"{ENCODER}.pdiparams"
+# Paddle 3 writes programs as JSON, Paddle 2.6 as protocol buffers, which Paddle 3 still runs.
+PROGRAMS = (f"{ENCODER}.json", f"{ENCODER}.pdmodel")
+
+
+class SavedModelError(RuntimeError):
+    """There is no saved model in a directory, or something else stands where one should go."""
+
+
+def save(directory: Path) -> None:
+    """Save the pretrained encoder with unknown batch and sequence; what is in `directory` is replaced once all is written.
+
+    Raises:
+        ModelFilesError: the model's package is missing or damaged.
+        SavedModelError: `directory` has files in it that are no saved model.
+    """
+    if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not _program(directory))):
+        raise SavedModelError(f"{directory} is there already and is no saved model: choose another directory")
+    source = find_model_directory()
+    config = load_config(source)
+    encoder = SentenceEncoder(config, fused_attention_block)
+    encoder.eval()
+    load_state(encoder, fused_state(load_weights(source), config))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        specs = [
+            paddle.static.InputSpec([None, None], dtype, name) for dtype, name in (("int64", "token_ids"), ("bool", "keep"))
+        ]
+        paddle.jit.save(encoder, str(partial / ENCODER), input_spec=specs)
+        shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)
+        partial.chmod(0o755)  # not the private mode of a temporary directory
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _program(directory: Path) -> Path | None:
+    return next((directory / name for name in PROGRAMS if (directory / name).is_file()), None)
+
+
+class SavedEncoder:
+    """Texts to embeddings by a saved model. One call at a time runs the predictor; others wait.
+
+    Args:
+        directory: where `save` wrote.
+
+    Raises:
+        SavedModelError: a file is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        program = _program(directory)
+        if program is None or not all((directory / name).is_file() for name in (PARAMETERS, TOKENIZER)):
+            raise SavedModelError(f"{directory} has no saved model: python -m examples.serving save {directory}")
+        self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
+        self._tokenizer.no_padding()
+        config = inference.Config(str(program), str(directory / PARAMETERS))
+        config.disable_glog_info()
+        if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+            config.enable_use_gpu(256, 0)
+        else:
+            config.disable_gpu()
+        self._predictor = inference.create_predictor(config)
+        self._lock = threading.Lock()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts, at least one: [N, hidden_size] float32, each row of length 1."""
+        with self._lock:
+            return embed(self._run, make_batches(self._tokenizer, texts))[0]
+
+    def _run(self, token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        arrays = {"token_ids": token_ids, "keep": keep}
+        for name in self._predictor.get_input_names():
+            handle = self._predictor.get_input_handle(name)
+            handle.reshape(arrays[name].shape)
+            handle.copy_from_cpu(arrays[name])
+        self._predictor.run()
+        return self._predictor.get_output_handle(self._predictor.get_output_names()[0]).copy_to_cpu()
