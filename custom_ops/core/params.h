@@ -71,6 +71,10 @@ struct Params {
   int64_t embed_dim = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
+  // Where these heads stand in a layer whose heads are spread over devices: dropout masks are those of the whole. 0 heads in all: these
+  // are all.
+  int64_t first_head = 0;
+  int64_t total_heads = 0;
 
   // types
   DType dtype = DType::kFloat32;       // x, weights, linear biases and all activations
@@ -142,6 +146,7 @@ struct Params {
 
   int64_t rows() const { return batch * seq_len; }
   int64_t heads_dim() const { return num_heads * head_dim; }
+  int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
 
 // What the gradients asked for make necessary.

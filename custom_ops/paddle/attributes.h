@@ -51,6 +51,9 @@ struct Attributes {
   int64_t dropout_rate;
   int64_t attn_dropout_rate;
   int64_t seed;
+  // Where the heads of qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all.
+  int64_t first_head;
+  int64_t total_heads;
 
   bool has(Switch bit) const { return switches & bit; }
   bool has(Input input) const { return present >> input & 1; }
@@ -84,13 +87,13 @@ inline double number(int64_t bits) {
   { &x, &qkv_weight, &linear_weight, &pre_ln_scale, &pre_ln_bias, &ln_scale, &ln_bias, &qkv_bias, &linear_bias, &attn_mask }
 #define PFA_ATTRIBUTES                                                                                            \
   bool is_test, int64_t switches, int64_t present, int64_t needs_grad, int64_t pre_ln_epsilon, int64_t ln_epsilon, \
-      int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed
+      int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed, int64_t first_head, int64_t total_heads
 #define PFA_ATTRIBUTE_VALUES \
-  { is_test, switches, present, needs_grad, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, seed }
+  { is_test, switches, present, needs_grad, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, seed, first_head, total_heads }
 #define PFA_ATTRIBUTE_NAMES                                                                                        \
   {                                                                                                                \
     "is_test: bool", "switches: int64_t", "present: int64_t", "needs_grad: int64_t", "pre_ln_epsilon: int64_t",     \
-        "ln_epsilon: int64_t", "dropout_rate: int64_t", "attn_dropout_rate: int64_t", "seed: int64_t"              \
+        "ln_epsilon: int64_t", "dropout_rate: int64_t", "attn_dropout_rate: int64_t", "seed: int64_t", "first_head: int64_t", "total_heads: int64_t"              \
   }
 
 }  // namespace pfa::op

@@ -44,14 +44,19 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
   const Shape& weight = *shapes[kQkvWeight];
   const int64_t num_heads = weight.size() == 4 ? weight[1] : -1;
   const int64_t head_dim = weight.size() == 4 ? weight[2] : -1;
-  const bool packs_width = num_heads < 0 || head_dim < 0 || agree(embed_dim, num_heads * head_dim);
+  const int64_t heads = attributes.total_heads ? attributes.total_heads : num_heads;
+  const bool packs_width = heads < 0 || head_dim < 0 || agree(embed_dim, heads * head_dim);
   if (!agree({3, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
-    const bool splits = num_heads > 0 && embed_dim > 0 && embed_dim % num_heads == 0;
+    const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
     fail("ValueError", kQkvWeight,
-         splits ? "shape " + text({3, num_heads, embed_dim / num_heads, embed_dim}) + " for x with embed_dim " + width + " and " +
-                      std::to_string(num_heads) + " heads"
+         splits ? "shape " + text({3, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " + width + " and " +
+                      std::to_string(heads) + " heads"
                 : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " + text(x),
          text(weight));
+  }
+  if (attributes.first_head < 0 || (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
+    fail("ValueError", kQkvWeight, "heads among the " + std::to_string(heads) + " in all",
+         std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
   }
   const std::string for_weight = " for x of shape " + text(x) + " and qkv_weight of shape " + text(weight);
   const auto check = [&](Input input, const Shape& expected) {
@@ -59,7 +64,7 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
       fail("ValueError", input, "shape " + text(expected) + for_weight, text(*shapes[input]));
     }
   };
-  check(kLinearWeight, {embed_dim, embed_dim});
+  check(kLinearWeight, {attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
   check(kPreLnScale, {embed_dim});
   check(kPreLnBias, {embed_dim});
   check(kLnScale, {embed_dim});
@@ -112,7 +117,8 @@ void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attribut
 // on this thread.
 extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(const int64_t* shapes, const int32_t* ranks,
                                                                                            const char* const* dtypes,
-                                                                                           int64_t present) {
+                                                                                           int64_t present, int64_t first_head,
+                                                                                           int64_t total_heads) {
   using namespace pfa::op;
   thread_local std::string message;
   std::array<Shape, kInputs> dimensions;
@@ -126,6 +132,8 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   }
   Attributes attributes{};
   attributes.present = present;
+  attributes.first_head = first_head;
+  attributes.total_heads = total_heads;
   try {
     check_dtypes(names, attributes);
     check_shapes(pointers, attributes);

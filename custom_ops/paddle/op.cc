@@ -104,6 +104,8 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.embed_dim = x[2];
   p.num_heads = weight[1];
   p.head_dim = weight[2];
+  p.first_head = attributes.first_head;
+  p.total_heads = attributes.total_heads;
   p.dtype = core_dtype(tensors[kX]->dtype());
   p.norm_dtype = p.dtype;
   for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {

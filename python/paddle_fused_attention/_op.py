@@ -46,6 +46,8 @@ ATTRIBUTE_NAMES = (
     "dropout_rate",
     "attn_dropout_rate",
     "seed",
+    "first_head",
+    "total_heads",
 )
 
 # Bits of the attribute `switches`.
@@ -134,14 +136,22 @@ def fused_attention(
     dropout_rate: float,
     attn_dropout_rate: float,
     seed: int,
+    first_head: int = 0,
+    total_heads: int = 0,
 ) -> Any:
-    """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out."""
+    """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out.
+
+    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
+    these heads' part of a sum.
+    """
     numbers = (
         float_bits(pre_ln_epsilon),
         float_bits(ln_epsilon),
         float_bits(dropout_rate),
         float_bits(attn_dropout_rate),
         seed,
+        first_head,
+        total_heads,
     )
     present, needs_grad = (0, 0) if in_dynamic_mode() else _static_bits(inputs)
     amp_dtype = _amp.target_dtype(OP_TYPE)
@@ -149,7 +159,7 @@ def fused_attention(
         inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
     if in_dynamic_mode():
         return _call_eager(inputs, is_test, switches, numbers)
-    _check_static(inputs, present)
+    _check_static(inputs, present, first_head, total_heads)
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *numbers)
     if in_dynamic_or_pir_mode():
         return _call_pir(inputs, attributes)
@@ -193,7 +203,7 @@ def _static_bits(inputs: Sequence[Any]) -> tuple[int, int]:
     return present, needs_grad
 
 
-def _check_static(inputs: Sequence[Any], present: int) -> None:
+def _check_static(inputs: Sequence[Any], present: int, first_head: int, total_heads: int) -> None:
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
     dtypes = [b"" if value is None else str(value.dtype).split(".")[-1].lower().encode() for value in inputs]
@@ -202,6 +212,8 @@ def _check_static(inputs: Sequence[Any], present: int) -> None:
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
         (ctypes.c_char_p * len(dtypes))(*dtypes),
         ctypes.c_int64(present),
+        ctypes.c_int64(first_head),
+        ctypes.c_int64(total_heads),
     )
     if message is not None:
         _raise_checked(message.decode())

@@ -1,4 +1,4 @@
-// The gradient of attention. With s = q k^T + mask (q scaled), p = exp(s - log_sum_exp), r the dropout factors:
+// The gradient of attention. With s = q k^T + mask (q scaled), p = exp(s - score_shift - log_sum_exp), r the dropout factors:
 //
 //   dv = (r p)^T do,  dp = do v^T,  ds = p (r dp - delta),  delta = sum over d of do o,  dq = ds k,  dk = ds^T q
 //

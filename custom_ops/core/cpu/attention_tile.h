@@ -145,13 +145,14 @@ void keep_tile(const Params& p, PhiloxState state, int64_t bh, int64_t i0, int64
   constexpr int chunk = lanes < 8 ? lanes : 8;  // lanes of consecutive queries
   const uint32_t threshold = p.attn_dropout.threshold;
   const A scale = static_cast<A>(p.attn_dropout.scale);
+  const auto head = static_cast<uint32_t>(bh / p.num_heads * p.heads_in_all() + p.first_head + bh % p.num_heads);
   const int64_t row_groups = round_up(queries, 16) / 2;
   for (int64_t j = 0; j < keys; j += 16) {
     for (int t = 0; t < 4; ++t) {
       const uint32_t c0 = static_cast<uint32_t>((j0 + j) / 16 * 4 + t);
       for (int64_t group = 0; group < row_groups; group += lanes) {
         const Vec<uint32_t> c1 = lane_numbers() + static_cast<uint32_t>(i0 / 2 + group);
-        const PhiloxVectors words = philox_vector(state, broadcast(c0), c1, static_cast<uint32_t>(bh));
+        const PhiloxVectors words = philox_vector(state, broadcast(c0), c1, head);
         for (int word = 0; word < 4; ++word) {
           for (int half = 0; half < 2; ++half) {
             const int64_t column = j + 8 * (word % 2) + 2 * t + half;
