@@ -1,16 +1,26 @@
-"""Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU, in dygraph and static graphs."""
+"""Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU."""
 
+from . import incubate
+from ._flops import count_flops
+from .convert import convert, revert
 from .functional import fused_multi_head_attention
 from .layer import FusedMultiHeadAttention
+from .patching import patch, unpatch
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedMultiHeadAttention",
+    "convert",
+    "count_flops",
     "fused_multi_head_attention",
+    "incubate",
     "pack_qkv_bias",
     "pack_qkv_weight",
+    "patch",
+    "revert",
     "unpack_qkv_bias",
     "unpack_qkv_weight",
+    "unpatch",
 ]

@@ -1,0 +1,137 @@
+"""``paddle.incubate.nn.functional.fused_multi_head_attention``, as Paddle defines it today, on this package's operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from .. import functional as fused
+from .._composed import attention_with_cache
+
+__all__ = ["fused_multi_head_attention"]
+
+
+def check_single_device(nranks: int = 1, ring_id: int = -1) -> None:
+    """The one place that knows which of Paddle's tensor-parallel arguments are served."""
+    for name, value, expected in (("nranks", nranks, 1), ("ring_id", ring_id, -1)):
+        if value != expected:
+            raise NotImplementedError(f"{name}: expected {expected}, which is no tensor parallelism, got {value}")
+
+
+def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int) -> tuple:
+    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed."""
+    embed_dim = x.shape[2]
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {num_heads!r}")
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim} with transpose_qkv_wb, got {num_heads}")
+    expected = {"qkv_weight": [embed_dim, 3 * embed_dim], "qkv_bias": [3 * embed_dim]}
+    for name, tensor in (("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias)):
+        if tensor is not None and list(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"{name}: expected shape {expected[name]} for x with embed_dim {embed_dim} and transpose_qkv_wb, "
+                f"got {list(tensor.shape)}"
+            )
+    shape = [3, num_heads, embed_dim // num_heads]
+    weight = paddle.transpose(qkv_weight, [1, 0]).reshape([*shape, embed_dim])
+    return weight, None if qkv_bias is None else qkv_bias.reshape(shape)
+
+
+@paddle.jit.not_to_static
+def fused_multi_head_attention(
+    x: paddle.Tensor,
+    qkv_weight: paddle.Tensor,
+    linear_weight: paddle.Tensor,
+    pre_layer_norm: bool = False,
+    pre_ln_scale: paddle.Tensor | None = None,
+    pre_ln_bias: paddle.Tensor | None = None,
+    ln_scale: paddle.Tensor | None = None,
+    ln_bias: paddle.Tensor | None = None,
+    pre_ln_epsilon: float = 1e-05,
+    qkv_bias: paddle.Tensor | None = None,
+    linear_bias: paddle.Tensor | None = None,
+    cache_kv: paddle.Tensor | None = None,
+    attn_mask: paddle.Tensor | None = None,
+    dropout_rate: float = 0.5,
+    attn_dropout_rate: float = 0.5,
+    ln_epsilon: float = 1e-05,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    ring_id: int = -1,
+    add_residual: bool = True,
+    num_heads: int = -1,
+    transpose_qkv_wb: bool = False,
+    name: str | None = None,
+) -> Any:
+    """:func:`paddle_fused_attention.fused_multi_head_attention` with the signature and meaning of
+    ``paddle.incubate.nn.functional``: the result is layer-normalised exactly where ``pre_layer_norm`` is False.
+
+    Args:
+        x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
+        qkv_weight: ``[3, num_heads, head_dim, embed_dim]``; with ``transpose_qkv_wb`` ``[embed_dim, 3 * embed_dim]``.
+        linear_weight: ``[embed_dim, embed_dim]``.
+        pre_layer_norm: Whether x is layer-normalised (True) or the result (False).
+        pre_ln_scale, pre_ln_bias, ln_scale, ln_bias: ``[embed_dim]`` or None.
+        pre_ln_epsilon, ln_epsilon: Added to the variance.
+        qkv_bias: ``[3, num_heads, head_dim]``, with ``transpose_qkv_wb`` ``[3 * embed_dim]``, or None.
+        linear_bias: ``[embed_dim]`` or None.
+        cache_kv: ``[2, batch, num_heads, cached_len, head_dim]``, dtype of x: keys and values that come before those of x. For
+            inference: this way is composed of Paddle's ordinary ops.
+        attn_mask: Broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``; float masks are added, True or a
+            nonzero integer keeps a key.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
+        training: Without it nothing is dropped.
+        mode: "upscale_in_train" or "downscale_in_infer".
+        ring_id: -1; tensor parallelism is not served.
+        add_residual: Whether x is added.
+        num_heads: Read with ``transpose_qkv_wb`` only.
+        transpose_qkv_wb: See qkv_weight.
+        name: Unused.
+
+    Dropout is seeded by ``paddle.static.default_main_program().random_seed`` where that is not 0, as in Paddle, else by
+    Paddle's generator.
+
+    Returns:
+        ``[batch, seq_len, embed_dim]``; with ``cache_kv`` a tuple of that and the cache with x's keys and values behind,
+        ``[2, batch, num_heads, cached_len + seq_len, head_dim]``.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type, or does not fit.
+        NotImplementedError: A ``ring_id`` other than -1.
+    """
+    check_single_device(ring_id=ring_id)
+    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
+        fused._check_tensor(argument, value, required=True)
+    for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
+        fused._check_tensor(argument, value)
+    if len(x.shape) != 3:
+        raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
+    if transpose_qkv_wb:
+        qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads)
+    arguments = dict(
+        pre_layer_norm=pre_layer_norm,
+        pre_ln_scale=pre_ln_scale,
+        pre_ln_bias=pre_ln_bias,
+        ln_scale=ln_scale,
+        ln_bias=ln_bias,
+        pre_ln_epsilon=pre_ln_epsilon,
+        qkv_bias=qkv_bias,
+        linear_bias=linear_bias,
+        attn_mask=attn_mask,
+        dropout_rate=dropout_rate,
+        attn_dropout_rate=attn_dropout_rate,
+        ln_epsilon=ln_epsilon,
+        training=training,
+        mode=mode,
+        add_residual=add_residual,
+        final_layer_norm=not pre_layer_norm,
+    )
+    if cache_kv is None:
+        seed = paddle.static.default_main_program().random_seed
+        return fused.fused_multi_head_attention(x, qkv_weight, linear_weight, **arguments, seed=seed or None)
+    if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
+        raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
+    cache_k, cache_v = paddle.unbind(cache_kv)
+    out, k, v = attention_with_cache(x, qkv_weight, linear_weight, cache_k, cache_v, **arguments, cache_name="cache_kv[0]")
+    return out, paddle.stack([k, v])

@@ -1,0 +1,143 @@
+"""``paddle.incubate.nn.FusedMultiHeadAttention`` on this package's operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
+
+from .._composed import additive_mask
+from .functional import check_single_device, fused_multi_head_attention
+
+__all__ = ["FusedMultiHeadAttention"]
+
+
+class FusedMultiHeadAttention(BuiltIn):
+    """The built-in layer, with its parameters and attributes; only the computation is this package's.
+
+    As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it: AMP's
+    decorator, for one, keeps its layer-norm parameters in float32.
+
+    Parameters: ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and ``qkv_bias`` [3, num_heads, head_dim], with
+    ``transpose_qkv_wb`` [embed_dim, 3 * embed_dim] and [3 * embed_dim]; ``linear_weight`` [embed_dim, embed_dim],
+    ``linear_bias`` [embed_dim]; ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim] with ``normalize_before``, else ``ln_scale``
+    and ``ln_bias``.
+
+    Args:
+        embed_dim: Width of the input and the output.
+        num_heads: A divisor of embed_dim.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
+        kdim, vdim: Unused; the layer is for self-attention.
+        normalize_before: Whether the input is layer-normalised (True) or the output (False).
+        need_weights: False.
+        qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
+            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out.
+        epsilon: Of the layer norm.
+        nranks, ring_id: 1 and -1; tensor parallelism is not served.
+        transpose_qkv_wb: The form of qkv_weight and qkv_bias.
+        name: Shown by ``repr``.
+
+    Raises:
+        ValueError: embed_dim or num_heads does not fit, or ``need_weights``.
+        NotImplementedError: An ``nranks`` other than 1, or a ``ring_id`` other than -1.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout_rate: float = 0.5,
+        attn_dropout_rate: float = 0.5,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        normalize_before: bool = False,
+        need_weights: bool = False,
+        qkv_weight_attr: Any = None,
+        qkv_bias_attr: Any = None,
+        linear_weight_attr: Any = None,
+        linear_bias_attr: Any = None,
+        pre_ln_scale_attr: Any = None,
+        pre_ln_bias_attr: Any = None,
+        ln_scale_attr: Any = None,
+        ln_bias_attr: Any = None,
+        epsilon: float = 1e-5,
+        nranks: int = 1,
+        ring_id: int = -1,
+        transpose_qkv_wb: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if embed_dim <= 0:
+            raise ValueError(f"embed_dim: expected at least 1, got {embed_dim}")
+        if num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        if need_weights:
+            raise ValueError("need_weights: expected False, since the attention weights are never stored, got True")
+        check_single_device(nranks, ring_id)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout_rate,
+            attn_dropout_rate,
+            kdim,
+            vdim,
+            normalize_before,
+            False,
+            qkv_weight_attr,
+            qkv_bias_attr,
+            linear_weight_attr,
+            linear_bias_attr,
+            pre_ln_scale_attr,
+            pre_ln_bias_attr,
+            ln_scale_attr,
+            ln_bias_attr,
+            epsilon,
+            nranks,
+            ring_id,
+            transpose_qkv_wb,
+            name,
+        )
+
+    def forward(
+        self,
+        query: paddle.Tensor,
+        key: paddle.Tensor | None = None,
+        value: paddle.Tensor | None = None,
+        attn_mask: paddle.Tensor | None = None,
+        cache: paddle.Tensor | None = None,
+    ) -> Any:
+        """Applies the block to ``query``, in training or evaluation mode.
+
+        Args:
+            query: ``[batch, seq_len, embed_dim]``.
+            key, value: Unused, as in Paddle: keys and values are the query's.
+            attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and integer
+                masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
+            cache: ``cache_kv`` of the function, or None.
+
+        Returns:
+            ``[batch, seq_len, embed_dim]``, with a cache a tuple of that and the new cache.
+        """
+        return fused_multi_head_attention(
+            query,
+            self.qkv_weight,
+            self.linear_weight,
+            self.normalize_before,
+            self.pre_ln_scale,
+            self.pre_ln_bias,
+            self.ln_scale,
+            self.ln_bias,
+            self._epsilon,
+            self.qkv_bias,
+            self.linear_bias,
+            cache,
+            additive_mask(attn_mask, query.dtype),
+            self.dropout_rate,
+            self.attn_dropout_rate,
+            self._epsilon,
+            self.training,
+            ring_id=self._ring_id,
+            num_heads=self.num_heads,
+            transpose_qkv_wb=self.transpose_qkv_wb,
+            name=self.name,
+        )

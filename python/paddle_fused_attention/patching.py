@@ -1,0 +1,78 @@
+"""Puts this package in the place of ``paddle.incubate.nn``'s fused attention, and takes it out again.
+
+Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them is
+given ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import paddle.incubate.nn.functional
+
+from .incubate import FusedMultiHeadAttention
+from .incubate.functional import fused_multi_head_attention
+
+_PAIRS = (
+    (paddle.incubate.nn.FusedMultiHeadAttention, FusedMultiHeadAttention),
+    (paddle.incubate.nn.functional.fused_multi_head_attention, fused_multi_head_attention),
+)
+_depth = 0
+
+
+def _replace(pairs: Any) -> None:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] != "paddle":
+            continue
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            for old, new in pairs:
+                if value is old:
+                    setattr(module, name, new)
+
+
+class _Patched:
+    """What patch() returns: a context that ends with its own patch()."""
+
+    def __init__(self) -> None:
+        self._active = True
+
+    def __enter__(self) -> None:
+        if not self._active:
+            raise RuntimeError("patch: expected a new patch() for every with statement, got one that has ended")
+
+    def __exit__(self, *_: Any) -> None:
+        self._active = False
+        unpatch()
+
+
+def patch() -> _Patched:
+    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and ``paddle.incubate.nn.functional.fused_multi_head_attention``
+    those of :mod:`paddle_fused_attention.incubate`.
+
+    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already), and for
+    code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may be nested: each
+    is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
+
+    Returns:
+        A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.
+    """
+    global _depth
+    if _depth == 0:
+        _replace(_PAIRS)
+    _depth += 1
+    return _Patched()
+
+
+def unpatch() -> None:
+    """Undoes the last :func:`patch`.
+
+    Raises:
+        RuntimeError: There is none to undo.
+    """
+    global _depth
+    if _depth == 0:
+        raise RuntimeError("unpatch: expected a patch() to undo, got none")
+    _depth -= 1
+    if _depth == 0:
+        _replace([(new, old) for old, new in _PAIRS])
