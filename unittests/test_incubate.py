@@ -359,6 +359,23 @@ def test_layer(arguments, kind):
     assert all(p.grad is not None for p in layer.parameters())
 
 
+@pytest.mark.parametrize("arguments", [{}, dict(normalize_before=True), dict(transpose_qkv_wb=True)], ids=str)
+def test_layer_exported(arguments, tmp_path):
+    """to_static in both modes, and a saved layer, give what dygraph gives."""
+    paddle.seed(23)
+    layer = incubate.FusedMultiHeadAttention(EMBED, HEADS, **arguments)
+    layer.eval()
+    x = paddle.to_tensor(draw_arrays("float32")["x"])
+    mask = paddle.to_tensor(np.random.default_rng(4).random((BATCH, 1, SEQ, SEQ)) < 0.7)
+    expected = layer(x, attn_mask=mask).numpy()
+    specs = [paddle.static.InputSpec([None, None, EMBED]), None, None, paddle.static.InputSpec([None, 1, None, None], "bool")]
+    paddle.jit.save(layer, str(tmp_path / "layer"), input_spec=specs)
+    check("saved", paddle.jit.load(str(tmp_path / "layer"))(x, mask).numpy(), expected, "float32")
+    for full_graph in (True, False):
+        static = paddle.jit.to_static(layer, full_graph=full_graph)
+        check("out", static(x, attn_mask=mask).numpy(), expected, "float32")
+
+
 ERRORS = [
     (dict(ring_id=0), NotImplementedError, "ring_id: expected -1"),
     (dict(mode="up"), ValueError, "mode: expected"),

@@ -83,7 +83,7 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
     """Replaces the attention of every ``paddle.nn.TransformerEncoderLayer`` in a model, with its layer norm, dropout and
     residual, by one :class:`FusedMultiHeadAttention`, in both norm orders. Outputs and gradients are the same, up to
-    rounding.
+    rounding; dropout draws other masks.
 
     The model is changed in place (``copy.deepcopy`` it first to keep it), the modes of its layers are kept, and so is which
     of its parameters are trained. The parameters of the attention are new ones: make the optimizer afterwards, and load
