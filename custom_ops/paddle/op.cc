@@ -15,8 +15,7 @@
 #include "core/block.h"
 #include "devices.h"
 #include "paddle/extension.h"
-#include "paddle/phi/core/dense_tensor.h"
-#include "paddle/phi/core/enforce.h"
+#include "paddle/common/enforce.h"
 
 namespace pfa::op {
 namespace {
@@ -137,7 +136,7 @@ paddle::Tensor allocate(const Shape& shape, paddle::DataType dtype, const paddle
   for (int64_t size : shape) {
     if (size != 0) continue;
     paddle::Tensor tensor = paddle::empty({1}, dtype, place);
-    static_cast<phi::DenseTensor*>(tensor.impl().get())->Resize(phi::DDim(shape.data(), static_cast<int>(shape.size())));
+    tensor.reshape(shape);
     return tensor;
   }
   return paddle::empty(shape, dtype, place);
@@ -169,17 +168,26 @@ void run_forward(Device& device, Params p, const Attributes& attributes, paddle:
   block_forward(device.context, p);
 }
 
+// An exception that Paddle hands on to Python.
+[[noreturn]] void raise(const common::ErrorSummary& error) {
+#ifdef PADDLE_THROW
+  throw common::enforce::EnforceNotMet(error, "custom_fused_attention", 0);
+#else  // Paddle 2.6 has it in a header that asks for cuDNN's
+  PD_THROW(error.to_string());
+#endif
+}
+
 // Runs f. Paddle ends the process on exceptions other than its own, so those of the core and of the checks are made into these.
 template <class F>
 auto guarded(F&& f) {
   try {
     return f();
   } catch (const std::invalid_argument& error) {
-    PADDLE_THROW(phi::errors::InvalidArgument("%s", error.what()));
+    raise(common::errors::InvalidArgument("%s", error.what()));
   } catch (const std::runtime_error& error) {
-    PADDLE_THROW(phi::errors::External("custom_fused_attention: %s", error.what()));
+    raise(common::errors::External("custom_fused_attention: %s", error.what()));
   } catch (const std::bad_alloc&) {
-    PADDLE_THROW(phi::errors::ResourceExhausted("custom_fused_attention: out of memory"));
+    raise(common::errors::ResourceExhausted("custom_fused_attention: out of memory"));
   }
 }
 
@@ -247,7 +255,7 @@ std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, c
 }
 
 std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&, PFA_ATTRIBUTES) {
-  PADDLE_THROW(phi::errors::Unimplemented("custom_fused_attention has no second-order gradient"));
+  raise(common::errors::Unimplemented("custom_fused_attention has no second-order gradient"));
 }
 
 // No checks here: in Paddle 3's static graphs an exception at this point ends the process. Python checks what goes into a graph, and
