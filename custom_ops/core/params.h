@@ -114,21 +114,21 @@ struct Params {
   // [batch, H, seq_len] accumulator type, only with a mask: log_sum_exp is that of scores - score_shift. A float mask may put a
   // row so far down (-1e9) that the sum of exponentials would be lost beside it.
   void* score_shift = nullptr;
-  void* attn_out = nullptr;          // [batch, seq_len, H, D]
-  void* residual = nullptr;          // [M, E]: z, what the final layer norm reads
-  void* ln_mean = nullptr;           // [M] accumulator type
-  void* ln_rstd = nullptr;           // [M] accumulator type
+  void* attn_out = nullptr;  // [batch, seq_len, H, D]
+  void* residual = nullptr;  // [M, E]: z, what the final layer norm reads
+  void* ln_mean = nullptr;   // [M] accumulator type
+  void* ln_rstd = nullptr;   // [M] accumulator type
 
   // intermediates
   void* hidden = nullptr;  // [M, E]: layer-normalised x; x itself without pre_layer_norm
 
   // gradient of the result, and of the inputs
-  const void* d_out = nullptr;    // [M, E]
-  void* d_x = nullptr;            // [M, E]
-  void* d_pre_ln_scale = nullptr; // [E] norm_dtype
-  void* d_pre_ln_bias = nullptr;  // [E] norm_dtype
-  void* d_qkv_weight = nullptr;   // [3*H*D, E]
-  void* d_qkv_bias = nullptr;     // [3*H*D]
+  const void* d_out = nullptr;      // [M, E]
+  void* d_x = nullptr;              // [M, E]
+  void* d_pre_ln_scale = nullptr;   // [E] norm_dtype
+  void* d_pre_ln_bias = nullptr;    // [E] norm_dtype
+  void* d_qkv_weight = nullptr;     // [3*H*D, E]
+  void* d_qkv_bias = nullptr;       // [3*H*D]
   void* d_linear_weight = nullptr;  // [H*D, E]
   void* d_linear_bias = nullptr;    // [E]
   void* d_ln_scale = nullptr;       // [E] norm_dtype

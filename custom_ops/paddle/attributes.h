@@ -68,32 +68,32 @@ inline double number(int64_t bits) {
 }
 
 // The parameter lists that Paddle's registration reads off a function's type, and its names for them.
-#define PFA_TENSORS                                                                                               \
-  const paddle::Tensor &x, const paddle::Tensor &qkv_weight, const paddle::Tensor &linear_weight,                 \
-      const paddle::Tensor &pre_ln_scale, const paddle::Tensor &pre_ln_bias, const paddle::Tensor &ln_scale,      \
-      const paddle::Tensor &ln_bias, const paddle::Tensor &qkv_bias, const paddle::Tensor &linear_bias,           \
+#define PFA_TENSORS                                                                                          \
+  const paddle::Tensor &x, const paddle::Tensor &qkv_weight, const paddle::Tensor &linear_weight,            \
+      const paddle::Tensor &pre_ln_scale, const paddle::Tensor &pre_ln_bias, const paddle::Tensor &ln_scale, \
+      const paddle::Tensor &ln_bias, const paddle::Tensor &qkv_bias, const paddle::Tensor &linear_bias,      \
       const paddle::Tensor &attn_mask
-#define PFA_SHAPES                                                                                                \
-  const std::vector<int64_t>&x, const std::vector<int64_t>&qkv_weight, const std::vector<int64_t>&linear_weight,  \
-      const std::vector<int64_t>&pre_ln_scale, const std::vector<int64_t>&pre_ln_bias,                            \
-      const std::vector<int64_t>&ln_scale, const std::vector<int64_t>&ln_bias, const std::vector<int64_t>&qkv_bias, \
-      const std::vector<int64_t>&linear_bias, const std::vector<int64_t>&attn_mask
-#define PFA_DTYPES                                                                                                \
-  const paddle::DataType &x, const paddle::DataType &qkv_weight, const paddle::DataType &linear_weight,           \
+#define PFA_SHAPES                                                                                                          \
+  const std::vector<int64_t>&x, const std::vector<int64_t>&qkv_weight, const std::vector<int64_t>&linear_weight,            \
+      const std::vector<int64_t>&pre_ln_scale, const std::vector<int64_t>&pre_ln_bias, const std::vector<int64_t>&ln_scale, \
+      const std::vector<int64_t>&ln_bias, const std::vector<int64_t>&qkv_bias, const std::vector<int64_t>&linear_bias,      \
+      const std::vector<int64_t>&attn_mask
+#define PFA_DTYPES                                                                                                 \
+  const paddle::DataType &x, const paddle::DataType &qkv_weight, const paddle::DataType &linear_weight,            \
       const paddle::DataType &pre_ln_scale, const paddle::DataType &pre_ln_bias, const paddle::DataType &ln_scale, \
-      const paddle::DataType &ln_bias, const paddle::DataType &qkv_bias, const paddle::DataType &linear_bias,     \
+      const paddle::DataType &ln_bias, const paddle::DataType &qkv_bias, const paddle::DataType &linear_bias,      \
       const paddle::DataType &attn_mask
 #define PFA_INPUTS \
-  { &x, &qkv_weight, &linear_weight, &pre_ln_scale, &pre_ln_bias, &ln_scale, &ln_bias, &qkv_bias, &linear_bias, &attn_mask }
-#define PFA_ATTRIBUTES                                                                                            \
+  {&x, &qkv_weight, &linear_weight, &pre_ln_scale, &pre_ln_bias, &ln_scale, &ln_bias, &qkv_bias, &linear_bias, &attn_mask}
+#define PFA_ATTRIBUTES                                                                                             \
   bool is_test, int64_t switches, int64_t present, int64_t needs_grad, int64_t pre_ln_epsilon, int64_t ln_epsilon, \
       int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed, int64_t first_head, int64_t total_heads
-#define PFA_ATTRIBUTE_VALUES \
-  { is_test, switches, present, needs_grad, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, seed, first_head, total_heads }
-#define PFA_ATTRIBUTE_NAMES                                                                                        \
-  {                                                                                                                \
-    "is_test: bool", "switches: int64_t", "present: int64_t", "needs_grad: int64_t", "pre_ln_epsilon: int64_t",     \
-        "ln_epsilon: int64_t", "dropout_rate: int64_t", "attn_dropout_rate: int64_t", "seed: int64_t", "first_head: int64_t", "total_heads: int64_t"              \
-  }
+#define PFA_ATTRIBUTE_VALUES                                                         \
+  {is_test,      switches,          present, needs_grad, pre_ln_epsilon, ln_epsilon, \
+   dropout_rate, attn_dropout_rate, seed,    first_head, total_heads}
+#define PFA_ATTRIBUTE_NAMES                                                                                 \
+  {"is_test: bool",           "switches: int64_t",   "present: int64_t",      "needs_grad: int64_t",        \
+   "pre_ln_epsilon: int64_t", "ln_epsilon: int64_t", "dropout_rate: int64_t", "attn_dropout_rate: int64_t", \
+   "seed: int64_t",           "first_head: int64_t", "total_heads: int64_t"}
 
 }  // namespace pfa::op

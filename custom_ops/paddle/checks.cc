@@ -15,7 +15,8 @@ std::string text(const Shape& shape) {
 }
 
 [[noreturn]] void fail(const char* kind, Input input, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument(std::string("[custom_fused_attention] ") + kind + ": " + kInputNames[input] + ": expected " + expected + ", got " + got);
+  throw std::invalid_argument(std::string("[custom_fused_attention] ") + kind + ": " + kInputNames[input] + ": expected " +
+                              expected + ", got " + got);
 }
 
 bool agree(int64_t expected, int64_t got) { return expected == got || expected < 0 || got < 0; }
@@ -51,7 +52,8 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
     fail("ValueError", kQkvWeight,
          splits ? "shape " + text({3, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " + width + " and " +
                       std::to_string(heads) + " heads"
-                : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " + text(x),
+                : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " +
+                      text(x),
          text(weight));
   }
   if (attributes.first_head < 0 || (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
@@ -80,7 +82,8 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
     broadcasts = mask[i] == 1 || agree(scores[4 - mask.size() + i], mask[i]);
   }
   if (!broadcasts) {
-    fail("ValueError", kAttnMask, "a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = " + text(scores), text(mask));
+    fail("ValueError", kAttnMask, "a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = " + text(scores),
+         text(mask));
   }
 }
 
@@ -105,7 +108,7 @@ void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attribut
     norm = &got;
   }
   if (attributes.has(kAttnMask) && !is_one_of(dtypes[kAttnMask], {"float32", "float64", "float16", "bfloat16", "bool", "uint8",
-                                                                 "int8", "int16", "int32", "int64"})) {
+                                                                  "int8", "int16", "int32", "int64"})) {
     fail("TypeError", kAttnMask, "a float dtype, bool, uint8 or a signed integer dtype", dtypes[kAttnMask]);
   }
 }
@@ -115,7 +118,8 @@ void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attribut
 // For Python, which checks with it what goes into a static graph: there an exception during Paddle's shape inference would end the
 // process. shapes holds the dimensions of all inputs one after another. Returns null, or a message that is valid until the next call
 // on this thread.
-extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(const int64_t* shapes, const int32_t* ranks,
+extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(const int64_t* shapes,
+                                                                                           const int32_t* ranks,
                                                                                            const char* const* dtypes,
                                                                                            int64_t present, int64_t first_head,
                                                                                            int64_t total_heads) {

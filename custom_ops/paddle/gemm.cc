@@ -51,8 +51,8 @@ paddle::Tensor dense(const T* source, int64_t rows, int64_t columns, int64_t str
 }
 
 template <class T>
-void gemm_by_paddle(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
-                    T beta, T* c, int64_t ldc) {
+void gemm_by_paddle(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+                    int64_t ldb, T beta, T* c, int64_t ldc) {
   const paddle::Tensor product = paddle::matmul(trans_a ? dense(a, k, m, lda) : dense(a, m, k, lda),
                                                 trans_b ? dense(b, n, k, ldb) : dense(b, k, n, ldb), trans_a, trans_b);
   const T* source = product.data<T>();

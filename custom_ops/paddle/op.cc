@@ -14,8 +14,8 @@
 #include "checks.h"
 #include "core/block.h"
 #include "devices.h"
-#include "paddle/extension.h"
 #include "paddle/common/enforce.h"
+#include "paddle/extension.h"
 
 namespace pfa::op {
 namespace {
@@ -60,13 +60,15 @@ void check(const Tensors& tensors, const Attributes& attributes) {
   check_shapes(shape_pointers, attributes);
   for (int i = 0; i < kInputs; ++i) {
     if (attributes.has(static_cast<Input>(i)) && tensors[i]->place() != tensors[kX]->place()) {
-      throw std::invalid_argument(std::string("[custom_fused_attention] ValueError: ") + kInputNames[i] + ": expected a tensor on the place of x, " +
-                                  tensors[kX]->place().DebugString() + ", got one on " + tensors[i]->place().DebugString());
+      throw std::invalid_argument(std::string("[custom_fused_attention] ValueError: ") + kInputNames[i] +
+                                  ": expected a tensor on the place of x, " + tensors[kX]->place().DebugString() +
+                                  ", got one on " + tensors[i]->place().DebugString());
     }
   }
   if (!has_kernels_for(*tensors[kX])) {
-    throw std::invalid_argument("[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got one on " +
-                                tensors[kX]->place().DebugString());
+    throw std::invalid_argument(
+        "[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got one on " +
+        tensors[kX]->place().DebugString());
   }
 }
 
@@ -210,7 +212,8 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
     throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out, got none");
   }
   if (d_out.shape() != x.shape() || d_out.dtype() != x.dtype()) {
-    throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
+    throw std::invalid_argument(
+        "[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
   }
   Params p = describe(tensors, attributes);
 
@@ -227,8 +230,9 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   plan_saved(p, saved_arena);
 
   p.d_out = d_out.data();
-  std::array<void**, kGradients> targets{&p.d_x,        &p.d_qkv_weight, &p.d_linear_weight, &p.d_pre_ln_scale, &p.d_pre_ln_bias,
-                                         &p.d_ln_scale, &p.d_ln_bias,    &p.d_qkv_bias,      &p.d_linear_bias};
+  std::array<void**, kGradients> targets{&p.d_x,           &p.d_qkv_weight, &p.d_linear_weight, &p.d_pre_ln_scale,
+                                         &p.d_pre_ln_bias, &p.d_ln_scale,   &p.d_ln_bias,       &p.d_qkv_bias,
+                                         &p.d_linear_bias};
   std::vector<paddle::Tensor> gradients;
   gradients.reserve(kGradients);
   for (int i = 0; i < kGradients; ++i) {
@@ -254,7 +258,8 @@ std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, c
   return guarded([&] { return run_backward_op(PFA_INPUTS, saved, d_out, PFA_ATTRIBUTE_VALUES); });
 }
 
-std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&, PFA_ATTRIBUTES) {
+std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&,
+                                            PFA_ATTRIBUTES) {
   raise(common::errors::Unimplemented("custom_fused_attention has no second-order gradient"));
 }
 
@@ -265,15 +270,14 @@ std::vector<Shape> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
   return {x, {attributes.saves() ? -1 : 1}};
 }
 
-std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) {
-  return {x, paddle::DataType::UINT8};
-}
+std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) { return {x, paddle::DataType::UINT8}; }
 
 }  // namespace
 }  // namespace pfa::op
 
 PD_BUILD_OP(custom_fused_attention)
-    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask"})
+    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
+             "AttnMask"})
     .Outputs({"Out", "Saved"})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::forward))
@@ -281,8 +285,8 @@ PD_BUILD_OP(custom_fused_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes));
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
-    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask",
-             "Saved", paddle::Grad("Out")})
+    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
+             "AttnMask", "Saved", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("QKVWeight"), paddle::Grad("LinearWeight"), paddle::Grad("PreLnScale"),
               paddle::Grad("PreLnBias"), paddle::Grad("LnScale"), paddle::Grad("LnBias"), paddle::Grad("QKVBias"),
               paddle::Grad("LinearBias")})

@@ -37,8 +37,8 @@ std::string numpy_name(DType dtype) {
 
 // The tensors of a block by name: where Params points to them and to their gradients, and their shapes.
 struct Entry {
-  const void* Params::*input;
-  void* Params::*gradient;
+  const void* Params::* input;
+  void* Params::* gradient;
   bool is_norm;
   bool required;
   std::vector<py::ssize_t> shape;
@@ -48,8 +48,7 @@ std::map<std::string, Entry> entries(const Params& p) {
   const std::vector<py::ssize_t> activation{p.batch, p.seq_len, p.embed_dim};
   const std::vector<py::ssize_t> row{p.embed_dim};
   return {{"x", {&Params::x, &Params::d_x, false, true, activation}},
-          {"qkv_weight",
-           {&Params::qkv_weight, &Params::d_qkv_weight, false, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
+          {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, false, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
           {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, false, true, {p.heads_dim(), p.embed_dim}}},
           {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, false, false, {3, p.num_heads, p.head_dim}}},
           {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, false, false, row}},
@@ -193,7 +192,8 @@ void bind_cpu(py::module_& module) {
       "pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, attn_mask (any strides); bfloat16 as uint16.\n";
   static const std::string forward_doc = "Returns (out, saved); saved, None without `saves`, is for backward.\n" + inputs_doc +
                                          kConfigDoc + "\nisa: one of instruction_sets(), by default the best.";
-  static const std::string backward_doc = "Returns the gradients of the inputs named in `needs` as a dict.\n" + inputs_doc + kConfigDoc;
+  static const std::string backward_doc =
+      "Returns the gradients of the inputs named in `needs` as a dict.\n" + inputs_doc + kConfigDoc;
   module.def("forward", forward, py::arg("inputs"), py::arg("config"), py::arg("seed") = 0, py::arg("offset") = 0,
              py::arg("saves") = true, py::arg("isa") = "", forward_doc.c_str());
   module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"), py::arg("needs"),

@@ -22,21 +22,21 @@ struct AttentionBackward {
 
   // Tiles of one thread, and its sums for dk and dv.
   struct Tiles {
-    A* query;               // [kQueryTile][padded]
-    A* query_transposed;    // [head_dim][kQueryTile]
-    A* d_out;               // [kQueryTile][padded]
-    A* d_out_transposed;    // [head_dim][kQueryTile]
-    A* key;                 // [kKeyTile][padded]
-    A* value;               // [kKeyTile][padded]
-    A* probability;         // [kKeyTile][kQueryTile]
-    A* d_score;             // [kKeyTile][kQueryTile]
-    A* keep;                // [kKeyTile][kQueryTile]
-    A* score_shift;         // [kQueryTile]
-    A* log_sum_exp;         // [kQueryTile]
-    A* delta;               // [kQueryTile]
-    A* d_query;             // [kQueryTile][padded]
-    A* d_key;               // [seq_len][padded]
-    A* d_value;             // [seq_len][padded]
+    A* query;             // [kQueryTile][padded]
+    A* query_transposed;  // [head_dim][kQueryTile]
+    A* d_out;             // [kQueryTile][padded]
+    A* d_out_transposed;  // [head_dim][kQueryTile]
+    A* key;               // [kKeyTile][padded]
+    A* value;             // [kKeyTile][padded]
+    A* probability;       // [kKeyTile][kQueryTile]
+    A* d_score;           // [kKeyTile][kQueryTile]
+    A* keep;              // [kKeyTile][kQueryTile]
+    A* score_shift;       // [kQueryTile]
+    A* log_sum_exp;       // [kQueryTile]
+    A* delta;             // [kQueryTile]
+    A* d_query;           // [kQueryTile][padded]
+    A* d_key;             // [seq_len][padded]
+    A* d_value;           // [seq_len][padded]
 
     Tiles(Arena& arena, const Params& p) {
       const int64_t padded = padded_head_dim<T>(p);

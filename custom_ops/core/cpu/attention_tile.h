@@ -93,9 +93,7 @@ template <class A>
 void add_mask(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys, A* scores) {
   const int64_t b = bh / p.num_heads;
   const int64_t h = bh % p.num_heads;
-  const auto add = [&](auto type) {
-    add_mask_typed<A, decltype(type)>(p.mask, b, h, i0, j0, queries, keys, scores);
-  };
+  const auto add = [&](auto type) { add_mask_typed<A, decltype(type)>(p.mask, b, h, i0, j0, queries, keys, scores); };
   switch (p.mask.dtype) {
     case DType::kFloat32:
       return add(float{});

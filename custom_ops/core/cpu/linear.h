@@ -128,36 +128,83 @@ struct Linear {
   }
 
   static Product qkv_forward(const Params& p) {
-    return {false, true, p.rows(), 3 * p.heads_dim(), p.embed_dim, static_cast<const T*>(p.hidden),
-            static_cast<const T*>(p.qkv_weight), static_cast<const T*>(p.qkv_bias), nullptr, static_cast<T*>(p.qkv)};
+    return {false,
+            true,
+            p.rows(),
+            3 * p.heads_dim(),
+            p.embed_dim,
+            static_cast<const T*>(p.hidden),
+            static_cast<const T*>(p.qkv_weight),
+            static_cast<const T*>(p.qkv_bias),
+            nullptr,
+            static_cast<T*>(p.qkv)};
   }
 
   static Product qkv_backward_weight(const Params& p) {
-    return {true, false, 3 * p.heads_dim(), p.embed_dim, p.rows(), static_cast<const T*>(p.d_qkv),
-            static_cast<const T*>(p.hidden), nullptr, nullptr, static_cast<T*>(p.d_qkv_weight)};
+    return {true,
+            false,
+            3 * p.heads_dim(),
+            p.embed_dim,
+            p.rows(),
+            static_cast<const T*>(p.d_qkv),
+            static_cast<const T*>(p.hidden),
+            nullptr,
+            nullptr,
+            static_cast<T*>(p.d_qkv_weight)};
   }
 
   // Without a layer norm before it, x gets the gradient of both branches here.
   static Product qkv_backward_input(const Params& p) {
     const bool adds = !p.pre_layer_norm && p.add_residual;
-    return {false, false, p.rows(), p.embed_dim, 3 * p.heads_dim(), static_cast<const T*>(p.d_qkv),
-            static_cast<const T*>(p.qkv_weight), nullptr, adds ? static_cast<const T*>(p.d_residual) : nullptr,
+    return {false,
+            false,
+            p.rows(),
+            p.embed_dim,
+            3 * p.heads_dim(),
+            static_cast<const T*>(p.d_qkv),
+            static_cast<const T*>(p.qkv_weight),
+            nullptr,
+            adds ? static_cast<const T*>(p.d_residual) : nullptr,
             static_cast<T*>(p.pre_layer_norm ? p.d_hidden : p.d_x)};
   }
 
   static Product output_forward(const Params& p) {
-    return {false, false, p.rows(), p.embed_dim, p.heads_dim(), static_cast<const T*>(p.attn_out),
-            static_cast<const T*>(p.linear_weight), nullptr, nullptr, static_cast<T*>(p.residual)};
+    return {false,
+            false,
+            p.rows(),
+            p.embed_dim,
+            p.heads_dim(),
+            static_cast<const T*>(p.attn_out),
+            static_cast<const T*>(p.linear_weight),
+            nullptr,
+            nullptr,
+            static_cast<T*>(p.residual)};
   }
 
   static Product output_backward_weight(const Params& p) {
-    return {true, false, p.heads_dim(), p.embed_dim, p.rows(), static_cast<const T*>(p.attn_out),
-            static_cast<const T*>(p.d_linear), nullptr, nullptr, static_cast<T*>(p.d_linear_weight)};
+    return {true,
+            false,
+            p.heads_dim(),
+            p.embed_dim,
+            p.rows(),
+            static_cast<const T*>(p.attn_out),
+            static_cast<const T*>(p.d_linear),
+            nullptr,
+            nullptr,
+            static_cast<T*>(p.d_linear_weight)};
   }
 
   static Product output_backward_input(const Params& p) {
-    return {false, true, p.rows(), p.heads_dim(), p.embed_dim, static_cast<const T*>(p.d_linear),
-            static_cast<const T*>(p.linear_weight), nullptr, nullptr, static_cast<T*>(p.d_attn_out)};
+    return {false,
+            true,
+            p.rows(),
+            p.heads_dim(),
+            p.embed_dim,
+            static_cast<const T*>(p.d_linear),
+            static_cast<const T*>(p.linear_weight),
+            nullptr,
+            nullptr,
+            static_cast<T*>(p.d_attn_out)};
   }
 
   static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
@@ -171,9 +218,7 @@ struct Linear {
                      bytes(output_backward_input(p))});
   }
 
-  static void qkv_linear_forward(Context& context, const Params& p) {
-    multiply(context, qkv_forward(p), p.stage_workspace);
-  }
+  static void qkv_linear_forward(Context& context, const Params& p) { multiply(context, qkv_forward(p), p.stage_workspace); }
 
   static void qkv_linear_backward(Context& context, const Params& p) {
     if (p.d_qkv_weight) multiply(context, qkv_backward_weight(p), p.stage_workspace);

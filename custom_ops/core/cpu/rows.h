@@ -7,9 +7,7 @@ namespace pfa::cpu::PFA_ISA {
 constexpr int64_t kMaxRowChunks = 64;
 constexpr int64_t kMinChunkRows = 8;
 
-inline int64_t chunk_rows(int64_t rows) {
-  return std::max(kMinChunkRows, (rows + kMaxRowChunks - 1) / kMaxRowChunks);
-}
+inline int64_t chunk_rows(int64_t rows) { return std::max(kMinChunkRows, (rows + kMaxRowChunks - 1) / kMaxRowChunks); }
 
 inline int64_t row_chunks(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
 
@@ -17,9 +15,8 @@ inline int64_t row_chunks(int64_t rows) { return (rows + chunk_rows(rows) - 1) /
 template <class F>
 void for_row_chunks(const Context& context, int64_t rows, F&& f) {
   const int64_t size = chunk_rows(rows);
-  parallel_for(row_chunks(rows), context.threads, [&](int64_t chunk, int thread) {
-    f(chunk, chunk * size, std::min((chunk + 1) * size, rows), thread);
-  });
+  parallel_for(row_chunks(rows), context.threads,
+               [&](int64_t chunk, int thread) { f(chunk, chunk * size, std::min((chunk + 1) * size, rows), thread); });
 }
 
 template <class A>

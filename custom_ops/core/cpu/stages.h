@@ -49,20 +49,20 @@ auto for_norm_dtype(const Params& p, F&& f) {
   });
 }
 
-#define PFA_STAGE(name, pass)                                    \
-  inline void name(Context& context, const Params& p) {          \
-    for_dtype(p, [&](auto element) {                             \
-      using T = typename decltype(element)::type;                \
-      pass(context, p);                                          \
-    });                                                          \
+#define PFA_STAGE(name, pass)                           \
+  inline void name(Context& context, const Params& p) { \
+    for_dtype(p, [&](auto element) {                    \
+      using T = typename decltype(element)::type;       \
+      pass(context, p);                                 \
+    });                                                 \
   }
-#define PFA_NORM_STAGE(name, pass)                               \
-  inline void name(Context& context, const Params& p) {          \
-    for_norm_dtype(p, [&](auto element, auto norm) {             \
-      using T = typename decltype(element)::type;                \
-      using N = typename decltype(norm)::type;                   \
-      pass(context, p);                                          \
-    });                                                          \
+#define PFA_NORM_STAGE(name, pass)                      \
+  inline void name(Context& context, const Params& p) { \
+    for_norm_dtype(p, [&](auto element, auto norm) {    \
+      using T = typename decltype(element)::type;       \
+      using N = typename decltype(norm)::type;          \
+      pass(context, p);                                 \
+    });                                                 \
   }
 
 PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, N>::forward))
@@ -83,10 +83,10 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, boo
   return for_norm_dtype(p, [&](auto element, auto norm) {
     using T = typename decltype(element)::type;
     using N = typename decltype(norm)::type;
-    return std::max({LayerNorm<T, N>::workspace_bytes(context, p, backward), Residual<T, N>::workspace_bytes(context, p, backward),
-                     Linear<T>::workspace_bytes(context, p, backward),
-                     backward ? AttentionBackward<T>::workspace_bytes(context, p)
-                              : AttentionForward<T>::workspace_bytes(context, p)});
+    return std::max(
+        {LayerNorm<T, N>::workspace_bytes(context, p, backward), Residual<T, N>::workspace_bytes(context, p, backward),
+         Linear<T>::workspace_bytes(context, p, backward),
+         backward ? AttentionBackward<T>::workspace_bytes(context, p) : AttentionForward<T>::workspace_bytes(context, p)});
   });
 }
 

@@ -23,8 +23,7 @@
 
 #define PFA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define PFA_BEGIN_TARGET(features) \
-  PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define PFA_BEGIN_TARGET(features) PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define PFA_END_TARGET PFA_PRAGMA(clang attribute pop)
 #else
 #define PFA_BEGIN_TARGET(features) PFA_PRAGMA(GCC push_options) PFA_PRAGMA(GCC target(features))
