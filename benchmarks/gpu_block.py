@@ -1,12 +1,13 @@
 """The attention block on one GPU: ours against PyTorch's ways, attention alone, and each of our stages against its floor.
 
-    make gpu-bench            or: PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--no-compile]
+    make gpu-bench
+    PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--compile flash cudnn] [--parts block ...]
 
 All contenders of a case run in one process, taking turns; a time is the median over turns of the time per call, host work
 included. `forward` is inference: no dropout, nothing saved. `training` is forward and gradients of x and of all parameters,
-with the case's dropout. Peak memory is what a training step allocates beyond what exists before it. The stages are timed as
-replays of a CUDA graph, so without host work; floors are bytes over the copy rate and operations over the rate of a large
-matrix product, both measured at the start.
+with the case's dropout; `in a graph` it is a replayed CUDA graph, without host work. Peak memory is what a training step
+allocates beyond what exists before it. The stages are timed as replays of a CUDA graph too; their floors are bytes over the
+copy rate and operations over the rate of a large matrix product, both measured at the start.
 
 Writes gpu_block.json and gpu_block.png into --out (default: build).
 """
@@ -118,6 +119,10 @@ def address(tensor):
     return tensor.data_ptr()
 
 
+def current_stream():
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+
+
 class Ours:
     """The block as an autograd function on PyTorch's tensors."""
 
@@ -145,7 +150,7 @@ class Ours:
         bytes_needed = self.size(("forward", training), lambda: block.forward_workspace_bytes(arrays, training))
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cuda")
         self.calls += 1
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream()
         block.forward(arrays, address(saved) if training else None, address(workspace), stream, 1, self.calls)
         return out, saved
 
@@ -160,7 +165,7 @@ class Ours:
             arrays["d_" + self.names.get(name, name)] = address(gradient)
         bytes_needed = self.size("backward", lambda: block.backward_workspace_bytes(arrays))
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cuda")
-        block.backward(arrays, address(saved), address(workspace), torch.cuda.current_stream().cuda_stream)
+        block.backward(arrays, address(saved), address(workspace), current_stream())
         return gradients
 
     def make_function(ours):
@@ -233,7 +238,7 @@ def contenders(case, options):
         attention = unfused_attention(case) if peer == "unfused" else library_attention(case, peer)
         block = composed(case, attention)
         yield f"{peer} eager", block
-        if options.compile:
+        if peer in options.compile:
             yield f"{peer} compiled", torch.compile(block, dynamic=False)
 
 
@@ -273,8 +278,10 @@ def take_turns(calls, turns, turn_ms=12.0):
 def graphed_ms(call, repeats=20, turns=7):
     """Milliseconds per call without host work: replays of a graph of `repeats` calls."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(stream.cuda_stream)
+        for _ in range(3):
+            call(stream.cuda_stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -334,6 +341,10 @@ def run_block(case, options):
         "training_ms": take_turns(training, options.turns),
     }
     result["peak_mib"] = {name: peak_mib(training[name]) for name in result["training_ms"]}
+    result["graph_ms"] = {}
+    for name in ("ours", "flash eager", "efficient eager"):
+        if name in training:
+            result["graph_ms"][name] = graphed_ms(lambda _, name=name: training[name](), repeats=1)
     if options.profile:
         profile(case, training["ours"], options.profile)
     torch.compiler.reset()
@@ -357,16 +368,16 @@ def profile(case, call, steps):
 def print_block(result):
     name = result["case"]["name"]
     print(f"\n{name}: milliseconds, and how many times ours")
-    print(f"  {'':22}{'forward':>20}{'training':>20}{'peak MiB':>20}")
-    tables = [result[key] for key in ("forward_ms", "training_ms", "peak_mib")]
-    for contender in dict.fromkeys(n for table in tables for n in table):
+    titles = {"forward_ms": "forward", "training_ms": "training", "peak_mib": "peak MiB", "graph_ms": "training in a graph"}
+    print(f"  {'':22}" + "".join(f"{title:>22}" for title in titles.values()))
+    for contender in dict.fromkeys(n for key in titles for n in result[key]):
         line = f"  {contender:22}"
-        for table in tables:
-            if contender in table:
-                value, ours = table[contender], table["ours"]
-                line += f"{value:12.{0 if table is tables[2] else 3}f} {value / ours:6.2f}x"
+        for key in titles:
+            if contender in result[key]:
+                value = result[key][contender]
+                line += f"{value:14.{0 if key == 'peak_mib' else 3}f} {value / result[key]['ours']:6.2f}x"
             else:
-                line += f"{'-':>20}"
+                line += f"{'-':>22}"
         print(line)
 
 
@@ -381,7 +392,7 @@ def time_attention(batch, seq_len, num_heads, head_dim, causal, turns):
     size = block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), True)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     arrays["stage_workspace"] = address(workspace)
-    stream = torch.cuda.current_stream().cuda_stream
+    stream = current_stream()
     forward = {"ours": lambda: block.run_stage("attention_forward", arrays, stream)}
     backward = {"ours": lambda: block.run_stage("attention_backward", arrays, stream)}
     q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4))
@@ -482,7 +493,7 @@ def run_stages(case, copy, products):
     size = max(block.stage_workspace_bytes(arrays, backward) for backward in (False, True))
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     arrays["stage_workspace"] = address(workspace)
-    block.run_stage("attention_forward", arrays, torch.cuda.current_stream().cuda_stream)
+    block.run_stage("attention_forward", arrays, current_stream())
 
     results = {}
     for stage, (operations, moved) in stage_costs(case).items():
@@ -545,7 +556,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
     parser.add_argument("--parts", nargs="*", default=["block", "attention", "stages"])
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile", nargs="*", default=["unfused", "efficient", "flash", "cudnn"], help="PyTorch's ways to try compiled, too"
+    )
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="also list the kernels of our training step")
     parser.add_argument("--out", type=Path, default=Path("build"))

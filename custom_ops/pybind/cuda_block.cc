@@ -62,6 +62,7 @@ const std::map<std::string, Setter>& pointers() {
                                                         PFA_POINTER(pre_ln_rstd),
                                                         PFA_POINTER(qkv),
                                                         PFA_POINTER(log_sum_exp),
+                                                        PFA_POINTER(score_shift),
                                                         PFA_POINTER(attn_out),
                                                         PFA_POINTER(residual),
                                                         PFA_POINTER(ln_mean),
