@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import warnings
+import zlib  # noqa: F401  Paddle 2.6 holds another zlib: Python's own, when loaded after it, calls into that one and crashes
 
 REQUIREMENTS = {"matplotlib", "numpy", "safetensors", "sklearn", "tokenizers", "tqdm"}
 

@@ -1,4 +1,4 @@
-"""to_static in both modes, jit.save and load, and the inference predictor give the numbers of dygraph, at any batch and sequence."""
+"""to_static in both modes, jit.save and load, and the inference predictor give the numbers of dygraph, for any sizes."""
 
 import contextlib
 import os

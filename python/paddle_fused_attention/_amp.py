@@ -1,8 +1,8 @@
-"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: custom operators are not cast by Paddle.
+"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: Paddle casts none of custom operators.
 
-The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and the
-biases of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32. Layer-norm
-parameters always stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
+The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and
+the biases of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32.
+Layer-norm parameters always stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
 """
 
 from __future__ import annotations

@@ -156,6 +156,9 @@ class FusedMultiHeadAttention(nn.Layer):
                 )
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
+        return self._run(query, attn_mask)
+
+    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
         return fused_multi_head_attention(
             query,
             self.qkv_weight,
