@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   const int64_t index = h.flat * static_cast<int64_t>(args.rows_padded) + row;
   Acc delta = 0;
   Acc lse2 = infinity<Acc>();
+  Acc shift2 = 0;
   if (row < args.seq_len) {
     const T* out = out_head<T>(args, args.out, h) + row * args.heads_dim();
     const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h) + row * args.heads_dim();
@@ -43,7 +44,9 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     } else {
       for (int d = lane; d < args.head_dim; d += lanes) delta += widen<Acc>(out[d]) * widen<Acc>(d_out[d]);
     }
-    lse2 = static_cast<const Acc*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] * static_cast<Acc>(kLog2e);
+    const int64_t statistic = h.flat * static_cast<int64_t>(args.seq_len) + row;
+    lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
+    if (args.score_shift) shift2 = shift_log2(static_cast<const Acc*>(args.score_shift)[statistic]);
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (args.dq_sum) {
@@ -54,6 +57,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
+    if (args.shift2) static_cast<Acc*>(args.shift2)[index] = shift2;
   }
 }
 
@@ -102,7 +106,7 @@ void backward_mma(const Context& context, const AttentionArgs& args) {
 
 template <class T>
 void backward_16bit(const Context& context, const AttentionArgs& args, DType dtype) {
-  if (context.compute_capability < 80) return backward_plain<T, float>(context, args);
+  if (!tensor_cores_serve(context)) return backward_plain<T, float>(context, args);
   backward_rows<T, float>(context, args);
   if (args.dq_sum) {
     attention_backward_hopper(context, args, dtype);
@@ -115,7 +119,8 @@ void backward_16bit(const Context& context, const AttentionArgs& args, DType dty
 struct Workspace {
   int64_t rows;        // seq_len, padded
   int dq_columns;      // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
-  size_t statistics;   // bytes of delta, and of lse2
+  size_t statistics;   // bytes of delta, of lse2, and with a mask of shift2
+  size_t sums_offset;
   size_t sums;         // bytes of dq_sum
   size_t total;
 
@@ -125,7 +130,8 @@ struct Workspace {
     const int64_t all_rows = args.batch * args.num_heads * rows;
     statistics = all_rows * size_of(accumulator_of(dtype));
     sums = all_rows * dq_columns * sizeof(float);
-    total = 2 * statistics + sums + (sums ? sizeof(uint32_t) : 0);
+    sums_offset = (args.mask.data ? 3 : 2) * statistics;
+    total = sums_offset + sums + (sums ? sizeof(uint32_t) : 0);
   }
 };
 
@@ -144,9 +150,10 @@ void attention_backward(Context& context, const Params& p) {
   args.dq_columns = workspace.dq_columns;
   args.delta = memory;
   args.lse2 = memory + workspace.statistics;
+  if (args.mask.data) args.shift2 = memory + 2 * workspace.statistics;
   if (workspace.sums) {
-    args.dq_sum = reinterpret_cast<float*>(memory + 2 * workspace.statistics);
-    args.next_tile = reinterpret_cast<uint32_t*>(memory + 2 * workspace.statistics + workspace.sums);
+    args.dq_sum = reinterpret_cast<float*>(memory + workspace.sums_offset);
+    args.next_tile = reinterpret_cast<uint32_t*>(memory + workspace.sums_offset + workspace.sums);
   }
   switch (p.dtype) {
     case DType::kFloat16:

@@ -25,10 +25,13 @@ struct AttentionArgs {
   const void* qkv;
   void* out;          // [B, S, H, D]
   void* log_sum_exp;  // [B, H, S], or null: not wanted
+  void* score_shift;  // [B, H, S] with a mask, or null: not wanted
   const uint64_t* random_state;
   Mask mask;
   int64_t batch;
   int64_t num_heads;
+  uint32_t first_head;   // of the whole layer's
+  uint32_t total_heads;  // of the whole layer
   int seq_len;
   int head_dim;
   bool causal;
@@ -42,6 +45,7 @@ struct AttentionArgs {
   void* d_qkv;        // [B, S, 3, H, D]
   void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
   void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
+  void* shift2;       // [B, H, rows_padded] with a mask: score_shift * log2(e)
   float* dq_sum;      // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
   int dq_columns;     // head_dim rounded up to whole blocks of columns
   uint32_t* next_tile;  // counts the tiles that blocks have taken, or null where each block has its own
@@ -56,10 +60,13 @@ inline AttentionArgs attention_args(const Params& p) {
   a.qkv = p.qkv;
   a.out = p.attn_out;
   a.log_sum_exp = p.log_sum_exp;
+  a.score_shift = p.score_shift;
   a.random_state = p.random_state;
   a.mask = p.mask;
   a.batch = p.batch;
   a.num_heads = p.num_heads;
+  a.first_head = static_cast<uint32_t>(p.first_head);
+  a.total_heads = static_cast<uint32_t>(p.heads_in_all());
   a.seq_len = static_cast<int>(p.seq_len);
   a.head_dim = static_cast<int>(p.head_dim);
   a.causal = p.causal;
@@ -79,12 +86,15 @@ inline AttentionArgs attention_args(const Params& p) {
 struct HeadIndex {
   int64_t batch;
   int64_t head;
-  uint32_t flat;  // batch * H + head
+  uint32_t flat;    // batch * H + head
+  uint32_t random;  // the same among the heads of the whole layer, as dropout counts
 };
 
 __device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, uint32_t flat) {
   const uint32_t heads = static_cast<uint32_t>(a.num_heads);
-  return {flat / heads, flat % heads, flat};
+  const uint32_t batch = flat / heads;
+  const uint32_t head = flat % heads;
+  return {batch, head, flat, batch * a.total_heads + a.first_head + head};
 }
 
 // `which` 0, 1, 2: q, k, v (or their gradients) of a head, at token 0.
@@ -120,6 +130,22 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float valu
 template <class Acc>
 __device__ __forceinline__ Acc infinity() { return static_cast<Acc>(INFINITY); }
 
+// score_shift in log2 units, rounded the same in the forward and the backward pass.
+__device__ __forceinline__ float shift_log2(float shift) { return __fmul_rn(shift, static_cast<float>(kLog2e)); }
+__device__ __forceinline__ double shift_log2(double shift) { return __dmul_rn(shift, kLog2e); }
+
+// What backward needs to know of a row: from its highest score in log2 units and the sum of exponentials beside it.
+template <class Acc>
+__device__ __forceinline__ void store_row_statistics(const AttentionArgs& a, uint32_t head, int row, Acc maximum, Acc sum) {
+  if (!a.log_sum_exp || row >= a.seq_len) return;
+  const int64_t index = head * static_cast<int64_t>(a.seq_len) + row;
+  // The maximum may be -1e9, where a rounding error outweighs every score.
+  const Acc shift = a.score_shift && sum > 0 ? maximum * static_cast<Acc>(kLn2) : Acc(0);
+  const Acc rest = maximum - shift_log2(shift);
+  static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? rest * static_cast<Acc>(kLn2) + log(sum) : infinity<Acc>();
+  if (a.score_shift) static_cast<Acc*>(a.score_shift)[index] = shift;
+}
+
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -137,25 +163,52 @@ __device__ __forceinline__ Acc additive_mask(Acc value) {
   return value == -infinity<Acc>() ? value : (max(scaled, lowest_of(value)));
 }
 
-template <class Acc>
-__device__ __forceinline__ Acc mask_log2(const Mask& mask, int64_t index) {
+// One mask element in log2 units: floats are added, of other types only whether they are 0 counts.
+template <class Acc, class T>
+__device__ __forceinline__ Acc mask_log2(T value) {
+  return value == T(0) ? -infinity<Acc>() : Acc(0);
+}
+template <>
+__device__ __forceinline__ float mask_log2<float, float>(float value) { return additive_mask(value); }
+template <>
+__device__ __forceinline__ double mask_log2<double, float>(float value) { return additive_mask<double>(value); }
+template <>
+__device__ __forceinline__ float mask_log2<float, double>(double value) {
+  return value == -infinity<double>() ? -INFINITY : additive_mask(static_cast<float>(max(value, static_cast<double>(-FLT_MAX))));
+}
+template <>
+__device__ __forceinline__ double mask_log2<double, double>(double value) { return additive_mask(value); }
+template <>
+__device__ __forceinline__ float mask_log2<float, __half>(__half value) { return additive_mask(__half2float(value)); }
+template <>
+__device__ __forceinline__ double mask_log2<double, __half>(__half value) { return additive_mask<double>(__half2float(value)); }
+template <>
+__device__ __forceinline__ float mask_log2<float, __nv_bfloat16>(__nv_bfloat16 value) { return additive_mask(__bfloat162float(value)); }
+template <>
+__device__ __forceinline__ double mask_log2<double, __nv_bfloat16>(__nv_bfloat16 value) {
+  return additive_mask<double>(__bfloat162float(value));
+}
+
+// Calls f with a pointer to the mask's elements, of their type or, where only zeros count, of an integer of their size.
+template <class F>
+__device__ __forceinline__ void with_mask_elements(const Mask& mask, F&& f) {
   switch (mask.dtype) {
     case DType::kFloat32:
-      return additive_mask(static_cast<Acc>(static_cast<const float*>(mask.data)[index]));
+      return f(static_cast<const float*>(mask.data));
     case DType::kFloat64:
-      return additive_mask(static_cast<Acc>(static_cast<const double*>(mask.data)[index]));
+      return f(static_cast<const double*>(mask.data));
     case DType::kFloat16:
-      return additive_mask(widen<Acc>(static_cast<const __half*>(mask.data)[index]));
+      return f(static_cast<const __half*>(mask.data));
     case DType::kBFloat16:
-      return additive_mask(widen<Acc>(static_cast<const __nv_bfloat16*>(mask.data)[index]));
+      return f(static_cast<const __nv_bfloat16*>(mask.data));
     case DType::kInt16:
-      return static_cast<const int16_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+      return f(static_cast<const uint16_t*>(mask.data));
     case DType::kInt32:
-      return static_cast<const int32_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+      return f(static_cast<const uint32_t*>(mask.data));
     case DType::kInt64:
-      return static_cast<const int64_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+      return f(static_cast<const uint64_t*>(mask.data));
     default:
-      return static_cast<const uint8_t*>(mask.data)[index] ? Acc(0) : -infinity<Acc>();
+      return f(static_cast<const uint8_t*>(mask.data));
   }
 }
 

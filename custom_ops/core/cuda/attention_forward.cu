@@ -34,7 +34,7 @@ void forward_mma(const Context& context, const AttentionArgs& args) {
 
 template <class T>
 void forward_16bit(const Context& context, const AttentionArgs& args) {
-  if (context.compute_capability >= 80) {
+  if (tensor_cores_serve(context)) {
     forward_mma<T, 64, 96, 128, 192, 256>(context, args);
   } else {
     forward_plain<T, float>(context, args);
@@ -42,6 +42,11 @@ void forward_16bit(const Context& context, const AttentionArgs& args) {
 }
 
 }  // namespace
+
+bool tensor_cores_serve(const Context& context) {
+  const void* kernel = reinterpret_cast<const void*>(tensor::attention_forward_mma<__half, 64, false>);
+  return context.compute_capability >= 80 && kernel_attributes(context, kernel).ptxVersion >= 80;
+}
 
 void attention_forward(Context& context, const Params& p) {
   const AttentionArgs args = attention_args(p);

@@ -33,6 +33,13 @@ __device__ __forceinline__ float unpack(uint32_t packed, int which) {
   }
 }
 
+// A packed pair with zeros for negative numbers.
+__device__ __forceinline__ uint32_t clear_negative(uint32_t packed) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(signs) : "r"(packed));
+  return packed & ~signs;
+}
+
 __device__ __forceinline__ int lane_row(int e) { return static_cast<int>(threadIdx.x % 32 / 4) + e / 2 % 2 * 8; }
 __device__ __forceinline__ int lane_column(int e) { return static_cast<int>(threadIdx.x % 4) * 2 + e % 2 + e / 4 * 8; }
 
@@ -75,14 +82,20 @@ __device__ __forceinline__ void kept_by_key(const AttentionArgs& args, PhiloxSta
 // Adds the mask, in log2 units, to eight scores. Elements outside of seq_len read the last row or column instead.
 template <bool kRowsAreKeys>
 __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0, float (&scores)[8]) {
+  const int64_t row_stride = args.mask.strides[kRowsAreKeys ? 3 : 2];
+  const int64_t column_stride = args.mask.strides[kRowsAreKeys ? 2 : 3];
+  int64_t rows[2], columns[4];
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const int row = min(row0 + lane_row(e), args.seq_len - 1);
-    const int column = min(column0 + lane_column(e), args.seq_len - 1);
-    const int i = kRowsAreKeys ? column : row;
-    const int j = kRowsAreKeys ? row : column;
-    scores[e] += mask_log2<float>(args.mask, mask_offset + i * args.mask.strides[2] + j * args.mask.strides[3]);
-  }
+  for (int i = 0; i < 2; ++i) rows[i] = mask_offset + min(row0 + lane_row(2 * i), args.seq_len - 1) * row_stride;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) columns[i] = min(column0 + lane_column(i / 2 * 4 + i % 2), args.seq_len - 1) * column_stride;
+  with_mask_elements(args.mask, [&](const auto* elements) {
+    std::remove_cv_t<std::remove_pointer_t<decltype(elements)>> values[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values[e] = elements[rows[e / 2 % 2] + columns[e / 4 * 2 + e % 2]];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) scores[e] += mask_log2<float>(values[e]);
+  });
 }
 
 // Stores 16 rows that a warp holds as accumulators of 8 columns each, through the warp's own 16 rows of shared memory (kStride

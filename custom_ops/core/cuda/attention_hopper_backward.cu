@@ -30,6 +30,25 @@ struct BackwardShape {
       1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
 };
 
+#if PFA_HOPPER_CODE
+
+// d = the warpgroup's 64 rows of k or v times the rows of q or d_out.
+template <class T, int kHeadDim, int kQueries>
+__device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t keys, uint64_t queries) {
+  constexpr int kKeyBlock = kKeys * kRowBytes / 16;  // from a block of 64 columns to the next, as descriptors count
+  constexpr int kQueryBlock = kQueries * kRowBytes / 16;
+  pin(d);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; ++i) {
+    const uint64_t a = keys + i / 4 * kKeyBlock + i % 4 * kRowsStep;
+    const uint64_t b = queries + i / 4 * kQueryBlock + i % 4 * kRowsStep;
+    wgmma<T, 0, 0>(d, a, b, i > 0);
+  }
+}
+
+#endif
+
 template <class T, int kHeadDim, bool kMask, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map, const AttentionArgs args,
@@ -120,8 +139,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   };
-  constexpr int kKeyBlock = kKeys * kRowBytes / 16;  // from a block of 64 columns to the next, as descriptors count
-  constexpr int kQueryBlock = kQueries * kRowBytes / 16;
   constexpr bool kPackedOnly = kQueries > 64;
 
   for (int t = 0, step = 0;; ++t) {
@@ -141,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     float s[kQueries / 2], dp[kQueries / 2], dq[32];
-    uint32_t p[kQueries / 16][4], signed_p[kQueries / 16][4], ds[kQueries / 16][4];
+    uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
 
     for (int n = args.causal ? key0 / kQueries : 0; n < query_tiles; ++n, ++step) {
       const int stage = step % kStages;
@@ -154,21 +171,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float* delta = delta_tiles + stage * kQueries;
 
       barrier_wait(&q_full[stage], parity);
-      pin(s);
-      wgmma_fence();
-      const uint64_t q_rows = rows_operand(q_tile);
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) {
-        wgmma<T, 0, 0>(s, k_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, q_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
-      }
+      multiply_rows<T, kHeadDim, kQueries>(s, k_rows, rows_operand(q_tile));
       wgmma_commit();
       barrier_wait(&d_out_full[stage], parity);
-      pin(dp);
-      const uint64_t d_out_rows = rows_operand(d_out_tile);
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) {
-        wgmma<T, 0, 0>(dp, v_rows + d / 4 * kKeyBlock + d % 4 * kRowsStep, d_out_rows + d / 4 * kQueryBlock + d % 4 * kRowsStep, d > 0);
-      }
+      multiply_rows<T, kHeadDim, kQueries>(dp, v_rows, rows_operand(d_out_tile));
       wgmma_commit();
       wgmma_wait<1>();
       pin(s);
@@ -186,9 +192,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 8; e += 4) {
           const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
+          float2 shift{};
+          if (kMask) {
+            const int64_t row = h.flat * static_cast<int64_t>(args.rows_padded) + row0 + 16 * m + lane_column(e);
+            shift = *reinterpret_cast<const float2*>(static_cast<const float*>(args.shift2) + row);
+          }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float exponent = piece[e + i] * (kMask ? 1.0f : scale_log2) - (i % 2 ? l.y : l.x);
+            const float score = kMask ? piece[e + i] - (i % 2 ? shift.y : shift.x) : piece[e + i] * scale_log2;
+            const float exponent = score - (i % 2 ? l.y : l.x);
             piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
           }
         }
@@ -201,24 +213,33 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (kDrops) {
           bool kept[8];
-          kept_by_key(args, philox_key, h.flat, key0 + strip, row0 + 16 * m, kept);
+          kept_by_key(args, philox_key, h.random, key0 + strip, row0 + 16 * m, kept);
 #pragma unroll
           for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : -piece[e];
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (kPackedOnly) signed_p[m][e] = pack<T>(piece[2 * e], piece[2 * e + 1]);
-          p[m][e] = kDrops ? pack<T>(fmaxf(piece[2 * e], 0.0f), fmaxf(piece[2 * e + 1], 0.0f)) : pack<T>(piece[2 * e], piece[2 * e + 1]);
+          const float low = kDrops && !kPackedOnly ? fmaxf(piece[2 * e], 0.0f) : piece[2 * e];
+          const float high = kDrops && !kPackedOnly ? fmaxf(piece[2 * e + 1], 0.0f) : piece[2 * e + 1];
+          p[m][e] = pack<T>(low, high);
         }
       }
 
-      pin(dv);
-      wgmma_fence();
-      const uint64_t d_out_columns = columns_operand(d_out_tile, kQueries * kRowBytes);
+      const auto start_value_sums = [&] {
+        pin(dv);
+        wgmma_fence();
+        const uint64_t d_out_columns = columns_operand(d_out_tile, kQueries * kRowBytes);
 #pragma unroll
-      for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
-      wgmma_commit();
-      wgmma_wait<1>();
+        for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
+        wgmma_commit();
+      };
+      constexpr bool kSignedOperand = kDrops && kPackedOnly;  // there are no registers for probabilities with and without signs
+      if constexpr (kSignedOperand) {
+        wgmma_wait<0>();
+      } else {
+        start_value_sums();
+        wgmma_wait<1>();
+      }
       pin(dp);
 
 #pragma unroll
@@ -228,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const float2 rows = *reinterpret_cast<const float2*>(delta + 16 * m + lane_column(e));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float probability = kPackedOnly ? unpack<T>(signed_p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
+            const float probability = kPackedOnly ? unpack<T>(p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
             const float d = kDrops && !(probability > 0.0f) ? 0.0f : dp[8 * m + e + i];
             dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
           }
@@ -236,12 +257,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) ds[m][e] = pack<T>(dp[8 * m + 2 * e], dp[8 * m + 2 * e + 1]);
         store_piece(score_tile + m / 4 * Shape::kScoreBlockBytes, strip, m % 4 * 16, ds[m]);
+        if (kSignedOperand) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) p[m][e] = clear_negative(p[m][e]);
+        }
       }
+      if constexpr (kSignedOperand) start_value_sums();
 
       shared_proxy_fence();
       named_sync<1, 256>();
-      pin(dq);
       pin(dk);
+      pin(dq);
       wgmma_fence();
       const uint64_t scores = columns_operand(score_tile + (kHeadDim > 64 ? 0 : group * Shape::kScoreBlockBytes), 0);
 #pragma unroll

@@ -129,10 +129,7 @@ __device__ __forceinline__ void finish(const AttentionArgs& args, const HeadInde
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
     factor[half] = sum > 0.0f ? static_cast<float>(args.drop_scale) / sum : 0.0f;
     const int row = row0 + lane_row(2 * half);
-    if (args.log_sum_exp && threadIdx.x % 4 == 0 && row < args.seq_len) {
-      static_cast<float*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] =
-          sum > 0.0f ? (rows.maximum[half] * scale + log2f(sum)) * static_cast<float>(kLn2) : INFINITY;
-    }
+    if (threadIdx.x % 4 == 0) store_row_statistics(args, h.flat, row, rows.maximum[half] * scale, sum);
   }
   store_strip<T, kHeadDim>(o, factor[0], factor[1], shared, threadIdx.x / 32 % 4 * 16, out_head<T>(args, args.out, h),
                            args.heads_dim(), row0, args);
@@ -149,6 +146,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
   char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
   char* k_tiles = shared + 2 * Shape::kQueryBytes;
   char* v_tiles = k_tiles + kStages * Shape::kTileBytes;
+  __shared__ int from_head, from_batch;  // for the copies
   __shared__ uint64_t q_full, k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
 
   const TileIndex tile = tile_index(args, blockIdx.x, heads_per_group, (args.seq_len + kQueries - 1) / kQueries);
@@ -156,11 +154,10 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
   const int row0 = (tile.tiles - 1 - tile.tile) * kQueries;
   const int end = args.causal ? min(args.seq_len, row0 + kQueries) : args.seq_len;
   const int last = (end + kKeys - 1) / kKeys - 1;  // tiles are walked from the last to the first
-  const int head = static_cast<int>(h.head);
-  const int batch = static_cast<int>(h.batch);
-
   if (threadIdx.x == 0) {
     prefetch_map(qkv_map);
+    from_head = static_cast<int>(h.head);
+    from_batch = static_cast<int>(h.batch);
     barrier_init(&q_full, 1);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&k_full[i], 1);
@@ -175,20 +172,20 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
   // Tile number n, counted in the order of the walk, lies in stage n % kStages and is its n / kStages-th tile.
   const auto copy_queries = [&] {
     barrier_expect(&q_full, kQueries * kHeadDim * 2);
-    copy_tile<64, kHeadDim>(shared, qkv_map, &q_full, head, 0, row0, batch);
-    copy_tile<64, kHeadDim>(shared + Shape::kQueryBytes, qkv_map, &q_full, head, 0, row0 + 64, batch);
+    copy_tile<64, kHeadDim>(shared, qkv_map, &q_full, from_head, 0, row0, from_batch);
+    copy_tile<64, kHeadDim>(shared + Shape::kQueryBytes, qkv_map, &q_full, from_head, 0, row0 + 64, from_batch);
   };
   const auto copy_keys = [&](int n) {
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&k_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&k_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], head, 1, (last - n) * kKeys, batch);
+    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], from_head, 1, (last - n) * kKeys, from_batch);
   };
   const auto copy_values = [&](int n) {
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&v_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&v_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], head, 2, (last - n) * kKeys, batch);
+    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], from_head, 2, (last - n) * kKeys, from_batch);
   };
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
@@ -230,7 +227,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
     pin(s);
     release(&k_empty[0]);
     softmax<kMask>(args, mask_offset, scale_log2, strip, last * kKeys, rows, correction, s);
-    probabilities<T, kDrops>(args, philox_key, h.flat, strip, last * kKeys, s, p);
+    probabilities<T, kDrops>(args, philox_key, h.random, strip, last * kKeys, s, p);
     constexpr int kTurn = 1;  // named barriers 1 and 2: the warpgroup's turn at the tensor cores
     if (group == 1 && last > 0) named_arrive(kTurn, 256);
     for (int n = 1; n <= last; ++n) {
@@ -250,7 +247,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
       release(&v_empty[(n - 1) % kStages]);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
-      probabilities<T, kDrops>(args, philox_key, h.flat, strip, col0, s, p);
+      probabilities<T, kDrops>(args, philox_key, h.random, strip, col0, s, p);
     }
     barrier_wait(&v_full[last % kStages], last / kStages % 2);
     start_sums<T, kHeadDim>(o, p, v_tiles + last % kStages * Shape::kTileBytes, last > 0);
@@ -282,7 +279,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
       }
-      probabilities<T, kDrops>(args, philox_key, h.flat, strip, col0, s, p);
+      probabilities<T, kDrops>(args, philox_key, h.random, strip, col0, s, p);
       barrier_wait(&v_full[stage], parity);
       start_sums<T, kHeadDim>(o, p, v_tiles + stage * Shape::kTileBytes, n > 0);
       wgmma_wait<0>();
@@ -325,13 +322,8 @@ void attention_forward_hopper(const Context& context, const AttentionArgs& args,
 
 bool hopper_serves(const Context& context, const AttentionArgs& args, DType dtype) {
   if (context.compute_capability != 90 || !is_16bit_float(dtype) || args.head_dim > 128 || !args.vectors) return false;
-  static const bool built = [] {
-    cudaFuncAttributes attributes{};
-    const bool found = cudaFuncGetAttributes(&attributes, hopper::forward_kernel<__half, 64, false, false>) == cudaSuccess;
-    if (!found) cudaGetLastError();
-    return found && attributes.sharedSizeBytes > 0;  // code for other targets is empty and has no barriers
-  }();
-  return built;
+  const void* kernel = reinterpret_cast<const void*>(hopper::forward_kernel<__half, 64, false, false>);
+  return kernel_attributes(context, kernel).sharedSizeBytes > 0;  // code for other targets is empty and has no barriers
 }
 
 }  // namespace cuda

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <map>
+#include <mutex>
 #include <string>
 #include <type_traits>
 
@@ -22,6 +24,25 @@ void launch(const Context& context, const char* name, void (*kernel)(Args...), i
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, context.stream>>>(args...);
   check_launch(name);
 }
+
+// What was built of a kernel for the context's device, asked once.
+inline cudaFuncAttributes kernel_attributes(const Context& context, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, cudaFuncAttributes> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(context.device, kernel);
+  auto found = known.find(key);
+  if (found == known.end()) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    found = known.emplace(key, attributes).first;
+  }
+  return found->second;
+}
+
+// Whether the mma.sync kernels can run: a device of compute capability 8.0 or later and code for 8.0 or later, not for 7.0 compiled
+// anew by the driver.
+bool tensor_cores_serve(const Context& context);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

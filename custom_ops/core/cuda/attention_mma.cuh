@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/cuda/attention_fragments.cuh"
+#include "core/cuda/attention_launch.h"
 
 namespace pfa {
 namespace cuda {
@@ -13,7 +14,7 @@ namespace tensor {
 
 // Whether float32 may go by TF32 tensor cores, and the kernels are there for the head dim.
 inline bool tf32_serves(const Context& context, const AttentionArgs& args) {
-  return context.allow_tf32 && context.compute_capability >= 80 && args.head_dim <= 128;
+  return context.allow_tf32 && args.head_dim <= 128 && tensor_cores_serve(context);
 }
 
 constexpr int kWarps = 4;
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
         float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[m][2 * n]);
         if (kGeneral && args.drops) {
           bool kept[8];
-          kept_by_query(args, philox_key, h.flat, strip, col0 + 16 * n, kept);
+          kept_by_query(args, philox_key, h.random, strip, col0 + 16 * n, kept);
 #pragma unroll
           for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : 0.0f;
         }
@@ -328,10 +329,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
       factor[half] = sum > 0.0f ? static_cast<float>(args.drop_scale) / sum : 0.0f;
       const int row = row0 + warp_row + 16 * m + lane_row(2 * half);
-      if (args.log_sum_exp && threadIdx.x % 4 == 0 && row < args.seq_len) {
-        static_cast<float*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] =
-            sum > 0.0f ? (maximum[m][half] + log2f(sum)) * static_cast<float>(kLn2) : INFINITY;
-      }
+      if (threadIdx.x % 4 == 0) store_row_statistics(args, h.flat, row, maximum[m][half], sum);
     }
     const int row = warp_row + 16 * m;
     store_rows<T, kHeadDim, kRow>(sums[m], factor[0], factor[1], q_tile + row * kRow, out_head<T>(args, args.out, h),
@@ -347,7 +345,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 template <bool kGeneral, bool kRowsAreKeys>
 __device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
                                                 int64_t mask_offset, float scale_log2, int row0, int column0, bool edge,
-                                                const float (&lse2)[4], const float (&delta)[4], float (&s)[8], float (&dp)[8]) {
+                                                const float (&lse2)[4], const float (&shift2)[4], const float (&delta)[4], float (&s)[8],
+                                                float (&dp)[8]) {
   const float drop_scale = static_cast<float>(args.drop_scale);
 #pragma unroll
   for (int e = 0; e < 8; ++e) s[e] *= scale_log2;
@@ -363,7 +362,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int query = kRowsAreKeys ? e / 4 * 2 + e % 2 : e / 2 % 2;  // which of the lane's queries
-    float p = exp2_of(fminf(s[e] - lse2[query], 0.0f));
+    float p = exp2_of(fminf(s[e] - (kGeneral ? shift2[query] : 0.0f) - lse2[query], 0.0f));
     if (edge) {
       const int i = kRowsAreKeys ? column0 + lane_column(e) : row0 + lane_row(e);
       const int j = kRowsAreKeys ? row0 + lane_row(e) : column0 + lane_column(e);
@@ -453,15 +452,16 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
     const bool edge = key0 + Shape::kOuter > args.seq_len || (args.causal && key0 + Shape::kOuter - 1 > row0);
 #pragma unroll
     for (int n = 0; n < kQueries / 16; ++n) {
-      float lse2[4], delta[4];
+      float lse2[4], shift2[4] = {}, delta[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row0 + 16 * n + lane_column(i / 2 * 4 + i % 2);
         lse2[i] = lse2_head[row];
+        if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
         delta[i] = delta_head[row];
       }
-      score_gradients<kGeneral, true>(args, philox_key, h.flat, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge, lse2,
-                                      delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
+      score_gradients<kGeneral, true>(args, philox_key, h.random, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge, lse2,
+                                      shift2, delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
       uint32_t p[1][kQueries / kDepth<T>][4];
@@ -522,11 +522,12 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   PhiloxState philox_key{};
   if (kGeneral && args.drops) philox_key = attention_philox(args);
 
-  float lse2[4] = {}, delta[4] = {};
+  float lse2[4] = {}, shift2[4] = {}, delta[4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = row0 + warp_row + lane_row(2 * i);
     lse2[i] = static_cast<const float*>(args.lse2)[statistics + row];
+    if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
     delta[i] = static_cast<const float*>(args.delta)[statistics + row];
   }
   float dq[1][kHeadDim / 8][4];
@@ -558,8 +559,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
     const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0 + warp_row);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      score_gradients<kGeneral, false>(args, philox_key, h.flat, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n, edge, lse2,
-                                       delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
+      score_gradients<kGeneral, false>(args, philox_key, h.random, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n, edge, lse2,
+                                       shift2, delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
     }
     uint32_t ds[1][kKeys / kDepth<T>][4];
     pack_pieces<T>(ds, dp);

@@ -144,7 +144,8 @@ __device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadI
   Acc score = product * static_cast<Acc>(args.score_scale * kLog2e);
   if (args.mask.data) {
     const int64_t* s = args.mask.strides;
-    score += mask_log2<Acc>(args.mask, h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3]);
+    const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
+    with_mask_elements(args.mask, [&](const auto* elements) { score += mask_log2<Acc>(elements[index]); });
   }
   return score;
 }
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
         const int j = col0 + tx + 16 * c;
         Acc probability = exp2_of(s[r][c] - base);
         total[r] += probability;
-        if (args.drops && (attention_random(philox_key, h.flat, i, j) << 16) <= args.drop_limit) probability = 0;
+        if (args.drops && (attention_random(philox_key, h.random, i, j) << 16) <= args.drop_limit) probability = 0;
         tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = probability;
       }
     }
@@ -217,10 +218,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
     for (int lane = 8; lane > 0; lane /= 2) total[r] += __shfl_xor_sync(0xFFFFFFFFu, total[r], lane);
     factor[r] = total[r] > 0 ? static_cast<Acc>(args.drop_scale) / total[r] : Acc(0);
     const int row = row0 + ty + 16 * r;
-    if (args.log_sum_exp && tx == 0 && row < args.seq_len) {
-      static_cast<Acc*>(args.log_sum_exp)[h.flat * static_cast<int64_t>(args.seq_len) + row] =
-          total[r] > 0 ? maximum[r] * static_cast<Acc>(kLn2) + log(total[r]) : infinity<Acc>();
-    }
+    if (tx == 0) store_row_statistics(args, h.flat, row, maximum[r], total[r]);
   }
   store_sums<T, Acc, kHeadDim>(out_head<T>(args, args.out, h), args.heads_dim(), row0, sums, factor, args);
 }
@@ -229,9 +227,10 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
 // `d_score`, the gradient of the score.
 template <class Acc>
 __device__ __forceinline__ void score_gradient(const AttentionArgs& args, const HeadIndex& h, PhiloxState philox_key, int i, int j,
-                                               Acc lse2, Acc delta, Acc product, Acc d_product, Acc& sum_p, Acc& d_score) {
-  const Acc p = exp2_of(min(score_log2(args, h, product, i, j) - lse2, Acc(0)));
-  const bool kept = !args.drops || (attention_random(philox_key, h.flat, i, j) << 16) > args.drop_limit;
+                                               Acc lse2, Acc shift2, Acc delta, Acc product, Acc d_product, Acc& sum_p,
+                                               Acc& d_score) {
+  const Acc p = exp2_of(min(score_log2(args, h, product, i, j) - shift2 - lse2, Acc(0)));
+  const bool kept = !args.drops || (attention_random(philox_key, h.random, i, j) << 16) > args.drop_limit;
   sum_p = kept ? p : Acc(0);
   d_score = p * ((kept ? d_product * static_cast<Acc>(args.drop_scale) : Acc(0)) - delta);
 }
@@ -253,6 +252,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
   const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
   const Acc* lse2 = static_cast<const Acc*>(args.lse2) + h.flat * static_cast<int64_t>(args.rows_padded);
   const Acc* delta = static_cast<const Acc*>(args.delta) + h.flat * static_cast<int64_t>(args.rows_padded);
+  const Acc* shift2 = args.shift2 ? static_cast<const Acc*>(args.shift2) + h.flat * static_cast<int64_t>(args.rows_padded) : nullptr;
   const int ty = threadIdx.x / 16;
   const int tx = threadIdx.x % 16;
   PhiloxState philox_key{};
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
         Acc sum_p = 0;
         Acc d_score = 0;
         if (i < args.seq_len) {
-          score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], delta[i], s[r][c], dp[r][c], sum_p, d_score);
+          score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2 ? shift2[i] : Acc(0), delta[i], s[r][c],
+                         dp[r][c], sum_p, d_score);
         }
         dp[r][c] = d_score;
         tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = sum_p;
@@ -319,11 +320,12 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(Attention
   if (args.drops) philox_key = attention_philox(args);
 
   Acc dq[kN][kHeadDim / 16] = {};
-  Acc lse2[kN], delta[kN];
+  Acc lse2[kN], shift2[kN], delta[kN];
 #pragma unroll
   for (int r = 0; r < kN; ++r) {
     const int row = row0 + ty + 16 * r;
     lse2[r] = row < args.seq_len ? static_cast<const Acc*>(args.lse2)[statistics + row] : infinity<Acc>();
+    shift2[r] = args.shift2 && row < args.seq_len ? static_cast<const Acc*>(args.shift2)[statistics + row] : Acc(0);
     delta[r] = row < args.seq_len ? static_cast<const Acc*>(args.delta)[statistics + row] : Acc(0);
   }
   const int end = args.causal ? min(args.seq_len, row0 + Shape::kRows) : args.seq_len;
@@ -336,8 +338,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(Attention
 #pragma unroll
       for (int c = 0; c < kN; ++c) {
         Acc sum_p, d_score;
-        score_gradient(args, h, philox_key, row0 + ty + 16 * r, col0 + tx + 16 * c, lse2[r], delta[r], s[r][c], dp[r][c], sum_p,
-                       d_score);
+        score_gradient(args, h, philox_key, row0 + ty + 16 * r, col0 + tx + 16 * c, lse2[r], shift2[r], delta[r], s[r][c], dp[r][c],
+                       sum_p, d_score);
         tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = d_score;
       }
     }
