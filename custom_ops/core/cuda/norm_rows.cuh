@@ -1,7 +1,7 @@
 // What the kernels over rows share: the shape of their thread blocks and sums over the threads of a row.
 //
 // A row is held in registers by a group of threads, threadIdx.y being the group and threadIdx.x the thread within it; a group
-// is a whole number of warps and has a barrier of its own.
+// is a whole number of warps.
 #pragma once
 
 #include <algorithm>
@@ -39,12 +39,19 @@ inline bool all_aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
+// Groups wait each by itself, or (kTogether) all in one barrier. The former leaves them independent, but as the compiler sees
+// no barrier's number it reserves all 16, and no more than four such blocks fit on a multiprocessor.
+template <bool kTogether>
 __device__ __forceinline__ void group_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+  if constexpr (kTogether) {
+    __syncthreads();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+  }
 }
 
 // Sums N values over the group. `slots` is shared memory of N * kMaxWarps numbers, free until the group's next barrier but one.
-template <int N, class A>
+template <bool kTogether, int N, class A>
 __device__ __forceinline__ void group_sum(A (&value)[N], A* slots) {
 #pragma unroll
   for (int n = 0; n < N; ++n) value[n] = warp_sum(value[n]);
@@ -55,7 +62,7 @@ __device__ __forceinline__ void group_sum(A (&value)[N], A* slots) {
 #pragma unroll
     for (int n = 0; n < N; ++n) slots[threadIdx.x / 32 * N + n] = value[n];
   }
-  group_barrier();
+  group_barrier<kTogether>();
 #pragma unroll
   for (int n = 0; n < N; ++n) value[n] = 0;
   for (int warp = 0; warp < warps; ++warp) {

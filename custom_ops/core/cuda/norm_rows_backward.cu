@@ -109,6 +109,10 @@ constexpr int kBlockThreads = sizeof(T) < 8 && kItems == kFewItems<T> ? 1024 : 5
 template <Kind kKind, int kItems>
 constexpr int kRowsInFlight = std::max(2, std::min(4, 12 / (kInputs<kKind> * kItems)));
 
+// Numbers between the rows of the exchange of sums, so that reading neighbouring columns meets different banks.
+template <class T>
+constexpr int kPadding = 128 / sizeof(Accumulator<T>) / kVectorSize<T>;
+
 template <class T, class P, Kind kKind, int kItems>
 __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
@@ -127,10 +131,12 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
   const int cols = static_cast<int>(k.cols);
   const auto col_of = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) * kVec; };
 
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  // All groups of a block take as many turns; one that has run out of rows works on a row of no columns.
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
   const int step = static_cast<int>(gridDim.x * blockDim.y);
 
-  const auto fetch = [&](int64_t row, int stage) {
+  const auto fetch = [&](int64_t first_row, int stage) {
+    const int64_t row = first_row + threadIdx.y;
     if (row < k.rows) {
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
@@ -153,7 +159,8 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
 
   const A inverse_cols = A(1) / static_cast<A>(k.cols);
   A mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
-  const auto fetch_statistics = [&](int64_t row) {
+  const auto fetch_statistics = [&](int64_t first_row) {
+    const int64_t row = first_row + threadIdx.y;
     if (kHasNorm && row < k.rows) {
       next_mean = k.mean[row];
       next_rstd = k.rstd[row];
@@ -163,12 +170,14 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
 
   int stage = 0;
   int parity = 0;
-  for (int64_t row = first; row < k.rows; row += step) {
+  for (int64_t first_row = first; first_row < k.rows; first_row += step) {
+    const int64_t row = first_row + threadIdx.y;
+    const int width = row < k.rows ? cols : 0;
     mean = next_mean;
     rstd = next_rstd;
-    fetch_statistics(row + step);
+    fetch_statistics(first_row + step);
     const int ahead = stage == 0 ? kDepth - 1 : stage - 1;
-    fetch(row + (kDepth - 1) * step, ahead);
+    fetch(first_row + (kDepth - 1) * step, ahead);
     wait_copies<kDepth - 1>();
 
     A means[2] = {0, 0};
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
         const int col = col_of(item);
-        if (col < cols) {
+        if (col < width) {
           A g[kVec], n[kVec], factor[kVec];
           k.load_scale(col, factor);
           load(reinterpret_cast<const T*>(slot(stage, 0, item)), g);
@@ -192,7 +201,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
           }
         }
       }
-      group_sum(means, slots[parity]);
+      group_sum<false>(means, slots[parity]);
       parity ^= 1;
       means[0] *= inverse_cols;
       means[1] *= inverse_cols;
@@ -202,7 +211,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       const int col = col_of(item);
-      if (col < cols) {
+      if (col < width) {
         A d[kVec];
         load(reinterpret_cast<const T*>(slot(stage, 0, item)), d);
         if constexpr (kHasNorm) {
@@ -236,23 +245,24 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
   wait_copies<0>();
   __syncthreads();
   A* exchange = reinterpret_cast<A*>(shared);
+  const int pitch = threads + kPadding<T>;
 #pragma unroll
   for (int s = 0; s < kSums<kKind>; ++s) {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) exchange[((s * kItems + item) * kVec + i) * threads + thread] = sums[s][item][i];
+      for (int i = 0; i < kVec; ++i) exchange[((s * kItems + item) * kVec + i) * pitch + thread] = sums[s][item][i];
     }
   }
   __syncthreads();
   for (int col = thread; col < cols; col += threads) {
     const int vector = col / kVec;
-    const int place = (vector / blockDim.x * kVec + col % kVec) * threads + vector % blockDim.x;
+    const int place = (vector / blockDim.x * kVec + col % kVec) * pitch + vector % blockDim.x;
 #pragma unroll
     for (int s = 0; s < kSums<kKind>; ++s) {
       A total = 0;
       for (int group = 0; group < static_cast<int>(blockDim.y); ++group) {
-        total += exchange[s * kItems * kVec * threads + place + group * blockDim.x];
+        total += exchange[s * kItems * kVec * pitch + place + group * blockDim.x];
       }
       const int target = kKind == Kind::kDropout ? 2 : s;
       k.partial[(static_cast<int64_t>(target) * gridDim.x + blockIdx.x) * cols + col] = total;
@@ -279,7 +289,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(c
       means[0] += g;
       means[1] += g * (widen(k.z[row * k.cols + col]) - mean) * rstd;
     }
-    group_sum(means, slots);
+    group_sum<true>(means, slots);
     means[0] /= static_cast<A>(k.cols);
     means[1] /= static_cast<A>(k.cols);
   }
@@ -333,7 +343,7 @@ int64_t launch(Context& context, const Kernel<T, P>& kernel) {
   const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
   const int threads = shape.group_threads * shape.groups;
   const size_t copies = sizeof(uint4) * kRowsInFlight<kKind, kItems> * kInputs<kKind> * kItems * threads;
-  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * kSums<kKind> * threads;
+  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * kSums<kKind> * (threads + kPadding<T>);
   const size_t shared = std::max(copies, exchange);
   if (shared > context.max_shared_bytes) return 0;
   const auto function = norm_rows_backward_kernel<T, P, kKind, kItems>;

@@ -11,7 +11,7 @@ namespace pfa {
 namespace cuda {
 namespace {
 
-constexpr int kBlockThreads = 128;
+constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupThreads = 512;
 constexpr int kLongThreads = 256;
 constexpr int kItems = 4;  // vectors that a thread has in flight
@@ -82,14 +82,14 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
   constexpr int kVec = kVectorSize<T>;
   __shared__ A slots[2][kMaxWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= k.rows) return;  // the whole group
+  const int64_t cols = row < k.rows ? k.cols : 0;  // a group without a row takes part in the barriers
   const PhiloxState state = k.philox();
 
   Vector<T, kVec> y[kRowItems], x[kRowItems];
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-    if (col < k.cols) {
+    if (col < cols) {
       y[item] = load_vector<kVec>(k.y + row * k.cols + col);
       if (k.x) x[item] = load_vector<kVec>(k.x + row * k.cols + col);
     }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-    if (col < k.cols) {
+    if (col < cols) {
       const int64_t index = row * k.cols + col;
       y[item] = k.form_z(state, index, y[item], x[item]);
       if (k.z) store_vector(k.z + index, y[item]);
@@ -112,30 +112,30 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
   }
   if (!k.out) return;
 
-  group_sum(sum, slots[0]);
+  group_sum<true>(sum, slots[0]);
   const A mean = sum[0] / static_cast<A>(k.cols);
   A squares[1] = {0};
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-    if (col < k.cols) {
+    if (col < cols) {
       A value[kVec];
       widen(y[item], value);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) squares[0] += (value[i] - mean) * (value[i] - mean);
     }
   }
-  group_sum(squares, slots[1]);
+  group_sum<true>(squares, slots[1]);
   const A rstd = reciprocal_root(squares[0] / static_cast<A>(k.cols) + k.epsilon);
 
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && row < k.rows) {
     if (k.mean) k.mean[row] = mean;
     if (k.rstd) k.rstd[row] = rstd;
   }
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-    if (col < k.cols) {
+    if (col < cols) {
       A value[kVec];
       widen(y[item], value);
       k.normalize(col, mean, rstd, value);
@@ -164,14 +164,14 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
   }
   if (!k.out) return;
 
-  group_sum(sum, slots[0]);
+  group_sum<true>(sum, slots[0]);
   const A mean = sum[0] / static_cast<A>(k.cols);
   A squares[1] = {0};
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
     const A centred = widen(kept[col]) - mean;
     squares[0] += centred * centred;
   }
-  group_sum(squares, slots[1]);
+  group_sum<true>(squares, slots[1]);
   const A rstd = reciprocal_root(squares[0] / static_cast<A>(k.cols) + k.epsilon);
 
   if (threadIdx.x == 0) {
