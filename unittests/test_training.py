@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.distributed.fleet.utils import recompute
-from paddle_fused_attention import FusedMultiHeadAttention, count_flops, fused_multi_head_attention
+from paddle_fused_attention import FusedMultiHeadAttention, count_flops, fused_multi_head_attention, incubate
 
 IS_PADDLE_2 = paddle.__version__.startswith("2.")
 NORMS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
@@ -415,6 +415,10 @@ def test_flops():
         layer.total_ops = 5
         count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
         assert layer.total_ops == 5 + expected_flops(2, 7, pairs)
+    layer = incubate.FusedMultiHeadAttention(24, 4)
+    layer.total_ops = 0
+    count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
+    assert layer.total_ops == expected_flops(2, 7, 49)
 
 
 def test_paddle_flops(capsys):

@@ -1,4 +1,4 @@
-"""Lets paddle.flops count FusedMultiHeadAttention: layers that Paddle doesn't know count as zero."""
+"""Lets paddle.flops count the fused layers: those that Paddle doesn't know count as zero."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from paddle.hapi.dynamic_flops import register_hooks
 
+from . import incubate
 from .layer import FusedMultiHeadAttention
 
 
 def count_flops(layer: Any, inputs: Any, output: Any) -> None:
     """Adds the multiply-accumulates of one call to ``layer.total_ops``, as Paddle counts its Linear.
 
-    Those are the four projections and both products of attention; with ``layer.causal`` only the pairs of a query and a key
+    Those are the four projections and both products of attention; if the layer is causal only the pairs of a query and a key
     that it may see. For a subclass: ``paddle.flops(net, size, custom_ops={Subclass: count_flops})``.
 
     Args:
@@ -21,8 +22,9 @@ def count_flops(layer: Any, inputs: Any, output: Any) -> None:
         output: Not used.
     """
     batch, seq_len, embed_dim = inputs[0].shape
-    pairs = seq_len * (seq_len + 1) // 2 if layer.causal else seq_len * seq_len
+    pairs = seq_len * (seq_len + 1) // 2 if getattr(layer, "causal", False) else seq_len * seq_len
     layer.total_ops += batch * embed_dim * (4 * seq_len * embed_dim + 2 * pairs)
 
 
-register_hooks[FusedMultiHeadAttention] = count_flops
+for _layer in (FusedMultiHeadAttention, incubate.FusedMultiHeadAttention):
+    register_hooks[_layer] = count_flops
