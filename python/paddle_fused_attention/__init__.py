@@ -5,6 +5,7 @@ from ._flops import count_flops
 from .convert import convert, revert
 from .functional import fused_multi_head_attention
 from .layer import FusedMultiHeadAttention
+from .parallel import ParallelClipGradByGlobalNorm, ParallelFusedMultiHeadAttention, full_state_dict, load_full_state_dict
 from .patching import patch, unpatch
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -12,10 +13,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedMultiHeadAttention",
+    "ParallelClipGradByGlobalNorm",
+    "ParallelFusedMultiHeadAttention",
     "convert",
     "count_flops",
+    "full_state_dict",
     "fused_multi_head_attention",
     "incubate",
+    "load_full_state_dict",
     "pack_qkv_bias",
     "pack_qkv_weight",
     "patch",

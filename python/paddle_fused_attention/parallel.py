@@ -1,0 +1,479 @@
+"""Tensor parallelism: the attention block with its heads spread over the processes of a communication group.
+
+Each process computes the operator for its own heads, from the whole input to their part of the output projection. The parts are summed
+over the group; bias, dropout, residual and final layer norm then run alike on every process. In backward the gradients of what all
+processes share before the sum, the input and the first layer norm's parameters, are summed in turn. Dropout masks are those of the
+whole layer whatever the number of processes, since all draw from generators with the same seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import nn
+from paddle.base import core
+from paddle.framework import in_dynamic_mode
+from paddle.nn import functional as F
+
+from . import _op
+from ._composed import _layer_norm
+from .layer import FusedMultiHeadAttention
+
+# The dimension of each parameter that runs over the heads.
+_HEAD_AXES = {"qkv_weight": 1, "qkv_bias": 1, "linear_weight": 0}
+
+
+def _resolve_group(group: Any) -> Any:
+    """The group, or all processes for None; None if there is nobody to talk to."""
+    if group is None:
+        if not dist.is_initialized():
+            return None
+        group = dist.get_group(0)
+    if not isinstance(group, dist.communication.group.Group):
+        raise TypeError(f"group: expected a group of paddle.distributed.new_group or None, got {type(group).__name__}")
+    # Not by group.rank, which is -1 in groups of one too.
+    if dist.get_rank() not in group.ranks:
+        raise ValueError(
+            f"group: expected a group that this process belongs to, got one of ranks {group.ranks} on rank {dist.get_rank()}"
+        )
+    return group if group.nranks > 1 else None
+
+
+@paddle.no_grad()
+def _add_up(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
+    """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are wrong."""
+    data = tensor.detach()
+    if group.backend == "GLOO" and data.dtype in (paddle.float16, paddle.bfloat16):
+        total = data.astype("float32")
+        dist.all_reduce(total, group=group)
+        paddle.assign(total.astype(data.dtype), data)
+    else:
+        dist.all_reduce(data, group=group)
+    return tensor
+
+
+def _shared(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
+    """What every process uses for its own heads: its gradient is the sum over the group of what each process made of it."""
+    if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
+        return tensor
+    # A tensor of its own, so that the hook sees the gradient from this use alone. A PyLayer would have to copy it, and reshape to the
+    # same shape gives the tensor itself.
+    view = tensor.unsqueeze(0).squeeze(0)
+    view.register_hook(lambda gradient: _add_up(gradient, group))
+    return view
+
+
+def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_heads: int) -> Any:
+    if mask is None or len(mask.shape) < 3 or mask.shape[-3] == 1:
+        return mask
+    if mask.shape[-3] != total_heads:
+        scores = [x.shape[0], total_heads, x.shape[1], x.shape[1]]
+        raise ValueError(
+            "attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = "
+            f"{scores}, got {list(mask.shape)}"
+        )
+    return mask if num_heads == total_heads else mask[..., first_head : first_head + num_heads, :, :]
+
+
+def parallel_attention(
+    x: paddle.Tensor,
+    qkv_weight: paddle.Tensor,
+    linear_weight: paddle.Tensor,
+    pre_layer_norm: bool = False,
+    pre_ln_scale: paddle.Tensor | None = None,
+    pre_ln_bias: paddle.Tensor | None = None,
+    ln_scale: paddle.Tensor | None = None,
+    ln_bias: paddle.Tensor | None = None,
+    pre_ln_epsilon: float = 1e-5,
+    qkv_bias: paddle.Tensor | None = None,
+    linear_bias: paddle.Tensor | None = None,
+    attn_mask: paddle.Tensor | None = None,
+    dropout_rate: float = 0.5,
+    attn_dropout_rate: float = 0.5,
+    ln_epsilon: float = 1e-5,
+    *,
+    group: Any,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    final_layer_norm: bool = True,
+    add_residual: bool = True,
+    causal: bool = False,
+    seed: int | None = None,
+) -> paddle.Tensor:
+    """:func:`fused_multi_head_attention` where each process of `group` holds an equal share of the heads, in the order of ranks.
+
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
+    ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every process, ``attn_mask`` included.
+    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention.
+    """
+    if group is not None and not in_dynamic_mode():
+        raise NotImplementedError(
+            "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
+        )
+    if len(qkv_weight.shape) != 4:
+        raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
+    num_heads = qkv_weight.shape[1]
+    total_heads = num_heads if group is None else num_heads * group.nranks
+    first_head = 0 if group is None else num_heads * group.rank
+    switches = _op.UPSCALE_IN_TRAIN if mode == "upscale_in_train" else 0
+    if pre_layer_norm:
+        switches |= _op.PRE_LAYER_NORM
+        pre_ln_scale, pre_ln_bias = _shared(pre_ln_scale, group), _shared(pre_ln_bias, group)
+    else:
+        pre_ln_scale = pre_ln_bias = None
+    if causal:
+        switches |= _op.CAUSAL
+    if seed is not None:
+        switches |= _op.FIXED_SEED
+    mask = _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)
+    # Not in the operator: bias, dropout, residual and final layer norm come once, after the sum.
+    y = _op.fused_attention(
+        (_shared(x, group), qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, None, None, qkv_bias, None, mask),
+        is_test=not training,
+        switches=switches,
+        pre_ln_epsilon=pre_ln_epsilon,
+        ln_epsilon=ln_epsilon,
+        dropout_rate=0.0,
+        attn_dropout_rate=attn_dropout_rate,
+        seed=0 if seed is None else int(seed),
+        first_head=first_head,
+        total_heads=total_heads,
+    )
+    if group is not None:
+        # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
+        y = _add_up(y, group)
+    with paddle.amp.auto_cast(enable=False):
+        return _finish(
+            y,
+            x if add_residual else None,
+            linear_bias,
+            dropout_rate,
+            training,
+            mode,
+            final_layer_norm,
+            ln_scale,
+            ln_bias,
+            ln_epsilon,
+        )
+
+
+def _finish(
+    y: Any,
+    residual: Any,
+    bias: Any,
+    dropout_rate: float,
+    training: bool,
+    mode: str,
+    has_norm: bool,
+    scale: Any,
+    shift: Any,
+    epsilon: float,
+) -> Any:
+    """What comes after the sum, at least in float32, as in the operator."""
+    dtype = y.dtype
+    compute = "float64" if dtype == paddle.float64 else "float32"
+    y, residual, bias, scale, shift = (
+        None if tensor is None else paddle.cast(tensor, compute) for tensor in (y, residual, bias, scale, shift)
+    )
+    z = F.dropout(y if bias is None else y + bias, dropout_rate, training=training, mode=mode)
+    if residual is not None:
+        z = residual + z
+    if has_norm:
+        z = _layer_norm(z, scale, shift, epsilon)
+    return paddle.cast(z, dtype)
+
+
+class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
+    """:class:`FusedMultiHeadAttention` with its heads spread over the processes of a communication group.
+
+    Every process of the group makes the layer, with the same arguments and the same ``paddle.seed``, and calls it with the same input;
+    each gets the whole result. Initial values, dropout masks, results and gradients are then the same, up to rounding, for every number
+    of processes, one included. Dropout masks are not those of :class:`FusedMultiHeadAttention`.
+
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
+    ``linear_weight`` [num_heads / n * head_dim, embed_dim]: the process's share, marked ``is_distributed`` as by Paddle's own
+    tensor-parallel layers. The other parameters are whole and alike on every process, and so are their gradients. Clipping by a global
+    norm must add up the squares of the shares, as :class:`ParallelClipGradByGlobalNorm` does.
+
+    With more than one process the layer works in dygraph only.
+
+    Args:
+        group: A group of ``paddle.distributed.new_group`` that this process belongs to; None: all processes, or the one that there is
+            without ``paddle.distributed.init_parallel_env``.
+        The others are those of :class:`FusedMultiHeadAttention`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As from :class:`FusedMultiHeadAttention`; and: num_heads is not a multiple of the
+            number of processes, this process is not in the group, or the processes' seeds differ.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout_rate: float = 0.5,
+        attn_dropout_rate: float = 0.5,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        normalize_before: bool = False,
+        need_weights: bool = False,
+        weight_attr: Any = None,
+        bias_attr: Any = None,
+        name: str | None = None,
+        *,
+        epsilon: float = 1e-5,
+        final_layer_norm: bool = True,
+        causal: bool = False,
+        add_residual: bool = True,
+        group: Any = None,
+    ) -> None:
+        group = _resolve_group(group)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout_rate,
+            attn_dropout_rate,
+            kdim,
+            vdim,
+            normalize_before,
+            need_weights,
+            weight_attr,
+            bias_attr,
+            name,
+            epsilon=epsilon,
+            final_layer_norm=final_layer_norm,
+            causal=causal,
+            add_residual=add_residual,
+        )
+        # Groups can be neither copied nor pickled, as layers can.
+        self._group_id = None if group is None else group.id
+        if group is None:
+            return
+        if num_heads % group.nranks:
+            raise ValueError(f"num_heads: expected a multiple of the group's {group.nranks} processes, got {num_heads}")
+        if not in_dynamic_mode():
+            raise NotImplementedError("ParallelFusedMultiHeadAttention: expected dygraph for a group, got a static graph")
+        _check_seeds(group)
+        for parameter_name in _HEAD_AXES:
+            self._keep_share(parameter_name)
+
+    @property
+    def group(self) -> Any:
+        """The group, or None where the layer is not split."""
+        return None if self._group_id is None else dist.get_group(self._group_id)
+
+    @property
+    def degree(self) -> int:
+        """The number of processes that the heads are spread over."""
+        return 1 if self._group_id is None else self.group.nranks
+
+    def _share(self, name: str, value: Any) -> Any:
+        """This process's part of a whole parameter."""
+        group = self.group
+        axis = _HEAD_AXES.get(name)
+        if group is None or axis is None:
+            return value
+        size = value.shape[axis] // group.nranks
+        index = [slice(None)] * axis + [slice(size * group.rank, size * (group.rank + 1))]
+        return value[tuple(index)]
+
+    def _keep_share(self, name: str) -> None:
+        """Makes a whole parameter this process's part of it, so that its name, attributes and initial values are the whole layer's."""
+        parameter = getattr(self, name)
+        if parameter is None:
+            return
+        with paddle.no_grad():
+            share = self._share(name, parameter).clone()
+        # As Paddle's Layer.to() gives a parameter other data.
+        parameter.value().get_tensor()._share_data_with(share.value().get_tensor())
+        parameter.is_distributed = True
+
+    def _assign(self, parameters: dict[str, Any]) -> None:
+        super()._assign({name: None if value is None else self._share(name, value) for name, value in parameters.items()})
+
+    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
+        return parallel_attention(
+            query,
+            self.qkv_weight,
+            self.linear_weight,
+            self.normalize_before,
+            self.pre_ln_scale,
+            self.pre_ln_bias,
+            self.ln_scale,
+            self.ln_bias,
+            self.epsilon,
+            self.qkv_bias,
+            self.linear_bias,
+            attn_mask,
+            self.dropout_rate,
+            self.attn_dropout_rate,
+            self.epsilon,
+            group=self.group,
+            training=self.training,
+            final_layer_norm=self.final_layer_norm,
+            add_residual=self.add_residual,
+            causal=self.causal,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, degree={self.degree}"
+
+    @classmethod
+    def from_full(cls, layer: FusedMultiHeadAttention, group: Any = None) -> ParallelFusedMultiHeadAttention:
+        """The layer with copies of this process's part of the parameters of `layer`, which is the same on every process.
+
+        Raises:
+            TypeError: `layer` is not a FusedMultiHeadAttention, or is split itself.
+            ValueError: See the constructor.
+        """
+        if not isinstance(layer, FusedMultiHeadAttention) or getattr(layer, "degree", 1) > 1:
+            raise TypeError(f"layer: expected a FusedMultiHeadAttention with all heads, got {type(layer).__name__}")
+        return _copy_of(layer, cls, group=group)
+
+    def to_full(self) -> FusedMultiHeadAttention:
+        """The whole layer, with copies of all processes' parameters, on every process. All of the group must call it."""
+        return _copy_of(self, FusedMultiHeadAttention)
+
+    def full_state_dict(self) -> dict[str, paddle.Tensor]:
+        """The state dict of the whole layer, on every process: see :func:`full_state_dict`."""
+        return full_state_dict(self)
+
+    def load_full_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Sets this process's part of the whole layer's state dict: see :func:`load_full_state_dict`."""
+        return load_full_state_dict(self, state_dict)
+
+    @classmethod
+    def from_multi_head_attention(
+        cls,
+        mha: nn.MultiHeadAttention,
+        norm: nn.LayerNorm | None = None,
+        normalize_before: bool = False,
+        *,
+        group: Any = None,
+        **kwargs: Any,
+    ) -> ParallelFusedMultiHeadAttention:
+        """As :meth:`FusedMultiHeadAttention.from_multi_head_attention`, spread over `group`."""
+        whole = FusedMultiHeadAttention.from_multi_head_attention(mha, norm, normalize_before, **kwargs)
+        return cls.from_full(whole, group)
+
+    def to_multi_head_attention(self) -> tuple[nn.MultiHeadAttention, nn.LayerNorm | None]:
+        """As :meth:`FusedMultiHeadAttention.to_multi_head_attention`, of the whole layer. All of the group must call it."""
+        return FusedMultiHeadAttention.to_multi_head_attention(self if self.degree == 1 else self.to_full())
+
+
+def _check_seeds(group: Any) -> None:
+    """Other seeds would give every process other initial values and dropout masks, which nothing later would notice."""
+    generator = core.default_cpu_generator()
+    if paddle.get_device().startswith("gpu"):
+        generator = core.default_cuda_generator(int(paddle.get_device().split(":")[1]))
+    seeds: list[paddle.Tensor] = []
+    # Halves, because seeds may use all 64 bits.
+    seed = generator.initial_seed()
+    dist.all_gather(seeds, paddle.to_tensor([seed >> 32, seed & 0xFFFFFFFF], dtype="int64"), group=group)
+    found = [(int(high) << 32) | int(low) for high, low in (pair.numpy() for pair in seeds)]
+    if len(set(found)) > 1:
+        raise ValueError(f"paddle.seed: expected the same seed on every process of the group, got {found}")
+
+
+def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any:
+    layer = cls(
+        source.embed_dim,
+        source.num_heads,
+        source.dropout_rate,
+        source.attn_dropout_rate,
+        normalize_before=source.normalize_before,
+        epsilon=source.epsilon,
+        final_layer_norm=source.final_layer_norm,
+        causal=source.causal,
+        add_residual=source.add_residual,
+        **arguments,
+    )
+    layer.to(dtype=source.qkv_weight.dtype)
+    whole = full_state_dict(source)
+    layer._assign({name: whole.get(name) for name in layer._parameters})
+    for name, parameter in source._parameters.items():
+        if parameter is not None:
+            getattr(layer, name).stop_gradient = parameter.stop_gradient
+    layer.training = source.training
+    return layer
+
+
+class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
+    """Paddle's ClipGradByGlobalNorm over the whole model where layers are spread over `group`, in dygraph.
+
+    Paddle's own would take every process's share for the whole, clip differently on each, and so drive apart the parameters that they
+    have in common.
+
+    Args:
+        clip_norm: The largest norm that gradients may have together.
+        group: That of the layers; None: all processes.
+    """
+
+    def __init__(self, clip_norm: float, group: Any = None) -> None:
+        super().__init__(clip_norm)
+        group = _resolve_group(group)
+        self._group_id = None if group is None else group.id
+
+    @paddle.no_grad()
+    def _dygraph_clip(self, params_grads: list) -> list:
+        clipped = [(p, g) for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
+        squares = {True: paddle.zeros([1]), False: paddle.zeros([1])}
+        for parameter, gradient in clipped:
+            kind = bool(getattr(parameter, "is_distributed", False))
+            squares[kind] = squares[kind] + gradient.astype("float32").square().sum()
+        if self._group_id is not None:
+            dist.all_reduce(squares[True], group=dist.get_group(self._group_id))
+        norm = paddle.sqrt(squares[True] + squares[False])
+        factor = self.clip_norm / paddle.clip(norm, min=self.clip_norm)
+        scaled = {id(p): g * factor.astype(g.dtype) for p, g in clipped}
+        return [(p, scaled.get(id(p), g)) for p, g in params_grads]
+
+
+def _split_parameters(model: nn.Layer) -> dict[str, tuple[ParallelFusedMultiHeadAttention, str]]:
+    """The parameters of a model that are split, by their names in its state dict."""
+    found = {}
+    for prefix, layer in model.named_sublayers(include_self=True):
+        if isinstance(layer, ParallelFusedMultiHeadAttention) and layer.degree > 1:
+            for name in _HEAD_AXES:
+                found[f"{prefix}.{name}" if prefix else name] = (layer, name)
+    return found
+
+
+def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """The state dict that a model would have with all its :class:`ParallelFusedMultiHeadAttention` on one process.
+
+    It fits a model of any number of processes through :func:`load_full_state_dict`, and one with :class:`FusedMultiHeadAttention`
+    instead. All processes of the layers' groups must call it, and each gets the whole.
+    """
+    state = model.state_dict()
+    for key, (layer, name) in _split_parameters(model).items():
+        if key not in state:
+            continue
+        shares: list[paddle.Tensor] = []
+        dist.all_gather(shares, state[key].detach(), group=layer.group)
+        state[key] = paddle.concat(shares, axis=_HEAD_AXES[name])
+    return state
+
+
+def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
+    """Sets the parameters of a model from the state dict of the whole: of :func:`full_state_dict`, or of the same model with
+    :class:`FusedMultiHeadAttention` layers. No communication takes place.
+
+    Returns:
+        What ``model.set_state_dict`` does: the missing and the unexpected names.
+
+    Raises:
+        ValueError: A parameter that is to be split does not have the whole layer's shape.
+    """
+    state = dict(state_dict)
+    for key, (layer, name) in _split_parameters(model).items():
+        if key not in state or getattr(layer, name) is None:
+            continue
+        expected = list(getattr(layer, name).shape)
+        expected[_HEAD_AXES[name]] *= layer.degree
+        if list(state[key].shape) != expected:
+            raise ValueError(f"{key}: expected shape {expected}, that of the whole layer, got {list(state[key].shape)}")
+        state[key] = layer._share(name, state[key])
+    return model.set_state_dict(state)

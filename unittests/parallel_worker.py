@@ -1,0 +1,209 @@
+"""Run by test_parallel.py: ``python parallel_worker.py PROCESSES DIRECTORY`` starts so many processes, and each saves what it found.
+The models and the training are those of the tests too.
+"""
+
+import copy
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
+import paddle.distributed as dist  # noqa: E402
+from paddle_fused_attention import FusedMultiHeadAttention  # noqa: E402
+from paddle_fused_attention.parallel import (  # noqa: E402
+    ParallelClipGradByGlobalNorm,
+    ParallelFusedMultiHeadAttention,
+    full_state_dict,
+    load_full_state_dict,
+)
+
+EMBED_DIM, NUM_HEADS, SEQ_LEN, BATCH = 24, 4, 7, 4
+
+
+class Network(paddle.nn.Layer):
+    """Two blocks, of either norm order, and a head."""
+
+    def __init__(self, layer_class, dropout_rate, **arguments):
+        super().__init__()
+        sizes = (EMBED_DIM, NUM_HEADS, dropout_rate, dropout_rate)
+        self.first = layer_class(*sizes, normalize_before=True, final_layer_norm=False, causal=True, **arguments)
+        self.second = layer_class(*sizes, normalize_before=True, **arguments)
+        self.head = paddle.nn.Linear(EMBED_DIM, 3)
+
+    def forward(self, x, mask=None):
+        return self.head(self.second(self.first(x), attn_mask=mask))
+
+
+def perturbed(network):
+    """Biases and scales away from their initial zeros and ones, the same for every degree."""
+    rng = np.random.default_rng(5)
+    state = full_state_dict(network)
+    changed = {name: (p.numpy() + 0.1 * rng.standard_normal(p.shape)).astype("float32") for name, p in state.items()}
+    load_full_state_dict(network, changed)
+    return network
+
+
+def make_network(dropout_rate=0.2, layer_class=ParallelFusedMultiHeadAttention, **arguments):
+    paddle.seed(11)
+    return perturbed(Network(layer_class, dropout_rate, **arguments))
+
+
+def make_batch(step):
+    rng = np.random.default_rng(100 + step)
+    x = rng.standard_normal((BATCH, SEQ_LEN, EMBED_DIM)).astype("float32")
+    y = rng.standard_normal((BATCH, SEQ_LEN, 3)).astype("float32")
+    return x, y
+
+
+def make_mask():
+    """A mask with heads, which have to be shared out too."""
+    return np.random.default_rng(9).random((BATCH, NUM_HEADS, SEQ_LEN, SEQ_LEN)) > 0.3
+
+
+def loss_of(network, step):
+    x, y = (paddle.to_tensor(array) for array in make_batch(step))
+    return ((network(x) - y) ** 2).mean()
+
+
+def train(network, steps, clip=None):
+    """Losses of SGD with momentum; Adam would blow up the rounding errors of a key bias, whose gradient is zero."""
+    optimizer = paddle.optimizer.Momentum(0.1, 0.9, parameters=network.parameters(), grad_clip=clip)
+    losses = []
+    for step in steps:
+        loss = loss_of(network, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def gradients():
+    """Of the loss for the input and every parameter, a share where the layer has a share."""
+    network = make_network()
+    x, y = (paddle.to_tensor(array) for array in make_batch(0))
+    x.stop_gradient = False
+    ((network(x, paddle.to_tensor(make_mask())) - y) ** 2).mean().backward()
+    return {"x": x.grad.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()}}
+
+
+def evaluate(dtype):
+    """The second block's result in evaluation mode."""
+    layer = make_network().second
+    layer.eval()
+    layer.to(dtype=dtype)
+    return (
+        layer(paddle.to_tensor(make_batch(0)[0]).astype(dtype), attn_mask=paddle.to_tensor(make_mask()))
+        .astype("float32")
+        .numpy()
+    )
+
+
+def resume(network, steps):
+    """The steps after a checkpoint, of which the random state is not a part."""
+    paddle.seed(steps[0])
+    return train(network, steps)
+
+
+FIRST, SECOND, THIRD = range(20), range(20, 25), range(25, 30)
+
+
+def run_both(directory):
+    """What two processes and four do."""
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    network = make_network()
+    results = {"losses": train(network, FIRST)}
+    if degree == 2:
+        state = full_state_dict(network)
+    else:
+        network = make_network(weight_attr=paddle.nn.initializer.Constant(0.0))
+        load_full_state_dict(network, paddle.load(os.path.join(directory, "degree2.pdparams")))
+        results["continued"] = resume(network, SECOND)
+        state = full_state_dict(network)
+    if rank == 0:
+        paddle.save(state, os.path.join(directory, f"degree{degree}.pdparams"))
+    results["clipped"] = train(make_network(), range(5), ParallelClipGradByGlobalNorm(0.1))
+    for name, gradient in gradients().items():
+        results[f"gradient/{name}"] = gradient
+    for dtype in ("float32", "float16", "bfloat16"):
+        results[f"evaluated/{dtype}"] = evaluate(dtype)
+    return results
+
+
+def error_of(function):
+    try:
+        function()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def run_two():
+    """Errors, copies, and the way to and from the whole layer."""
+    rank = dist.get_rank()
+    paddle.seed(1)
+    layer = ParallelFusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.0)
+    # Paddle's gloo can make no second group of several processes.
+    alone, other = dist.new_group([0]), dist.new_group([1])
+    x = paddle.to_tensor(make_batch(0)[0])
+
+    def with_seed(seed):
+        paddle.seed(seed)
+        return ParallelFusedMultiHeadAttention(EMBED_DIM, NUM_HEADS)
+
+    def in_static_graph():
+        paddle.enable_static()
+        try:
+            with paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+                layer(paddle.static.data("x", [2, 3, EMBED_DIM]))
+        finally:
+            paddle.disable_static()
+
+    results = {
+        "error/heads": error_of(lambda: ParallelFusedMultiHeadAttention(EMBED_DIM, 3)),
+        "error/type": error_of(lambda: ParallelFusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, group=[0, 1])),
+        "error/member": error_of(
+            lambda: ParallelFusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, group=other if rank == 0 else alone)
+        ),
+        "error/seed": error_of(lambda: with_seed(1 + rank)),
+        "error/mask": error_of(lambda: layer(x, attn_mask=paddle.ones([BATCH, 2, SEQ_LEN, SEQ_LEN]))),
+        "error/state": error_of(lambda: layer.load_full_state_dict(layer.state_dict())),
+        "error/full": error_of(lambda: ParallelFusedMultiHeadAttention.from_full(layer)),
+        "error/static": error_of(in_static_graph),
+    }
+    paddle.seed(2)
+    whole = FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.0, normalize_before=True, bias_attr=False)
+    whole.linear_weight.stop_gradient = True
+    whole.eval()
+    split = ParallelFusedMultiHeadAttention.from_full(whole)
+    again = split.to_full()
+    expected = whole(x).numpy()
+    for name, found in (("split", split), ("copy", copy.deepcopy(split)), ("again", again)):
+        results[f"difference/{name}"] = np.abs(found(x).numpy() - expected).max()
+    own = ParallelFusedMultiHeadAttention.from_full(whole, group=alone if rank == 0 else other)
+    results["difference/group of one"] = np.abs(own(x).numpy() - expected).max()
+    results["frozen"] = [split.linear_weight.stop_gradient, again.linear_weight.stop_gradient, split.training]
+    attention = paddle.nn.MultiHeadAttention(EMBED_DIM, NUM_HEADS)
+    split = ParallelFusedMultiHeadAttention.from_multi_head_attention(
+        attention, paddle.nn.LayerNorm(EMBED_DIM), dropout_rate=0.0
+    )
+    results["difference/attention"] = np.abs((split(x) - split.to_full()(x)).numpy()).max()
+    attention_again, _ = split.to_multi_head_attention()
+    results["difference/attention again"] = np.abs((attention_again(x) - attention(x)).numpy()).max()
+    return results
+
+
+def worker(directory):
+    paddle.set_device("cpu")
+    dist.init_parallel_env()
+    degree = dist.get_world_size()
+    results = run_both(directory)
+    if degree == 2:
+        results.update(run_two())
+    np.savez(os.path.join(directory, f"degree{degree}_rank{dist.get_rank()}.npz"), **results)
+
+
+if __name__ == "__main__":
+    dist.spawn(worker, args=(sys.argv[2],), nprocs=int(sys.argv[1]), backend="gloo")
