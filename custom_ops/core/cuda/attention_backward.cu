@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h) + row * args.heads_dim();
     if (args.vectors) {
       constexpr int kVector = 16 / sizeof(T);
-      struct alignas(16) Vector { T v[kVector]; };
+      struct alignas(16) Vector {
+        T v[kVector];
+      };
       for (int d = lane * kVector; d < args.head_dim; d += lanes * kVector) {
         const Vector a = *reinterpret_cast<const Vector*>(out + d);
         const Vector b = *reinterpret_cast<const Vector*>(d_out + d);
@@ -75,10 +77,10 @@ void backward_plain(const Context& context, const AttentionArgs& args) {
   with_head_dim<64, 128, 256>(args.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
-    launch(context, "attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim>, blocks, plain::kThreads, 0,
-           args);
-    launch(context, "attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, blocks, plain::kThreads, 0,
-           args);
+    launch(context, "attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim>, blocks,
+           plain::kThreads, 0, args);
+    launch(context, "attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, blocks, plain::kThreads,
+           0, args);
   });
 }
 
@@ -117,11 +119,11 @@ void backward_16bit(const Context& context, const AttentionArgs& args, DType dty
 
 // Where things lie in the stage's workspace.
 struct Workspace {
-  int64_t rows;        // seq_len, padded
-  int dq_columns;      // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
-  size_t statistics;   // bytes of delta, of lse2, and with a mask of shift2
+  int64_t rows;       // seq_len, padded
+  int dq_columns;     // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
+  size_t statistics;  // bytes of delta, of lse2, and with a mask of shift2
   size_t sums_offset;
-  size_t sums;         // bytes of dq_sum
+  size_t sums;  // bytes of dq_sum
   size_t total;
 
   Workspace(const Context& context, const AttentionArgs& args, DType dtype) {

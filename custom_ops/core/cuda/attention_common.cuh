@@ -41,15 +41,15 @@ struct AttentionArgs {
   double score_scale;  // D^-0.5
   double drop_scale;
 
-  const void* d_out;  // [B, S, H, D]
-  void* d_qkv;        // [B, S, 3, H, D]
-  void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
-  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
-  void* shift2;       // [B, H, rows_padded] with a mask: score_shift * log2(e)
-  float* dq_sum;      // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
-  int dq_columns;     // head_dim rounded up to whole blocks of columns
+  const void* d_out;    // [B, S, H, D]
+  void* d_qkv;          // [B, S, 3, H, D]
+  void* delta;          // [B, H, rows_padded]: sum over d of d_out * out
+  void* lse2;           // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
+  void* shift2;         // [B, H, rows_padded] with a mask: score_shift * log2(e)
+  float* dq_sum;        // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
+  int dq_columns;       // head_dim rounded up to whole blocks of columns
   uint32_t* next_tile;  // counts the tiles that blocks have taken, or null where each block has its own
-  int rows_padded;    // seq_len rounded up to whole tiles of queries
+  int rows_padded;      // seq_len rounded up to whole tiles of queries
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
   __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }
@@ -109,26 +109,44 @@ __device__ __forceinline__ T* out_head(const AttentionArgs& a, void* base, const
 }
 
 template <class T>
-__device__ __forceinline__ float to_float(T value) { return static_cast<float>(value); }
+__device__ __forceinline__ float to_float(T value) {
+  return static_cast<float>(value);
+}
 template <>
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__half value) {
+  return __half2float(value);
+}
 template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 
 template <class Acc, class T>
-__device__ __forceinline__ Acc widen(T value) { return static_cast<Acc>(to_float(value)); }
+__device__ __forceinline__ Acc widen(T value) {
+  return static_cast<Acc>(to_float(value));
+}
 template <>
-__device__ __forceinline__ double widen<double, double>(double value) { return value; }
+__device__ __forceinline__ double widen<double, double>(double value) {
+  return value;
+}
 
 template <class T, class Acc>
-__device__ __forceinline__ T narrow(Acc value) { return static_cast<T>(value); }
+__device__ __forceinline__ T narrow(Acc value) {
+  return static_cast<T>(value);
+}
 template <>
-__device__ __forceinline__ __half narrow<__half, float>(float value) { return __float2half(value); }
+__device__ __forceinline__ __half narrow<__half, float>(float value) {
+  return __float2half(value);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) { return __float2bfloat16(value); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) {
+  return __float2bfloat16(value);
+}
 
 template <class Acc>
-__device__ __forceinline__ Acc infinity() { return static_cast<Acc>(INFINITY); }
+__device__ __forceinline__ Acc infinity() {
+  return static_cast<Acc>(INFINITY);
+}
 
 // score_shift in log2 units, rounded the same in the forward and the backward pass.
 __device__ __forceinline__ float shift_log2(float shift) { return __fmul_rn(shift, static_cast<float>(kLog2e)); }
@@ -169,21 +187,34 @@ __device__ __forceinline__ Acc mask_log2(T value) {
   return value == T(0) ? -infinity<Acc>() : Acc(0);
 }
 template <>
-__device__ __forceinline__ float mask_log2<float, float>(float value) { return additive_mask(value); }
-template <>
-__device__ __forceinline__ double mask_log2<double, float>(float value) { return additive_mask<double>(value); }
-template <>
-__device__ __forceinline__ float mask_log2<float, double>(double value) {
-  return value == -infinity<double>() ? -INFINITY : additive_mask(static_cast<float>(max(value, static_cast<double>(-FLT_MAX))));
+__device__ __forceinline__ float mask_log2<float, float>(float value) {
+  return additive_mask(value);
 }
 template <>
-__device__ __forceinline__ double mask_log2<double, double>(double value) { return additive_mask(value); }
+__device__ __forceinline__ double mask_log2<double, float>(float value) {
+  return additive_mask<double>(value);
+}
 template <>
-__device__ __forceinline__ float mask_log2<float, __half>(__half value) { return additive_mask(__half2float(value)); }
+__device__ __forceinline__ float mask_log2<float, double>(double value) {
+  return value == -infinity<double>() ? -INFINITY
+                                      : additive_mask(static_cast<float>(max(value, static_cast<double>(-FLT_MAX))));
+}
 template <>
-__device__ __forceinline__ double mask_log2<double, __half>(__half value) { return additive_mask<double>(__half2float(value)); }
+__device__ __forceinline__ double mask_log2<double, double>(double value) {
+  return additive_mask(value);
+}
 template <>
-__device__ __forceinline__ float mask_log2<float, __nv_bfloat16>(__nv_bfloat16 value) { return additive_mask(__bfloat162float(value)); }
+__device__ __forceinline__ float mask_log2<float, __half>(__half value) {
+  return additive_mask(__half2float(value));
+}
+template <>
+__device__ __forceinline__ double mask_log2<double, __half>(__half value) {
+  return additive_mask<double>(__half2float(value));
+}
+template <>
+__device__ __forceinline__ float mask_log2<float, __nv_bfloat16>(__nv_bfloat16 value) {
+  return additive_mask(__bfloat162float(value));
+}
 template <>
 __device__ __forceinline__ double mask_log2<double, __nv_bfloat16>(__nv_bfloat16 value) {
   return additive_mask<double>(__bfloat162float(value));

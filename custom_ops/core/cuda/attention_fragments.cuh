@@ -47,7 +47,8 @@ __device__ __forceinline__ int lane_column(int e) { return static_cast<int>(thre
 __device__ __forceinline__ void kept_by_query(const AttentionArgs& args, PhiloxState key, uint32_t head, int i0, int j0,
                                               bool (&kept)[8]) {
   const uint32_t lane = threadIdx.x % 32;
-  const PhiloxWords words = philox(key, static_cast<uint32_t>(j0) / 4 + lane % 4, static_cast<uint32_t>(i0) / 2 + lane / 4, head);
+  const PhiloxWords words =
+      philox(key, static_cast<uint32_t>(j0) / 4 + lane % 4, static_cast<uint32_t>(i0) / 2 + lane / 4, head);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const uint32_t word = words.w[e / 2 % 2 * 2 + e / 4];
@@ -81,7 +82,8 @@ __device__ __forceinline__ void kept_by_key(const AttentionArgs& args, PhiloxSta
 
 // Adds the mask, in log2 units, to eight scores. Elements outside of seq_len read the last row or column instead.
 template <bool kRowsAreKeys>
-__device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0, float (&scores)[8]) {
+__device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
+                                         float (&scores)[8]) {
   const int64_t row_stride = args.mask.strides[kRowsAreKeys ? 3 : 2];
   const int64_t column_stride = args.mask.strides[kRowsAreKeys ? 2 : 3];
   int64_t rows[2], columns[4];
@@ -90,6 +92,15 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
 #pragma unroll
   for (int i = 0; i < 4; ++i) columns[i] = min(column0 + lane_column(i / 2 * 4 + i % 2), args.seq_len - 1) * column_stride;
   with_mask_elements(args.mask, [&](const auto* elements) {
+    if (args.mask.strides[2] == 0) {  // the same for all queries
+      constexpr int kKeys = kRowsAreKeys ? 2 : 4;
+      float added[kKeys];
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) added[i] = mask_log2<float>(elements[kRowsAreKeys ? rows[i] : rows[0] + columns[i]]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) scores[e] += added[kRowsAreKeys ? e / 2 % 2 : e / 4 * 2 + e % 2];
+      return;
+    }
     std::remove_cv_t<std::remove_pointer_t<decltype(elements)>> values[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[e] = elements[rows[e / 2 % 2] + columns[e / 4 * 2 + e % 2]];

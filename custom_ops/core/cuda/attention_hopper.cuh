@@ -63,30 +63,33 @@ template <int kId, int kCount>
 __device__ __forceinline__ void named_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
 }
-__device__ __forceinline__ void named_sync(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+__device__ __forceinline__ void named_sync(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
 __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 // Starts copying kCopyRows rows x 64 columns of tensor [B, S, 3 or 1, H, D] to shared memory.
-__device__ __forceinline__ void copy_block(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int head, int which, int row,
-                                           int batch) {
+__device__ __forceinline__ void copy_block(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int head, int which,
+                                           int row, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(which), "r"(row), "r"(batch)
       : "memory");
 }
 
 // Copies kRows rows x kColumns columns as blocks of 64 columns.
 template <int kRows, int kColumns>
-__device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int head, int which, int row, int batch) {
+__device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int head, int which, int row,
+                                          int batch) {
 #pragma unroll
   for (int column = 0; column < kColumns; column += kBlockColumns) {
 #pragma unroll
     for (int r = 0; r < kRows; r += kCopyRows) {
-      copy_block(static_cast<char*>(to) + (column / kBlockColumns * kRows + r) * kRowBytes, map, barrier, column, head, which, row + r,
-                 batch);
+      copy_block(static_cast<char*>(to) + (column / kBlockColumns * kRows + r) * kRowBytes, map, barrier, column, head, which,
+                 row + r, batch);
     }
   }
 }
@@ -97,9 +100,10 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 // Starts copying bytes (a multiple of 16) as they lie.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 }
 
 // Writes a warp's 16 x 16 piece, packed as lanes hold it, to where the swizzle puts rows row0.. and columns column0.. of a block.
@@ -115,8 +119,8 @@ __device__ __forceinline__ void store_piece(void* block, int row0, int column0, 
 
 // Stores a warp's 16 rows of sums, times a factor per lane's row, by way of rows row0.. of `block`, which are the warp's own.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], float factor0, float factor1, char* block, int row0, T* to,
-                                            int64_t stride, int first_row, const AttentionArgs& args) {
+__device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], float factor0, float factor1, char* block,
+                                            int row0, T* to, int64_t stride, int first_row, const AttentionArgs& args) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int column = 0; column < kHeadDim; column += kBlockColumns) {
@@ -159,7 +163,7 @@ __device__ __forceinline__ uint64_t columns_operand(const void* p, int block_byt
   return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (static_cast<uint64_t>(block_bytes / 16) << 16) |
          (shared_address(p) >> 4 & 0x3FFF);
 }
-constexpr int kRowsStep = 32 / 16;               // 16 along K in a rows_operand
+constexpr int kRowsStep = 32 / 16;                 // 16 along K in a rows_operand
 constexpr int kColumnsStep = 16 * kRowBytes / 16;  // 16 along K in a columns_operand
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -175,41 +179,42 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define PFA_WGMMA_REGISTERS_64 \
+#define PFA_WGMMA_REGISTERS_64                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PFA_WGMMA_SUMS_64 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define PFA_WGMMA_REGISTERS_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define PFA_WGMMA_SUMS_64                                                                                                  \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),  \
+      "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), \
+      "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+      "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define PFA_WGMMA_REGISTERS_128                                                      \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PFA_WGMMA_SUMS_128 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define PFA_WGMMA_SUMS_128                                                                                                 \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),  \
+      "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), \
+      "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+      "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), \
+      "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), \
+      "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), \
+      "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 
-#define PFA_WGMMA_SHARED(N, TYPE, REGISTERS, A, B, P, TA, TB, ...)                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"                                                     \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" A ", %" B ", p, 1, 1, %" TA \
-               ", %" TB ";\n}\n"                                                                                    \
-               : __VA_ARGS__                                                                                        \
+#define PFA_WGMMA_SHARED(N, TYPE, REGISTERS, A, B, P, TA, TB, ...)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                         \
+               ", 0;\n"                                                                                       \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" A ", %" B \
+               ", p, 1, 1, %" TA ", %" TB ";\n}\n"                                                            \
+               : __VA_ARGS__                                                                                  \
                : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 
-#define PFA_WGMMA_REGISTER(N, TYPE, REGISTERS, A0, A1, A2, A3, B, P, TB, ...)                                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"                                                     \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 \
-               "}, %" B ", p, 1, 1, %" TB ";\n}\n"                                                                  \
-               : __VA_ARGS__                                                                                        \
+#define PFA_WGMMA_REGISTER(N, TYPE, REGISTERS, A0, A1, A2, A3, B, P, TB, ...)                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                                     \
+               ", 0;\n"                                                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 ", %" A2 \
+               ", %" A3 "}, %" B ", p, 1, 1, %" TB ";\n}\n"                                                               \
+               : __VA_ARGS__                                                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposeB))
 
 // d (+)= A B for 64 rows and as many columns as d has sums for; operands in shared memory, or A in registers. Asynchronous.
@@ -257,9 +262,13 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
 #undef PFA_WGMMA_SUMS_128
 
 template <int kRegisters>
-__device__ __forceinline__ void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+__device__ __forceinline__ void registers_take() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 template <int kRegisters>
-__device__ __forceinline__ void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+__device__ __forceinline__ void registers_give() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 #endif
 

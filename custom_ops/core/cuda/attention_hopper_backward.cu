@@ -21,9 +21,9 @@ constexpr int kThreads = 384;
 template <int kHeadDim>
 struct BackwardShape {
   static constexpr int kQueries = kHeadDim > 64 ? 64 : 128;
-  static constexpr int kKeyBytes = kKeys * kHeadDim * 2;        // a tile of k or v
-  static constexpr int kQueryBytes = kQueries * kHeadDim * 2;   // a tile of q or d_out
-  static constexpr int kScoreBlockBytes = kKeys * kRowBytes;    // dS^T for 64 queries
+  static constexpr int kKeyBytes = kKeys * kHeadDim * 2;       // a tile of k or v
+  static constexpr int kQueryBytes = kQueries * kHeadDim * 2;  // a tile of q or d_out
+  static constexpr int kScoreBlockBytes = kKeys * kRowBytes;   // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScoreBlockBytes;
   static constexpr int kRowStatisticBytes = kQueries * 4;
   static constexpr size_t kSharedBytes =
@@ -51,8 +51,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
 
 template <class T, int kHeadDim, bool kMask, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map, const AttentionArgs args,
-                    const int heads_per_group) {
+    backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map,
+                    const AttentionArgs args, const int heads_per_group) {
 #if PFA_HOPPER_CODE
   using Shape = BackwardShape<kHeadDim>;
   constexpr int kQueries = Shape::kQueries;
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   char* score_tiles = d_out_tiles + kStages * Shape::kQueryBytes;
   float* lse2_tiles = reinterpret_cast<float*>(score_tiles + kStages * Shape::kScoreBytes);
   float* delta_tiles = lse2_tiles + kStages * kQueries;
-  __shared__ uint64_t kv_full[kStages], kv_empty[kStages], q_full[kStages], q_empty[kStages], d_out_full[kStages], d_out_empty[kStages];
+  __shared__ uint64_t kv_full[kStages], kv_empty[kStages], q_full[kStages], q_empty[kStages], d_out_full[kStages],
+      d_out_empty[kStages];
   __shared__ uint32_t taken[kStages];  // which tiles of keys lie in k_tiles and v_tiles
 
   const int tiles = (args.seq_len + kKeys - 1) / kKeys;
@@ -118,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
           if (step >= kStages) barrier_wait(&d_out_empty[stage], (step / kStages - 1) % 2);
           barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
-          copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0, batch);
+          copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0,
+                                        batch);
           copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
         }
         index = gridDim.x + atomicAdd(args.next_tile, 1u);
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
 #pragma unroll
       for (int m = 0; m < kQueries / 16; ++m) {
-        float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[8 * m]);
+        float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[8 * m]);
         if (kMask) {
 #pragma unroll
           for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
@@ -283,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       pin(dq);
       release(&d_out_empty[stage]);
       const int block = n * 2 + group;
-      float* to = args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
+      float* to =
+          args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       wgmma_wait<0>();
@@ -295,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
     char* block = score_tiles + step % kStages * Shape::kScoreBytes;
-    store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(), key0 + strip, args);
+    store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
+                             key0 + strip, args);
     store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(),
                              key0 + strip, args);
   }
@@ -332,7 +336,8 @@ void backward(const Context& context, const AttentionArgs& args, DType dtype) {
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
              std::min<int64_t>(context.num_sms, ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads), kThreads,
-             BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args, heads_per_group(args, 12));  // q, k, v, d_out, dq_sum
+             BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,
+             heads_per_group(args, 12));  // q, k, v, d_out, dq_sum
     });
   });
   launch(context, "attention_query_gradient", query_gradient_kernel<T>,

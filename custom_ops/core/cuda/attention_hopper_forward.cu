@@ -1,8 +1,8 @@
 // Attention, forward, on Hopper: the copy engine brings tiles of 128 keys and values, each warpgroup computes 64 rows of queries.
 //
-// Head dims up to 64: two blocks of two warpgroups share a multiprocessor, and one computes products while another computes
-// exponentials. Head dims up to 128: one block of two computing warpgroups and one that copies; each computing warpgroup starts the
-// next tile's scores before this tile's sums, and the two take turns at the tensor cores.
+// Head dims up to 64, no mask: two blocks of two warpgroups share a multiprocessor, and one computes products while another computes
+// exponentials. Else registers are too few for that, and there is one block of two computing warpgroups and one that copies; each
+// computing warpgroup starts the next tile's scores before this tile's sums, and the two take turns at the tensor cores.
 #include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_hopper_launch.h"
@@ -16,9 +16,9 @@ constexpr int kKeys = 128;
 constexpr int kQueries = 128;  // of a block: 64 of each computing warpgroup
 constexpr int kStages = 2;
 
-template <int kHeadDim>
+template <int kHeadDim, bool kMask>
 struct ForwardShape {
-  static constexpr bool kCopies = kHeadDim > 64;  // a warpgroup that only copies
+  static constexpr bool kCopies = kHeadDim > 64 || kMask;  // a warpgroup that only copies
   static constexpr int kThreads = kCopies ? 384 : 256;
   static constexpr int kBlocksPerSm = kCopies ? 1 : 2;
   static constexpr int kQueryBytes = 64 * kHeadDim * 2;  // of a warpgroup: its queries, in the end its result
@@ -36,12 +36,12 @@ struct Rows {
 
 // Scores of 64 rows and kKeys keys to probabilities; gives what the sums so far must be multiplied with.
 template <bool kMask>
-__device__ __forceinline__ void softmax(const AttentionArgs& args, int64_t mask_offset, float scale_log2, int row0, int col0, Rows& rows,
-                                        float (&correction)[2], float (&s)[kKeys / 2]) {
+__device__ __forceinline__ void softmax(const AttentionArgs& args, int64_t mask_offset, float scale_log2, int row0, int col0,
+                                        Rows& rows, float (&correction)[2], float (&s)[kKeys / 2]) {
   if (kMask) {
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[8 * n]);
+      float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[8 * n]);
 #pragma unroll
       for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
       add_mask<false>(args, mask_offset, row0, col0 + 16 * n, piece);
@@ -80,8 +80,8 @@ __device__ __forceinline__ void softmax(const AttentionArgs& args, int64_t mask_
 
 // Probabilities, after dropout, as operands of the product with the values.
 template <class T, bool kDrops>
-__device__ __forceinline__ void probabilities(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, int row0, int col0,
-                                              const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
+__device__ __forceinline__ void probabilities(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, int row0,
+                                              int col0, const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
     bool kept[8] = {true, true, true, true, true, true, true, true};
@@ -108,7 +108,8 @@ __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2], const void* 
 }
 
 template <class T, int kHeadDim>
-__device__ __forceinline__ void start_sums(float (&o)[kHeadDim / 2], const uint32_t (&p)[kKeys / 16][4], const void* v, bool accumulate) {
+__device__ __forceinline__ void start_sums(float (&o)[kHeadDim / 2], const uint32_t (&p)[kKeys / 16][4], const void* v,
+                                           bool accumulate) {
   pin(o);
   wgmma_fence();
   const uint64_t b = columns_operand(v, kKeys * kRowBytes);
@@ -138,10 +139,10 @@ __device__ __forceinline__ void finish(const AttentionArgs& args, const HeadInde
 #endif
 
 template <class T, int kHeadDim, bool kMask, bool kDrops>
-__global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : ForwardShape<kHeadDim>::kBlocksPerSm)
+__global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, ForwardShape<kHeadDim, kMask>::kBlocksPerSm)
     forward_kernel(const __grid_constant__ CUtensorMap qkv_map, const AttentionArgs args, const int heads_per_group) {
 #if PFA_HOPPER_CODE
-  using Shape = ForwardShape<kHeadDim>;
+  using Shape = ForwardShape<kHeadDim, kMask>;
   extern __shared__ unsigned char unaligned[];
   char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
   char* k_tiles = shared + 2 * Shape::kQueryBytes;
@@ -179,13 +180,15 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads, kMask ? 1 : 
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&k_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&k_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], from_head, 1, (last - n) * kKeys, from_batch);
+    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], from_head, 1, (last - n) * kKeys,
+                               from_batch);
   };
   const auto copy_values = [&](int n) {
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&v_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&v_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], from_head, 2, (last - n) * kKeys, from_batch);
+    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], from_head, 2, (last - n) * kKeys,
+                               from_batch);
   };
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
@@ -298,7 +301,7 @@ void forward(const Context& context, const AttentionArgs& args, DType dtype) {
   const CUtensorMap map = tensor_map(args.qkv, dtype, args, 3);
   with_bool(args.mask.data != nullptr, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
-      using Shape = ForwardShape<kHeadDim>;
+      using Shape = ForwardShape<kHeadDim, decltype(mask)::value>;
       launch(context, "attention_forward_hopper", forward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
              ceil_div(args.seq_len, kQueries) * args.batch * args.num_heads, Shape::kThreads, Shape::kSharedBytes, map, args,
              heads_per_group(args, 4));  // k, v

@@ -67,15 +67,13 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else if constexpr (std::is_same<T, __half>::value) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
@@ -96,8 +94,8 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
       const int d = i % kVectors * kVector<T>;
       const bool inside = row0 + row < args.seq_len && d < args.head_dim;
       const T* source = inside ? from + (row0 + row) * stride + d : from;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<T, kHeadDim> + d)), "l"(source),
-                   "r"(inside ? 16 : 0)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<T, kHeadDim> + d)),
+                   "l"(source), "r"(inside ? 16 : 0)
                    : "memory");
     }
   } else {
@@ -150,7 +148,8 @@ __device__ __forceinline__ void pack_piece(uint32_t (*to)[4], const float (&from
 
 // c[m][n] += a[m][k] * b[kDepth k ..][8 n ..]: a in registers, b in shared memory with head dims as columns.
 template <class T, int kStrips, int kSteps, int kHeadDim>
-__device__ __forceinline__ void sum_rows(float (&c)[kStrips][kHeadDim / 8][4], const uint32_t (&a)[kStrips][kSteps][4], const T* b) {
+__device__ __forceinline__ void sum_rows(float (&c)[kStrips][kHeadDim / 8][4], const uint32_t (&a)[kStrips][kSteps][4],
+                                         const T* b) {
   constexpr int kRow = kStride<T, kHeadDim>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -199,7 +198,8 @@ struct ForwardShape {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kStrips = kHeadDim <= 128 && !kWide ? 2 : 1;  // of 16 queries, per warp
   static constexpr int kQueries = 16 * kStrips * kWarps;
-  static constexpr int kKeys = (kHeadDim == 64 || kHeadDim == 192) && !kWide ? 64 : 32;  // what fits in registers beside the sums
+  static constexpr int kKeys =
+      (kHeadDim == 64 || kHeadDim == 192) && !kWide ? 64 : 32;  // what fits in registers beside the sums
   static constexpr size_t kSharedBytes = sizeof(T) * kStride<T, kHeadDim> * (kQueries + 2 * kKeys);
 };
 
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > strip);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
-        float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[m][2 * n]);
+        float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
 #pragma unroll
         for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
         if (kGeneral && args.mask.data) add_mask<false>(args, mask_offset, strip, col0 + 16 * n, piece);
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
-        float(&piece)[8] = reinterpret_cast<float(&)[8]>(s[m][2 * n]);
+        float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
         if (kGeneral && args.drops) {
           bool kept[8];
           kept_by_query(args, philox_key, h.random, strip, col0 + 16 * n, kept);
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
     }
     const int row = warp_row + 16 * m;
     store_rows<T, kHeadDim, kRow>(sums[m], factor[0], factor[1], q_tile + row * kRow, out_head<T>(args, args.out, h),
-                                     args.heads_dim(), row0 + row, args);
+                                  args.heads_dim(), row0 + row, args);
   }
 #endif
 }
@@ -345,8 +345,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 template <bool kGeneral, bool kRowsAreKeys>
 __device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
                                                 int64_t mask_offset, float scale_log2, int row0, int column0, bool edge,
-                                                const float (&lse2)[4], const float (&shift2)[4], const float (&delta)[4], float (&s)[8],
-                                                float (&dp)[8]) {
+                                                const float (&lse2)[4], const float (&shift2)[4], const float (&delta)[4],
+                                                float (&s)[8], float (&dp)[8]) {
   const float drop_scale = static_cast<float>(args.drop_scale);
 #pragma unroll
   for (int e = 0; e < 8; ++e) s[e] *= scale_log2;
@@ -377,7 +377,7 @@ template <class T, int kSteps, int kColumns>
 __device__ __forceinline__ void pack_pieces(uint32_t (&to)[1][kSteps][4], const float (&from)[1][kColumns][4]) {
 #pragma unroll
   for (int n = 0; n < kColumns / 2; ++n) {
-    pack_piece<T>(&to[0][16 / kDepth<T> * n], reinterpret_cast<const float(&)[8]>(from[0][2 * n]));
+    pack_piece<T>(&to[0][16 / kDepth<T> * n], reinterpret_cast<const float (&)[8]>(from[0][2 * n]));
   }
 }
 
@@ -460,8 +460,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
         if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
         delta[i] = delta_head[row];
       }
-      score_gradients<kGeneral, true>(args, philox_key, h.random, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge, lse2,
-                                      shift2, delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
+      score_gradients<kGeneral, true>(args, philox_key, h.random, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge,
+                                      lse2, shift2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+                                      reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
       uint32_t p[1][kQueries / kDepth<T>][4];
@@ -486,11 +487,12 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   const float drop_scale = static_cast<float>(args.drop_scale);
   T* shared = k_tile + warp_row * kRow;
   if (kKeyGradient) {
-    store_rows<T, kHeadDim, kRow>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride, key0 + warp_row, args);
+    store_rows<T, kHeadDim, kRow>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride, key0 + warp_row,
+                                  args);
   }
   if (kValueGradient) {
     store_rows<T, kHeadDim, kRow>(dv[0], drop_scale, drop_scale, shared, qkv_head<T>(args, args.d_qkv, h, 2), stride,
-                                     key0 + warp_row, args);
+                                  key0 + warp_row, args);
   }
 #endif
 }
@@ -535,7 +537,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
 
   const int end = args.causal ? min(args.seq_len, row0 + Shape::kOuter) : args.seq_len;
   copy_rows<T, Shape::kOuter, kHeadDim>(q_tile, qkv_head<T>(args, qkv, h, 0), stride, row0, args);
-  copy_rows<T, Shape::kOuter, kHeadDim>(d_out_tile, out_head<T>(args, const_cast<void*>(args.d_out), h), args.heads_dim(), row0, args);
+  copy_rows<T, Shape::kOuter, kHeadDim>(d_out_tile, out_head<T>(args, const_cast<void*>(args.d_out), h), args.heads_dim(), row0,
+                                        args);
   copy_rows<T, kKeys, kHeadDim>(k_tiles, k, stride, 0, args);
   copy_rows<T, kKeys, kHeadDim>(v_tiles, v, stride, 0, args);
   copies_commit();
@@ -559,8 +562,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
     const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0 + warp_row);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      score_gradients<kGeneral, false>(args, philox_key, h.random, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n, edge, lse2,
-                                       shift2, delta, reinterpret_cast<float(&)[8]>(s[0][2 * n]), reinterpret_cast<float(&)[8]>(dp[0][2 * n]));
+      score_gradients<kGeneral, false>(args, philox_key, h.random, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n,
+                                       edge, lse2, shift2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+                                       reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     uint32_t ds[1][kKeys / kDepth<T>][4];
     pack_pieces<T>(ds, dp);
@@ -576,7 +580,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   __syncthreads();
   const float scale = static_cast<float>(args.score_scale);
   store_rows<T, kHeadDim, kRow>(dq[0], scale, scale, q_tile + warp_row * kRow, qkv_head<T>(args, args.d_qkv, h, 0), stride,
-                                   row0 + warp_row, args);
+                                row0 + warp_row, args);
 #endif
 }
 
