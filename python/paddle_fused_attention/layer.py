@@ -265,17 +265,20 @@ class FusedMultiHeadAttention(nn.Layer):
             causal=causal,
             add_residual=add_residual,
         )
+        with paddle.no_grad():
+            qkv_weight = pack_qkv_weight(*(projection.weight for projection in projections[:3]), mha.num_heads)
+            qkv_bias = None if biases[0] is None else pack_qkv_bias(*biases[:3], mha.num_heads)
         parameters = {
-            "qkv_weight": pack_qkv_weight(*(projection.weight for projection in projections[:3]), mha.num_heads),
-            "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases[:3], mha.num_heads),
+            "qkv_weight": qkv_weight,
+            "qkv_bias": qkv_bias,
             "linear_weight": mha.out_proj.weight,
             "linear_bias": mha.out_proj.bias,
         }
-        prefix = "pre_ln" if normalize_before else "ln"
-        if layer.normalize_before or layer.final_layer_norm:
-            parameters[f"{prefix}_scale"] = None if norm is None else norm.weight
-            parameters[f"{prefix}_bias"] = None if norm is None else norm.bias
-        layer._assign(parameters)
+        if norm is not None:
+            prefix = "pre_ln" if normalize_before else "ln"
+            parameters.update({f"{prefix}_scale": norm.weight, f"{prefix}_bias": norm.bias})
+        weights = [projection.weight for projection in projections[:3]]
+        layer._assign(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
         layer.training = mha.training
         return layer
 
@@ -295,13 +298,14 @@ class FusedMultiHeadAttention(nn.Layer):
             self.embed_dim, self.num_heads, self.attn_dropout_rate, bias_attr=None if has_bias else False
         )
         projections = (mha.q_proj, mha.k_proj, mha.v_proj)
-        for projection, weight in zip(projections, unpack_qkv_weight(self.qkv_weight)):
-            _set(projection.weight, weight)
-        _set(mha.out_proj.weight, self.linear_weight)
-        if has_bias:
-            for projection, bias in zip(projections, unpack_qkv_bias(self.qkv_bias)):
-                _set(projection.bias, bias)
-            _set(mha.out_proj.bias, self.linear_bias)
+        with paddle.no_grad():
+            weights = unpack_qkv_weight(self.qkv_weight)
+            biases = unpack_qkv_bias(self.qkv_bias) if has_bias else (None, None, None)
+        for projection, weight, bias in zip(projections, weights, biases):
+            _copy_parameter(projection, "weight", weight, [self.qkv_weight])
+            _copy_parameter(projection, "bias", bias, [self.qkv_bias])
+        _copy_parameter(mha.out_proj, "weight", self.linear_weight)
+        _copy_parameter(mha.out_proj, "bias", self.linear_bias)
         norm = None
         if self.normalize_before or self.final_layer_norm:
             scale, bias = (self.pre_ln_scale, self.pre_ln_bias) if self.normalize_before else (self.ln_scale, self.ln_bias)
@@ -312,23 +316,28 @@ class FusedMultiHeadAttention(nn.Layer):
                 bias_attr=None if bias is not None else False,
             )
             norm.training = self.training
-            for target, source in ((norm.weight, scale), (norm.bias, bias)):
-                if source is not None:
-                    _set(target, source)
+            _copy_parameter(norm, "weight", scale)
+            _copy_parameter(norm, "bias", bias)
         mha.training = self.training
         for projection in (*projections, mha.out_proj):
             projection.training = self.training
         return mha, norm
 
-    def _assign(self, parameters: dict[str, Any]) -> None:
-        """Copies values into parameters, and removes those whose value is None."""
+    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+        """Copies values into parameters; `origins` are the parameters that a value was made of, where it is not one itself."""
         for name, value in parameters.items():
-            if value is None:
-                setattr(self, name, None)
-            else:
-                _set(getattr(self, name), value)
+            _copy_parameter(self, name, value, origins.get(name))
 
 
-def _set(parameter: paddle.Tensor, value: paddle.Tensor) -> None:
-    parameter.set_value(value.astype(parameter.dtype).numpy())
-    parameter.stop_gradient = value.stop_gradient
+def _copy_parameter(layer: nn.Layer, name: str, value: Any, origins: Any = None) -> None:
+    """Gives a layer's parameter the value and dtype of a tensor, or removes it where the value is None. It is frozen if all the
+    parameters that the value comes from are; by default that is the value itself."""
+    if value is None:
+        setattr(layer, name, None)
+        return
+    parameter = getattr(layer, name)
+    if parameter.dtype != value.dtype:
+        parameter = layer.create_parameter(parameter.shape, dtype=convert_dtype(value.dtype))
+        setattr(layer, name, parameter)
+    parameter.set_value(value.detach())
+    parameter.stop_gradient = all(origin.stop_gradient for origin in (origins or [value]))

@@ -290,8 +290,9 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         parameter.value().get_tensor()._share_data_with(share.value().get_tensor())
         parameter.is_distributed = True
 
-    def _assign(self, parameters: dict[str, Any]) -> None:
-        super()._assign({name: None if value is None else self._share(name, value) for name, value in parameters.items()})
+    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+        shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
+        super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
     def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
         return parallel_attention(
@@ -392,7 +393,7 @@ def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any
     )
     layer.to(dtype=source.qkv_weight.dtype)
     whole = full_state_dict(source)
-    layer._assign({name: whole.get(name) for name in layer._parameters})
+    layer._assign({name: whole.get(name) for name in layer._parameters}, {})
     for name, parameter in source._parameters.items():
         if parameter is not None:
             getattr(layer, name).stop_gradient = parameter.stop_gradient
