@@ -2,6 +2,9 @@
 
 #ifdef PFA_WITH_CUDA
 #include <dlfcn.h>
+
+#include "core/cuda/cublaslt.h"
+#include "paddle/phi/backends/dynload/dynamic_loader.h"
 #endif
 
 #include "core/cpu/parallel.h"
@@ -51,6 +54,8 @@ int current_card() {
 }  // namespace
 
 CudaDevice::CudaDevice(const paddle::Tensor& tensor) : previous_(current_card()) {
+  static const bool has_library = (cuda::cublaslt::set_library(phi::dynload::GetCublasLtDsoHandle()), true);
+  static_cast<void>(has_library);
   const int card = tensor.place().GetDeviceId();
   if (card != previous_) cuda::check(cudaSetDevice(card), "cudaSetDevice");
   context = cuda::make_context(tensor.stream(), card, allows_tf32(), FLAGS_cudnn_deterministic);
