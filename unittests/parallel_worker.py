@@ -107,6 +107,7 @@ def resume(network, steps):
     return train(network, steps)
 
 
+MESH_STEPS = 8
 FIRST, SECOND, THIRD = range(20), range(20, 25), range(25, 30)
 
 
@@ -195,6 +196,52 @@ def run_two():
     return results
 
 
+def shard(network, mesh, by_heads):
+    """Puts every parameter on the mesh, whole or with the heads spread over it."""
+
+    def place(name, layer, mesh):
+        for key, parameter in list(layer.named_parameters(include_sublayers=False)):
+            axis = {"qkv_weight": 1, "qkv_bias": 1, "linear_weight": 0}.get(key) if by_heads else None
+            placement = dist.Replicate() if axis is None else dist.Shard(axis)
+            setattr(layer, key, dist.shard_tensor(parameter, mesh, [placement]))
+
+    return dist.shard_layer(network, mesh, place)
+
+
+def run_mesh():
+    """The auto-parallel engine: ordinary layers whose tensors are sharded over the batch, or over heads."""
+    mesh = dist.ProcessMesh([0, 1], dim_names=["part"])
+    if paddle.__version__.startswith("2."):
+        x = dist.shard_tensor(paddle.to_tensor(make_batch(0)[0]), mesh, [dist.Replicate()])
+        layer = FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS)
+        return {"error/mesh": error_of(lambda: layer(x))}
+    results = {}
+    for kind, dropout_rate in (("batch", 0.0), ("heads", 0.2)):
+        network = shard(make_network(dropout_rate, FusedMultiHeadAttention), mesh, kind == "heads")
+        # Dropout after the sum is Paddle's own: the single layer has other masks.
+        for layer in (network.first, network.second):
+            layer.dropout_rate = 0.0
+        placement = dist.Shard(0) if kind == "batch" else dist.Replicate()
+        optimizer = paddle.optimizer.Momentum(0.1, 0.9, parameters=network.parameters())
+        mask = dist.shard_tensor(paddle.to_tensor(make_mask()), mesh, [placement])
+        losses = []
+        for step in range(MESH_STEPS):
+            x, y = (dist.shard_tensor(paddle.to_tensor(array), mesh, [placement]) for array in make_batch(step))
+            hidden = network.first(x)
+            if step == 0:
+                results[f"mesh/{kind}/placed"] = str(hidden.placements)
+            loss = ((network.head(network.second(hidden, attn_mask=mask)) - y) ** 2).mean()
+            loss.backward()
+            if step == 0:
+                results[f"mesh/{kind}/gradient"] = network.first.qkv_weight.grad._local_shape
+            optimizer.step()
+            optimizer.clear_grad()
+            losses.append(float(loss))
+        results[f"mesh/{kind}/losses"] = losses
+        results[f"mesh/{kind}/local"] = network.first.qkv_weight._local_shape
+    return results
+
+
 def worker(directory):
     paddle.set_device("cpu")
     dist.init_parallel_env()
@@ -202,6 +249,7 @@ def worker(directory):
     results = run_both(directory)
     if degree == 2:
         results.update(run_two())
+        results.update(run_mesh())
     np.savez(os.path.join(directory, f"degree{degree}_rank{dist.get_rank()}.npz"), **results)
 
 

@@ -119,6 +119,30 @@ def test_evaluation(runs, dtype, tolerance):
         np.testing.assert_allclose(found[f"evaluated/{dtype}"], expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2 has no rules for custom operators")
+@pytest.mark.parametrize("kind, dropout_rate", [("batch", 0.0), ("heads", 0.2)])
+def test_mesh(runs, kind, dropout_rate):
+    """Inputs sharded over the batch, and weights over heads, stay so and train as one process does."""
+    network = worker.make_network(dropout_rate, FusedMultiHeadAttention)
+    for layer in (network.first, network.second):
+        layer.dropout_rate = 0.0
+    optimizer = paddle.optimizer.Momentum(0.1, 0.9, parameters=network.parameters())
+    mask = paddle.to_tensor(worker.make_mask())
+    expected = []
+    for step in range(worker.MESH_STEPS):
+        x, y = map(paddle.to_tensor, worker.make_batch(step))
+        loss = ((network(x, mask) - y) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        expected.append(float(loss))
+    for found in runs[2]:
+        np.testing.assert_allclose(found[f"mesh/{kind}/losses"], expected, rtol=0, atol=1e-5)
+        assert str(found[f"mesh/{kind}/placed"]) == ("[Shard(dim=0)]" if kind == "batch" else "[Replicate()]")
+        shape = [3, 4, 6, 24] if kind == "batch" else [3, 2, 6, 24]
+        assert found[f"mesh/{kind}/gradient"].tolist() == found[f"mesh/{kind}/local"].tolist() == shape
+
+
 def test_conversions(runs):
     for found in runs[2]:
         for name in ("split", "copy", "again", "group of one", "attention", "attention again"):
@@ -129,6 +153,8 @@ def test_conversions(runs):
 def test_errors(runs):
     for rank, found in enumerate(runs[2]):
         errors = {name.split("/")[1]: str(text) for name, text in found.items() if name.startswith("error/")}
+        mesh = errors.pop("mesh", "")
+        assert mesh.startswith("NotImplementedError: x: expected ordinary tensors") == paddle.__version__.startswith("2.")
         assert errors == {
             "heads": "ValueError: num_heads: expected a multiple of the group's 2 processes, got 3",
             "type": "TypeError: group: expected a group of paddle.distributed.new_group or None, got list",

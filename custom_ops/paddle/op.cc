@@ -16,6 +16,7 @@
 #include "devices.h"
 #include "paddle/common/enforce.h"
 #include "paddle/extension.h"
+#include "spmd.h"
 
 namespace pfa::op {
 namespace {
@@ -282,7 +283,7 @@ PD_BUILD_OP(custom_fused_attention)
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::forward))
     .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))
-    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes));
+    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd);
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
     .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
@@ -291,7 +292,7 @@ PD_BUILD_GRAD_OP(custom_fused_attention)
               paddle::Grad("PreLnBias"), paddle::Grad("LnScale"), paddle::Grad("LnBias"), paddle::Grad("QKVBias"),
               paddle::Grad("LinearBias")})
     .Attrs(PFA_ATTRIBUTE_NAMES)
-    .SetKernelFn(PD_KERNEL(pfa::op::backward));
+    .SetKernelFn(PD_KERNEL(pfa::op::backward)) PFA_SPMD_RULE(pfa::op::backward_spmd);
 
 // Without this a second-order gradient would silently be missing.
 PD_BUILD_DOUBLE_GRAD_OP(custom_fused_attention)

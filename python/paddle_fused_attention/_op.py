@@ -168,7 +168,7 @@ def fused_attention(
 
 def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, numbers: tuple) -> Any:
     tensors = list(inputs)
-    absent = _absent_eager()
+    absent = _absent_eager().detach()  # beside auto-parallel tensors Paddle makes the object it is given one of them
     present = 0
     needs_grad = 0
     for i, tensor in enumerate(inputs):

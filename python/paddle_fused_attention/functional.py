@@ -7,6 +7,7 @@ from typing import Any
 import paddle
 
 from . import _op
+from ._split import attention_over_mesh, mesh_axis_of_heads
 
 _MODES = ("upscale_in_train", "downscale_in_infer")
 _SEED_RANGE = (-(2**63), 2**63)
@@ -135,6 +136,33 @@ def fused_multi_head_attention(
             raise TypeError(f"seed: expected an int or None, got {seed!r}")
         if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
             raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+
+    mesh_axis = mesh_axis_of_heads(x, qkv_weight)
+    if mesh_axis is not None:
+        return attention_over_mesh(
+            x,
+            qkv_weight,
+            linear_weight,
+            axis=mesh_axis,
+            pre_layer_norm=pre_layer_norm,
+            pre_ln_scale=pre_ln_scale,
+            pre_ln_bias=pre_ln_bias,
+            ln_scale=ln_scale,
+            ln_bias=ln_bias,
+            pre_ln_epsilon=pre_ln_epsilon,
+            qkv_bias=qkv_bias,
+            linear_bias=linear_bias,
+            attn_mask=attn_mask,
+            dropout_rate=dropout_rate,
+            attn_dropout_rate=attn_dropout_rate,
+            ln_epsilon=ln_epsilon,
+            training=training,
+            mode=mode,
+            final_layer_norm=final_layer_norm,
+            add_residual=add_residual,
+            causal=causal,
+            seed=seed,
+        )
 
     switches = 0
     if pre_layer_norm:

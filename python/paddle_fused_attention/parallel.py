@@ -15,10 +15,8 @@ import paddle.distributed as dist
 from paddle import nn
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
-from paddle.nn import functional as F
 
-from . import _op
-from ._composed import _layer_norm
+from ._split import attention_of_part
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -117,72 +115,34 @@ def parallel_attention(
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
-    switches = _op.UPSCALE_IN_TRAIN if mode == "upscale_in_train" else 0
-    if pre_layer_norm:
-        switches |= _op.PRE_LAYER_NORM
-        pre_ln_scale, pre_ln_bias = _shared(pre_ln_scale, group), _shared(pre_ln_bias, group)
-    else:
-        pre_ln_scale = pre_ln_bias = None
-    if causal:
-        switches |= _op.CAUSAL
-    if seed is not None:
-        switches |= _op.FIXED_SEED
-    mask = _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)
-    # Not in the operator: bias, dropout, residual and final layer norm come once, after the sum.
-    y = _op.fused_attention(
-        (_shared(x, group), qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, None, None, qkv_bias, None, mask),
-        is_test=not training,
-        switches=switches,
-        pre_ln_epsilon=pre_ln_epsilon,
-        ln_epsilon=ln_epsilon,
-        dropout_rate=0.0,
-        attn_dropout_rate=attn_dropout_rate,
-        seed=0 if seed is None else int(seed),
+    return attention_of_part(
+        x,
+        qkv_weight,
+        linear_weight,
         first_head=first_head,
         total_heads=total_heads,
-    )
-    if group is not None:
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
-        y = _add_up(y, group)
-    with paddle.amp.auto_cast(enable=False):
-        return _finish(
-            y,
-            x if add_residual else None,
-            linear_bias,
-            dropout_rate,
-            training,
-            mode,
-            final_layer_norm,
-            ln_scale,
-            ln_bias,
-            ln_epsilon,
-        )
-
-
-def _finish(
-    y: Any,
-    residual: Any,
-    bias: Any,
-    dropout_rate: float,
-    training: bool,
-    mode: str,
-    has_norm: bool,
-    scale: Any,
-    shift: Any,
-    epsilon: float,
-) -> Any:
-    """What comes after the sum, at least in float32, as in the operator."""
-    dtype = y.dtype
-    compute = "float64" if dtype == paddle.float64 else "float32"
-    y, residual, bias, scale, shift = (
-        None if tensor is None else paddle.cast(tensor, compute) for tensor in (y, residual, bias, scale, shift)
+        add_up=lambda y: y if group is None else _add_up(y, group),
+        share=lambda tensor: _shared(tensor, group),
+        pre_layer_norm=pre_layer_norm,
+        pre_ln_scale=pre_ln_scale,
+        pre_ln_bias=pre_ln_bias,
+        ln_scale=ln_scale,
+        ln_bias=ln_bias,
+        pre_ln_epsilon=pre_ln_epsilon,
+        qkv_bias=qkv_bias,
+        linear_bias=linear_bias,
+        attn_mask=_mask_of_heads(attn_mask, x, first_head, num_heads, total_heads),
+        dropout_rate=dropout_rate,
+        attn_dropout_rate=attn_dropout_rate,
+        ln_epsilon=ln_epsilon,
+        training=training,
+        mode=mode,
+        final_layer_norm=final_layer_norm,
+        add_residual=add_residual,
+        causal=causal,
+        seed=seed,
     )
-    z = F.dropout(y if bias is None else y + bias, dropout_rate, training=training, mode=mode)
-    if residual is not None:
-        z = residual + z
-    if has_norm:
-        z = _layer_norm(z, scale, shift, epsilon)
-    return paddle.cast(z, dtype)
 
 
 class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):

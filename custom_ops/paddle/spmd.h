@@ -1,0 +1,29 @@
+// How the operator's tensors are spread over a mesh of processes in Paddle's auto-parallel engine (Paddle 3.x, whose custom operators
+// may have such rules): inputs stay sharded over the batch, and the weights over heads where the operator holds a part of the heads.
+#pragma once
+
+#include "attributes.h"
+#include "paddle/extension.h"
+
+#if __has_include("paddle/phi/api/ext/spmd_infer.h")
+#include "paddle/phi/api/ext/spmd_infer.h"
+
+#define PFA_DIST_TENSORS                                                                                           \
+  const phi::distributed::DistMetaTensor &x, const phi::distributed::DistMetaTensor &qkv_weight,                   \
+      const phi::distributed::DistMetaTensor &linear_weight, const phi::distributed::DistMetaTensor &pre_ln_scale, \
+      const phi::distributed::DistMetaTensor &pre_ln_bias, const phi::distributed::DistMetaTensor &ln_scale,       \
+      const phi::distributed::DistMetaTensor &ln_bias, const phi::distributed::DistMetaTensor &qkv_bias,           \
+      const phi::distributed::DistMetaTensor &linear_bias, const phi::distributed::DistMetaTensor &attn_mask
+
+namespace pfa::op {
+
+phi::distributed::SpmdInfo forward_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES);
+phi::distributed::SpmdInfo backward_spmd(PFA_DIST_TENSORS, const phi::distributed::DistMetaTensor& saved,
+                                         const phi::distributed::DistMetaTensor& d_out, PFA_ATTRIBUTES);
+
+}  // namespace pfa::op
+
+#define PFA_SPMD_RULE(rule) .SetInferSpmdFn(PD_INFER_SPMD_RULE(rule))
+#else
+#define PFA_SPMD_RULE(rule)
+#endif

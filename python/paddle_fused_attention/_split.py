@@ -1,0 +1,135 @@
+"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over processes, and what
+comes after the sum is made of Paddle's ordinary ops.
+
+The processes are those of a communication group, or of one dimension of a mesh in Paddle's auto-parallel engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+import paddle.nn.functional as F
+from paddle.framework import in_dynamic_mode
+
+from . import _op
+from ._composed import _layer_norm
+
+
+def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
+    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads; None: none.
+
+    Raises:
+        NotImplementedError: A tensor of the auto-parallel engine on Paddle 2, whose custom operators take none.
+    """
+    if not in_dynamic_mode() or not (x.is_dist() or qkv_weight.is_dist()):
+        return None
+    if paddle.__version__.startswith("2."):
+        raise NotImplementedError(
+            f"x: expected ordinary tensors, since auto-parallel ones need Paddle 3, got them on {paddle.__version__}"
+        )
+    if qkv_weight.is_dist() and len(qkv_weight.shape) == 4:
+        for axis, placement in enumerate(qkv_weight.placements):
+            if placement.is_shard(1):
+                return axis
+    return None
+
+
+def attention_over_mesh(x: Any, qkv_weight: Any, linear_weight: Any, *, axis: int, **arguments: Any) -> Any:
+    """The block with a weight that is sharded by heads over dimension `axis` of its mesh; the others are sharded as that asks for."""
+    mesh = qkv_weight.process_mesh
+    size = mesh.shape[axis]
+    total_heads = qkv_weight.shape[1]
+    if total_heads % size:
+        raise ValueError(
+            f"qkv_weight: expected a multiple of the mesh's {size} processes as its number of heads, got {total_heads}"
+        )
+    position = np.argwhere(np.array(mesh.process_ids).reshape(mesh.shape) == dist.get_rank())
+    # A process outside the mesh computes nothing.
+    first_head = 0 if len(position) == 0 else int(position[0][axis]) * (total_heads // size)
+
+    def add_up(y: Any) -> Any:
+        placements = [dist.Replicate() if placement.is_partial() else placement for placement in y.placements]
+        return dist.reshard(y, y.process_mesh, placements)
+
+    return attention_of_part(
+        x, qkv_weight, linear_weight, first_head=first_head, total_heads=total_heads, add_up=add_up, **arguments
+    )
+
+
+def attention_of_part(
+    x: Any,
+    qkv_weight: Any,
+    linear_weight: Any,
+    *,
+    first_head: int,
+    total_heads: int,
+    add_up: Any,
+    share: Any = None,
+    pre_layer_norm: bool,
+    pre_ln_scale: Any,
+    pre_ln_bias: Any,
+    ln_scale: Any,
+    ln_bias: Any,
+    pre_ln_epsilon: float,
+    qkv_bias: Any,
+    linear_bias: Any,
+    attn_mask: Any,
+    dropout_rate: float,
+    attn_dropout_rate: float,
+    ln_epsilon: float,
+    training: bool,
+    mode: str,
+    final_layer_norm: bool,
+    add_residual: bool,
+    causal: bool,
+    seed: int | None,
+) -> Any:
+    """:func:`fused_multi_head_attention` with weights that hold the heads from `first_head` on of `total_heads`.
+
+    `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads.
+    `attn_mask` is that of these heads. `seed` fixes the masks of the attention.
+    """
+    switches = _op.UPSCALE_IN_TRAIN if mode == "upscale_in_train" else 0
+    used = [x, pre_ln_scale, pre_ln_bias] if pre_layer_norm else [x, None, None]
+    if share is not None:
+        used = [share(tensor) for tensor in used]
+    if pre_layer_norm:
+        switches |= _op.PRE_LAYER_NORM
+    if causal:
+        switches |= _op.CAUSAL
+    if seed is not None:
+        switches |= _op.FIXED_SEED
+    # Not in the operator: bias, dropout, residual and final layer norm come once, after the sum.
+    y = _op.fused_attention(
+        (used[0], qkv_weight, linear_weight, used[1], used[2], None, None, qkv_bias, None, attn_mask),
+        is_test=not training,
+        switches=switches,
+        pre_ln_epsilon=pre_ln_epsilon,
+        ln_epsilon=ln_epsilon,
+        dropout_rate=0.0,
+        attn_dropout_rate=attn_dropout_rate,
+        seed=0 if seed is None else int(seed),
+        first_head=first_head,
+        total_heads=total_heads,
+    )
+    y = add_up(y)
+    # At least in float32, as in the operator.
+    dtype = y.dtype
+    compute = "float64" if dtype == paddle.float64 else "float32"
+
+    def cast(tensor: Any) -> Any:
+        return None if tensor is None else paddle.cast(tensor, compute)
+
+    with paddle.amp.auto_cast(enable=False):
+        z = cast(y)
+        if linear_bias is not None:
+            z = z + cast(linear_bias)
+        z = F.dropout(z, dropout_rate, training=training, mode=mode)
+        if add_residual:
+            z = cast(x) + z
+        if final_layer_norm:
+            z = _layer_norm(z, cast(ln_scale), cast(ln_bias), ln_epsilon)
+        return paddle.cast(z, dtype)
