@@ -214,10 +214,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
         if (kDrops) {
-          bool kept[8];
-          kept_by_key(args, philox_key, h.random, key0 + strip, row0 + 16 * m, kept);
+          uint32_t numbers[8];
+          numbers_by_key(philox_key, h.random, key0 + strip, row0 + 16 * m, numbers);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : -piece[e];
+          for (int e = 0; e < 8; ++e) negate_dropped(piece[e], numbers[e], args.drop_limit);
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -252,7 +252,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float probability = kPackedOnly ? unpack<T>(p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
-            const float d = kDrops && !(probability > 0.0f) ? 0.0f : dp[8 * m + e + i];
+            float d = dp[8 * m + e + i];
+            if (kDrops) zero_unless_positive(d, probability);
             dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
           }
         }

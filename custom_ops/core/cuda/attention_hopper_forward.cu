@@ -81,15 +81,17 @@ __device__ __forceinline__ void softmax(const AttentionArgs& args, int64_t mask_
 // Probabilities, after dropout, as operands of the product with the values.
 template <class T, bool kDrops>
 __device__ __forceinline__ void probabilities(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, int row0,
-                                              int col0, const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
+                                              int col0, float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
-    bool kept[8] = {true, true, true, true, true, true, true, true};
-    if (kDrops) kept_by_query(args, philox_key, head, row0, col0 + 16 * n, kept);
+    if (kDrops) {
+      uint32_t numbers[8];
+      numbers_by_query(philox_key, head, row0, col0 + 16 * n, numbers);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      p[n][e] = pack<T>(kept[2 * e] ? s[8 * n + 2 * e] : 0.0f, kept[2 * e + 1] ? s[8 * n + 2 * e + 1] : 0.0f);
+      for (int e = 0; e < 8; ++e) zero_dropped(s[8 * n + e], numbers[e], args.drop_limit);
     }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p[n][e] = pack<T>(s[8 * n + 2 * e], s[8 * n + 2 * e + 1]);
   }
 }
 

@@ -301,10 +301,10 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
         if (kGeneral && args.drops) {
-          bool kept[8];
-          kept_by_query(args, philox_key, h.random, strip, col0 + 16 * n, kept);
+          uint32_t numbers[8];
+          numbers_by_query(philox_key, h.random, strip, col0 + 16 * n, numbers);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) piece[e] = kept[e] ? piece[e] : 0.0f;
+          for (int e = 0; e < 8; ++e) zero_dropped(piece[e], numbers[e], args.drop_limit);
         }
         pack_piece<T>(&p[m][16 / kDepth<T> * n], piece);
       }
@@ -351,12 +351,12 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
 #pragma unroll
   for (int e = 0; e < 8; ++e) s[e] *= scale_log2;
   if (kGeneral && args.mask.data) add_mask<kRowsAreKeys>(args, mask_offset, row0, column0, s);
-  bool kept[8] = {true, true, true, true, true, true, true, true};
+  uint32_t numbers[8];
   if (kGeneral && args.drops) {
     if (kRowsAreKeys) {
-      kept_by_key(args, philox_key, head, row0, column0, kept);
+      numbers_by_key(philox_key, head, row0, column0, numbers);
     } else {
-      kept_by_query(args, philox_key, head, row0, column0, kept);
+      numbers_by_query(philox_key, head, row0, column0, numbers);
     }
   }
 #pragma unroll
@@ -368,8 +368,9 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
       const int j = kRowsAreKeys ? row0 + lane_row(e) : column0 + lane_column(e);
       if (j >= args.seq_len || (args.causal && j > i)) p = 0.0f;
     }
-    dp[e] = p * ((kept[e] ? dp[e] * drop_scale : 0.0f) - delta[query]);
-    s[e] = kept[e] ? p : 0.0f;
+    const bool kept = !kGeneral || !args.drops || numbers[e] > args.drop_limit;
+    dp[e] = p * ((kept ? dp[e] * drop_scale : 0.0f) - delta[query]);
+    s[e] = kept ? p : 0.0f;
   }
 }
 
