@@ -6,6 +6,8 @@
 namespace pfa {
 namespace cuda {
 
+#if CUDART_VERSION >= 12010  // older toolkits have no tensor maps, warpgroup products or vector additions to memory
+
 // Whether the kernels can take this call: a device of compute capability 9.0, and device code built for it (sm_90a).
 bool hopper_serves(const Context& context, const AttentionArgs& args, DType dtype);
 
@@ -13,6 +15,14 @@ void attention_forward_hopper(const Context& context, const AttentionArgs& args,
 
 // delta and lse2 must have been computed, and dq_sum cleared. Blocks add to dq_sum in no fixed order.
 void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
+
+#else
+
+inline bool hopper_serves(const Context&, const AttentionArgs&, DType) { return false; }
+inline void attention_forward_hopper(const Context&, const AttentionArgs&, DType) {}
+inline void attention_backward_hopper(const Context&, const AttentionArgs&, DType) {}
+
+#endif
 
 }  // namespace cuda
 }  // namespace pfa

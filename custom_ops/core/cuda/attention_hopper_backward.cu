@@ -5,8 +5,11 @@
 // tile's 128 queries, else each computes half of the head dims of 64 queries. d_q is added up in float32 in device memory, in the
 // order in which threads hold it, and brought to its place by a kernel of its own. A third warpgroup copies, and takes the block's
 // next tile of keys while the others are at work on this one.
-#include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper.h"
+
+#if CUDART_VERSION >= 12010
+
+#include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper_launch.h"
 
 namespace pfa {
@@ -310,6 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // d_q from its float32 sums: a block per 64 queries x 64 head dims.
 template <class T>
 __global__ void __launch_bounds__(128) query_gradient_kernel(const AttentionArgs args, const int column_blocks) {
+#if PFA_HOPPER_CODE
   constexpr int kStride = kBlockColumns + 8;
   __shared__ alignas(16) T shared[64 * kStride];
   const int blocks = args.rows_padded / 64 * column_blocks;
@@ -327,6 +331,7 @@ __global__ void __launch_bounds__(128) query_gradient_kernel(const AttentionArgs
   part.head_dim -= column0;
   store_rows<T, kBlockColumns, kStride>(sums, scale, scale, shared + threadIdx.x / 32 * 16 * kStride,
                                         qkv_head<T>(args, args.d_qkv, h, 0) + column0, args.token_stride(), row0, part);
+#endif
 }
 
 template <class T, int kHeadDim>
@@ -361,3 +366,5 @@ void attention_backward_hopper(const Context& context, const AttentionArgs& args
 
 }  // namespace cuda
 }  // namespace pfa
+
+#endif

@@ -3,8 +3,11 @@
 // Head dims up to 64, no mask: two blocks of two warpgroups share a multiprocessor, and one computes products while another computes
 // exponentials. Else registers are too few for that, and there is one block of two computing warpgroups and one that copies; each
 // computing warpgroup starts the next tile's scores before this tile's sums, and the two take turns at the tensor cores.
-#include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper.h"
+
+#if CUDART_VERSION >= 12010
+
+#include "core/cuda/attention_hopper.cuh"
 #include "core/cuda/attention_hopper_launch.h"
 
 namespace pfa {
@@ -333,3 +336,5 @@ bool hopper_serves(const Context& context, const AttentionArgs& args, DType dtyp
 
 }  // namespace cuda
 }  // namespace pfa
+
+#endif
