@@ -3,6 +3,7 @@ The models and the training are those of the tests too.
 """
 
 import copy
+import functools
 import os
 import sys
 
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddle.distributed as dist  # noqa: E402
-from paddle_fused_attention import FusedMultiHeadAttention  # noqa: E402
+from paddle_fused_attention import FusedMultiHeadAttention, incubate  # noqa: E402
 from paddle_fused_attention.parallel import (  # noqa: E402
     ParallelClipGradByGlobalNorm,
     ParallelFusedMultiHeadAttention,
@@ -169,6 +170,7 @@ def run_two():
             lambda: ParallelFusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, group=other if rank == 0 else alone)
         ),
         "error/seed": error_of(lambda: with_seed(1 + rank)),
+        "error/mask type": error_of(lambda: layer(x, attn_mask=1)),
         "error/mask": error_of(lambda: layer(x, attn_mask=paddle.ones([BATCH, 2, SEQ_LEN, SEQ_LEN]))),
         "error/state": error_of(lambda: layer.load_full_state_dict(layer.state_dict())),
         "error/full": error_of(lambda: ParallelFusedMultiHeadAttention.from_full(layer)),
@@ -193,6 +195,56 @@ def run_two():
     results["difference/attention"] = np.abs((split(x) - split.to_full()(x)).numpy()).max()
     attention_again, _ = split.to_multi_head_attention()
     results["difference/attention again"] = np.abs((attention_again(x) - attention(x)).numpy()).max()
+    return results
+
+
+def share_of(name, array, transposed):
+    """This process's part of a parameter of Paddle's layer."""
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    if name == "linear_weight":
+        return np.split(array, degree, 0)[rank]
+    if not name.startswith("qkv"):
+        return array
+    if not transposed:
+        return np.split(array, degree, 1)[rank]
+    columns = array.reshape([*array.shape[:-1], 3, NUM_HEADS, -1])
+    return np.split(columns, degree, -2)[rank].reshape([*array.shape[:-1], -1])
+
+
+def run_ring():
+    """Paddle's own arguments for tensor parallelism, with shares of the parameters of a layer that is whole."""
+    degree = dist.get_world_size()
+    x, mask = paddle.to_tensor(make_batch(0)[0]), paddle.to_tensor(make_mask())
+    results = {}
+    for transposed in (False, True):
+        for pre in (False, True):
+            arguments = dict(normalize_before=pre, transpose_qkv_wb=transposed)
+            paddle.seed(4)
+            whole = incubate.FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.3, **arguments)
+            part = incubate.FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.3, nranks=degree, ring_id=0, **arguments)
+            rng = np.random.default_rng(6)
+            for parameter in whole.parameters():
+                parameter.set_value(rng.standard_normal(parameter.shape).astype("float32") * 0.3)
+
+            for name, parameter in whole.named_parameters():
+                getattr(part, name).set_value(np.ascontiguousarray(share_of(name, parameter.numpy(), transposed)))
+            gradients = []
+            for layer in (whole, part):
+                paddle.seed(8)
+                inputs = x.clone().detach()
+                inputs.stop_gradient = False
+                out = layer(inputs, attn_mask=mask)
+                (out**2).mean().backward()
+                gradients.append({"out": out.numpy(), "x": inputs.grad.numpy()})
+                gradients[-1].update({name: p.grad.numpy() for name, p in layer.named_parameters()})
+            for name, value in gradients[0].items():
+                scale = np.abs(value).max() + 1e-3
+                expected = share_of(name, value, transposed) if name in dict(whole.named_parameters()) else value
+                results[f"ring/{transposed}/{pre}/{name}"] = np.abs(gradients[1][name] - expected).max() / scale
+    part_of = functools.partial(incubate.FusedMultiHeadAttention, EMBED_DIM, NUM_HEADS, ring_id=0)
+    cache = paddle.zeros([2, BATCH, NUM_HEADS // degree, 1, EMBED_DIM // NUM_HEADS])
+    results["error/ring size"] = error_of(lambda: part_of(nranks=4))
+    results["error/ring cache"] = error_of(lambda: part_of(nranks=2)(x, cache=cache))
     return results
 
 
@@ -249,6 +301,7 @@ def worker(directory):
     results = run_both(directory)
     if degree == 2:
         results.update(run_two())
+        results.update(run_ring())
         results.update(run_mesh())
     np.savez(os.path.join(directory, f"degree{degree}_rank{dist.get_rank()}.npz"), **results)
 

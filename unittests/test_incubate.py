@@ -377,7 +377,7 @@ def test_layer_exported(arguments, tmp_path):
 
 
 ERRORS = [
-    (dict(ring_id=0), NotImplementedError, "ring_id: expected -1"),
+    (dict(ring_id=99), ValueError, "ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got 99"),
     (dict(mode="up"), ValueError, "mode: expected"),
     (dict(x=None), TypeError, "x: expected a Tensor"),
     (dict(x=np.zeros([BATCH, EMBED])), ValueError, r"x: expected shape \[batch, seq_len, embed_dim\], got \[2, 12\]"),
@@ -414,8 +414,8 @@ def test_function_errors(changes, error, message):
         (dict(num_heads=5), ValueError, "num_heads: expected a divisor of embed_dim 12, got 5"),
         (dict(embed_dim=0), ValueError, "embed_dim: expected at least 1, got 0"),
         (dict(need_weights=True), ValueError, "need_weights: expected False"),
-        (dict(nranks=3, ring_id=0), NotImplementedError, "nranks: expected 1"),
-        (dict(ring_id=2), NotImplementedError, "ring_id: expected -1"),
+        (dict(nranks=3), ValueError, "nranks: expected 1, the number of processes of ring_id -1, got 3"),
+        (dict(nranks=3, ring_id=99), ValueError, "ring_id: expected -1 or the id of a group"),
     ],
 )
 def test_layer_errors(arguments, error, message):

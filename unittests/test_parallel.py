@@ -143,6 +143,14 @@ def test_mesh(runs, kind, dropout_rate):
         assert found[f"mesh/{kind}/gradient"].tolist() == found[f"mesh/{kind}/local"].tolist() == shape
 
 
+def test_ring_id(runs):
+    """Results and gradients of Paddle's layer with nranks and ring_id, against those of the whole layer."""
+    for found in runs[2]:
+        differences = {name: value for name, value in found.items() if name.startswith("ring/")}
+        assert len(differences) == 4 * 8
+        assert max(differences.values()) < 2e-5, differences
+
+
 def test_conversions(runs):
     for found in runs[2]:
         for name in ("split", "copy", "again", "group of one", "attention", "attention again"):
@@ -161,10 +169,13 @@ def test_errors(runs):
             "member": "ValueError: group: expected a group that this process belongs to, got one of ranks "
             f"[{1 - rank}] on rank {rank}",
             "seed": "ValueError: paddle.seed: expected the same seed on every process of the group, got [1, 2]",
+            "mask type": "TypeError: attn_mask: expected a Tensor or None, got int",
             "mask": "ValueError: attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = "
             "[4, 4, 7, 7], got [4, 2, 7, 7]",
             "state": "ValueError: qkv_weight: expected shape [3, 4, 6, 24], that of the whole layer, got [3, 2, 6, 24]",
             "full": "TypeError: layer: expected a FusedMultiHeadAttention with all heads, got ParallelFusedMultiHeadAttention",
+            "ring size": "ValueError: nranks: expected 2, the number of processes of ring_id 0, got 4",
+            "ring cache": "NotImplementedError: cache_kv: expected None with tensor parallelism, ring_id 0, got a Tensor",
             "static": "NotImplementedError: tensor parallelism: expected dygraph, since the sum over the group is taken "
             "between operators, got a static graph",
         }

@@ -43,6 +43,33 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
+def check_arguments(
+    x: Any,
+    qkv_weight: Any,
+    linear_weight: Any,
+    optional_tensors: dict[str, Any],
+    numbers: dict[str, Any],
+    mode: Any,
+    seed: Any,
+) -> list[float]:
+    """Checks the types of tensors, and numbers, of which the names of epsilons end so; returns the numbers."""
+    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
+        _check_tensor(argument, value, required=True)
+    for argument, value in optional_tensors.items():
+        _check_tensor(argument, value)
+    checked = [
+        _check_number(name, value, 0.0, float("inf") if name.endswith("epsilon") else 1.0) for name, value in numbers.items()
+    ]
+    if mode not in _MODES:
+        raise ValueError(f"mode: expected {_MODES[0]!r} or {_MODES[1]!r}, got {mode!r}")
+    if seed is not None:
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise TypeError(f"seed: expected an int or None, got {seed!r}")
+        if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
+            raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+    return checked
+
+
 @paddle.jit.not_to_static
 def fused_multi_head_attention(
     x: paddle.Tensor,
@@ -113,29 +140,28 @@ def fused_multi_head_attention(
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape or a number does not fit.
     """
-    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
-        _check_tensor(argument, value, required=True)
-    for argument, value in (
-        ("pre_ln_scale", pre_ln_scale),
-        ("pre_ln_bias", pre_ln_bias),
-        ("ln_scale", ln_scale),
-        ("ln_bias", ln_bias),
-        ("qkv_bias", qkv_bias),
-        ("linear_bias", linear_bias),
-        ("attn_mask", attn_mask),
-    ):
-        _check_tensor(argument, value)
-    pre_ln_epsilon = _check_number("pre_ln_epsilon", pre_ln_epsilon, 0.0, float("inf"))
-    ln_epsilon = _check_number("ln_epsilon", ln_epsilon, 0.0, float("inf"))
-    dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
-    attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
-    if mode not in _MODES:
-        raise ValueError(f"mode: expected {_MODES[0]!r} or {_MODES[1]!r}, got {mode!r}")
-    if seed is not None:
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise TypeError(f"seed: expected an int or None, got {seed!r}")
-        if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
-            raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = check_arguments(
+        x,
+        qkv_weight,
+        linear_weight,
+        dict(
+            pre_ln_scale=pre_ln_scale,
+            pre_ln_bias=pre_ln_bias,
+            ln_scale=ln_scale,
+            ln_bias=ln_bias,
+            qkv_bias=qkv_bias,
+            linear_bias=linear_bias,
+            attn_mask=attn_mask,
+        ),
+        dict(
+            pre_ln_epsilon=pre_ln_epsilon,
+            ln_epsilon=ln_epsilon,
+            dropout_rate=dropout_rate,
+            attn_dropout_rate=attn_dropout_rate,
+        ),
+        mode,
+        seed,
+    )
 
     mesh_axis = mesh_axis_of_heads(x, qkv_weight)
     if mesh_axis is not None:

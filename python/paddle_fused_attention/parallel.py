@@ -8,6 +8,7 @@ whole layer whatever the number of processes, since all draw from generators wit
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import paddle
@@ -17,6 +18,7 @@ from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
 from ._split import attention_of_part
+from .functional import check_arguments
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -37,6 +39,25 @@ def _resolve_group(group: Any) -> Any:
             f"group: expected a group that this process belongs to, got one of ranks {group.ranks} on rank {dist.get_rank()}"
         )
     return group if group.nranks > 1 else None
+
+
+def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
+    """The group that Paddle's ``ring_id`` stands for; None for -1, or if there is nobody to talk to.
+
+    Raises:
+        ValueError: There is no such group, this process is not in it, or it does not have `nranks` processes.
+    """
+    group = None
+    if ring_id != -1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Paddle warns of what is raised below
+            group = dist.get_group(ring_id)
+        if group is None:
+            raise ValueError(f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {ring_id}")
+    size = 1 if group is None else group.nranks
+    if nranks is not None and nranks != size:
+        raise ValueError(f"nranks: expected {size}, the number of processes of ring_id {ring_id}, got {nranks}")
+    return None if group is None else _resolve_group(group)
 
 
 @paddle.no_grad()
@@ -110,6 +131,28 @@ def parallel_attention(
         raise NotImplementedError(
             "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
         )
+    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = check_arguments(
+        x,
+        qkv_weight,
+        linear_weight,
+        dict(
+            pre_ln_scale=pre_ln_scale,
+            pre_ln_bias=pre_ln_bias,
+            ln_scale=ln_scale,
+            ln_bias=ln_bias,
+            qkv_bias=qkv_bias,
+            linear_bias=linear_bias,
+            attn_mask=attn_mask,
+        ),
+        dict(
+            pre_ln_epsilon=pre_ln_epsilon,
+            ln_epsilon=ln_epsilon,
+            dropout_rate=dropout_rate,
+            attn_dropout_rate=attn_dropout_rate,
+        ),
+        mode,
+        seed,
+    )
     if len(qkv_weight.shape) != 4:
         raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
     num_heads = qkv_weight.shape[1]

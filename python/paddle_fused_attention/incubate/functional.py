@@ -8,32 +8,31 @@ import paddle
 
 from .. import functional as fused
 from .._composed import attention_with_cache
+from ..parallel import group_of_ring, parallel_attention
 
 __all__ = ["fused_multi_head_attention"]
 
 
-def check_single_device(nranks: int = 1, ring_id: int = -1) -> None:
-    """The one place that knows which of Paddle's tensor-parallel arguments are served."""
-    for name, value, expected in (("nranks", nranks, 1), ("ring_id", ring_id, -1)):
-        if value != expected:
-            raise NotImplementedError(f"{name}: expected {expected}, which is no tensor parallelism, got {value}")
-
-
-def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int) -> tuple:
-    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed."""
+def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
+    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed; or one of
+    nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {num_heads!r}")
-    if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim} with transpose_qkv_wb, got {num_heads}")
-    expected = {"qkv_weight": [embed_dim, 3 * embed_dim], "qkv_bias": [3 * embed_dim]}
+    if num_heads < 1 or embed_dim % (num_heads * nranks):
+        on_ranks = f" on {nranks} processes" if nranks > 1 else ""
+        raise ValueError(
+            f"num_heads: expected a divisor of embed_dim {embed_dim}{on_ranks} with transpose_qkv_wb, got {num_heads}"
+        )
+    width = embed_dim // nranks
+    expected = {"qkv_weight": [embed_dim, 3 * width], "qkv_bias": [3 * width]}
     for name, tensor in (("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias)):
         if tensor is not None and list(tensor.shape) != expected[name]:
             raise ValueError(
                 f"{name}: expected shape {expected[name]} for x with embed_dim {embed_dim} and transpose_qkv_wb, "
                 f"got {list(tensor.shape)}"
             )
-    shape = [3, num_heads, embed_dim // num_heads]
+    shape = [3, num_heads, width // num_heads]
     weight = paddle.transpose(qkv_weight, [1, 0]).reshape([*shape, embed_dim])
     return weight, None if qkv_bias is None else qkv_bias.reshape(shape)
 
@@ -83,7 +82,9 @@ def fused_multi_head_attention(
         dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
         training: Without it nothing is dropped.
         mode: "upscale_in_train" or "downscale_in_infer".
-        ring_id: -1; tensor parallelism is not served.
+        ring_id: The id of a group of ``paddle.distributed.new_group`` for tensor parallelism, in dygraph: each of its n processes
+            has 1 / n of the heads, that is, ``qkv_weight`` [3, num_heads / n, head_dim, embed_dim] or [embed_dim, 3 * embed_dim / n],
+            ``qkv_bias`` likewise, and ``linear_weight`` [embed_dim / n, embed_dim]; all else is whole. -1: none.
         add_residual: Whether x is added.
         num_heads: Read with ``transpose_qkv_wb`` only.
         transpose_qkv_wb: See qkv_weight.
@@ -98,9 +99,9 @@ def fused_multi_head_attention(
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, or does not fit.
-        NotImplementedError: A ``ring_id`` other than -1.
+        NotImplementedError: Tensor parallelism with ``cache_kv`` or in a static graph.
     """
-    check_single_device(ring_id=ring_id)
+    group = group_of_ring(ring_id)
     for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
         fused._check_tensor(argument, value, required=True)
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
@@ -108,7 +109,7 @@ def fused_multi_head_attention(
     if len(x.shape) != 3:
         raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
     if transpose_qkv_wb:
-        qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads)
+        qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
     arguments = dict(
         pre_layer_norm=pre_layer_norm,
         pre_ln_scale=pre_ln_scale,
@@ -129,7 +130,11 @@ def fused_multi_head_attention(
     )
     if cache_kv is None:
         seed = paddle.static.default_main_program().random_seed
+        if group is not None:
+            return parallel_attention(x, qkv_weight, linear_weight, **arguments, group=group, seed=seed or None)
         return fused.fused_multi_head_attention(x, qkv_weight, linear_weight, **arguments, seed=seed or None)
+    if group is not None:
+        raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
     if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
         raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
     cache_k, cache_v = paddle.unbind(cache_kv)

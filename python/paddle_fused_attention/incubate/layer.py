@@ -8,7 +8,8 @@ import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._composed import additive_mask
-from .functional import check_single_device, fused_multi_head_attention
+from ..parallel import group_of_ring
+from .functional import fused_multi_head_attention
 
 __all__ = ["FusedMultiHeadAttention"]
 
@@ -34,13 +35,13 @@ class FusedMultiHeadAttention(BuiltIn):
         qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
             ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out.
         epsilon: Of the layer norm.
-        nranks, ring_id: 1 and -1; tensor parallelism is not served.
+        nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``, which divides
+            num_heads, and its id: see the function. 1 and -1: none.
         transpose_qkv_wb: The form of qkv_weight and qkv_bias.
         name: Shown by ``repr``.
 
     Raises:
-        ValueError: embed_dim or num_heads does not fit, or ``need_weights``.
-        NotImplementedError: An ``nranks`` other than 1, or a ``ring_id`` other than -1.
+        ValueError: embed_dim, num_heads, nranks or ring_id does not fit, or ``need_weights``.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class FusedMultiHeadAttention(BuiltIn):
             raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
         if need_weights:
             raise ValueError("need_weights: expected False, since the attention weights are never stored, got True")
-        check_single_device(nranks, ring_id)
+        group_of_ring(ring_id, nranks)
+        if num_heads % nranks:
+            raise ValueError(f"num_heads: expected a multiple of nranks {nranks}, got {num_heads}")
         super().__init__(
             embed_dim,
             num_heads,
