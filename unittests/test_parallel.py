@@ -193,3 +193,31 @@ def test_one_process():
     assert layer.degree == 1 and "degree=1" in repr(layer)
     with pytest.raises(NotImplementedError, match="key: expected None or the query itself"):
         layer(x, key=x + 1)
+
+
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_one_process_to_static(full_graph):
+    paddle.seed(3)
+    layer = ParallelFusedMultiHeadAttention(24, 4)
+    layer.eval()
+    x = paddle.to_tensor(worker.make_batch(1)[0])
+    expected = layer(x).numpy()
+    found = paddle.jit.to_static(layer, full_graph=full_graph)(x)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_one_process_static():
+    paddle.enable_static()
+    try:
+        program, startup = paddle.static.Program(), paddle.static.Program()
+        with paddle.static.program_guard(program, startup):
+            x = paddle.static.data("x", [-1, -1, 24])
+            loss = ParallelFusedMultiHeadAttention(24, 4)(x).square().mean()
+            paddle.optimizer.SGD(0.1).minimize(loss)
+        executor = paddle.static.Executor(paddle.CPUPlace())
+        executor.run(startup)
+        feed = {"x": worker.make_batch(1)[0]}
+        (found,) = executor.run(program, feed=feed, fetch_list=[loss])
+    finally:
+        paddle.disable_static()
+    assert abs(float(found) - 1) < 1e-3  # layer-normalised

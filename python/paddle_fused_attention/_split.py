@@ -6,13 +6,14 @@ The processes are those of a communication group, or of one dimension of a mesh 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
-from paddle.framework import in_dynamic_mode
+from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 
 from . import _op
 from ._composed import _layer_norm
@@ -59,6 +60,7 @@ def attention_over_mesh(x: Any, qkv_weight: Any, linear_weight: Any, *, axis: in
     )
 
 
+@paddle.jit.not_to_static
 def attention_of_part(
     x: Any,
     qkv_weight: Any,
@@ -123,7 +125,8 @@ def attention_of_part(
     def cast(tensor: Any) -> Any:
         return None if tensor is None else paddle.cast(tensor, compute)
 
-    with paddle.amp.auto_cast(enable=False):
+    # Legacy programs have no auto_cast.
+    with paddle.amp.auto_cast(enable=False) if in_dynamic_or_pir_mode() else nullcontext():
         z = cast(y)
         if linear_bias is not None:
             z = z + cast(linear_bias)

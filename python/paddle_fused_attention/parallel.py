@@ -96,6 +96,7 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
     return mask if num_heads == total_heads else mask[..., first_head : first_head + num_heads, :, :]
 
 
+@paddle.jit.not_to_static
 def parallel_attention(
     x: paddle.Tensor,
     qkv_weight: paddle.Tensor,
