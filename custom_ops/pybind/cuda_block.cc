@@ -121,7 +121,7 @@ class CudaBlock {
  public:
   CudaBlock(const py::dict& config, int device) : config_(parse_config(config)), device_(device) {}
 
-  size_t saved_bytes() const { return pfa::saved_bytes(config_.params); }
+  size_t saved_bytes(const py::dict& arrays) const { return pfa::saved_bytes(params(arrays)); }
 
   size_t forward_workspace_bytes(const py::dict& arrays, bool saves) const {
     CurrentDevice current(device_);
@@ -215,7 +215,7 @@ class CudaBlock {
 void bind_cuda(py::module_& module) {
   py::class_<CudaBlock>(module, "CudaBlock", doc().c_str())
       .def(py::init<const py::dict&, int>(), py::arg("config"), py::arg("device") = 0)
-      .def("saved_bytes", &CudaBlock::saved_bytes, "Bytes that forward saves for backward.")
+      .def("saved_bytes", &CudaBlock::saved_bytes, py::arg("arrays"), "Bytes that forward saves for backward.")
       .def("forward_workspace_bytes", &CudaBlock::forward_workspace_bytes, py::arg("arrays"), py::arg("saves"))
       .def("backward_workspace_bytes", &CudaBlock::backward_workspace_bytes, py::arg("arrays"))
       .def("forward", &CudaBlock::forward, py::arg("arrays"), py::arg("saved"), py::arg("workspace"), py::arg("stream"),

@@ -95,7 +95,7 @@ class Run:
         x = self.tensors["x"]
         self.out = self.memory.empty(x.shape, x.dtype, offset)
         self.arrays["out"] = self.out.data_ptr()
-        self.saved = self.memory.bytes(self.block.saved_bytes()) if saves else None
+        self.saved = self.memory.bytes(self.block.saved_bytes(self.arrays)) if saves else None
         self.offset = offset
 
     def stream(self):
