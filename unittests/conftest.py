@@ -19,6 +19,14 @@ def missing_gpu():
     return None
 
 
+def pytest_configure():
+    """float32 is compared at float32's tolerance: Paddle's switch for TF32 matrix products is put off."""
+    if missing_gpu() is None:
+        from paddle.base import core
+
+        core.set_cublas_switch(False)
+
+
 def pytest_report_header():
     return f"places: cpu only, for {missing_gpu()}" if missing_gpu() else "places: cpu, gpu"
 
