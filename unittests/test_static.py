@@ -283,7 +283,7 @@ def test_frozen_parameters_stay(frozen):
 
 @pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
 def test_clone_for_test_turns_dropout_off(mode):
-    """A program for training becomes one for testing; PIR programs know no for_test, so this is for legacy programs only."""
+    """A legacy program for training becomes one for testing."""
     case = FULL.but(mode=mode)
     inputs = common.make_inputs(case)
     arrays = common.stored_inputs(case, inputs)
@@ -297,6 +297,27 @@ def test_clone_for_test_turns_dropout_off(mode):
         executor = paddle.static.Executor(paddle.CPUPlace())
         train = executor.run(main, feed=feed, fetch_list=[out])[0]
         test = executor.run(for_test, feed=feed, fetch_list=[out.name])[0]
+    common.check(case, common.expect(case.but(training=False), inputs), test, {})
+    assert not np.allclose(train, test)
+
+
+@pytest.mark.skipif(not hasattr(paddle, "pir") or not hasattr(paddle.pir, "Value"), reason="this Paddle has no PIR programs")
+@pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
+def test_is_test_turns_dropout_off(mode):
+    """The same in PIR, whose clone() knows no for_test: there set_is_test_attr() follows it."""
+    case = FULL.but(mode=mode)
+    inputs = common.make_inputs(case)
+    feed = {n: a for n, a in common.stored_inputs(case, inputs).items() if n != "d_out"}
+    with static_mode():
+        main = paddle.static.Program()
+        with paddle.static.program_guard(main, paddle.static.Program()):
+            out = call({n: paddle.static.data(n, a.shape, str(a.dtype)) for n, a in feed.items()}, case.config, seed=None)
+        for_test = main.clone()
+        for_test.set_is_test_attr()
+        test_out = next(op for op in for_test.global_block().ops if op.name().endswith("custom_fused_attention")).result(0)
+        executor = paddle.static.Executor(paddle.CPUPlace())
+        train = executor.run(main, feed=feed, fetch_list=[out])[0]
+        test = executor.run(for_test, feed=feed, fetch_list=[test_out])[0]
     common.check(case, common.expect(case.but(training=False), inputs), test, {})
     assert not np.allclose(train, test)
 
