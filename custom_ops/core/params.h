@@ -56,6 +56,13 @@ struct Dropout {
   double scale = 1.0;
 };
 
+// The dropout of a rate in [0, 1]: upscale_in_train if `upscales`, else downscale_in_infer.
+inline Dropout dropout_of(double rate, bool training, bool upscales) {
+  const double kept = 1.0 - rate;
+  if (!training) return {0, upscales ? 1.0 : kept};
+  return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscales ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
+}
+
 // What is added to (float dtype), or must be nonzero in (bool, integer dtypes) the scores. Element (b, h, i, j) lies
 // at data + b*strides[0] + h*strides[1] + i*strides[2] + j*strides[3], counted in elements; 0 where it broadcasts.
 struct Mask {

@@ -73,13 +73,6 @@ void check(const Tensors& tensors, const Attributes& attributes) {
   }
 }
 
-Dropout dropout_of(double rate, const Attributes& attributes) {
-  const bool upscale = attributes.has(kUpscaleInTrain);
-  if (attributes.is_test) return {0, upscale ? 1.0 : 1.0 - rate};
-  const double kept = 1.0 - rate;
-  return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscale ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
-}
-
 const void* data_of(const Tensors& tensors, Input input, const Attributes& attributes) {
   return attributes.has(input) ? tensors[input]->data() : nullptr;
 }
@@ -119,8 +112,8 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.causal = attributes.has(kCausal);
   p.pre_ln_epsilon = number(attributes.pre_ln_epsilon);
   p.ln_epsilon = number(attributes.ln_epsilon);
-  p.attn_dropout = dropout_of(number(attributes.attn_dropout_rate), attributes);
-  p.dropout = dropout_of(number(attributes.dropout_rate), attributes);
+  p.attn_dropout = dropout_of(number(attributes.attn_dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
+  p.dropout = dropout_of(number(attributes.dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
   p.x = data_of(tensors, kX, attributes);
   p.pre_ln_scale = data_of(tensors, kPreLnScale, attributes);
   p.pre_ln_bias = data_of(tensors, kPreLnBias, attributes);

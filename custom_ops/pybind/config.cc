@@ -7,11 +7,9 @@ namespace py = pybind11;
 namespace pfa {
 namespace {
 
-Dropout dropout_of(double rate, bool training, bool upscale) {
-  if (rate < 0 || rate > 1) throw py::value_error("config: expected dropout rates in [0, 1]");
-  const double kept = 1.0 - rate;
-  if (!training) return {0, upscale ? 1.0 : kept};
-  return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscale ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
+double checked_rate(double rate) {
+  if (!(rate >= 0 && rate <= 1)) throw py::value_error("config: expected dropout rates in [0, 1]");
+  return rate;
 }
 
 }  // namespace
@@ -77,8 +75,8 @@ Config parse_config(const py::dict& config) {
   if (mode != "upscale_in_train" && mode != "downscale_in_infer") {
     throw py::value_error("mode: expected upscale_in_train or downscale_in_infer, got " + mode);
   }
-  p.dropout = dropout_of(rate, training, mode == "upscale_in_train");
-  p.attn_dropout = dropout_of(attn_rate, training, mode == "upscale_in_train");
+  p.dropout = dropout_of(checked_rate(rate), training, mode == "upscale_in_train");
+  p.attn_dropout = dropout_of(checked_rate(attn_rate), training, mode == "upscale_in_train");
   take("allow_tf32", result.allow_tf32);
   take("deterministic", result.deterministic);
   if (!left.empty()) throw py::value_error("config: unknown entry " + left.begin()->first);
