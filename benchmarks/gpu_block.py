@@ -23,6 +23,7 @@ from pathlib import Path
 import pfa_core
 import torch
 import torch.nn.functional as F
+import torch.utils.cpp_extension
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -123,75 +124,28 @@ def current_stream():
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
 
+def load_extension():
+    """torch_block.cc, built against the core's library that lies beside pfa_core."""
+    root = Path(__file__).resolve().parents[1]
+    return torch.utils.cpp_extension.load(
+        name="pfa_torch_block",
+        sources=[str(root / "benchmarks/torch_block.cc"), str(root / "custom_ops/pybind/config.cc")],
+        extra_include_paths=[str(root / "custom_ops")],
+        extra_cflags=["-O2"],
+        extra_ldflags=[str(Path(pfa_core.__file__).parent / "libpfa.a"), "-fopenmp", "-ldl"],
+        with_cuda=True,
+    )
+
+
 class Ours:
     """The block as an autograd function on PyTorch's tensors."""
 
     def __init__(self, case):
-        self.case = case
-        prefix = "pre_" if case.pre_layer_norm else ""
-        self.names = {n: prefix + n if n.startswith("ln_") else n for n in PARAMETERS}
-        self.blocks = {training: pfa_core.CudaBlock(case.config(training)) for training in (False, True)}
-        self.sizes = {}
-        self.calls = 0
-        self.function = self.make_function()
-
-    def size(self, key, compute):
-        if key not in self.sizes:
-            self.sizes[key] = compute()
-        return self.sizes[key]
-
-    def forward(self, x, parameters, training):
-        block = self.blocks[training]
-        arrays = {self.names[n]: address(t) for n, t in parameters.items()}
-        arrays["x"] = address(x)
-        out = torch.empty_like(x)
-        arrays["out"] = address(out)
-        saved = (
-            torch.empty(self.size("saved", lambda: block.saved_bytes(arrays)), dtype=torch.uint8, device="cuda")
-            if training
-            else None
-        )
-        bytes_needed = self.size(("forward", training), lambda: block.forward_workspace_bytes(arrays, training))
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cuda")
-        self.calls += 1
-        stream = current_stream()
-        block.forward(arrays, address(saved) if training else None, address(workspace), stream, 1, self.calls)
-        return out, saved
-
-    def backward(self, x, parameters, saved, d_out):
-        block = self.blocks[True]
-        arrays = {self.names[n]: address(t) for n, t in parameters.items()}
-        arrays["x"] = address(x)
-        arrays["d_out"] = address(d_out)
-        gradients = {n: torch.empty_like(t) for n, t in parameters.items()}
-        gradients["x"] = torch.empty_like(x)
-        for name, gradient in gradients.items():
-            arrays["d_" + self.names.get(name, name)] = address(gradient)
-        bytes_needed = self.size("backward", lambda: block.backward_workspace_bytes(arrays))
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cuda")
-        block.backward(arrays, address(saved), address(workspace), current_stream())
-        return gradients
-
-    def make_function(ours):
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, *parameters):
-                out, saved = ours.forward(x, dict(zip(PARAMETERS, parameters)), True)
-                ctx.save_for_backward(x, saved, *parameters)
-                return out
-
-            @staticmethod
-            def backward(ctx, d_out):
-                x, saved, *parameters = ctx.saved_tensors
-                gradients = ours.backward(x, dict(zip(PARAMETERS, parameters)), saved, d_out)
-                return gradients["x"], *(gradients[n] for n in PARAMETERS)
-
-        return Function.apply
+        extension = load_extension()
+        self.blocks = {training: extension.Block(case.config(training)) for training in (False, True)}
 
     def __call__(self, x, parameters, training):
-        if training:
-            return self.function(x, *parameters.values())
-        return self.forward(x, parameters, False)[0]
+        return self.blocks[training]([x, *parameters.values()], training)
 
 
 def composed(case, attention):

@@ -71,6 +71,12 @@ def test_mask_causal_dropout(dtype):
     check(Case(dtype=dtype, seq_len=133, mask=Mask("1HSS", "float32", "-inf"), config=config))
 
 
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+def test_many_heads(dtype):
+    """More heads than a kernel has sums of d_q for."""
+    check(Case(dtype=dtype, batch=16, num_heads=8, seq_len=257, head_dim=16))
+
+
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("seq_len", (1, 7, 64, 129, 257))

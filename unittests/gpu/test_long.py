@@ -1,4 +1,4 @@
-"""Attention at long sequences against float64 on the device, computed in chunks of queries, and PyTorch's flash way as the peer."""
+"""Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, and PyTorch's flash way as the peer."""
 
 import pfa_core
 import pytest
@@ -46,9 +46,11 @@ def errors(actual, expected):
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32", "float64"))
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("seq_len,head_dim", ((4096, 128), (16384, 64), (16384, 128), (16001, 80)))
-def test_long(seq_len, head_dim, causal, dtype):
-    heads = 2
+@pytest.mark.parametrize(
+    "seq_len,head_dim,heads",
+    ((4096, 128, 2), (16384, 64, 2), (16384, 128, 2), (16001, 80, 2), (1024, 64, 40), (2048, 128, 40)),
+)
+def test_long(seq_len, head_dim, heads, causal, dtype):
     memory = Memory()
     torch.manual_seed(seq_len + head_dim)
     qkv = torch.randn(seq_len, 3, heads, head_dim, device="cuda").to(torch_dtype(dtype))

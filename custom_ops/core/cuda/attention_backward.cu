@@ -2,6 +2,7 @@
 //
 // With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
 // dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q.
+#include "core/block.h"
 #include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_launch.h"
 #include "core/cuda/attention_mma.cuh"
@@ -17,7 +18,7 @@ constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole til
 constexpr int kRowThreads = 256;
 
 // `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which
-// make probabilities 0. Clears the sums of d_q and the count of tiles as well.
+// make probabilities 0. Clears the sums of d_q and the counts of progress as well.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const AttentionArgs args, const int lanes) {
   const int rows = kRowThreads / lanes;
@@ -51,11 +52,15 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     if (args.score_shift) shift2 = shift_log2(static_cast<const Acc*>(args.score_shift)[statistic]);
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
-  if (args.dq_sum) {
+  if (h.flat < static_cast<uint32_t>(args.dq_slots)) {
     float4* sums = reinterpret_cast<float4*>(args.dq_sum + index * args.dq_columns);
     for (int i = lane; i < args.dq_columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (row == 0 && lane == 0) {
+      if (h.flat == 0) args.progress[0] = 0;
+      args.progress[1 + h.flat] = 0;
+      args.progress[1 + args.dq_slots + h.flat] = 0;
+    }
   }
-  if (args.next_tile && blockIdx.x == 0 && threadIdx.x == 0) *args.next_tile = 0;
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
@@ -110,53 +115,42 @@ template <class T>
 void backward_16bit(const Context& context, const AttentionArgs& args, DType dtype) {
   if (!tensor_cores_serve(context)) return backward_plain<T, float>(context, args);
   backward_rows<T, float>(context, args);
-  if (args.dq_sum) {
+  if (args.dq_slots) {
     attention_backward_hopper(context, args, dtype);
   } else {
     backward_mma<T, 64, 96, 128, 192, 256>(context, args);
   }
 }
 
-// Where things lie in the stage's workspace.
-struct Workspace {
-  int64_t rows;       // seq_len, padded
-  int dq_columns;     // 0 but for the Hopper kernel, whose blocks add to d_q in no fixed order
-  size_t statistics;  // bytes of delta, of lse2, and with a mask of shift2
-  size_t sums_offset;
-  size_t sums;  // bytes of dq_sum
-  size_t total;
-
-  Workspace(const Context& context, const AttentionArgs& args, DType dtype) {
-    rows = ceil_div(args.seq_len, kRowMultiple) * kRowMultiple;
-    dq_columns = hopper_serves(context, args, dtype) && !context.deterministic ? (args.head_dim > 64 ? 128 : 64) : 0;
-    const int64_t all_rows = args.batch * args.num_heads * rows;
-    statistics = all_rows * size_of(accumulator_of(dtype));
-    sums = all_rows * dq_columns * sizeof(float);
-    sums_offset = (args.mask.data ? 3 : 2) * statistics;
-    total = sums_offset + sums + (sums ? sizeof(uint32_t) : 0);
+// Places the stage's memory from `memory` on, null to learn its size, which it returns.
+size_t place_workspace(const Context& context, DType dtype, char* memory, AttentionArgs& args) {
+  args.rows_padded = static_cast<int>(ceil_div(args.seq_len, kRowMultiple) * kRowMultiple);
+  const bool hopper = hopper_serves(context, args, dtype) && !context.deterministic;
+  if (hopper) attention_backward_hopper_plan(context, args);
+  Arena arena(memory);
+  const size_t statistics = args.batch * args.num_heads * args.rows_padded * size_of(accumulator_of(dtype));
+  args.delta = arena.take(statistics);
+  args.lse2 = arena.take(statistics);
+  args.shift2 = args.mask.data ? arena.take(statistics) : nullptr;
+  if (hopper) {
+    args.dq_sum = static_cast<float*>(arena.take(sizeof(float) * args.dq_slots * args.rows_padded * args.dq_columns));
+    args.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * args.dq_slots)));
   }
-};
+  return arena.used();
+}
 
 }  // namespace
 
 size_t attention_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  return backward ? Workspace(context, attention_args(p), p.dtype).total : 0;
+  if (!backward || p.rows() == 0) return 0;
+  AttentionArgs args = attention_args(p);
+  return place_workspace(context, p.dtype, nullptr, args);
 }
 
 void attention_backward(Context& context, const Params& p) {
   if (p.rows() == 0) return;
   AttentionArgs args = attention_args(p);
-  const Workspace workspace(context, args, p.dtype);
-  char* memory = static_cast<char*>(p.stage_workspace);
-  args.rows_padded = static_cast<int>(workspace.rows);
-  args.dq_columns = workspace.dq_columns;
-  args.delta = memory;
-  args.lse2 = memory + workspace.statistics;
-  if (args.mask.data) args.shift2 = memory + 2 * workspace.statistics;
-  if (workspace.sums) {
-    args.dq_sum = reinterpret_cast<float*>(memory + workspace.sums_offset);
-    args.next_tile = reinterpret_cast<uint32_t*>(memory + workspace.sums_offset + workspace.sums);
-  }
+  place_workspace(context, p.dtype, static_cast<char*>(p.stage_workspace), args);
   switch (p.dtype) {
     case DType::kFloat16:
       return backward_16bit<__half>(context, args, p.dtype);

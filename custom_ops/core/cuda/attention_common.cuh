@@ -41,15 +41,21 @@ struct AttentionArgs {
   double score_scale;  // D^-0.5
   double drop_scale;
 
-  const void* d_out;    // [B, S, H, D]
-  void* d_qkv;          // [B, S, 3, H, D]
-  void* delta;          // [B, H, rows_padded]: sum over d of d_out * out
-  void* lse2;           // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
-  void* shift2;         // [B, H, rows_padded] with a mask: score_shift * log2(e)
-  float* dq_sum;        // [B, H, rows_padded, dq_columns]: sums of d_q where several blocks add to them, or null
-  int dq_columns;       // head_dim rounded up to whole blocks of columns
-  uint32_t* next_tile;  // counts the tiles that blocks have taken, or null where each block has its own
-  int rows_padded;      // seq_len rounded up to whole tiles of queries
+  const void* d_out;  // [B, S, H, D]
+  void* d_qkv;        // [B, S, 3, H, D]
+  void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
+  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
+  void* shift2;       // [B, H, rows_padded] with a mask: score_shift * log2(e)
+  int rows_padded;    // seq_len rounded up to whole tiles of queries
+
+  // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of dq_sum; what dq_lag means is said in
+  // attention_hopper_backward.cu.
+  float* dq_sum;   // [dq_slots, rows_padded, dq_columns]
+  int dq_columns;  // head_dim rounded up to whole blocks of columns
+  int dq_slots;
+  int dq_lag;
+  uint32_t*
+      progress;  // [1 + 2 * dq_slots]: how many tiles blocks have begun; and of each slot, are in the sums, and have left them
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
   __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }

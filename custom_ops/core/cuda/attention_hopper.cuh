@@ -117,10 +117,11 @@ __device__ __forceinline__ void store_piece(void* block, int row0, int column0, 
                : "memory");
 }
 
-// Stores a warp's 16 rows of sums, times a factor per lane's row, by way of rows row0.. of `block`, which are the warp's own.
+// Stores a warp's 16 rows of sums, times a factor per lane's row, by way of rows row0.. of `block`, which are the warp's own. They are
+// rows first_row.. of a matrix with `rows` rows and `columns` columns.
 template <class T, int kHeadDim>
 __device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], float factor0, float factor1, char* block,
-                                            int row0, T* to, int64_t stride, int first_row, const AttentionArgs& args) {
+                                            int row0, T* to, int64_t stride, int first_row, int rows, int columns) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int column = 0; column < kHeadDim; column += kBlockColumns) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], f
       const int row = i * 4 + lane / 8;
       const int vector = lane % 8;
       const int d = column + vector * 8;
-      if (first_row + row < args.seq_len && d < args.head_dim) {
+      if (first_row + row < rows && d < columns) {
         *reinterpret_cast<uint4*>(to + (first_row + row) * stride + d) =
             *reinterpret_cast<const uint4*>(block + (row0 + row) * kRowBytes + (vector ^ row % 8) * 16);
       }

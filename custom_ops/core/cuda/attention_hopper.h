@@ -13,13 +13,17 @@ bool hopper_serves(const Context& context, const AttentionArgs& args, DType dtyp
 
 void attention_forward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
 
-// delta and lse2 must have been computed, and dq_sum cleared. Blocks add to dq_sum in no fixed order.
+// Sets dq_columns, dq_slots and dq_lag.
+void attention_backward_hopper_plan(const Context& context, AttentionArgs& args);
+
+// delta and lse2 must have been computed, and dq_sum and progress cleared. Blocks add to dq_sum in no fixed order.
 void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
 
 #else
 
 inline bool hopper_serves(const Context&, const AttentionArgs&, DType) { return false; }
 inline void attention_forward_hopper(const Context&, const AttentionArgs&, DType) {}
+inline void attention_backward_hopper_plan(const Context&, AttentionArgs&) {}
 inline void attention_backward_hopper(const Context&, const AttentionArgs&, DType) {}
 
 #endif

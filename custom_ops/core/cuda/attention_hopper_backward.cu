@@ -2,9 +2,13 @@
 //
 // Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for d_v and d_k.
 // dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64 each computes 64 of the
-// tile's 128 queries, else each computes half of the head dims of 64 queries. d_q is added up in float32 in device memory, in the
-// order in which threads hold it, and brought to its place by a kernel of its own. A third warpgroup copies, and takes the block's
-// next tile of keys while the others are at work on this one.
+// tile's 128 queries, else each computes half of the head dims of 64 queries. A third warpgroup copies, and takes the block's next
+// tile of keys while the others are at work on this one.
+//
+// d_q is added up in float32 in device memory, in the order in which threads hold it. There are sums for as many heads as blocks can be
+// working on, few enough for the L2 cache: head h has slot h % dq_slots of them. The block that has done tile t of head h brings tile t
+// of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads are left to a kernel of their own. Blocks take tiles
+// in the order of heads, and only when they run, so that whatever one waits for is under way in another.
 #include "core/cuda/attention_hopper.h"
 
 #if CUDART_VERSION >= 12010
@@ -20,6 +24,9 @@ namespace {
 constexpr int kKeys = 128;
 constexpr int kStages = 2;
 constexpr int kThreads = 384;
+constexpr int kQueriesTaken = kKeys;           // of d_q at a time, so that there are as many tiles of them as of keys
+constexpr int kSumBlock = 64 * kBlockColumns;  // sums of d_q that a warpgroup adds to at a time
+constexpr int kElementBytes = 12;              // q, k, v, d_out and the sums of d_q
 
 template <int kHeadDim>
 struct BackwardShape {
@@ -29,6 +36,9 @@ struct BackwardShape {
   static constexpr int kScoreBlockBytes = kKeys * kRowBytes;   // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScoreBlockBytes;
   static constexpr int kRowStatisticBytes = kQueries * 4;
+  // Of the computing threads at a barrier, or one for each warp: compute-sanitizer follows only the former, which with small tiles of
+  // queries takes 8% longer.
+  static constexpr int kArrivals = kQueries > 64 ? 256 : 8;
   static constexpr size_t kSharedBytes =
       1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
 };
@@ -50,6 +60,51 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
   }
 }
 
+__device__ __forceinline__ float* sums_of(const AttentionArgs& args, uint32_t head, int columns) {
+  return args.dq_sum + static_cast<int64_t>(head % args.dq_slots) * args.rows_padded * columns;
+}
+
+// Of the tiles of all heads that a head's slot has had: how many are in the sums, and how many of d_q have left them.
+__device__ __forceinline__ uint32_t* tiles_added(const AttentionArgs& args, uint32_t head) {
+  return args.progress + 1 + head % args.dq_slots;
+}
+__device__ __forceinline__ uint32_t* tiles_taken(const AttentionArgs& args, uint32_t head) {
+  return args.progress + 1 + args.dq_slots + head % args.dq_slots;
+}
+
+__device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t expected) {
+  while (true) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    if (value >= expected) return;
+    __nanosleep(50);
+  }
+}
+
+__device__ __forceinline__ void add_count(uint32_t* count) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+// Brings a warpgroup's 64 queries of d_q from their sums to their place. `strip`: the rows of `block` that belong to the warp.
+template <class T, int kHeadDim, bool kClears>
+__device__ __forceinline__ void take_query_gradient(const AttentionArgs& args, uint32_t head, int row0, char* block,
+                                                    int strip) {
+  constexpr int kBlocks = kHeadDim / kBlockColumns;
+  float4* sums = reinterpret_cast<float4*>(sums_of(args, head, kHeadDim) + row0 * kHeadDim) + threadIdx.x % 128;
+  float values[kBlocks][32];
+#pragma unroll
+  for (int i = 0; i < 8 * kBlocks; ++i) *reinterpret_cast<float4*>(&values[i / 8][i % 8 * 4]) = __ldcg(sums + i * 128);
+#pragma unroll
+  for (int i = 0; kClears && i < 8 * kBlocks; ++i) __stcg(sums + i * 128, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  const float scale = static_cast<float>(args.score_scale);
+  T* d_q = qkv_head<T>(args, args.d_qkv, head_index(args, head), 0);
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    store_strip<T, kBlockColumns>(values[b], scale, scale, block, strip, d_q + b * kBlockColumns, args.token_stride(),
+                                  row0 + strip % 64, args.seq_len, args.head_dim - b * kBlockColumns);
+  }
+}
+
 #endif
 
 template <class T, int kHeadDim, bool kMask, bool kDrops>
@@ -59,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if PFA_HOPPER_CODE
   using Shape = BackwardShape<kHeadDim>;
   constexpr int kQueries = Shape::kQueries;
+  constexpr int kArrivals = Shape::kArrivals;
   extern __shared__ unsigned char unaligned[];
   char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
   char* k_tiles = shared;
@@ -70,7 +126,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* delta_tiles = lse2_tiles + kStages * kQueries;
   __shared__ uint64_t kv_full[kStages], kv_empty[kStages], q_full[kStages], q_empty[kStages], d_out_full[kStages],
       d_out_empty[kStages];
-  __shared__ uint32_t taken[kStages];  // which tiles of keys lie in k_tiles and v_tiles
+  __shared__ uint32_t taken[kStages];              // which tiles of keys lie in k_tiles and v_tiles
+  __shared__ uint64_t added, may_take, has_taken;  // d_q of this tile to the sums; that of an earlier head from them
 
   const int tiles = (args.seq_len + kKeys - 1) / kKeys;
   const int query_tiles = (args.seq_len + kQueries - 1) / kQueries;
@@ -82,10 +139,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&kv_full[i], 1);
       barrier_init(&q_full[i], 1);
       barrier_init(&d_out_full[i], 1);
-      barrier_init(&kv_empty[i], 8);
-      barrier_init(&q_empty[i], 8);
-      barrier_init(&d_out_empty[i], 8);
+      barrier_init(&kv_empty[i], kArrivals);
+      barrier_init(&q_empty[i], kArrivals);
+      barrier_init(&d_out_empty[i], kArrivals);
     }
+    barrier_init(&added, kArrivals);
+    barrier_init(&may_take, 1);
+    barrier_init(&has_taken, kArrivals);
     barrier_init_fence();
   }
   __syncthreads();
@@ -93,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     registers_give<24>();
     if (threadIdx.x == 0) {
-      uint32_t index = blockIdx.x;
       for (int t = 0, step = 0;; ++t) {
         const int slot = t % kStages;
+        const uint32_t index = atomicAdd(args.progress, 1u);
         if (t >= kStages) barrier_wait(&kv_empty[slot], (t / kStages - 1) % 2);
         taken[slot] = index;
         if (index >= all_tiles) {
@@ -103,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           break;
         }
         const TileIndex tile = tile_index(args, index, heads_per_group, tiles);
+        wait_for_count(tiles_taken(args, tile.head), tile.head / args.dq_slots * tiles);
         const HeadIndex h = head_index(args, tile.head);
         const int head = static_cast<int>(h.head);
         const int batch = static_cast<int>(h.batch);
@@ -126,7 +187,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                                         batch);
           copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
         }
-        index = gridDim.x + atomicAdd(args.next_tile, 1u);
+      }
+    } else if (threadIdx.x == 32) {  // tells other blocks of the sums, and hears of theirs
+      for (int t = 0;; ++t) {
+        barrier_wait(&kv_full[t % kStages], t / kStages % 2);
+        const uint32_t index = taken[t % kStages];
+        if (index >= all_tiles) break;
+        const uint32_t head = tile_index(args, index, heads_per_group, tiles).head;
+        barrier_wait(&added, t % 2);
+        add_count(tiles_added(args, head));
+        const bool takes = head >= static_cast<uint32_t>(args.dq_lag);
+        const uint32_t from = head - args.dq_lag;
+        if (takes) wait_for_count(tiles_added(args, from), (from / args.dq_slots + 1) * tiles);
+        barrier_arrive(&may_take);
+        barrier_wait(&has_taken, t % 2);
+        if (takes) add_count(tiles_taken(args, from));
       }
     }
     return;
@@ -142,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (kDrops) philox_key = attention_philox(args);
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+    if (kArrivals > 8 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
   };
   constexpr bool kPackedOnly = kQueries > 64;
 
@@ -157,6 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
     const char* k_tile = k_tiles + slot * Shape::kKeyBytes;
     const char* v_tile = v_tiles + slot * Shape::kKeyBytes;
+    float* head_sums = sums_of(args, h.flat, kHeadDim);
     const uint64_t k_rows = rows_operand(k_tile + group * 64 * kRowBytes);
     const uint64_t v_rows = rows_operand(v_tile + group * 64 * kRowBytes);
     const uint64_t k_columns = columns_operand(k_tile + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
@@ -289,8 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       pin(dq);
       release(&d_out_empty[stage]);
       const int block = n * 2 + group;
-      float* to =
-          args.dq_sum + (h.flat * static_cast<int64_t>(args.rows_padded) * kHeadDim + block * 4096) + threadIdx.x % 128 * 4;
+      float* to = head_sums + block * kSumBlock + threadIdx.x % 128 * 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       wgmma_wait<0>();
@@ -299,39 +374,39 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     release(&kv_empty[slot]);
+    release(&added);
 
     // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
     char* block = score_tiles + step % kStages * Shape::kScoreBytes;
     store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
-                             key0 + strip, args);
+                             key0 + strip, args.seq_len, args.head_dim);
     store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(),
-                             key0 + strip, args);
+                             key0 + strip, args.seq_len, args.head_dim);
+
+    barrier_wait(&may_take, t % 2);
+    if (tile.head >= static_cast<uint32_t>(args.dq_lag)) {
+      take_query_gradient<T, kHeadDim, true>(args, tile.head - args.dq_lag, key0 + group * 64, block, strip);
+    }
+    release(&has_taken);
   }
 #endif
 }
 
-// d_q from its float32 sums: a block per 64 queries x 64 head dims.
-template <class T>
-__global__ void __launch_bounds__(128) query_gradient_kernel(const AttentionArgs args, const int column_blocks) {
+// d_q of the heads that no block took: a block per 128 queries.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(256) query_gradient_kernel(const AttentionArgs args) {
 #if PFA_HOPPER_CODE
-  constexpr int kStride = kBlockColumns + 8;
-  __shared__ alignas(16) T shared[64 * kStride];
-  const int blocks = args.rows_padded / 64 * column_blocks;
-  const HeadIndex h = head_index(args, blockIdx.x / blocks);
-  const int block = static_cast<int>(blockIdx.x % blocks);
-  const int row0 = block / column_blocks * 64 + threadIdx.x / 32 * 16;
-  const int column0 = block % column_blocks * kBlockColumns;
-  if (row0 >= args.seq_len || column0 >= args.head_dim) return;
-  const float4* from = reinterpret_cast<const float4*>(args.dq_sum + blockIdx.x * int64_t{4096}) + threadIdx.x;
-  float sums[8][4];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) *reinterpret_cast<float4*>(sums[i]) = from[i * 128];
-  const float scale = static_cast<float>(args.score_scale);
-  AttentionArgs part = args;
-  part.head_dim -= column0;
-  store_rows<T, kBlockColumns, kStride>(sums, scale, scale, shared + threadIdx.x / 32 * 16 * kStride,
-                                        qkv_head<T>(args, args.d_qkv, h, 0) + column0, args.token_stride(), row0, part);
+  __shared__ alignas(1024) char block[kQueriesTaken * kRowBytes];
+  const int tiles = args.rows_padded / kQueriesTaken;
+  const uint32_t heads = static_cast<uint32_t>(args.batch * args.num_heads);
+  const uint32_t head = heads - gridDim.x / tiles + blockIdx.x / tiles;
+  const int row0 = static_cast<int>(blockIdx.x % tiles) * kQueriesTaken + threadIdx.x / 128 * 64;
+  take_query_gradient<T, kHeadDim, false>(args, head, row0, block, threadIdx.x / 32 * 16);
 #endif
+}
+
+int64_t blocks(const Context& context, const AttentionArgs& args) {
+  return std::min<int64_t>(context.num_sms, ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads);
 }
 
 template <class T, int kHeadDim>
@@ -341,17 +416,33 @@ void backward(const Context& context, const AttentionArgs& args, DType dtype) {
   with_bool(args.mask.data != nullptr, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
-             std::min<int64_t>(context.num_sms, ceil_div(args.seq_len, kKeys) * args.batch * args.num_heads), kThreads,
-             BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,
-             heads_per_group(args, 12));  // q, k, v, d_out, dq_sum
+             blocks(context, args), kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,
+             heads_per_group(args, kElementBytes));
     });
   });
-  launch(context, "attention_query_gradient", query_gradient_kernel<T>,
-         args.rows_padded / 64 * (kHeadDim / 64) * args.batch * args.num_heads, 128, 0, args, kHeadDim / 64);
+  const int64_t heads = std::min<int64_t>(args.dq_lag, args.batch * args.num_heads);
+  launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim>, heads * (args.rows_padded / kQueriesTaken),
+         256, 0, args);
 }
 
 }  // namespace
 }  // namespace hopper
+
+void attention_backward_hopper_plan(const Context& context, AttentionArgs& args) {
+  const int64_t heads = args.batch * args.num_heads;
+  const int64_t blocks = hopper::blocks(context, args);
+  const int64_t tiles = ceil_div(args.seq_len, hopper::kKeys);
+  // While a head's longest tile is worked on, blocks get through so many heads; and a few spare ones, so that hardly anyone waits.
+  const int64_t at_work = args.causal ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
+  const int64_t spare = 1 + at_work / 6;
+  // The heads of a group are worked on together, so what is taken must be of an earlier group. With causal masks the shortest tiles come
+  // last in it, and when they are done the longest of a head `at_work` heads before are.
+  const int64_t group = hopper::heads_per_group(args, hopper::kElementBytes);
+  const int64_t lag = args.causal ? std::max(group, at_work - group + spare) : spare;
+  args.dq_columns = args.head_dim > 64 ? 128 : 64;
+  args.dq_lag = static_cast<int>(lag);
+  args.dq_slots = static_cast<int>(std::min(heads, lag + std::max(at_work, group) + spare));
+}
 
 void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype) {
   with_head_dim<64, 128>(args.head_dim, [&](auto head_dim) {

@@ -138,7 +138,7 @@ __device__ __forceinline__ void finish(const AttentionArgs& args, const HeadInde
     if (threadIdx.x % 4 == 0) store_row_statistics(args, h.flat, row, rows.maximum[half] * scale, sum);
   }
   store_strip<T, kHeadDim>(o, factor[0], factor[1], shared, threadIdx.x / 32 % 4 * 16, out_head<T>(args, args.out, h),
-                           args.heads_dim(), row0, args);
+                           args.heads_dim(), row0, args.seq_len, args.head_dim);
 }
 
 #endif
