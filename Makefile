@@ -88,7 +88,8 @@ $(STATE)/demo-packages: $(STATE)/paddle examples/requirements.txt examples/requi
 GPU_PYTHON ?= python3
 GPU_BUILD := build/gpu
 GPU_RUN := PYTHONPATH=$(GPU_BUILD) $(GPU_PYTHON)
-GPU_SANITIZED_RUN = PYTHONPATH=$(GPU_BUILD) compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest unittests/gpu -q -x
+GPU_SANITIZED_RUN = PYTHONPATH=$(GPU_BUILD) compute-sanitizer --tool $$tool $$kernels --error-exitcode 1 \
+	$(GPU_PYTHON) -m pytest unittests/gpu -q -x
 SANITIZED_ROWS := test_rows and (768 or 1023 or 8192) and (float16-float32 or float32-float32)
 SANITIZED_BLOCKS := test_feature and (plain or dropout-pre-causal) or test_length and 257 or test_many_heads
 SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
@@ -103,12 +104,13 @@ gpu-core:
 gpu-test: gpu-core
 	$(GPU_RUN) -m pytest unittests/gpu
 
-# initcheck has to see memory that nobody has written, so the tests don't fill it; and it doesn't see what bulk copies write, such
-# as cuBLAS's results, so it gets the stages that use none.
+# racecheck finds hazards inside cuBLAS, so it gets our kernels only. initcheck has to see memory that nobody has written, so the tests
+# don't fill it; and it doesn't see what bulk copies write, such as cuBLAS's results, so it gets the stages that use none.
 gpu-sanitize: gpu-core
 	set -e; export PYTORCH_NO_CUDA_MEMORY_CACHING=1; for tool in memcheck racecheck synccheck; do echo "$$tool"; \
+		kernels=; if [ $$tool = racecheck ]; then kernels='--kernel-name kernel_substring=pfa'; fi; \
 		$(GPU_SANITIZED_RUN) -k "$(SANITIZED)"; done; \
-	tool=initcheck; echo "$$tool"; PFA_TEST_POISON=0 $(GPU_SANITIZED_RUN) -k "$(SANITIZED_ROWS)"
+	tool=initcheck; kernels=; echo "$$tool"; PFA_TEST_POISON=0 $(GPU_SANITIZED_RUN) -k "$(SANITIZED_ROWS)"
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py

@@ -1,4 +1,5 @@
-"""Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, and PyTorch's flash way as the peer."""
+"""Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, with PyTorch's flash
+way as the peer."""
 
 import pfa_core
 import pytest

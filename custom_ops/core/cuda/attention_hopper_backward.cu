@@ -85,25 +85,39 @@ __device__ __forceinline__ void add_count(uint32_t* count) {
   asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
-// Brings a warpgroup's 64 queries of d_q from their sums to their place. `strip`: the rows of `block` that belong to the warp.
-template <class T, int kHeadDim, bool kClears>
-__device__ __forceinline__ void take_query_gradient(const AttentionArgs& args, uint32_t head, int row0, char* block,
-                                                    int strip) {
-  constexpr int kBlocks = kHeadDim / kBlockColumns;
-  float4* sums = reinterpret_cast<float4*>(sums_of(args, head, kHeadDim) + row0 * kHeadDim) + threadIdx.x % 128;
+// A warpgroup's 64 queries of d_q on their way from the sums of their head to their place.
+template <class T, int kHeadDim>
+struct QueryGradient {
+  static constexpr int kBlocks = kHeadDim / kBlockColumns;
   float values[kBlocks][32];
-#pragma unroll
-  for (int i = 0; i < 8 * kBlocks; ++i) *reinterpret_cast<float4*>(&values[i / 8][i % 8 * 4]) = __ldcg(sums + i * 128);
-#pragma unroll
-  for (int i = 0; kClears && i < 8 * kBlocks; ++i) __stcg(sums + i * 128, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-  const float scale = static_cast<float>(args.score_scale);
-  T* d_q = qkv_head<T>(args, args.d_qkv, head_index(args, head), 0);
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    store_strip<T, kBlockColumns>(values[b], scale, scale, block, strip, d_q + b * kBlockColumns, args.token_stride(),
-                                  row0 + strip % 64, args.seq_len, args.head_dim - b * kBlockColumns);
+
+  __device__ __forceinline__ float4* sums(const AttentionArgs& args, uint32_t head, int row0) const {
+    return reinterpret_cast<float4*>(sums_of(args, head, kHeadDim) + row0 * kHeadDim) + threadIdx.x % 128;
   }
-}
+
+  __device__ __forceinline__ void load(const AttentionArgs& args, uint32_t head, int row0) {
+    const float4* from = sums(args, head, row0);
+#pragma unroll
+    for (int i = 0; i < 8 * kBlocks; ++i) *reinterpret_cast<float4*>(&values[i / 8][i % 8 * 4]) = __ldcg(from + i * 128);
+  }
+
+  __device__ __forceinline__ void clear(const AttentionArgs& args, uint32_t head, int row0) const {
+    float4* to = sums(args, head, row0);
+#pragma unroll
+    for (int i = 0; i < 8 * kBlocks; ++i) __stcg(to + i * 128, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  }
+
+  // `strip`: the rows of `block` that belong to the warp.
+  __device__ __forceinline__ void store(const AttentionArgs& args, uint32_t head, int row0, char* block, int strip) const {
+    const float scale = static_cast<float>(args.score_scale);
+    T* to = qkv_head<T>(args, args.d_qkv, head_index(args, head), 0);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      store_strip<T, kBlockColumns>(values[b], scale, scale, block, strip, to + b * kBlockColumns, args.token_stride(),
+                                    row0 + strip % 64, args.seq_len, args.head_dim - b * kBlockColumns);
+    }
+  }
+};
 
 #endif
 
@@ -194,12 +208,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint32_t index = taken[t % kStages];
         if (index >= all_tiles) break;
         const uint32_t head = tile_index(args, index, heads_per_group, tiles).head;
-        barrier_wait(&added, t % 2);
-        add_count(tiles_added(args, head));
         const bool takes = head >= static_cast<uint32_t>(args.dq_lag);
         const uint32_t from = head - args.dq_lag;
         if (takes) wait_for_count(tiles_added(args, from), (from / args.dq_slots + 1) * tiles);
         barrier_arrive(&may_take);
+        barrier_wait(&added, t % 2);
+        add_count(tiles_added(args, head));
         barrier_wait(&has_taken, t % 2);
         if (takes) add_count(tiles_taken(args, from));
       }
@@ -378,14 +392,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
     char* block = score_tiles + step % kStages * Shape::kScoreBytes;
-    store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
-                             key0 + strip, args.seq_len, args.head_dim);
-    store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2), args.token_stride(),
-                             key0 + strip, args.seq_len, args.head_dim);
-
+    const auto store_tile = [&] {
+      store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
+                               key0 + strip, args.seq_len, args.head_dim);
+      store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2),
+                               args.token_stride(), key0 + strip, args.seq_len, args.head_dim);
+    };
     barrier_wait(&may_take, t % 2);
     if (tile.head >= static_cast<uint32_t>(args.dq_lag)) {
-      take_query_gradient<T, kHeadDim, true>(args, tile.head - args.dq_lag, key0 + group * 64, block, strip);
+      const uint32_t from = tile.head - args.dq_lag;
+      const int row0 = key0 + group * 64;
+      QueryGradient<T, kHeadDim> d_q;
+      d_q.load(args, from, row0);
+      store_tile();  // meanwhile
+      d_q.clear(args, from, row0);
+      d_q.store(args, from, row0, block, strip);
+    } else {
+      store_tile();
     }
     release(&has_taken);
   }
@@ -401,7 +424,9 @@ __global__ void __launch_bounds__(256) query_gradient_kernel(const AttentionArgs
   const uint32_t heads = static_cast<uint32_t>(args.batch * args.num_heads);
   const uint32_t head = heads - gridDim.x / tiles + blockIdx.x / tiles;
   const int row0 = static_cast<int>(blockIdx.x % tiles) * kQueriesTaken + threadIdx.x / 128 * 64;
-  take_query_gradient<T, kHeadDim, false>(args, head, row0, block, threadIdx.x / 32 * 16);
+  QueryGradient<T, kHeadDim> d_q;
+  d_q.load(args, head, row0);
+  d_q.store(args, head, row0, block, threadIdx.x / 32 * 16);
 #endif
 }
 
@@ -434,7 +459,7 @@ void attention_backward_hopper_plan(const Context& context, AttentionArgs& args)
   const int64_t tiles = ceil_div(args.seq_len, hopper::kKeys);
   // While a head's longest tile is worked on, blocks get through so many heads; and a few spare ones, so that hardly anyone waits.
   const int64_t at_work = args.causal ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
-  const int64_t spare = 1 + at_work / 6;
+  const int64_t spare = 1 + at_work / (args.causal ? 6 : 2);
   // The heads of a group are worked on together, so what is taken must be of an earlier group. With causal masks the shortest tiles come
   // last in it, and when they are done the longest of a head `at_work` heads before are.
   const int64_t group = hopper::heads_per_group(args, hopper::kElementBytes);
