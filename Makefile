@@ -3,6 +3,7 @@
 # make core                 the core without Paddle and its C++ tests only
 # make lint, make format    ruff and clang-format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
+# make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-bench            the block and its stages on a GPU against PyTorch
 #
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja, pybind11 and
@@ -94,7 +95,7 @@ SANITIZED_ROWS := test_rows and (768 or 1023 or 8192) and (float16-float32 or fl
 SANITIZED_BLOCKS := test_feature and (plain or dropout-pre-causal) or test_length and 257 or test_many_heads
 SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
 
-.PHONY: gpu-core gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu-core gpu-test gpu-test-paddle gpu-sanitize gpu-bench
 
 gpu-core:
 	cmake -S . -B $(GPU_BUILD) -DPFA_CUDA=ON -DBUILD_TESTING=OFF \
@@ -103,6 +104,10 @@ gpu-core:
 
 gpu-test: gpu-core
 	$(GPU_RUN) -m pytest unittests/gpu
+
+gpu-test-paddle:
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=python $(GPU_PYTHON) -m pytest unittests --ignore unittests/gpu -k gpu
 
 # racecheck finds hazards inside cuBLAS, so it gets our kernels only. initcheck has to see memory that nobody has written, so the tests
 # don't fill it; and it doesn't see what bulk copies write, such as cuBLAS's results, so it gets the stages that use none.
