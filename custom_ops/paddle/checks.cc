@@ -8,9 +8,9 @@
 namespace pfa::op {
 namespace {
 
-std::string text(const Shape& shape) {
+std::string text(Shape shape) {
   std::string result = "[";
-  for (size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
+  for (size_t i = 0; i < shape.rank; ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
   return result + "]";
 }
 
@@ -21,9 +21,9 @@ std::string text(const Shape& shape) {
 
 bool agree(int64_t expected, int64_t got) { return expected == got || expected < 0 || got < 0; }
 
-bool agree(const Shape& expected, const Shape& got) {
-  if (expected.size() != got.size()) return false;
-  for (size_t i = 0; i < got.size(); ++i) {
+bool agree(Shape expected, Shape got) {
+  if (expected.rank != got.rank) return false;
+  for (size_t i = 0; i < got.rank; ++i) {
     if (!agree(expected[i], got[i])) return false;
   }
   return true;
@@ -35,23 +35,24 @@ bool is_one_of(const std::string& dtype, std::initializer_list<const char*> name
 
 }  // namespace
 
-void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attributes& attributes) {
-  const Shape& x = *shapes[kX];
-  if (x.size() != 3) fail("ValueError", kX, "shape [batch, seq_len, embed_dim]", text(x));
+// Texts are made where a check has failed only: this runs at every call.
+void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& attributes) {
+  const Shape x = shapes[kX];
+  if (x.rank != 3) fail("ValueError", kX, "shape [batch, seq_len, embed_dim]", text(x));
   const int64_t embed_dim = x[2];
-  const std::string width = std::to_string(embed_dim);
   if (embed_dim == 0) fail("ValueError", kX, "embed_dim of at least 1", text(x));
 
-  const Shape& weight = *shapes[kQkvWeight];
-  const int64_t num_heads = weight.size() == 4 ? weight[1] : -1;
-  const int64_t head_dim = weight.size() == 4 ? weight[2] : -1;
+  const Shape weight = shapes[kQkvWeight];
+  const int64_t num_heads = weight.rank == 4 ? weight[1] : -1;
+  const int64_t head_dim = weight.rank == 4 ? weight[2] : -1;
   const int64_t heads = attributes.total_heads ? attributes.total_heads : num_heads;
   const bool packs_width = heads < 0 || head_dim < 0 || agree(embed_dim, heads * head_dim);
-  if (!agree({3, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
+  if (!agree(std::array{int64_t{3}, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
     const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
+    const std::string width = std::to_string(embed_dim);
     fail("ValueError", kQkvWeight,
-         splits ? "shape " + text({3, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " + width + " and " +
-                      std::to_string(heads) + " heads"
+         splits ? "shape " + text(std::array{int64_t{3}, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " +
+                      width + " and " + std::to_string(heads) + " heads"
                 : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " +
                       text(x),
          text(weight));
@@ -60,26 +61,27 @@ void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attribu
     fail("ValueError", kQkvWeight, "heads among the " + std::to_string(heads) + " in all",
          std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
   }
-  const std::string for_weight = " for x of shape " + text(x) + " and qkv_weight of shape " + text(weight);
-  const auto check = [&](Input input, const Shape& expected) {
-    if (attributes.has(input) && !agree(expected, *shapes[input])) {
-      fail("ValueError", input, "shape " + text(expected) + for_weight, text(*shapes[input]));
+  const auto check = [&](Input input, const auto& expected) {
+    if (attributes.has(input) && !agree(expected, shapes[input])) {
+      fail("ValueError", input,
+           "shape " + text(expected) + " for x of shape " + text(x) + " and qkv_weight of shape " + text(weight),
+           text(shapes[input]));
     }
   };
-  check(kLinearWeight, {attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
-  check(kPreLnScale, {embed_dim});
-  check(kPreLnBias, {embed_dim});
-  check(kLnScale, {embed_dim});
-  check(kLnBias, {embed_dim});
-  check(kQkvBias, {3, num_heads, head_dim});
-  check(kLinearBias, {embed_dim});
+  check(kLinearWeight, std::array{attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
+  check(kPreLnScale, std::array{embed_dim});
+  check(kPreLnBias, std::array{embed_dim});
+  check(kLnScale, std::array{embed_dim});
+  check(kLnBias, std::array{embed_dim});
+  check(kQkvBias, std::array{int64_t{3}, num_heads, head_dim});
+  check(kLinearBias, std::array{embed_dim});
 
   if (!attributes.has(kAttnMask)) return;
-  const Shape& mask = *shapes[kAttnMask];
-  const Shape scores{x[0], num_heads, x[1], x[1]};
-  bool broadcasts = mask.size() <= 4;
-  for (size_t i = 0; broadcasts && i < mask.size(); ++i) {
-    broadcasts = mask[i] == 1 || agree(scores[4 - mask.size() + i], mask[i]);
+  const Shape mask = shapes[kAttnMask];
+  const std::array scores{x[0], num_heads, x[1], x[1]};
+  bool broadcasts = mask.rank <= scores.size();
+  for (size_t i = 0; broadcasts && i < mask.rank; ++i) {
+    broadcasts = mask[i] == 1 || agree(scores[scores.size() - mask.rank + i], mask[i]);
   }
   if (!broadcasts) {
     fail("ValueError", kAttnMask, "a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = " + text(scores),
@@ -126,12 +128,10 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   using namespace pfa::op;
   thread_local std::string message;
   std::array<Shape, kInputs> dimensions;
-  std::array<const Shape*, kInputs> pointers;
   std::array<std::string, kInputs> names;
   for (int i = 0; i < kInputs; ++i) {
-    dimensions[i].assign(shapes, shapes + ranks[i]);
+    dimensions[i] = Shape(shapes, ranks[i]);
     shapes += ranks[i];
-    pointers[i] = &dimensions[i];
     names[i] = dtypes[i];
   }
   Attributes attributes{};
@@ -140,7 +140,7 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   attributes.total_heads = total_heads;
   try {
     check_dtypes(names, attributes);
-    check_shapes(pointers, attributes);
+    check_shapes(dimensions, attributes);
   } catch (const std::invalid_argument& error) {
     message = error.what();
     return message.c_str();

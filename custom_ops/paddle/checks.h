@@ -2,19 +2,28 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "attributes.h"
 
 namespace pfa::op {
 
-using Shape = std::vector<int64_t>;
+// A tensor's dimensions, wherever they lie.
+struct Shape {
+  const int64_t* sizes;
+  size_t rank;
+
+  Shape(const int64_t* sizes = nullptr, size_t rank = 0) : sizes(sizes), rank(rank) {}
+  template <size_t kRank>
+  Shape(const std::array<int64_t, kRank>& sizes) : Shape(sizes.data(), kRank) {}
+  int64_t operator[](size_t i) const { return sizes[i]; }
+};
 
 // Throw std::invalid_argument whose message begins "[custom_fused_attention] ValueError: " or "... TypeError: ", for Python to raise
 // as that, then names the argument, what was expected and what came.
-void check_shapes(const std::array<const Shape*, kInputs>& shapes, const Attributes& attributes);
+void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& attributes);
 void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attributes& attributes);
 
 }  // namespace pfa::op

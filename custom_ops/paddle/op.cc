@@ -14,6 +14,7 @@
 #include "checks.h"
 #include "core/block.h"
 #include "devices.h"
+#include "paddle/common/ddim.h"
 #include "paddle/common/enforce.h"
 #include "paddle/extension.h"
 #include "spmd.h"
@@ -21,6 +22,7 @@
 namespace pfa::op {
 namespace {
 
+using Sizes = std::vector<int64_t>;
 using Tensors = std::array<const paddle::Tensor*, kInputs>;
 
 DType core_dtype(paddle::DataType dtype) {
@@ -48,17 +50,20 @@ DType core_dtype(paddle::DataType dtype) {
   }
 }
 
+Shape shape_of(const paddle::Tensor& tensor) {
+  const auto& dims = tensor.dims();
+  return Shape(dims.Get(), dims.size());
+}
+
 void check(const Tensors& tensors, const Attributes& attributes) {
   std::array<Shape, kInputs> shapes;
-  std::array<const Shape*, kInputs> shape_pointers;
   std::array<std::string, kInputs> dtypes;
   for (int i = 0; i < kInputs; ++i) {
-    shapes[i] = tensors[i]->shape();
-    shape_pointers[i] = &shapes[i];
+    shapes[i] = shape_of(*tensors[i]);
     dtypes[i] = phi::DataTypeToString(tensors[i]->dtype());
   }
   check_dtypes(dtypes, attributes);
-  check_shapes(shape_pointers, attributes);
+  check_shapes(shapes, attributes);
   for (int i = 0; i < kInputs; ++i) {
     if (attributes.has(static_cast<Input>(i)) && tensors[i]->place() != tensors[kX]->place()) {
       throw std::invalid_argument(std::string("[custom_fused_attention] ValueError: ") + kInputNames[i] +
@@ -81,10 +86,10 @@ Mask mask_of(const paddle::Tensor& tensor) {
   Mask mask;
   mask.data = tensor.data();
   mask.dtype = core_dtype(tensor.dtype());
-  const Shape shape = tensor.shape();
+  const Shape shape = shape_of(tensor);
   int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    mask.strides[4 - shape.size() + i] = shape[i] == 1 ? 0 : stride;
+  for (size_t i = shape.rank; i-- > 0;) {
+    mask.strides[4 - shape.rank + i] = shape[i] == 1 ? 0 : stride;
     stride *= shape[i];
   }
   return mask;
@@ -92,8 +97,8 @@ Mask mask_of(const paddle::Tensor& tensor) {
 
 Params describe(const Tensors& tensors, const Attributes& attributes) {
   Params p;
-  const Shape x = tensors[kX]->shape();
-  const Shape weight = tensors[kQkvWeight]->shape();
+  const Shape x = shape_of(*tensors[kX]);
+  const Shape weight = shape_of(*tensors[kQkvWeight]);
   p.batch = x[0];
   p.seq_len = x[1];
   p.embed_dim = x[2];
@@ -128,7 +133,7 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
 }
 
 // Paddle 2.6 takes a tensor without memory, as an empty one is, for an output that was forgotten.
-paddle::Tensor allocate(const Shape& shape, paddle::DataType dtype, const paddle::Place& place) {
+paddle::Tensor allocate(const Sizes& shape, paddle::DataType dtype, const paddle::Place& place) {
   for (int64_t size : shape) {
     if (size != 0) continue;
     paddle::Tensor tensor = paddle::empty({1}, dtype, place);
@@ -205,7 +210,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   if (!d_out.defined() || (!d_out.initialized() && x.numel() > 0)) {
     throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out, got none");
   }
-  if (d_out.shape() != x.shape() || d_out.dtype() != x.dtype()) {
+  if (d_out.dims() != x.dims() || d_out.dtype() != x.dtype()) {
     throw std::invalid_argument(
         "[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
   }
@@ -229,11 +234,17 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
                                          &p.d_linear_bias};
   std::vector<paddle::Tensor> gradients;
   gradients.reserve(kGradients);
+  paddle::Tensor unwanted;
   for (int i = 0; i < kGradients; ++i) {
-    const bool wanted = attributes.wants_gradient(static_cast<Input>(i));
-    // A gradient that nobody reads must still be a tensor.
-    gradients.push_back(allocate(wanted ? tensors[i]->shape() : Shape{1}, tensors[i]->dtype(), x.place()));
-    if (wanted) *targets[i] = gradients.back().data();
+    if (attributes.wants_gradient(static_cast<Input>(i))) {
+      gradients.push_back(allocate(tensors[i]->shape(), tensors[i]->dtype(), x.place()));
+      *targets[i] = gradients.back().data();
+      continue;
+    }
+    // A gradient that nobody reads must still be a tensor; one memory does for all of a dtype.
+    if (!unwanted.defined() || unwanted.dtype() != tensors[i]->dtype())
+      unwanted = allocate({1}, tensors[i]->dtype(), x.place());
+    gradients.push_back(paddle::Tensor(unwanted.impl()));
   }
   on_device_of(x, [&](auto& device) {
     const paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
@@ -259,7 +270,7 @@ std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle:
 
 // No checks here: in Paddle 3's static graphs an exception at this point ends the process. Python checks what goes into a graph, and
 // the kernels what comes at run time.
-std::vector<Shape> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
+std::vector<Sizes> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   return {x, {attributes.saves() ? -1 : 1}};
 }
@@ -269,14 +280,20 @@ std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) { return 
 }  // namespace
 }  // namespace pfa::op
 
-PD_BUILD_OP(custom_fused_attention)
-    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
-             "AttnMask"})
-    .Outputs({"Out", "Saved"})
-    .Attrs(PFA_ATTRIBUTE_NAMES)
-    .SetKernelFn(PD_KERNEL(pfa::op::forward))
-    .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))
-    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd);
+#define PFA_BUILD_FORWARD_OP(name)                                                                                        \
+  PD_BUILD_OP(name)                                                                                                       \
+      .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", \
+               "AttnMask"})                                                                                               \
+      .Outputs({"Out", "Saved"})                                                                                          \
+      .Attrs(PFA_ATTRIBUTE_NAMES)                                                                                         \
+      .SetKernelFn(PD_KERNEL(pfa::op::forward))                                                                           \
+      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))                                                             \
+      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd)
+
+PFA_BUILD_FORWARD_OP(custom_fused_attention);
+
+// The same without a gradient, for dygraph under no_grad: there Paddle records operators that have one.
+PFA_BUILD_FORWARD_OP(custom_fused_attention_forward);
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
     .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",

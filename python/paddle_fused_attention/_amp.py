@@ -11,7 +11,6 @@ from typing import Any, Sequence
 
 import paddle
 from paddle.base import core
-from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16}
@@ -19,16 +18,14 @@ _OFF = core.AmpLevel.O0
 _CASTABLE = (paddle.float32, paddle.float16, paddle.bfloat16)
 
 
-def target_dtype(op_type: str) -> Any:
-    """The dtype that auto_cast wants for the operator, or None where it is off."""
-    tracer = _dygraph_tracer()  # None while a static graph is built
+def target_dtype(op_type: str, tracer: Any) -> Any:
+    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs."""
     if tracer is None and not in_dynamic_or_pir_mode():
         return None
     state = tracer or core._get_amp_attrs()
-    if state._amp_level == _OFF:
-        return None
+    # The dtype first: reading the level takes longer, and where auto_cast is off the dtype is float32.
     dtype = _DTYPES.get(state._amp_dtype)
-    if dtype is None:
+    if dtype is None or state._amp_level == _OFF:
         return None
     _, black_list = tracer._get_amp_op_list() if tracer else core._get_amp_op_list()
     return paddle.float32 if op_type in black_list else dtype

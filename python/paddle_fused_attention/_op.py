@@ -6,6 +6,7 @@ The library is compiled against one version of Paddle; another would load and mi
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import struct
@@ -15,11 +16,14 @@ from typing import Any, Sequence
 
 import paddle
 from paddle.base import core
-from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+from paddle.base.framework import _dygraph_tracer
+from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
 
 OP_TYPE = "custom_fused_attention"
+# The same without a gradient: Paddle records operators that have one even under no_grad.
+_FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
 # The operator's inputs, in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
 INPUT_NAMES = (
@@ -108,14 +112,16 @@ _absent: Any = None
 def _absent_eager() -> Any:
     """The placeholder of absent inputs in dygraph. The kernels never read it, so one on the CPU serves every device."""
     global _absent
-    if _absent is None:
+    # Beside auto-parallel tensors Paddle makes the object that it is given one of them.
+    if _absent is None or _absent.is_dist():
         _absent = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
     return _absent
 
 
-def float_bits(value: float) -> int:
-    """The bits of a float64 as an int64: custom operators have no float64 attribute on Paddle 2.6."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+@functools.lru_cache(maxsize=256)
+def _float_bits(numbers: tuple[float, ...]) -> tuple[int, ...]:
+    """The bits of float64 numbers as int64: custom operators have no float64 attribute on Paddle 2.6."""
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
 def _raise_checked(message: str) -> None:
@@ -131,63 +137,55 @@ def fused_attention(
     *,
     is_test: bool,
     switches: int,
-    pre_ln_epsilon: float,
-    ln_epsilon: float,
-    dropout_rate: float,
-    attn_dropout_rate: float,
+    numbers: tuple[float, float, float, float],
     seed: int,
     first_head: int = 0,
     total_heads: int = 0,
 ) -> Any:
     """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out.
 
+    `numbers` are pre_ln_epsilon, ln_epsilon, dropout_rate and attn_dropout_rate.
     `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
     these heads' part of a sum.
     """
-    numbers = (
-        float_bits(pre_ln_epsilon),
-        float_bits(ln_epsilon),
-        float_bits(dropout_rate),
-        float_bits(attn_dropout_rate),
-        seed,
-        first_head,
-        total_heads,
-    )
-    present, needs_grad = (0, 0) if in_dynamic_mode() else _static_bits(inputs)
-    amp_dtype = _amp.target_dtype(OP_TYPE)
+    constants = (*_float_bits(numbers), seed, first_head, total_heads)
+    tracer = _dygraph_tracer()  # None while a static graph is built
+    present, needs_grad = _static_bits(inputs) if tracer is None else (0, 0)
+    amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
         inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
-    if in_dynamic_mode():
-        return _call_eager(inputs, is_test, switches, numbers)
+    if tracer is not None:
+        return _call_eager(inputs, is_test, switches, constants)
     _check_static(inputs, present, first_head, total_heads)
-    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *numbers)
+    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *constants)
     if in_dynamic_or_pir_mode():
         return _call_pir(inputs, attributes)
     return _append_to_program(inputs, attributes)
 
 
-def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, numbers: tuple) -> Any:
-    tensors = list(inputs)
-    absent = _absent_eager().detach()  # beside auto-parallel tensors Paddle makes the object it is given one of them
+def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: tuple) -> Any:
+    absent = _absent_eager()
+    tensors = []
     present = 0
     needs_grad = 0
-    for i, tensor in enumerate(inputs):
+    bit = 1
+    for tensor in inputs:
         if tensor is None:
-            tensors[i] = absent
-            continue
-        present |= 1 << i
-        if not tensor.stop_gradient:
-            needs_grad |= 1 << i
-    is_recorded = paddle.is_grad_enabled()
-    if needs_grad and is_recorded and not is_test:
+            tensors.append(absent)
+        else:
+            tensors.append(tensor)
+            present |= bit
+            if not tensor.stop_gradient:
+                needs_grad |= bit
+        bit <<= 1
+    op_type = OP_TYPE if paddle.is_grad_enabled() else _FORWARD_OP_TYPE
+    if needs_grad and not is_test and op_type == OP_TYPE:
         switches |= SAVE_FOR_BACKWARD
     try:
-        out = _run_custom_op(OP_TYPE, *tensors, is_test, switches, present, needs_grad, *numbers)[0]
+        return _run_custom_op(op_type, *tensors, is_test, switches, present, needs_grad, *constants)[0]
     except Exception as error:
         _raise_checked(str(error))
         raise
-    # Paddle records custom operators even under no_grad.
-    return out if is_recorded or not needs_grad else out.detach()
 
 
 def _static_bits(inputs: Sequence[Any]) -> tuple[int, int]:

@@ -75,13 +75,10 @@ def attention_of_part(
     pre_ln_bias: Any,
     ln_scale: Any,
     ln_bias: Any,
-    pre_ln_epsilon: float,
     qkv_bias: Any,
     linear_bias: Any,
     attn_mask: Any,
-    dropout_rate: float,
-    attn_dropout_rate: float,
-    ln_epsilon: float,
+    numbers: tuple[float, float, float, float],
     training: bool,
     mode: str,
     final_layer_norm: bool,
@@ -92,8 +89,9 @@ def attention_of_part(
     """:func:`fused_multi_head_attention` with weights that hold the heads from `first_head` on of `total_heads`.
 
     `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads.
-    `attn_mask` is that of these heads. `seed` fixes the masks of the attention.
+    `attn_mask` is that of these heads, `numbers` what check_arguments returns. `seed` fixes the masks of the attention.
     """
+    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = numbers
     switches = _op.UPSCALE_IN_TRAIN if mode == "upscale_in_train" else 0
     used = [x, pre_ln_scale, pre_ln_bias] if pre_layer_norm else [x, None, None]
     if share is not None:
@@ -109,10 +107,7 @@ def attention_of_part(
         (used[0], qkv_weight, linear_weight, used[1], used[2], None, None, qkv_bias, None, attn_mask),
         is_test=not training,
         switches=switches,
-        pre_ln_epsilon=pre_ln_epsilon,
-        ln_epsilon=ln_epsilon,
-        dropout_rate=0.0,
-        attn_dropout_rate=attn_dropout_rate,
+        numbers=(pre_ln_epsilon, ln_epsilon, 0.0, attn_dropout_rate),
         seed=0 if seed is None else int(seed),
         first_head=first_head,
         total_heads=total_heads,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 import paddle
 
 from . import _op
 from ._split import attention_over_mesh, mesh_axis_of_heads
 
+# In the order of the operator's inputs; the first three are required.
+_TENSOR_ARGUMENTS = (
+    "x",
+    "qkv_weight",
+    "linear_weight",
+    "pre_ln_scale",
+    "pre_ln_bias",
+    "ln_scale",
+    "ln_bias",
+    "qkv_bias",
+    "linear_bias",
+    "attn_mask",
+)
+_INFINITY = float("inf")
 _MODES = ("upscale_in_train", "downscale_in_infer")
 _SEED_RANGE = (-(2**63), 2**63)
 
@@ -31,35 +45,40 @@ def _tensor_types() -> tuple:
 
 
 _TENSOR_TYPES = _tensor_types()
+_OPTIONAL_TENSOR_TYPES = (type(None), *_TENSOR_TYPES)
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> float:
-    expected = f"a number in [{low:g}, {high:g}]" if high != float("inf") else f"a number of at least {low:g}"
+    if type(value) is float and low <= value <= high and value != _INFINITY:
+        return value
+    expected = f"a number in [{low:g}, {high:g}]" if high != _INFINITY else f"a number of at least {low:g}"
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     number = float(value)
-    if not low <= number <= high or number == float("inf"):
+    if not low <= number <= high or number == _INFINITY:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return number
 
 
 def check_arguments(
-    x: Any,
-    qkv_weight: Any,
-    linear_weight: Any,
-    optional_tensors: dict[str, Any],
-    numbers: dict[str, Any],
+    inputs: Sequence[Any],
+    pre_ln_epsilon: Any,
+    ln_epsilon: Any,
+    dropout_rate: Any,
+    attn_dropout_rate: Any,
     mode: Any,
     seed: Any,
-) -> list[float]:
-    """Checks the types of tensors, and numbers, of which the names of epsilons end so; returns the numbers."""
-    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
-        _check_tensor(argument, value, required=True)
-    for argument, value in optional_tensors.items():
-        _check_tensor(argument, value)
-    checked = [
-        _check_number(name, value, 0.0, float("inf") if name.endswith("epsilon") else 1.0) for name, value in numbers.items()
-    ]
+) -> tuple[float, float, float, float]:
+    """Checks the types of the operator's inputs, and the numbers; returns the epsilons and rates."""
+    for i, value in enumerate(inputs):
+        if not isinstance(value, _OPTIONAL_TENSOR_TYPES) or (value is None and i < 3):
+            _check_tensor(_TENSOR_ARGUMENTS[i], value, required=i < 3)
+    numbers = (
+        _check_number("pre_ln_epsilon", pre_ln_epsilon, 0.0, _INFINITY),
+        _check_number("ln_epsilon", ln_epsilon, 0.0, _INFINITY),
+        _check_number("dropout_rate", dropout_rate, 0.0, 1.0),
+        _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0),
+    )
     if mode not in _MODES:
         raise ValueError(f"mode: expected {_MODES[0]!r} or {_MODES[1]!r}, got {mode!r}")
     if seed is not None:
@@ -67,7 +86,7 @@ def check_arguments(
             raise TypeError(f"seed: expected an int or None, got {seed!r}")
         if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
             raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
-    return checked
+    return numbers
 
 
 @paddle.jit.not_to_static
@@ -140,28 +159,8 @@ def fused_multi_head_attention(
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape or a number does not fit.
     """
-    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = check_arguments(
-        x,
-        qkv_weight,
-        linear_weight,
-        dict(
-            pre_ln_scale=pre_ln_scale,
-            pre_ln_bias=pre_ln_bias,
-            ln_scale=ln_scale,
-            ln_bias=ln_bias,
-            qkv_bias=qkv_bias,
-            linear_bias=linear_bias,
-            attn_mask=attn_mask,
-        ),
-        dict(
-            pre_ln_epsilon=pre_ln_epsilon,
-            ln_epsilon=ln_epsilon,
-            dropout_rate=dropout_rate,
-            attn_dropout_rate=attn_dropout_rate,
-        ),
-        mode,
-        seed,
-    )
+    inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
+    numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
 
     mesh_axis = mesh_axis_of_heads(x, qkv_weight)
     if mesh_axis is not None:
@@ -175,13 +174,10 @@ def fused_multi_head_attention(
             pre_ln_bias=pre_ln_bias,
             ln_scale=ln_scale,
             ln_bias=ln_bias,
-            pre_ln_epsilon=pre_ln_epsilon,
             qkv_bias=qkv_bias,
             linear_bias=linear_bias,
             attn_mask=attn_mask,
-            dropout_rate=dropout_rate,
-            attn_dropout_rate=attn_dropout_rate,
-            ln_epsilon=ln_epsilon,
+            numbers=numbers,
             training=training,
             mode=mode,
             final_layer_norm=final_layer_norm,
@@ -193,12 +189,12 @@ def fused_multi_head_attention(
     switches = 0
     if pre_layer_norm:
         switches |= _op.PRE_LAYER_NORM
-    else:
-        pre_ln_scale = pre_ln_bias = None
+    elif pre_ln_scale is not None or pre_ln_bias is not None:
+        inputs = (*inputs[:3], None, None, *inputs[5:])
     if final_layer_norm:
         switches |= _op.FINAL_LAYER_NORM
-    else:
-        ln_scale = ln_bias = None
+    elif ln_scale is not None or ln_bias is not None:
+        inputs = (*inputs[:5], None, None, *inputs[7:])
     if add_residual:
         switches |= _op.ADD_RESIDUAL
     if causal:
@@ -209,12 +205,5 @@ def fused_multi_head_attention(
         switches |= _op.FIXED_SEED
 
     return _op.fused_attention(
-        (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask),
-        is_test=not training,
-        switches=switches,
-        pre_ln_epsilon=pre_ln_epsilon,
-        ln_epsilon=ln_epsilon,
-        dropout_rate=dropout_rate,
-        attn_dropout_rate=attn_dropout_rate,
-        seed=0 if seed is None else int(seed),
+        inputs, is_test=not training, switches=switches, numbers=numbers, seed=0 if seed is None else int(seed)
     )

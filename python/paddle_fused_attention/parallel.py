@@ -132,28 +132,8 @@ def parallel_attention(
         raise NotImplementedError(
             "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
         )
-    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = check_arguments(
-        x,
-        qkv_weight,
-        linear_weight,
-        dict(
-            pre_ln_scale=pre_ln_scale,
-            pre_ln_bias=pre_ln_bias,
-            ln_scale=ln_scale,
-            ln_bias=ln_bias,
-            qkv_bias=qkv_bias,
-            linear_bias=linear_bias,
-            attn_mask=attn_mask,
-        ),
-        dict(
-            pre_ln_epsilon=pre_ln_epsilon,
-            ln_epsilon=ln_epsilon,
-            dropout_rate=dropout_rate,
-            attn_dropout_rate=attn_dropout_rate,
-        ),
-        mode,
-        seed,
-    )
+    inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
+    numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
     if len(qkv_weight.shape) != 4:
         raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
     num_heads = qkv_weight.shape[1]
@@ -173,13 +153,10 @@ def parallel_attention(
         pre_ln_bias=pre_ln_bias,
         ln_scale=ln_scale,
         ln_bias=ln_bias,
-        pre_ln_epsilon=pre_ln_epsilon,
         qkv_bias=qkv_bias,
         linear_bias=linear_bias,
         attn_mask=_mask_of_heads(attn_mask, x, first_head, num_heads, total_heads),
-        dropout_rate=dropout_rate,
-        attn_dropout_rate=attn_dropout_rate,
-        ln_epsilon=ln_epsilon,
+        numbers=numbers,
         training=training,
         mode=mode,
         final_layer_norm=final_layer_norm,
@@ -299,28 +276,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
     def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
-        return parallel_attention(
-            query,
-            self.qkv_weight,
-            self.linear_weight,
-            self.normalize_before,
-            self.pre_ln_scale,
-            self.pre_ln_bias,
-            self.ln_scale,
-            self.ln_bias,
-            self.epsilon,
-            self.qkv_bias,
-            self.linear_bias,
-            attn_mask,
-            self.dropout_rate,
-            self.attn_dropout_rate,
-            self.epsilon,
-            group=self.group,
-            training=self.training,
-            final_layer_norm=self.final_layer_norm,
-            add_residual=self.add_residual,
-            causal=self.causal,
-        )
+        return self._call(parallel_attention, query, attn_mask, group=self.group)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
