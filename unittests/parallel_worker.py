@@ -289,6 +289,13 @@ def run_mesh():
             optimizer.step()
             optimizer.clear_grad()
             losses.append(float(loss))
+        network.eval()
+        recorded = network.first(x)
+        with paddle.no_grad():
+            unrecorded = network.first(x)
+        assert unrecorded.stop_gradient and unrecorded.placements == recorded.placements
+        results[f"mesh/{kind}/recorded"] = recorded._local_value().numpy()
+        results[f"mesh/{kind}/unrecorded"] = unrecorded._local_value().numpy()
         results[f"mesh/{kind}/losses"] = losses
         results[f"mesh/{kind}/local"] = network.first.qkv_weight._local_shape
     return results

@@ -139,10 +139,11 @@ def check_message(raised, argument, words):
         assert word in message, f"{word!r} is not in {message!r}"
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("argument, value, error, words", BAD_TENSORS, ids=labels(BAD_TENSORS))
-def test_bad_tensors(argument, value, error, words):
+def test_bad_tensors(argument, value, error, words, grad):
     tensors = {name: to_tensor(a) for name, a in dict(good(), **{argument: value}).items()}
-    with pytest.raises(error) as raised:
+    with paddle.set_grad_enabled(grad), pytest.raises(error) as raised:
         fused_multi_head_attention(**tensors, pre_layer_norm=True)
     if argument == "x" and "24" in words:  # x and the weights disagree: either may be blamed
         assert "qkv_weight" in str(raised.value) or str(raised.value).startswith("x:")

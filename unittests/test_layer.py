@@ -150,6 +150,17 @@ def test_training_by_backward():
         common.check_tensor(name, p.grad.numpy().astype(np.float64), gradients[name], "float32")
 
 
+def test_a_weight_that_is_no_parameter():
+    layer = make_layer()
+    x = make_x()
+    wanted = expected(layer, x, Config())
+    paddle.nn.utils.weight_norm(layer, "linear_weight", dim=0)
+    out = layer(paddle.to_tensor(x))
+    assert_equal(out, wanted)
+    out[0, 0, 0].backward()
+    assert layer.linear_weight_g.grad.numpy().any()
+
+
 def test_state_dict_round_trip(tmp_path):
     layer, other = make_layer(normalize_before=True), FusedMultiHeadAttention(24, 4, 0.0, 0.0, normalize_before=True)
     x = paddle.to_tensor(make_x())

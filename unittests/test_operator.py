@@ -273,6 +273,20 @@ def test_no_gradient_needed(place):
     common.check(FULL, common.expect(FULL, inputs), out.numpy(), {})
 
 
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_grad_gives_the_same_bits(training, dtype, place):
+    case = Case(dtype=dtype).but(pre_layer_norm=True, causal=True, dropout_rate=0.3, attn_dropout_rate=0.2)
+    tensors = to_tensors(common.stored_inputs(case, common.make_inputs(case)), place, wanted=("x", "qkv_weight"))
+    outs = []
+    for grad in (True, False):
+        paddle.seed(4)
+        with paddle.set_grad_enabled(grad):
+            outs.append(call(tensors, case.config, training=training, seed=None))
+    assert [out.stop_gradient for out in outs] == [False, True]
+    assert np.array_equal(*(out.numpy() for out in outs))
+
+
 @pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
 @pytest.mark.parametrize("pre_layer_norm", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("dtype", common.DTYPES)

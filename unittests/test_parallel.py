@@ -141,6 +141,7 @@ def test_mesh(runs, kind, dropout_rate):
         assert str(found[f"mesh/{kind}/placed"]) == ("[Shard(dim=0)]" if kind == "batch" else "[Replicate()]")
         shape = [3, 4, 6, 24] if kind == "batch" else [3, 2, 6, 24]
         assert found[f"mesh/{kind}/gradient"].tolist() == found[f"mesh/{kind}/local"].tolist() == shape
+        assert np.array_equal(found[f"mesh/{kind}/recorded"], found[f"mesh/{kind}/unrecorded"])
 
 
 def test_ring_id(runs):

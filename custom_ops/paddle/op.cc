@@ -192,15 +192,16 @@ auto guarded(F&& f) {
   }
 }
 
-std::vector<paddle::Tensor> run_forward_op(const Tensors& tensors, const Attributes& attributes) {
+// Returns Out; `saved` becomes what backward reads, unless it is null.
+paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attributes, paddle::Tensor* saved) {
   const paddle::Tensor& x = *tensors[kX];
   check(tensors, attributes);
   Params p = describe(tensors, attributes);
   paddle::Tensor out = allocate(x.shape(), x.dtype(), x.place());
-  paddle::Tensor saved = bytes(attributes.saves() ? saved_bytes(p) : 1, x.place());
   p.out = out.data();
-  on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, attributes.saves() ? &saved : nullptr, x.place()); });
-  return {out, saved};
+  if (saved) *saved = bytes(saved_bytes(p), x.place());
+  on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, saved, x.place()); });
+  return out;
 }
 
 std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved, const paddle::Tensor& d_out,
@@ -256,7 +257,17 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
 }
 
 std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
-  return guarded([&] { return run_forward_op(PFA_INPUTS, PFA_ATTRIBUTE_VALUES); });
+  return guarded([&]() -> std::vector<paddle::Tensor> {
+    const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+    paddle::Tensor saved;
+    paddle::Tensor out = run_forward_op(PFA_INPUTS, attributes, attributes.saves() ? &saved : nullptr);
+    if (!attributes.saves()) saved = bytes(1, x.place());
+    return {std::move(out), std::move(saved)};
+  });
+}
+
+std::vector<paddle::Tensor> forward_alone(PFA_TENSORS, PFA_ATTRIBUTES) {
+  return guarded([&]() -> std::vector<paddle::Tensor> { return {run_forward_op(PFA_INPUTS, PFA_ATTRIBUTE_VALUES, nullptr)}; });
 }
 
 std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
@@ -277,23 +288,20 @@ std::vector<Sizes> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
 
 std::vector<paddle::DataType> infer_dtypes(PFA_DTYPES, PFA_ATTRIBUTES) { return {x, paddle::DataType::UINT8}; }
 
+std::vector<Sizes> infer_shape_of_out(PFA_SHAPES, PFA_ATTRIBUTES) { return {x}; }
+
+std::vector<paddle::DataType> infer_dtype_of_out(PFA_DTYPES, PFA_ATTRIBUTES) { return {x}; }
+
 }  // namespace
 }  // namespace pfa::op
 
-#define PFA_BUILD_FORWARD_OP(name)                                                                                        \
-  PD_BUILD_OP(name)                                                                                                       \
-      .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", \
-               "AttnMask"})                                                                                               \
-      .Outputs({"Out", "Saved"})                                                                                          \
-      .Attrs(PFA_ATTRIBUTE_NAMES)                                                                                         \
-      .SetKernelFn(PD_KERNEL(pfa::op::forward))                                                                           \
-      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))                                                             \
-      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd)
-
-PFA_BUILD_FORWARD_OP(custom_fused_attention);
-
-// The same without a gradient, for dygraph under no_grad: there Paddle records operators that have one.
-PFA_BUILD_FORWARD_OP(custom_fused_attention_forward);
+PD_BUILD_OP(custom_fused_attention)
+    .Inputs(PFA_INPUT_NAMES)
+    .Outputs({"Out", "Saved"})
+    .Attrs(PFA_ATTRIBUTE_NAMES)
+    .SetKernelFn(PD_KERNEL(pfa::op::forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd);
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
     .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
@@ -310,3 +318,12 @@ PD_BUILD_DOUBLE_GRAD_OP(custom_fused_attention)
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::double_backward));
+
+// Dygraph under no_grad runs this: Paddle records an operator that has a gradient even there.
+PD_BUILD_OP(custom_fused_attention_forward)
+    .Inputs(PFA_INPUT_NAMES)
+    .Outputs({"Out"})
+    .Attrs(PFA_ATTRIBUTE_NAMES)
+    .SetKernelFn(PD_KERNEL(pfa::op::forward_alone))
+    .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::infer_shape_of_out))
+    .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtype_of_out)) PFA_SPMD_RULE(pfa::op::forward_alone_spmd);

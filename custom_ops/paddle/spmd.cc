@@ -75,6 +75,10 @@ std::vector<ArgDistAttr> inputs_of(const Tensors& tensors, const Sharding& shard
   return inputs;
 }
 
+TensorDistAttr attr_of_out(const Tensors& tensors, const Sharding& sharding) {
+  return make_attr(*tensors[kX], {sharding.batch, -1, -1}, {sharding.heads});
+}
+
 // What backward needs has another layout on every process: nothing else reads it, so that it counts as replicated.
 TensorDistAttr attr_of_saved(const Tensors& tensors) { return make_attr(*tensors[kX], {-1}); }
 
@@ -84,8 +88,14 @@ SpmdInfo forward_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES) {
   const Tensors tensors = PFA_INPUTS;
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   const Sharding sharding = sharding_of(tensors, attributes);
-  return {inputs_of(tensors, sharding, attributes),
-          {make_attr(x, {sharding.batch, -1, -1}, {sharding.heads}), attr_of_saved(tensors)}};
+  return {inputs_of(tensors, sharding, attributes), {attr_of_out(tensors, sharding), attr_of_saved(tensors)}};
+}
+
+SpmdInfo forward_alone_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES) {
+  const Tensors tensors = PFA_INPUTS;
+  const Attributes attributes = PFA_ATTRIBUTE_VALUES;
+  const Sharding sharding = sharding_of(tensors, attributes);
+  return {inputs_of(tensors, sharding, attributes), {attr_of_out(tensors, sharding)}};
 }
 
 SpmdInfo backward_spmd(PFA_DIST_TENSORS, const DistMetaTensor&, const DistMetaTensor& d_out, PFA_ATTRIBUTES) {

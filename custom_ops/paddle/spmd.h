@@ -18,6 +18,7 @@
 namespace pfa::op {
 
 phi::distributed::SpmdInfo forward_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES);
+phi::distributed::SpmdInfo forward_alone_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES);
 phi::distributed::SpmdInfo backward_spmd(PFA_DIST_TENSORS, const phi::distributed::DistMetaTensor& saved,
                                          const phi::distributed::DistMetaTensor& d_out, PFA_ATTRIBUTES);
 
