@@ -7,7 +7,7 @@ The processes are those of a communication group, or of one dimension of a mesh 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import paddle
@@ -38,8 +38,9 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
     return None
 
 
-def attention_over_mesh(x: Any, qkv_weight: Any, linear_weight: Any, *, axis: int, **arguments: Any) -> Any:
+def attention_over_mesh(inputs: Sequence[Any], *, axis: int, **arguments: Any) -> Any:
     """The block with a weight that is sharded by heads over dimension `axis` of its mesh; the others are sharded as that asks for."""
+    qkv_weight = inputs[1]
     mesh = qkv_weight.process_mesh
     size = mesh.shape[axis]
     total_heads = qkv_weight.shape[1]
@@ -55,29 +56,18 @@ def attention_over_mesh(x: Any, qkv_weight: Any, linear_weight: Any, *, axis: in
         placements = [dist.Replicate() if placement.is_partial() else placement for placement in y.placements]
         return dist.reshard(y, y.process_mesh, placements)
 
-    return attention_of_part(
-        x, qkv_weight, linear_weight, first_head=first_head, total_heads=total_heads, add_up=add_up, **arguments
-    )
+    return attention_of_part(inputs, first_head=first_head, total_heads=total_heads, add_up=add_up, **arguments)
 
 
 @paddle.jit.not_to_static
 def attention_of_part(
-    x: Any,
-    qkv_weight: Any,
-    linear_weight: Any,
+    inputs: Sequence[Any],
     *,
     first_head: int,
     total_heads: int,
     add_up: Any,
     share: Any = None,
     pre_layer_norm: bool,
-    pre_ln_scale: Any,
-    pre_ln_bias: Any,
-    ln_scale: Any,
-    ln_bias: Any,
-    qkv_bias: Any,
-    linear_bias: Any,
-    attn_mask: Any,
     numbers: tuple[float, float, float, float],
     training: bool,
     mode: str,
@@ -88,9 +78,11 @@ def attention_of_part(
 ) -> Any:
     """:func:`fused_multi_head_attention` with weights that hold the heads from `first_head` on of `total_heads`.
 
-    `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads.
-    `attn_mask` is that of these heads, `numbers` what check_arguments returns. `seed` fixes the masks of the attention.
+    `inputs` are those of the operator, the mask that of these heads; `numbers` what check_arguments returns. `add_up` sums what the
+    processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads. `seed` fixes the masks of
+    the attention.
     """
+    x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask = inputs
     pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = numbers
     switches = _op.UPSCALE_IN_TRAIN if mode == "upscale_in_train" else 0
     used = [x, pre_ln_scale, pre_ln_bias] if pre_layer_norm else [x, None, None]

@@ -165,18 +165,9 @@ def fused_multi_head_attention(
     mesh_axis = mesh_axis_of_heads(x, qkv_weight)
     if mesh_axis is not None:
         return attention_over_mesh(
-            x,
-            qkv_weight,
-            linear_weight,
+            inputs,
             axis=mesh_axis,
             pre_layer_norm=pre_layer_norm,
-            pre_ln_scale=pre_ln_scale,
-            pre_ln_bias=pre_ln_bias,
-            ln_scale=ln_scale,
-            ln_bias=ln_bias,
-            qkv_bias=qkv_bias,
-            linear_bias=linear_bias,
-            attn_mask=attn_mask,
             numbers=numbers,
             training=training,
             mode=mode,

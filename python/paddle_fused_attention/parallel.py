@@ -140,22 +140,13 @@ def parallel_attention(
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
     return attention_of_part(
-        x,
-        qkv_weight,
-        linear_weight,
+        (*inputs[:-1], _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)),
         first_head=first_head,
         total_heads=total_heads,
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
         add_up=lambda y: y if group is None else _add_up(y, group),
         share=lambda tensor: _shared(tensor, group),
         pre_layer_norm=pre_layer_norm,
-        pre_ln_scale=pre_ln_scale,
-        pre_ln_bias=pre_ln_bias,
-        ln_scale=ln_scale,
-        ln_bias=ln_bias,
-        qkv_bias=qkv_bias,
-        linear_bias=linear_bias,
-        attn_mask=_mask_of_heads(attn_mask, x, first_head, num_heads, total_heads),
         numbers=numbers,
         training=training,
         mode=mode,
