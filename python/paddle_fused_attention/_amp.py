@@ -7,37 +7,46 @@ Layer-norm parameters always stay, or become, float32; masks are taken in any dt
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import paddle
 from paddle.base import core
 from paddle.framework import in_dynamic_or_pir_mode
 
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16}
-_OFF = core.AmpLevel.O0
-_CASTABLE = (paddle.float32, paddle.float16, paddle.bfloat16)
+# Paddle's enumerations take up to a microsecond to compare, their values a fraction of it.
+_OFF = core.AmpLevel.O0.value
+_FLOAT32 = paddle.float32.value
+_CASTABLE = frozenset(dtype.value for dtype in (paddle.float32, paddle.float16, paddle.bfloat16))
 
 
-def target_dtype(op_type: str, tracer: Any) -> Any:
-    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs."""
+def target_dtype(op_type: str, tracer: Any, on_black_list: Callable[[], int]) -> Any:
+    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs;
+    `on_black_list` says 1 or 0, or -1 where it doesn't know."""
     if tracer is None and not in_dynamic_or_pir_mode():
         return None
     state = tracer or core._get_amp_attrs()
     # The dtype first: reading the level takes longer, and where auto_cast is off the dtype is float32.
     dtype = _DTYPES.get(state._amp_dtype)
-    if dtype is None or state._amp_level == _OFF:
+    if dtype is None or state._amp_level.value == _OFF:
         return None
-    _, black_list = tracer._get_amp_op_list() if tracer else core._get_amp_op_list()
-    return paddle.float32 if op_type in black_list else dtype
+    listed = on_black_list()
+    if listed < 0:
+        listed = op_type in (tracer._get_amp_op_list() if tracer else core._get_amp_op_list())[1]
+    return paddle.float32 if listed else dtype
 
 
 def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
     """Casts the operator's inputs, which may be None, to `dtype`, those at `norm_indices` to float32."""
     cast = list(inputs)
-    if inputs[0].dtype not in _CASTABLE:
+    if inputs[0].dtype.value not in _CASTABLE:
         return cast
+    for_norms, for_others = (paddle.float32, _FLOAT32), (dtype, dtype.value)
     for i, tensor in enumerate(inputs):
-        wanted = paddle.float32 if i in norm_indices else dtype
-        if tensor is not None and i != mask_index and tensor.dtype in _CASTABLE and tensor.dtype != wanted:
+        if tensor is None or i == mask_index:
+            continue
+        wanted, value = for_norms if i in norm_indices else for_others
+        found = tensor.dtype.value
+        if found != value and found in _CASTABLE:
             cast[i] = paddle.cast(tensor, wanted)
     return cast

@@ -68,7 +68,7 @@ _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def _load() -> Any:
-    """Registers the operator and returns the function that checks the inputs of a static graph."""
+    """Registers the operator and returns its library."""
     rebuild = (
         "Build the package again for the Paddle that is installed:\n"
         "    pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir paddle-fused-attention\n"
@@ -98,12 +98,13 @@ def _load() -> Any:
         core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     else:
         holder.update_op_proto(registered)
-    check = ctypes.CDLL(libraries[0]).custom_fused_attention_check
-    check.restype = ctypes.c_char_p
-    return check
+    return ctypes.CDLL(libraries[0])
 
 
-_check = _load()
+_library = _load()
+_check = _library.custom_fused_attention_check  # of the inputs of a static graph
+_check.restype = ctypes.c_char_p
+_on_black_list = _library.custom_fused_attention_on_black_list
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
 _absent: Any = None
@@ -151,7 +152,7 @@ def fused_attention(
     constants = (*_float_bits(numbers), seed, first_head, total_heads)
     tracer = _dygraph_tracer()  # None while a static graph is built
     present, needs_grad = _static_bits(inputs) if tracer is None else (0, 0)
-    amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
+    amp_dtype = _amp.target_dtype(OP_TYPE, tracer, _on_black_list)
     if amp_dtype is not None:
         inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
     if tracer is not None:
