@@ -7,7 +7,7 @@ Layer-norm parameters always stay, or become, float32; masks are taken in any dt
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 import paddle
 from paddle.base import core
@@ -20,9 +20,8 @@ _FLOAT32 = paddle.float32.value
 _CASTABLE = frozenset(dtype.value for dtype in (paddle.float32, paddle.float16, paddle.bfloat16))
 
 
-def target_dtype(op_type: str, tracer: Any, on_black_list: Callable[[], int]) -> Any:
-    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs;
-    `on_black_list` says 1 or 0, or -1 where it doesn't know."""
+def target_dtype(op_type: str, tracer: Any) -> Any:
+    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs."""
     if tracer is None and not in_dynamic_or_pir_mode():
         return None
     state = tracer or core._get_amp_attrs()
@@ -30,10 +29,8 @@ def target_dtype(op_type: str, tracer: Any, on_black_list: Callable[[], int]) ->
     dtype = _DTYPES.get(state._amp_dtype)
     if dtype is None or state._amp_level.value == _OFF:
         return None
-    listed = on_black_list()
-    if listed < 0:
-        listed = op_type in (tracer._get_amp_op_list() if tracer else core._get_amp_op_list())[1]
-    return paddle.float32 if listed else dtype
+    _, black_list = tracer._get_amp_op_list() if tracer else core._get_amp_op_list()
+    return paddle.float32 if op_type in black_list else dtype
 
 
 def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:

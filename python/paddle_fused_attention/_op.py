@@ -104,7 +104,6 @@ def _load() -> Any:
 _library = _load()
 _check = _library.custom_fused_attention_check  # of the inputs of a static graph
 _check.restype = ctypes.c_char_p
-_on_black_list = _library.custom_fused_attention_on_black_list
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
 _absent: Any = None
@@ -152,7 +151,7 @@ def fused_attention(
     constants = (*_float_bits(numbers), seed, first_head, total_heads)
     tracer = _dygraph_tracer()  # None while a static graph is built
     present, needs_grad = _static_bits(inputs) if tracer is None else (0, 0)
-    amp_dtype = _amp.target_dtype(OP_TYPE, tracer, _on_black_list)
+    amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
         inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
     if tracer is not None:
