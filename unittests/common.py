@@ -207,3 +207,31 @@ def check(case, expected, out, gradients):
         except AssertionError as error:
             complaints.append(str(error))
     assert not complaints, "{}\n{}".format(case, "\n".join(complaints))
+
+
+FAR_DOWN = ("-1e4", "-1e9", "lowest")
+LOWEST = {"float32": float(np.finfo(np.float32).min), "float16": -65504.0, "bfloat16": -3.3895314e38}
+
+
+def rows_far_down(dtype, low):
+    """A case and inputs where a float mask of `low`, one of FAR_DOWN, lies on every key of some queries.
+
+    It hides none of them: beside it the scores themselves lose their last digits, or all, but the probabilities must still add up to
+    one, in the gradient too. So ordinary ops are the measure (check_by_ordinary_ops).
+    """
+    case = Case(2, 30, 2, 8, dtype, mask=Mask("B1SS", dtype)).but(attn_dropout_rate=0.1)
+    inputs = make_inputs(case)
+    value = LOWEST[dtype] if low == "lowest" else max(float(low), LOWEST[dtype])
+    inputs["attn_mask"][:, :, ::3, :] = reference.round_to(value, dtype)
+    return case, inputs
+
+
+def check_by_ordinary_ops(case, inputs, out, gradients):
+    """Compares float64 arrays with the reference by the error of ordinary ops in the case's dtype, also in float32."""
+    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
+    expected = dict(reference.backward(arrays, case.config, inputs["d_out"]), out=reference.forward(arrays, case.config))
+    peer_out, peers = reference.composed_16bit(arrays, case.config, inputs["d_out"], case.dtype)
+    for name, actual in dict(gradients, out=out).items():
+        peer_error = np.abs(dict(peers, out=peer_out)[name] - expected[name]).max()
+        limit = max(3 * peer_error, 2e-5 * np.abs(expected[name]).max())
+        assert np.abs(actual - expected[name]).max() <= limit, name

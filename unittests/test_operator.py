@@ -393,25 +393,13 @@ def test_large_negative_numbers_as_a_mask(dtype, place):
     check_stored(case, common.expect(case, inputs), out, gradients)
 
 
-@pytest.mark.parametrize("low", [-1e4, -1e9, None], ids=["-1e4", "-1e9", "lowest"])
+@pytest.mark.parametrize("low", common.FAR_DOWN)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rows_whose_every_key_is_far_down(dtype, low, place):
-    """A float mask of -1e4 or -1e9 at every key of a query hides none of them: beside it the scores themselves lose their last
-    digits, or all, but the probabilities must still add up to one, in the gradient too. So ordinary ops are the measure."""
-    case = Case(2, 30, 2, 8, dtype, mask=Mask("B1SS", dtype)).but(attn_dropout_rate=0.1)
-    inputs = common.make_inputs(case)
-    lowest = {"float32": np.finfo(np.float32).min, "float16": -65504.0, "bfloat16": -3.3895314e38}[dtype]
-    low = max(low, lowest) if low else lowest
-    inputs["attn_mask"][:, :, ::3, :] = reference.round_to(low, dtype)
-    wanted = common.differentiable(inputs)
-    out, gradients = run_dygraph(common.stored_inputs(case, inputs), case.config, place, wanted)
-    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
-    expected = dict(reference.backward(arrays, case.config, inputs["d_out"]), out=reference.forward(arrays, case.config))
-    peer_out, peers = reference.composed_16bit(arrays, case.config, inputs["d_out"], dtype)
-    for name, actual in dict(gradients, out=out).items():
-        peer_error = np.abs(dict(peers, out=peer_out)[name] - expected[name]).max()
-        limit = max(3 * peer_error, 2e-5 * np.abs(expected[name]).max())
-        assert np.abs(common.from_storage(actual) - expected[name]).max() <= limit, name
+    case, inputs = common.rows_far_down(dtype, low)
+    out, gradients = run_dygraph(common.stored_inputs(case, inputs), case.config, place, common.differentiable(inputs))
+    gradients = {name: common.from_storage(g) for name, g in gradients.items()}
+    common.check_by_ordinary_ops(case, inputs, common.from_storage(out), gradients)
 
 
 def test_numbers_of_numpy_are_numbers(place):

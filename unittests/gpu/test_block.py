@@ -65,10 +65,25 @@ def test_mask(mask, dtype):
     check(Case(dtype=dtype, seq_len=70, mask=mask))
 
 
+@pytest.mark.parametrize("low", common.FAR_DOWN)
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_rows_whose_every_key_is_far_down(dtype, low):
+    case, inputs = common.rows_far_down(dtype, low)
+    common.check_by_ordinary_ops(case, inputs, *run_case(case, inputs))
+
+
 @pytest.mark.parametrize("dtype", common.DTYPES)
 def test_mask_causal_dropout(dtype):
     config = Config(causal=True, attn_dropout_rate=0.2, dropout_rate=0.2, seed=11)
     check(Case(dtype=dtype, seq_len=133, mask=Mask("1HSS", "float32", "-inf"), config=config))
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("seed", range(6))
+def test_few_rows(seed, dtype):
+    """Matrix products of few rows and columns may be split along their sums."""
+    config = Config(pre_layer_norm=True, dropout_rate=0.3, attn_dropout_rate=0.2, seed=seed)
+    check(Case(dtype=dtype, config=config))
 
 
 @pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)

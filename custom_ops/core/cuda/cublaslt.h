@@ -25,11 +25,14 @@ enum DescAttribute : int { kDescTransA = 3, kDescTransB = 4, kDescEpilogue = 7, 
 
 enum PreferenceAttribute : int {
   kPreferenceMaxWorkspaceBytes = 1,
+  kPreferenceReductionSchemes = 3,
   kPreferenceMinAlignmentA = 5,
   kPreferenceMinAlignmentB = 6,
   kPreferenceMinAlignmentC = 7,
   kPreferenceMinAlignmentD = 8,
 };
+
+enum ReductionScheme : uint32_t { kReduceInComputeType = 2 };
 
 enum Operation : int32_t { kNormal = 0, kTransposed = 1 };
 

@@ -89,6 +89,9 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
   const uint64_t max_workspace = aligned ? kMaxWorkspaceBytes : 0;
   const uint32_t alignment = static_cast<uint32_t>(aligned ? kAlignment : size_of(p.dtype));
   api.preference_set(preference, lt::kPreferenceMaxWorkspaceBytes, &max_workspace, sizeof(max_workspace));
+  // Parts of a sum are not to be rounded to 16 bits before they are added up.
+  const uint32_t schemes = lt::kReduceInComputeType;
+  api.preference_set(preference, lt::kPreferenceReductionSchemes, &schemes, sizeof(schemes));
   for (auto attribute : {lt::kPreferenceMinAlignmentA, lt::kPreferenceMinAlignmentB, lt::kPreferenceMinAlignmentC,
                          lt::kPreferenceMinAlignmentD}) {
     api.preference_set(preference, attribute, &alignment, sizeof(alignment));
