@@ -27,7 +27,7 @@ class Mask:
     """A mask to draw: its shape in letters and ones, e.g. "B1SS", its dtype, and what it holds.
 
     `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, much of it
-    -inf).
+    -inf); "start", "end", "sides" (all see the keys of the first, the last, or both of these thirds).
     """
 
     shape: str = "B1SS"
@@ -88,6 +88,9 @@ def make_mask(case, rng):
         keep[..., ::3, :] = False
     if mask.content == "none":
         keep[...] = False
+    if mask.content in ("start", "end", "sides"):
+        third = np.arange(seq_len) * 3 // seq_len
+        keep[...] = {"start": third == 0, "end": third == 2, "sides": third != 1}[mask.content]
     if mask.dtype == "bool":
         return keep
     if mask.dtype.startswith("float") or mask.dtype == "bfloat16":

@@ -119,7 +119,7 @@ struct Params {
   void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
   void* log_sum_exp = nullptr;       // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
   // [batch, H, seq_len] accumulator type, only with a mask: log_sum_exp is that of scores - score_shift. A float mask may put a
-  // row so far down (-1e9) that the sum of exponentials would be lost beside it.
+  // row so far down (-1e9) that the sum of exponentials would be lost beside it. On GPUs score_shift is in units of log2.
   void* score_shift = nullptr;
   void* attn_out = nullptr;  // [batch, seq_len, H, D]
   void* residual = nullptr;  // [M, E]: z, what the final layer norm reads

@@ -33,7 +33,7 @@ for absent in common.OPTIONAL[:-1]:
     FEATURES["no-" + absent] = Case(absent=(absent,), config=Config(pre_layer_norm=True))
 FEATURES["no-optional"] = Case(absent=common.OPTIONAL, config=Config(pre_layer_norm=True, dropout_rate=0.2))
 
-MASK_SHAPES = ("SS", "S", "11SS", "B11S", "1HSS", "BHSS", "BHS1", "B1SS")
+MASK_SHAPES = ("SS", "S", "11SS", "B11S", "1HSS", "BHSS", "BHS1", "B1SS", "1H1S", "BH1S", "B1S1")
 MASK_DTYPES = ("int32", "int64", "uint8", "int8", "int16", "float32", "float64", "float16", "bfloat16")
 MASKS = [Mask(shape) for shape in MASK_SHAPES] + [Mask(dtype=dtype) for dtype in MASK_DTYPES]
 MASKS += [Mask(content=content) for content in ("rows", "none")]
@@ -70,6 +70,33 @@ def test_mask(mask, dtype):
 def test_rows_whose_every_key_is_far_down(dtype, low):
     case, inputs = common.rows_far_down(dtype, low)
     common.check_by_ordinary_ops(case, inputs, *run_case(case, inputs))
+
+
+# Over several tiles of keys, in lengths whose rows the copy engine can read (528) and cannot.
+TILED_MASKS = [Mask("B11S", "bool", content) for content in ("random", "start", "end", "sides", "none")]
+TILED_MASKS += [
+    Mask("B11S", "float32", "end"),
+    Mask("1H1S", "float32", "sides"),
+    Mask("BH1S", "int64"),
+    Mask("B1SS", "bool", "rows"),
+]
+TILED_MASKS += [Mask("B1SS", dtype) for dtype in ("uint8", "int16", "int32", "int64")]
+TILED_MASKS += [
+    Mask("BHSS", "float32", "-inf"),
+    Mask("1HSS", "float16"),
+    Mask("1HSS", "bfloat16"),
+    Mask("SS", "float32", "start"),
+]
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("seq_len,causal", ((528, False), (515, True)))
+@pytest.mark.parametrize("mask", TILED_MASKS, ids=str)
+def test_mask_over_tiles(mask, seq_len, causal, head_dim, dtype):
+    if mask.dtype in common.SIXTEEN_BIT and mask.dtype != dtype:
+        pytest.skip("a float mask is float32 or of the dtype of x")
+    check(Case(dtype=dtype, seq_len=seq_len, head_dim=head_dim, mask=mask, config=Config(causal=causal)))
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)

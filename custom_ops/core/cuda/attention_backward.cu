@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     }
     const int64_t statistic = h.flat * static_cast<int64_t>(args.seq_len) + row;
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
-    if (args.score_shift) shift2 = shift_log2(static_cast<const Acc*>(args.score_shift)[statistic]);
+    if (args.score_shift) shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (h.flat < static_cast<uint32_t>(args.dq_slots)) {

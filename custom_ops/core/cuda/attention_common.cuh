@@ -25,7 +25,7 @@ struct AttentionArgs {
   const void* qkv;
   void* out;          // [B, S, H, D]
   void* log_sum_exp;  // [B, H, S], or null: not wanted
-  void* score_shift;  // [B, H, S] with a mask, or null: not wanted
+  void* score_shift;  // [B, H, S] with a mask, in log2 units, or null: not wanted
   const uint64_t* random_state;
   Mask mask;
   int64_t batch;
@@ -45,7 +45,7 @@ struct AttentionArgs {
   void* d_qkv;        // [B, S, 3, H, D]
   void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
   void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
-  void* shift2;       // [B, H, rows_padded] with a mask: score_shift * log2(e)
+  void* shift2;       // [B, H, rows_padded] with a mask: score_shift
   int rows_padded;    // seq_len rounded up to whole tiles of queries
 
   // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of dq_sum; what dq_lag means is said in
@@ -154,19 +154,14 @@ __device__ __forceinline__ Acc infinity() {
   return static_cast<Acc>(INFINITY);
 }
 
-// score_shift in log2 units, rounded the same in the forward and the backward pass.
-__device__ __forceinline__ float shift_log2(float shift) { return __fmul_rn(shift, static_cast<float>(kLog2e)); }
-__device__ __forceinline__ double shift_log2(double shift) { return __dmul_rn(shift, kLog2e); }
-
-// What backward needs to know of a row: from its highest score in log2 units and the sum of exponentials beside it.
+// What backward needs to know of a row: from its highest score in log2 units and the sum of exponentials beside it. The highest score
+// may be -1e9 or lower, where a rounding error outweighs everything else: it is kept as it is.
 template <class Acc>
 __device__ __forceinline__ void store_row_statistics(const AttentionArgs& a, uint32_t head, int row, Acc maximum, Acc sum) {
   if (!a.log_sum_exp || row >= a.seq_len) return;
   const int64_t index = head * static_cast<int64_t>(a.seq_len) + row;
-  // The maximum may be -1e9, where a rounding error outweighs every score.
-  const Acc shift = a.score_shift && sum > 0 ? maximum * static_cast<Acc>(kLn2) : Acc(0);
-  const Acc rest = maximum - shift_log2(shift);
-  static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? rest * static_cast<Acc>(kLn2) + log(sum) : infinity<Acc>();
+  const Acc shift = a.score_shift && sum > 0 ? maximum : Acc(0);
+  static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? (maximum - shift) * static_cast<Acc>(kLn2) + log(sum) : infinity<Acc>();
   if (a.score_shift) static_cast<Acc*>(a.score_shift)[index] = shift;
 }
 
@@ -177,15 +172,10 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
-__device__ __forceinline__ float lowest_of(float) { return -FLT_MAX; }
-__device__ __forceinline__ double lowest_of(double) { return -DBL_MAX; }
-
-// What a mask element adds to a score in log2 units. Finite values stay finite: only -inf, false and 0 forbid a key.
-template <class Acc>
-__device__ __forceinline__ Acc additive_mask(Acc value) {
-  const Acc scaled = value * static_cast<Acc>(kLog2e);
-  return value == -infinity<Acc>() ? value : (max(scaled, lowest_of(value)));
-}
+// What a mask element adds to a score in log2 units. Finite values stay finite, because a product rounded towards zero does not
+// overflow: only -inf, false and 0 forbid a key.
+__device__ __forceinline__ float additive_mask(float value) { return __fmul_rz(value, static_cast<float>(kLog2e)); }
+__device__ __forceinline__ double additive_mask(double value) { return __dmul_rz(value, kLog2e); }
 
 // One mask element in log2 units: floats are added, of other types only whether they are 0 counts.
 template <class Acc, class T>
@@ -198,7 +188,7 @@ __device__ __forceinline__ float mask_log2<float, float>(float value) {
 }
 template <>
 __device__ __forceinline__ double mask_log2<double, float>(float value) {
-  return additive_mask<double>(value);
+  return additive_mask(static_cast<double>(value));
 }
 template <>
 __device__ __forceinline__ float mask_log2<float, double>(double value) {
@@ -215,7 +205,7 @@ __device__ __forceinline__ float mask_log2<float, __half>(__half value) {
 }
 template <>
 __device__ __forceinline__ double mask_log2<double, __half>(__half value) {
-  return additive_mask<double>(__half2float(value));
+  return additive_mask(static_cast<double>(__half2float(value)));
 }
 template <>
 __device__ __forceinline__ float mask_log2<float, __nv_bfloat16>(__nv_bfloat16 value) {
@@ -223,7 +213,7 @@ __device__ __forceinline__ float mask_log2<float, __nv_bfloat16>(__nv_bfloat16 v
 }
 template <>
 __device__ __forceinline__ double mask_log2<double, __nv_bfloat16>(__nv_bfloat16 value) {
-  return additive_mask<double>(__bfloat162float(value));
+  return additive_mask(static_cast<double>(__bfloat162float(value)));
 }
 
 // Calls f with a pointer to the mask's elements, of their type or, where only zeros count, of an integer of their size.

@@ -124,6 +124,126 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
   });
 }
 
+// A mask element in 32 bits, to be understood later: as it is, but a double as the float nearest to it, and 1 for a nonzero int64.
+template <class T>
+__device__ __forceinline__ uint32_t mask_bits(const T* from) {
+  if constexpr (std::is_same<T, double>::value) {
+    return __float_as_uint(*from == -infinity<double>() ? -INFINITY : __double2float_rz(*from));
+  } else if constexpr (sizeof(T) == 8) {
+    return *from != 0;
+  } else {
+    uint32_t bits;
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bits) : "l"(from));
+    } else if constexpr (sizeof(T) == 2) {
+      asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(bits) : "l"(from));
+    } else {
+      asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(bits) : "l"(from));
+    }
+    return bits;
+  }
+}
+
+// Starts loading the mask of 16 rows and 2 * kCount columns, in the order in which a warp holds their scores, unless its elements have
+// 8 bytes: there are no registers for those. Elements outside of seq_len read the last row or column instead.
+template <bool kRowsAreKeys, int kCount>
+__device__ __forceinline__ void fetch_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
+                                           uint32_t (&bits)[kCount]) {
+  const auto fetch = [&](auto element) {
+    using T = decltype(element);
+    const int64_t row_bytes = args.mask.strides[kRowsAreKeys ? 3 : 2] * static_cast<int64_t>(sizeof(T));
+    const int64_t column_bytes = args.mask.strides[kRowsAreKeys ? 2 : 3] * static_cast<int64_t>(sizeof(T));
+    const char* rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = min(row0 + lane_row(2 * i), args.seq_len - 1);
+      rows[i] = static_cast<const char*>(args.mask.data) + mask_offset * static_cast<int64_t>(sizeof(T)) + row * row_bytes;
+    }
+    const int column = column0 + lane_column(0);
+    if (column0 + 2 * kCount <= args.seq_len) {
+      // From column to column, so that no offsets wait in registers.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) rows[i] += column * column_bytes;
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          bits[i + e % 2 * 2 + e / 2] = mask_bits(reinterpret_cast<const T*>(rows[e % 2] + e / 2 * column_bytes));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) rows[e] += 8 * column_bytes;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 8) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int64_t offset = min(column + 2 * i + e / 4 * 8 + e % 2, args.seq_len - 1) * column_bytes;
+          bits[i + e] = mask_bits(reinterpret_cast<const T*>(rows[e / 2 % 2] + offset));
+        }
+      }
+    }
+  };
+  switch (args.mask.dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) bits[i] = 0;
+      return;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return fetch(uint32_t{});
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16:
+      return fetch(uint16_t{});
+    default:
+      return fetch(uint8_t{});
+  }
+}
+
+// Calls f with the function that says what mask_bits add to a score, in units of log2.
+template <class F>
+__device__ __forceinline__ void with_added_by_bits(const Mask& mask, F&& f) {
+  switch (mask.dtype) {
+    case DType::kFloat32:
+    case DType::kFloat64:
+      return f([](uint32_t bits) { return mask_log2<float>(__uint_as_float(bits)); });
+    case DType::kFloat16:
+      return f([](uint32_t bits) { return mask_log2<float>(__ushort_as_half(static_cast<unsigned short>(bits))); });
+    case DType::kBFloat16:
+      return f([](uint32_t bits) { return mask_log2<float>(__uint_as_float(bits << 16)); });
+    default:
+      return f([](uint32_t bits) { return mask_log2<float>(bits); });
+  }
+}
+
+// Scores to units of log2, with the mask from fetch_mask; elements of 8 bytes are loaded here, a piece at a time.
+template <bool kRowsAreKeys, int kCount>
+__device__ __forceinline__ void add_fetched(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
+                                            float scale_log2, const uint32_t (&bits)[kCount], float (&scores)[kCount]) {
+  const auto add = [&](const auto* elements) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 8) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int row = min(row0 + lane_row(e), args.seq_len - 1);
+        const int column = min(column0 + 2 * i + lane_column(e), args.seq_len - 1);
+        const int64_t query = kRowsAreKeys ? column : row;
+        const int64_t key = kRowsAreKeys ? row : column;
+        const float added = mask_log2<float>(elements[mask_offset + query * args.mask.strides[2] + key * args.mask.strides[3]]);
+        scores[i + e] = fmaf(scores[i + e], scale_log2, added);
+      }
+      asm volatile("" ::: "memory");  // keeps the loads of all pieces from being in flight together
+    }
+  };
+  if (args.mask.dtype == DType::kFloat64) return add(static_cast<const double*>(args.mask.data));
+  if (args.mask.dtype == DType::kInt64) return add(static_cast<const uint64_t*>(args.mask.data));
+  with_added_by_bits(args.mask, [&](auto added) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = fmaf(scores[i], scale_log2, added(bits[i]));
+  });
+}
+
 // Stores 16 rows that a warp holds as accumulators of 8 columns each, through the warp's own 16 rows of shared memory (kStride
 // elements apart), as whole vectors.
 template <class T, int kHeadDim, int kStride>

@@ -9,6 +9,9 @@
 // working on, few enough for the L2 cache: head h has slot h % dq_slots of them. The block that has done tile t of head h brings tile t
 // of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads are left to a kernel of their own. Blocks take tiles
 // in the order of heads, and only when they run, so that whatever one waits for is under way in another.
+//
+// Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees have no walk;
+// elements of any other mask are loaded a step ahead.
 #include "core/cuda/attention_hopper.h"
 
 #if CUDART_VERSION >= 12010
@@ -40,7 +43,7 @@ struct BackwardShape {
   // queries takes 8% longer.
   static constexpr int kArrivals = kQueries > 64 ? 256 : 8;
   static constexpr size_t kSharedBytes =
-      1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 2 * kRowStatisticBytes);
+      1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 3 * kRowStatisticBytes);
 };
 
 #if PFA_HOPPER_CODE
@@ -58,6 +61,22 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
     const uint64_t b = queries + i / 4 * kQueryBlock + i % 4 * kRowsStep;
     wgmma<T, 0, 0>(d, a, b, i > 0);
   }
+}
+
+// Whether any key of a tile may be seen, by a mask that is the same for all queries.
+__device__ __forceinline__ bool any_visible(const AttentionArgs& args, int64_t mask_offset, int key0) {
+  bool visible = false;
+  with_mask_elements(args.mask, [&](const auto* elements) {
+    constexpr int kBatch = 8;  // loads in flight
+    for (int j = 0; j < kKeys && !visible; j += kBatch) {
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int key = min(key0 + j + k, args.seq_len - 1);
+        visible |= mask_log2<float>(elements[mask_offset + key * args.mask.strides[3]]) != -INFINITY;
+      }
+    }
+  });
+  return visible;
 }
 
 __device__ __forceinline__ float* sums_of(const AttentionArgs& args, uint32_t head, int columns) {
@@ -121,7 +140,7 @@ struct QueryGradient {
 
 #endif
 
-template <class T, int kHeadDim, bool kMask, bool kDrops>
+template <class T, int kHeadDim, MaskKind kMask, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map,
                     const AttentionArgs args, const int heads_per_group) {
@@ -130,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kQueries = Shape::kQueries;
   constexpr int kArrivals = Shape::kArrivals;
   extern __shared__ unsigned char unaligned[];
-  char* shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) / 1024 * 1024);
+  char* shared = reinterpret_cast<char*>(unaligned) + (-shared_address(unaligned) & 1023);
   char* k_tiles = shared;
   char* v_tiles = k_tiles + kStages * Shape::kKeyBytes;
   char* q_tiles = v_tiles + kStages * Shape::kKeyBytes;
@@ -138,9 +157,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   char* score_tiles = d_out_tiles + kStages * Shape::kQueryBytes;
   float* lse2_tiles = reinterpret_cast<float*>(score_tiles + kStages * Shape::kScoreBytes);
   float* delta_tiles = lse2_tiles + kStages * kQueries;
+  float* shift2_tiles = delta_tiles + kStages * kQueries;
   __shared__ uint64_t kv_full[kStages], kv_empty[kStages], q_full[kStages], q_empty[kStages], d_out_full[kStages],
       d_out_empty[kStages];
   __shared__ uint32_t taken[kStages];              // which tiles of keys lie in k_tiles and v_tiles
+  __shared__ int walk_ends[kStages];               // the tiles of queries before which their walks end
   __shared__ uint64_t added, may_take, has_taken;  // d_q of this tile to the sums; that of an earlier head from them
 
   const int tiles = (args.seq_len + kKeys - 1) / kKeys;
@@ -153,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&kv_full[i], 1);
       barrier_init(&q_full[i], 1);
       barrier_init(&d_out_full[i], 1);
-      barrier_init(&kv_empty[i], kArrivals);
+      barrier_init(&kv_empty[i], kArrivals + 1);
       barrier_init(&q_empty[i], kArrivals);
       barrier_init(&d_out_empty[i], kArrivals);
     }
@@ -182,19 +203,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int head = static_cast<int>(h.head);
         const int batch = static_cast<int>(h.batch);
         const int key0 = tile.tile * kKeys;
+        const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
+        const int walk_end = kMask != kKeyMask || any_visible(args, mask_offset, key0) ? query_tiles : 0;
+        walk_ends[slot] = walk_end;
         const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
         const float* lse2 = static_cast<const float*>(args.lse2) + statistics;
         const float* delta = static_cast<const float*>(args.delta) + statistics;
+        const float* shift2 = static_cast<const float*>(args.shift2) + statistics;
         barrier_expect(&kv_full[slot], 2 * Shape::kKeyBytes);
         copy_tile<kKeys, kHeadDim>(k_tiles + slot * Shape::kKeyBytes, qkv_map, &kv_full[slot], head, 1, key0, batch);
         copy_tile<kKeys, kHeadDim>(v_tiles + slot * Shape::kKeyBytes, qkv_map, &kv_full[slot], head, 2, key0, batch);
-        for (int n = args.causal ? key0 / kQueries : 0; n < query_tiles; ++n, ++step) {
+        for (int n = args.causal ? key0 / kQueries : 0; n < walk_end; ++n, ++step) {
           const int stage = step % kStages;
           const int row0 = n * kQueries;
           if (step >= kStages) barrier_wait(&q_empty[stage], (step / kStages - 1) % 2);
-          barrier_expect(&q_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
+          barrier_expect(&q_full[stage], Shape::kQueryBytes + (kMask ? 2 : 1) * Shape::kRowStatisticBytes);
           copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
           copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
+          if (kMask) copy_bytes(shift2_tiles + stage * kQueries, shift2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
           if (step >= kStages) barrier_wait(&d_out_empty[stage], (step / kStages - 1) % 2);
           barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
           copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0,
@@ -207,6 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_wait(&kv_full[t % kStages], t / kStages % 2);
         const uint32_t index = taken[t % kStages];
         if (index >= all_tiles) break;
+        barrier_arrive(&kv_empty[t % kStages]);
         const uint32_t head = tile_index(args, index, heads_per_group, tiles).head;
         const bool takes = head >= static_cast<uint32_t>(args.dq_lag);
         const uint32_t from = head - args.dq_lag;
@@ -254,8 +281,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     float s[kQueries / 2], dp[kQueries / 2], dq[32];
     uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
+    uint32_t mask_elements[kQueries / 2];  // of a step, until its dp is begun: there are no registers for both
+    uint32_t key_elements[2];
+    if (kMask == kKeyMask) {
+      with_mask_elements(args.mask, [&](const auto* elements) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = min(key0 + strip + lane_row(2 * i), args.seq_len - 1);
+          key_elements[i] = mask_bits(&elements[mask_offset + key * args.mask.strides[3]]);
+        }
+      });
+    }
 
-    for (int n = args.causal ? key0 / kQueries : 0; n < query_tiles; ++n, ++step) {
+    const int walk_end = walk_ends[slot];
+    const int walk_begin = args.causal ? key0 / kQueries : 0;
+    if (kMask == kFullMask) fetch_mask<true>(args, mask_offset, key0 + strip, walk_begin * kQueries, mask_elements);
+    for (int n = walk_begin; n < walk_end; ++n, ++step) {
       const int stage = step % kStages;
       const int parity = step / kStages % 2;
       const int row0 = n * kQueries;
@@ -264,37 +305,46 @@ __global__ void __launch_bounds__(kThreads, 1)
       char* score_tile = score_tiles + stage * Shape::kScoreBytes;
       const float* lse2 = lse2_tiles + stage * kQueries;
       const float* delta = delta_tiles + stage * kQueries;
+      const float* shift2 = shift2_tiles + stage * kQueries;
 
       barrier_wait(&q_full[stage], parity);
       multiply_rows<T, kHeadDim, kQueries>(s, k_rows, rows_operand(q_tile));
       wgmma_commit();
+      if (kMask == kFullMask) {
+        wgmma_wait<0>();
+        pin(s);
+        add_fetched<true>(args, mask_offset, key0 + strip, row0, scale_log2, mask_elements, s);
+      }
       barrier_wait(&d_out_full[stage], parity);
       multiply_rows<T, kHeadDim, kQueries>(dp, v_rows, rows_operand(d_out_tile));
       wgmma_commit();
-      wgmma_wait<1>();
-      pin(s);
+      if (kMask != kFullMask) {
+        wgmma_wait<1>();
+        pin(s);
+      }
 
       // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit form is kept.
+      float added_by_mask[2];  // to the scores of the thread's keys
+      if (kMask == kKeyMask) {
+        with_added_by_bits(args.mask, [&](auto added_by) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) added_by_mask[i] = added_by(key_elements[i]);
+        });
+      }
       const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
 #pragma unroll
       for (int m = 0; m < kQueries / 16; ++m) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[8 * m]);
-        if (kMask) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
-          add_mask<true>(args, mask_offset, key0 + strip, row0 + 16 * m, piece);
-        }
 #pragma unroll
         for (int e = 0; e < 8; e += 4) {
           const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
           float2 shift{};
-          if (kMask) {
-            const int64_t row = h.flat * static_cast<int64_t>(args.rows_padded) + row0 + 16 * m + lane_column(e);
-            shift = *reinterpret_cast<const float2*>(static_cast<const float*>(args.shift2) + row);
-          }
+          if (kMask) shift = *reinterpret_cast<const float2*>(shift2 + 16 * m + lane_column(e));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float score = kMask ? piece[e + i] - (i % 2 ? shift.y : shift.x) : piece[e + i] * scale_log2;
+            float score = piece[e + i];
+            if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2]);
+            score = kMask ? score - (i % 2 ? shift.y : shift.x) : score * scale_log2;
             const float exponent = score - (i % 2 ? l.y : l.x);
             piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
           }
@@ -382,6 +432,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float* to = head_sums + block * kSumBlock + threadIdx.x % 128 * 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+      if (kMask == kFullMask) fetch_mask<true>(args, mask_offset, key0 + strip, row0 + kQueries, mask_elements);
       wgmma_wait<0>();
       pin(dk);
       release(&q_empty[stage]);
@@ -438,7 +489,7 @@ template <class T, int kHeadDim>
 void backward(const Context& context, const AttentionArgs& args, DType dtype) {
   const CUtensorMap qkv_map = tensor_map(args.qkv, dtype, args, 3);
   const CUtensorMap d_out_map = tensor_map(args.d_out, dtype, args, 1);
-  with_bool(args.mask.data != nullptr, [&](auto mask) {
+  with_mask_kind(args, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
              blocks(context, args), kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,

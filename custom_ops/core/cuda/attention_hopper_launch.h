@@ -77,6 +77,47 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, const AttentionArgs
   return map;
 }
 
+// A key mask is the same for all queries. Of the others, a tiled one comes to shared memory with the copy engine.
+enum MaskKind { kNoMask, kKeyMask, kFullMask, kTiledMask };
+
+// Calls f with the kind of the mask but for how it comes to shared memory, as a std::integral_constant.
+template <class F>
+void with_mask_kind(const AttentionArgs& args, F&& f) {
+  if (!args.mask.data) {
+    f(std::integral_constant<MaskKind, kNoMask>{});
+  } else if (args.mask.strides[2] == 0) {
+    f(std::integral_constant<MaskKind, kKeyMask>{});
+  } else {
+    f(std::integral_constant<MaskKind, kFullMask>{});
+  }
+}
+
+constexpr int64_t kMaxTiledMaskBytes = 4;  // of an element
+
+// Of a mask, in copies of 64 queries x 128 bytes of keys; false where the copy engine cannot read it.
+inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
+  const Mask& mask = args.mask;
+  const int64_t size = size_of(mask.dtype);
+  if (size > kMaxTiledMaskBytes || mask.strides[3] != 1 || reinterpret_cast<uintptr_t>(mask.data) % 16 != 0) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (mask.strides[i] < 0 || mask.strides[i] * size % 16 != 0 || mask.strides[i] * size >= int64_t{1} << 40) return false;
+  }
+  const bool by_batch = mask.strides[0] != 0;
+  const bool by_head = mask.strides[1] != 0;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_head ? args.num_heads : 1), 1,
+                               static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_batch ? args.batch : 1)};
+  const auto bytes = [&](int i) { return static_cast<cuuint64_t>(mask.strides[i] ? mask.strides[i] * size : 16); };
+  const cuuint64_t strides[4] = {bytes(1), 16, bytes(2), bytes(0)};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(kRowBytes / size), 1, 1, kCopyRows, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUtensorMapDataType type = size == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : size == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_UINT32;
+  return encode_tiled()(map, type, 5, const_cast<void*>(mask.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace hopper
 }  // namespace cuda
 }  // namespace pfa
