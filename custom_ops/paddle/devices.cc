@@ -26,8 +26,10 @@ namespace pfa::op {
 CpuDevice::CpuDevice() {
   static const cpu::Gemm<float> sgemm = find_sgemm();
   static const cpu::Gemm<double> dgemm = find_dgemm();
+  static const cpu::BFloat16Gemm bgemm = find_bgemm();
   context.sgemm = sgemm;
   context.dgemm = dgemm;
+  context.bgemm = bgemm;
   context.threads = cpu::max_threads();
 }
 

@@ -11,6 +11,8 @@ namespace {
 
 using OneDnnSgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float,
                             float*, int64_t);
+using OneDnnBgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const uint16_t*, int64_t, const uint16_t*, int64_t,
+                            float, float*, int64_t);
 using CblasDgemm = void (*)(int, int, int, int, int, int, double, const double*, int, const double*, int, double, double*, int);
 
 void* loaded_symbol(const char* library, const char* name) {
@@ -23,6 +25,12 @@ OneDnnSgemm one_dnn_sgemm() {
   return function;
 }
 
+// Not in oneDNN's headers, but exported by the libraries that Paddle brings.
+OneDnnBgemm one_dnn_bgemm() {
+  static const auto function = reinterpret_cast<OneDnnBgemm>(loaded_symbol("libdnnl.so.3", "dnnl_gemm_bf16bf16f32"));
+  return function;
+}
+
 CblasDgemm cblas_dgemm() {
   static const auto function = reinterpret_cast<CblasDgemm>(loaded_symbol("libmklml_intel.so", "cblas_dgemm"));
   return function;
@@ -31,6 +39,23 @@ CblasDgemm cblas_dgemm() {
 void sgemm_by_one_dnn(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                       int64_t ldb, float beta, float* c, int64_t ldc) {
   one_dnn_sgemm()(trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc);
+}
+
+void bgemm_by_one_dnn(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+                      const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  one_dnn_bgemm()(trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc);
+}
+
+// Whether oneDNN multiplies bfloat16 numbers, which it refuses to where its environment holds it to older instructions, and as
+// it should: row-major, with sums in float32 and beta.
+bool bgemm_works() {
+  if (!cpu::has_bfloat16_products() || !one_dnn_bgemm()) return false;
+  constexpr uint16_t one = 0x3F80, two = 0x4000, three = 0x4040;
+  const uint16_t a[] = {one, two, three, one};
+  const uint16_t b[] = {two, one, one, three};
+  float c[] = {0.5f, 0.0f, 0.0f, 0.25f};
+  const int status = one_dnn_bgemm()('N', 'T', 2, 2, 2, 1.0f, a, 2, b, 2, 1.0f, c, 2);
+  return status == 0 && c[0] == 4.5f && c[1] == 7.0f && c[2] == 7.0f && c[3] == 6.25f;
 }
 
 void dgemm_by_cblas(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,
@@ -69,5 +94,7 @@ void gemm_by_paddle(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k,
 cpu::Gemm<float> find_sgemm() { return one_dnn_sgemm() ? sgemm_by_one_dnn : gemm_by_paddle<float>; }
 
 cpu::Gemm<double> find_dgemm() { return cblas_dgemm() ? dgemm_by_cblas : gemm_by_paddle<double>; }
+
+cpu::BFloat16Gemm find_bgemm() { return bgemm_works() ? bgemm_by_one_dnn : nullptr; }
 
 }  // namespace pfa::op

@@ -10,10 +10,14 @@ namespace pfa::cpu {
 template <class T>
 using Gemm = void (*)(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
                       int64_t ldb, T beta, T* c, int64_t ldc);
+// The same with a and b the bits of bfloat16 numbers, and sums in float32.
+using BFloat16Gemm = void (*)(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda,
+                              const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc);
 
 struct Context {
   Gemm<float> sgemm = nullptr;
   Gemm<double> dgemm = nullptr;
+  BFloat16Gemm bgemm = nullptr;  // null: operands are widened for sgemm
   int threads = 1;
   const Kernels* kernels = &best_kernels();
 };

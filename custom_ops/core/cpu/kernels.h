@@ -29,6 +29,9 @@ struct Kernels {
 // Those this processor can run, slowest first.
 const std::vector<Kernels>& supported_kernels();
 
+// Whether this processor has instructions for dot products of bfloat16 numbers.
+bool has_bfloat16_products();
+
 inline const Kernels& best_kernels() { return supported_kernels().back(); }
 
 }  // namespace pfa::cpu

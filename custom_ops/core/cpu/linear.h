@@ -1,13 +1,13 @@
 // The two projections and their gradients, by the GEMM of the context. The result is cut into blocks by its shape alone and each
 // block is one single-threaded GEMM, so that the bits do not depend on the number of threads. 16-bit operands are widened to float32
-// first, and every block is narrowed as soon as it is done.
+// first, unless the context has a GEMM that takes them as they are, and every block is narrowed as soon as it is done.
 
 namespace pfa::cpu::PFA_ISA {
 
 template <class T>
 struct Linear {
   using A = Accumulator<T>;
-  static constexpr bool kWidens = !std::is_same_v<T, A>;
+  static constexpr bool kNarrows = !std::is_same_v<T, A>;
   static constexpr int64_t kBlockRows = 256;
   static constexpr int64_t kBlockColumns = 384;
 
@@ -28,19 +28,37 @@ struct Linear {
     A* blocks = nullptr;  // [threads][kBlockRows * kBlockColumns]
 
     Memory(Arena& arena, const Context& context, const Product& product) {
-      if constexpr (kWidens) {
-        a = static_cast<A*>(arena.take(product.m * product.k * sizeof(A)));
-        b = static_cast<A*>(arena.take(product.k * product.n * sizeof(A)));
+      if constexpr (kNarrows) {
+        if (!multiplies_narrow(context)) {
+          a = static_cast<A*>(arena.take(product.m * product.k * sizeof(A)));
+          b = static_cast<A*>(arena.take(product.k * product.n * sizeof(A)));
+        }
         blocks = static_cast<A*>(arena.take(context.threads * kBlockRows * kBlockColumns * sizeof(A)));
       }
     }
   };
 
-  static Gemm<A> gemm_of(const Context& context) {
-    if constexpr (std::is_same_v<A, double>) {
-      return context.dgemm;
+  static bool multiplies_narrow(const Context& context) { return std::is_same_v<T, BFloat16> && context.bgemm; }
+
+  // target [rows, columns] (+)= op(a) @ op(b), the block of the product at (row, column).
+  static void multiply_block(const Context& context, const Product& product, const Memory& memory, int64_t row, int64_t column,
+                             int64_t rows, int64_t columns, A beta, A* target, int64_t stride) {
+    const int64_t lda = product.trans_a ? product.m : product.k;
+    const int64_t ldb = product.trans_b ? product.k : product.n;
+    const int64_t a_offset = row * (product.trans_a ? 1 : lda);
+    const int64_t b_offset = column * (product.trans_b ? ldb : 1);
+    const auto run = [&](auto gemm, const auto* a, const auto* b) {
+      gemm(product.trans_a, product.trans_b, rows, columns, product.k, a + a_offset, lda, b + b_offset, ldb, beta, target,
+           stride);
+    };
+    if constexpr (std::is_same_v<T, double>) {
+      run(context.dgemm, product.a, product.b);
+    } else if constexpr (std::is_same_v<T, float>) {
+      run(context.sgemm, product.a, product.b);
+    } else if (multiplies_narrow(context)) {
+      run(context.bgemm, reinterpret_cast<const uint16_t*>(product.a), reinterpret_cast<const uint16_t*>(product.b));
     } else {
-      return context.sgemm;
+      run(context.sgemm, memory.a, memory.b);
     }
   }
 
@@ -57,19 +75,12 @@ struct Linear {
     const int64_t column_blocks = (product.n + kBlockColumns - 1) / kBlockColumns;
     Arena arena(workspace);
     const Memory memory(arena, context, product);
-    const A* a;
-    const A* b;
-    if constexpr (kWidens) {
-      widen_all(context, product.a, product.m * product.k, memory.a);
-      widen_all(context, product.b, product.k * product.n, memory.b);
-      a = memory.a;
-      b = memory.b;
-    } else {
-      a = product.a;
-      b = product.b;
+    if constexpr (kNarrows) {
+      if (!multiplies_narrow(context)) {
+        widen_all(context, product.a, product.m * product.k, memory.a);
+        widen_all(context, product.b, product.k * product.n, memory.b);
+      }
     }
-    const int64_t lda = product.trans_a ? product.m : product.k;
-    const int64_t ldb = product.trans_b ? product.k : product.n;
     parallel_for(row_blocks * column_blocks, context.threads, [&](int64_t index, int thread) {
       const int64_t row = index / column_blocks * kBlockRows;
       const int64_t column = index % column_blocks * kBlockColumns;
@@ -78,7 +89,7 @@ struct Linear {
       T* c = product.c + row * product.n + column;
       A* block;
       int64_t block_stride;
-      if constexpr (kWidens) {
+      if constexpr (kNarrows) {
         block = memory.blocks + thread * kBlockRows * kBlockColumns;
         block_stride = kBlockColumns;
       } else {
@@ -90,10 +101,9 @@ struct Linear {
         for (int64_t r = 0; r < rows; ++r) start_row(product, row + r, column, columns, block + r * block_stride);
       }
       if (product.k > 0) {
-        gemm_of(context)(product.trans_a, product.trans_b, rows, columns, product.k, a + row * (product.trans_a ? 1 : lda), lda,
-                         b + column * (product.trans_b ? ldb : 1), ldb, starts_empty ? A(0) : A(1), block, block_stride);
+        multiply_block(context, product, memory, row, column, rows, columns, starts_empty ? A(0) : A(1), block, block_stride);
       }
-      if constexpr (kWidens) {
+      if constexpr (kNarrows) {
         for (int64_t r = 0; r < rows; ++r) store_row(block + r * block_stride, columns, c + r * product.n);
       }
     });
