@@ -1,5 +1,5 @@
-// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, and Philox on vectors against
-// the scalar one.
+// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, Philox on vectors against the scalar
+// one, masks as bits, and transposition.
 #include "core/cpu/system_headers.h"
 
 #define PFA_ISA test
@@ -89,6 +89,43 @@ void test_philox() {
     const PhiloxWords expected = philox(state, c0[lane], c1[lane], 77);
     for (int word = 0; word < 4; ++word) expect(got.w[word][lane] == expected.w[word], "philox_vector", lane);
   }
+  const PhiloxVectors shared = philox_vector(state, 0x87654321u, c1, 0xFEDCBA98u);
+  for (int lane = 0; lane < kLanes<uint32_t>; ++lane) {
+    const PhiloxWords expected = philox(state, 0x87654321u, c1[lane], 0xFEDCBA98u);
+    for (int word = 0; word < 4; ++word) expect(shared.w[word][lane] == expected.w[word], "philox_vector, one c0", lane);
+  }
+}
+
+void test_greater_bits() {
+  std::mt19937 random(2);
+  for (int i = 0; i < 1000; ++i) {
+    Vec<uint32_t> a, b;
+    uint32_t expected = 0;
+    for (int lane = 0; lane < kLanes<uint32_t>; ++lane) {
+      a[lane] = i % 2 ? random() : random() % 3 + 0x7FFFFFFFu;
+      b[lane] = i % 2 ? random() : random() % 3 + 0x7FFFFFFFu;
+      expected |= static_cast<uint32_t>(a[lane] > b[lane]) << lane;
+    }
+    expect(greater_bits(a, b) == expected, "greater_bits", i);
+  }
+}
+
+template <class T>
+void test_lanes() {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> rows[lanes];
+  for (int r = 0; r < lanes; ++r) {
+    for (int l = 0; l < lanes; ++l) rows[r][l] = T(100 * r + l);
+  }
+  transpose_block<T>(rows);
+  for (int r = 0; r < lanes; ++r) {
+    for (int l = 0; l < lanes; ++l) expect(rows[r][l] == T(100 * l + r), "transpose_block", 100 * r + l);
+  }
+  const uint64_t bits = 0x9D3C5A7781F0E6B4ull;
+  for (int first = 0; first < 64; first += lanes) {
+    const Vec<T> kept = keep_lanes<T>(&bits, first, broadcast(T(3)));
+    for (int l = 0; l < lanes; ++l) expect(kept[l] == (bits >> (first + l) & 1 ? T(3) : T(0)), "keep_lanes", first + l);
+  }
 }
 
 }  // namespace
@@ -99,6 +136,9 @@ int main() {
   test_exp<float>(-86.9f, 2.0);
   test_exp<double>(-707.0, 2.0);
   test_philox();
+  test_greater_bits();
+  test_lanes<float>();
+  test_lanes<double>();
   if (failures) std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

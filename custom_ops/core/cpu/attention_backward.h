@@ -11,6 +11,7 @@ namespace pfa::cpu::PFA_ISA {
 template <class T>
 struct AttentionBackward {
   using A = Accumulator<T>;
+  using P = Operand<T>;
 
   struct Unit {
     int64_t bh;
@@ -20,42 +21,65 @@ struct AttentionBackward {
     bool wants_key_value;
   };
 
-  // Tiles of one thread, and its sums for dk and dv.
+  // Tiles of one thread, and its sums for dk and dv. What is named _rows is packed along the rows.
   struct Tiles {
-    A* query;             // [kQueryTile][padded]
-    A* query_transposed;  // [head_dim][kQueryTile]
-    A* d_out;             // [kQueryTile][padded]
-    A* d_out_transposed;  // [head_dim][kQueryTile]
-    A* key;               // [kKeyTile][padded]
-    A* value;             // [kKeyTile][padded]
-    A* probability;       // [kKeyTile][kQueryTile]
-    A* d_score;           // [kKeyTile][kQueryTile]
-    A* keep;              // [kKeyTile][kQueryTile]
+    P* query;             // [kQueryTile][stride]
+    P* query_rows;        // [operands(kQueryTile)][padded]
+    P* query_transposed;  // [depth][kQueryTile]
+    P* d_out;             // [kQueryTile][stride]
+    P* d_out_rows;        // [operands(kQueryTile)][padded]
+    P* d_out_transposed;  // [depth][kQueryTile]
+    P* key;               // [kKeyTile][stride]
+    P* key_rows;          // [operands(kKeyTile)][padded]
+    P* value;             // [kKeyTile][stride]
+    A* scores;            // [kKeyTile][kQueryTile]
+    A* d_probability;     // [kKeyTile][kQueryTile]
+    P* probability;       // [kKeyTile][operands(kQueryTile)]: along the queries
+    P* d_score;           // [kKeyTile][operands(kQueryTile)]: along the queries
+    P* d_score_rows;      // [operands(kKeyTile)][kQueryTile]: along the keys
+    uint64_t* kept;       // [kKeyTile]
     A* score_shift;       // [kQueryTile]
     A* log_sum_exp;       // [kQueryTile]
     A* delta;             // [kQueryTile]
+    A* rows;              // [2][padded]
     A* d_query;           // [kQueryTile][padded]
     A* d_key;             // [seq_len][padded]
     A* d_value;           // [seq_len][padded]
 
     Tiles(Arena& arena, const Params& p) {
-      const int64_t padded = padded_head_dim<T>(p);
+      const HeadShape<T> shape(p);
       const auto take = [&](int64_t count) { return static_cast<A*>(arena.take(count * sizeof(A))); };
-      query = take(kQueryTile * padded);
-      query_transposed = take(p.head_dim * kQueryTile);
-      d_out = take(kQueryTile * padded);
-      d_out_transposed = take(p.head_dim * kQueryTile);
-      key = take(kKeyTile * padded);
-      value = take(kKeyTile * padded);
-      probability = take(kKeyTile * kQueryTile);
-      d_score = take(kKeyTile * kQueryTile);
-      keep = p.attn_dropout.threshold ? take(kKeyTile * kQueryTile) : nullptr;
+      const auto take_operands = [&](int64_t count) { return static_cast<P*>(arena.take(count * sizeof(P))); };
+      query = take_operands(kQueryTile * shape.stride);
+      query_transposed = take_operands(shape.depth * kQueryTile);
+      d_out = take_operands(kQueryTile * shape.stride);
+      d_out_transposed = take_operands(shape.depth * kQueryTile);
+      key = take_operands(kKeyTile * shape.stride);
+      value = take_operands(kKeyTile * shape.stride);
+      scores = take(kKeyTile * kQueryTile);
+      d_probability = take(kKeyTile * kQueryTile);
+      if constexpr (kPaired<T>) {
+        query_rows = take_operands(kQueryTile / 2 * shape.padded);
+        d_out_rows = take_operands(kQueryTile / 2 * shape.padded);
+        key_rows = take_operands(kKeyTile / 2 * shape.padded);
+        probability = take_operands(kKeyTile * kQueryTile / 2);
+        d_score = take_operands(kKeyTile * kQueryTile / 2);
+        d_score_rows = take_operands(kKeyTile / 2 * kQueryTile);
+      } else {
+        query_rows = query;
+        d_out_rows = d_out;
+        key_rows = key;
+        probability = scores;
+        d_score = d_score_rows = d_probability;
+      }
+      kept = p.attn_dropout.threshold ? static_cast<uint64_t*>(arena.take(kKeyTile * sizeof(uint64_t))) : nullptr;
       score_shift = take(kQueryTile);
       log_sum_exp = take(kQueryTile);
       delta = take(kQueryTile);
-      d_query = take(kQueryTile * padded);
-      d_key = take(p.seq_len * padded);
-      d_value = take(p.seq_len * padded);
+      rows = take(2 * shape.padded);
+      d_query = take(kQueryTile * shape.padded);
+      d_key = take(p.seq_len * shape.padded);
+      d_value = take(p.seq_len * shape.padded);
     }
   };
 
@@ -103,7 +127,7 @@ struct AttentionBackward {
   }
 
   static void run_unit(const Params& p, const Unit& unit, const Tiles& tiles) {
-    const int64_t padded = padded_head_dim<T>(p);
+    const int64_t padded = HeadShape<T>(p).padded;
     if (unit.wants_key_value) {
       const int64_t count = (unit.key_end - unit.key_begin) * padded;
       std::fill(tiles.d_key, tiles.d_key + count, A(0));
@@ -124,86 +148,93 @@ struct AttentionBackward {
   }
 
   static void query_tile(const Params& p, const Unit& unit, int64_t i0, const Tiles& tiles) {
-    const int64_t head_dim = p.head_dim;
-    const int64_t padded = padded_head_dim<T>(p);
+    constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
+    const HeadShape<T> shape(p);
+    const int64_t padded = shape.padded;
     const int64_t queries = std::min(kQueryTile, p.seq_len - i0);
     const int64_t width = round_up(queries, kLanes<A>);
-    const A query_scale = A(1) / std::sqrt(static_cast<A>(head_dim));
-    const PhiloxState random =
-        p.attn_dropout.threshold ? philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention) : PhiloxState{};
+    const A dropout_scale = static_cast<A>(p.attn_dropout.scale);
 
-    load_queries(p, unit.bh, i0, queries, query_scale, tiles);
+    load_queries(p, shape, unit.bh, i0, queries, tiles);
     if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + queries * padded, A(0));
 
     const int64_t keys_end = std::min(unit.key_end, visible_keys(p, i0, queries));
     for (int64_t j0 = unit.key_begin; j0 < keys_end; j0 += kKeyTile) {
       const int64_t keys = std::min(kKeyTile, keys_end - j0);
-      pack_rows(qkv_rows<T>(p, unit.bh, QkvPart::kKey), j0, keys, head_dim, padded, A(1), tiles.key);
-      pack_rows(qkv_rows<T>(p, unit.bh, QkvPart::kValue), j0, keys, head_dim, padded, A(1), tiles.value);
-      score_tile(p, unit.bh, i0, j0, queries, keys, tiles.key, padded, tiles.query_transposed, tiles.probability);
-      micro_gemm<A>(keys, width, head_dim, {tiles.value, padded, 1}, tiles.d_out_transposed, kQueryTile, tiles.d_score,
-                    kQueryTile, false);
-      if (tiles.keep) keep_tile(p, random, unit.bh, i0, j0, queries, keys, tiles.keep);
-      score_gradients(p, keys, width, tiles);
+      pack_along_depth<T>(qkv_rows<T>(p, unit.bh, QkvPart::kKey), j0, keys, shape, tiles.key);
+      pack_along_depth<T>(qkv_rows<T>(p, unit.bh, QkvPart::kValue), j0, keys, shape, tiles.value);
+      score_tile<T>(p, shape, unit.bh, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
+      micro_gemm<A, P>(keys, width, shape.depth, {tiles.value, shape.stride, 1}, tiles.d_out_transposed, kQueryTile,
+                       {tiles.d_probability, kQueryTile, dropout_scale, false});
+      if (tiles.kept) keep_tile(p, unit.bh, i0, j0, queries, keys, tiles.kept);
+      score_gradients(keys, width, tiles);
       if (unit.wants_key_value) {
         const int64_t offset = (j0 - unit.key_begin) * padded;
-        micro_gemm<A>(keys, padded, queries, {tiles.probability, kQueryTile, 1}, tiles.d_out, padded, tiles.d_value + offset,
-                      padded, true);
-        micro_gemm<A>(keys, padded, queries, {tiles.d_score, kQueryTile, 1}, tiles.query, padded, tiles.d_key + offset, padded,
-                      true);
+        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.probability, score_stride, 1}, tiles.d_out_rows, padded,
+                         {tiles.d_value + offset, padded, dropout_scale, true});
+        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.d_score, score_stride, 1}, tiles.query_rows, padded,
+                         {tiles.d_key + offset, padded, query_scale<A>(p), true});
       }
       if (unit.wants_query) {
-        micro_gemm<A>(queries, padded, keys, {tiles.d_score, 1, kQueryTile}, tiles.key, padded, tiles.d_query, padded, true);
+        const P* key_rows = pack_along_rows<T>(tiles.key, keys, shape, tiles.key_rows);
+        micro_gemm<A, P>(queries, padded, operands<T>(keys), {tiles.d_score_rows, 1, kQueryTile}, key_rows, padded,
+                         {tiles.d_query, padded, query_scale<A>(p), true});
       }
     }
     if (unit.wants_query) {
       const HeadRows<T> target = d_qkv_rows(p, unit.bh, QkvPart::kQuery);
-      for (int64_t i = 0; i < queries; ++i) {
-        A* row = tiles.d_query + i * padded;
-        for (int64_t d = 0; d < head_dim; ++d) row[d] *= query_scale;
-        store_row(row, head_dim, target.row(i0 + i));
-      }
+      for (int64_t i = 0; i < queries; ++i) store_row(tiles.d_query + i * padded, p.head_dim, target.row(i0 + i));
     }
   }
 
-  static void load_queries(const Params& p, int64_t bh, int64_t i0, int64_t queries, A query_scale, const Tiles& tiles) {
-    const int64_t head_dim = p.head_dim;
-    const int64_t padded = padded_head_dim<T>(p);
+  static void load_queries(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t i0, int64_t queries,
+                           const Tiles& tiles) {
     const HeadRows<const T> out(static_cast<const T*>(p.attn_out), p, bh, 1, 0);
     const HeadRows<const T> d_out(static_cast<const T*>(p.d_attn_out), p, bh, 1, 0);
     const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + bh * p.seq_len + i0;
     const A* score_shift = p.score_shift ? static_cast<const A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
-    pack_rows(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, head_dim, padded, query_scale, tiles.query);
-    pack_rows(d_out, i0, queries, head_dim, padded, A(1), tiles.d_out);
-    transpose_tile(tiles.query, queries, head_dim, padded, tiles.query_transposed);
-    transpose_tile(tiles.d_out, queries, head_dim, padded, tiles.d_out_transposed);
+    pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, shape, tiles.query);
+    pack_along_depth<T>(d_out, i0, queries, shape, tiles.d_out);
+    transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
+    transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);
+    pack_along_rows<T>(tiles.query, queries, shape, tiles.query_rows);
+    pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
     for (int64_t i = 0; i < round_up(queries, kLanes<A>); ++i) {
       // A query that is only there to fill the vector has no probabilities, like one that sees no key.
       tiles.score_shift[i] = score_shift && i < queries ? score_shift[i] : A(0);
       tiles.log_sum_exp[i] = i < queries ? log_sum_exp[i] : std::numeric_limits<A>::infinity();
-      A delta = 0;
-      if (i < queries) {
-        const T* out_row = out.row(i0 + i);
-        const A* d_out_row = tiles.d_out + i * padded;
-        for (int64_t d = 0; d < head_dim; ++d) delta += to_float(out_row[d]) * d_out_row[d];
-      }
-      tiles.delta[i] = delta;
+      tiles.delta[i] = A(0);
+      if (i >= queries) continue;
+      load_row(out.row(i0 + i), p.head_dim, tiles.rows);
+      load_row(d_out.row(i0 + i), p.head_dim, tiles.rows + shape.padded);
+      tiles.delta[i] = row_dot<A>(tiles.rows, tiles.rows + shape.padded, p.head_dim);
     }
   }
 
-  // From scores and dp: what dv is made of, r p, and ds.
-  static void score_gradients(const Params& p, int64_t keys, int64_t width, const Tiles& tiles) {
-    const Vec<A> plain_scale = broadcast(static_cast<A>(p.attn_dropout.scale));
+  // From scores and the gradient of what is kept of p, times the scale of dropout: what dv is made of, r p without that scale, and ds.
+  static void score_gradients(int64_t keys, int64_t width, const Tiles& tiles) {
+    constexpr int numbers = kNumbers<T>;
+    constexpr int64_t score_stride = kQueryTile / numbers;
     for (int64_t i = 0; i < width; i += kLanes<A>) {
       const Vec<A> score_shift = load(tiles.score_shift + i);
       const Vec<A> log_sum_exp = load(tiles.log_sum_exp + i);
       const Vec<A> delta = load(tiles.delta + i);
-      for (int64_t j = 0; j < keys; ++j) {
-        const int64_t at = j * kQueryTile + i;
-        const Vec<A> probability = vexp(load(tiles.probability + at) - score_shift - log_sum_exp);
-        const Vec<A> factor = tiles.keep ? load(tiles.keep + at) : plain_scale;
-        store(tiles.probability + at, probability * factor);
-        store(tiles.d_score + at, probability * (load(tiles.d_score + at) * factor - delta));
+      for (int64_t j = 0; j < keys; j += numbers) {
+        Vec<A> d_score[numbers] = {};
+        for (int n = 0; n < numbers && j + n < keys; ++n) {
+          const int64_t at = (j + n) * kQueryTile + i;
+          const Vec<A> probability = vexp(load(tiles.scores + at) - score_shift - log_sum_exp);
+          Vec<A> kept = probability;
+          Vec<A> d_probability = load(tiles.d_probability + at);
+          if (tiles.kept) {
+            kept = keep_lanes<A>(tiles.kept + j + n, i, kept);
+            d_probability = keep_lanes<A>(tiles.kept + j + n, i, d_probability);
+          }
+          d_score[n] = probability * (d_probability - delta);
+          store_operands(tiles.probability + (j + n) * score_stride + i / numbers, kept);
+          store_operands(tiles.d_score + (j + n) * score_stride + i / numbers, d_score[n]);
+        }
+        if constexpr (kPaired<T>) store(tiles.d_score_rows + j / 2 * kQueryTile + i, narrow_pair(d_score[0], d_score[1]));
       }
     }
   }

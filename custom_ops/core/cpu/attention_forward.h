@@ -7,31 +7,43 @@ namespace pfa::cpu::PFA_ISA {
 template <class T>
 struct AttentionForward {
   using A = Accumulator<T>;
+  using P = Operand<T>;
 
   // Tiles of one thread.
   struct Tiles {
-    A* query;             // [kQueryTile][padded]
-    A* query_transposed;  // [head_dim][kQueryTile]
-    A* key;               // [kKeyTile][padded]
-    A* value;             // [kKeyTile][padded]
+    P* query;             // [kQueryTile][stride]
+    P* query_transposed;  // [depth][kQueryTile]
+    P* key;               // [kKeyTile][stride]
+    P* value;             // [kKeyTile][stride]
+    P* value_rows;        // [operands(kKeyTile)][padded]
     A* scores;            // [kKeyTile][kQueryTile]
-    A* keep;              // [kKeyTile][kQueryTile]
-    A* out_transposed;    // [head_dim][kQueryTile]
+    P* probability;       // [operands(kKeyTile)][kQueryTile]
+    uint64_t* kept;       // [kKeyTile]
+    A* out;               // [kQueryTile][padded]
     A* maximum;           // [kQueryTile]
     A* sum;               // [kQueryTile]
+    A* rescale;           // [kQueryTile]
 
     Tiles(Arena& arena, const Params& p) {
-      const int64_t padded = padded_head_dim<T>(p);
+      const HeadShape<T> shape(p);
       const auto take = [&](int64_t count) { return static_cast<A*>(arena.take(count * sizeof(A))); };
-      query = take(kQueryTile * padded);
-      query_transposed = take(p.head_dim * kQueryTile);
-      key = take(kKeyTile * padded);
-      value = take(kKeyTile * padded);
+      const auto take_operands = [&](int64_t count) { return static_cast<P*>(arena.take(count * sizeof(P))); };
+      query = take_operands(kQueryTile * shape.stride);
+      query_transposed = take_operands(shape.depth * kQueryTile);
+      key = take_operands(kKeyTile * shape.stride);
+      value = take_operands(kKeyTile * shape.stride);
+      value_rows = kPaired<T> ? take_operands(kKeyTile / 2 * shape.padded) : nullptr;
       scores = take(kKeyTile * kQueryTile);
-      keep = p.attn_dropout.threshold ? take(kKeyTile * kQueryTile) : nullptr;
-      out_transposed = take(p.head_dim * kQueryTile);
+      if constexpr (kPaired<T>) {
+        probability = take_operands(kKeyTile / 2 * kQueryTile);
+      } else {
+        probability = scores;
+      }
+      kept = p.attn_dropout.threshold ? static_cast<uint64_t*>(arena.take(kKeyTile * sizeof(uint64_t))) : nullptr;
+      out = take(kQueryTile * shape.padded);
       maximum = take(kQueryTile);
       sum = take(kQueryTile);
+      rescale = take(kQueryTile);
     }
   };
 
@@ -54,71 +66,81 @@ struct AttentionForward {
   }
 
   static void query_tile(const Params& p, int64_t bh, int64_t i0, const Tiles& tiles) {
-    const int64_t head_dim = p.head_dim;
-    const int64_t padded = padded_head_dim<T>(p);
+    const HeadShape<T> shape(p);
     const int64_t queries = std::min(kQueryTile, p.seq_len - i0);
     const int64_t width = round_up(queries, kLanes<A>);
-    const A infinity = std::numeric_limits<A>::infinity();
-    const A query_scale = A(1) / std::sqrt(static_cast<A>(head_dim));
-    const PhiloxState random =
-        p.attn_dropout.threshold ? philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention) : PhiloxState{};
 
-    pack_rows(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, head_dim, padded, query_scale, tiles.query);
-    transpose_tile(tiles.query, queries, head_dim, padded, tiles.query_transposed);
-    std::fill(tiles.maximum, tiles.maximum + width, -infinity);
+    pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, shape, tiles.query);
+    transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
+    std::fill(tiles.maximum, tiles.maximum + width, -std::numeric_limits<A>::infinity());
     std::fill(tiles.sum, tiles.sum + width, A(0));
-    std::fill(tiles.out_transposed, tiles.out_transposed + head_dim * kQueryTile, A(0));
 
     const int64_t keys_end = visible_keys(p, i0, queries);
     for (int64_t j0 = 0; j0 < keys_end; j0 += kKeyTile) {
       const int64_t keys = std::min(kKeyTile, keys_end - j0);
-      pack_rows(qkv_rows<T>(p, bh, QkvPart::kKey), j0, keys, head_dim, padded, A(1), tiles.key);
-      pack_rows(qkv_rows<T>(p, bh, QkvPart::kValue), j0, keys, head_dim, padded, A(1), tiles.value);
-      score_tile(p, bh, i0, j0, queries, keys, tiles.key, padded, tiles.query_transposed, tiles.scores);
-      if (tiles.keep) keep_tile(p, random, bh, i0, j0, queries, keys, tiles.keep);
-      online_softmax(keys, width, head_dim, tiles);
-      micro_gemm<A>(head_dim, width, keys, {tiles.value, 1, padded}, tiles.scores, kQueryTile, tiles.out_transposed, kQueryTile,
-                    true);
+      pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kKey), j0, keys, shape, tiles.key);
+      pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kValue), j0, keys, shape, tiles.value);
+      const P* value_rows = pack_along_rows<T>(tiles.value, keys, shape, tiles.value_rows);
+      score_tile<T>(p, shape, bh, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
+      if (tiles.kept) keep_tile(p, bh, i0, j0, queries, keys, tiles.kept);
+      online_softmax(keys, width, tiles);
+      if (j0 > 0) rescale_out(queries, shape.padded, tiles);
+      micro_gemm<A, P>(queries, shape.padded, operands<T>(keys), {tiles.probability, 1, kQueryTile}, value_rows, shape.padded,
+                       {tiles.out, shape.padded, A(1), j0 > 0});
     }
     write(p, bh, i0, queries, tiles);
   }
 
   // Scores to probabilities relative to the running maximum, dropped where asked for.
-  static void online_softmax(int64_t keys, int64_t width, int64_t head_dim, const Tiles& tiles) {
+  static void online_softmax(int64_t keys, int64_t width, const Tiles& tiles) {
+    constexpr int numbers = kNumbers<T>;
     for (int64_t i = 0; i < width; i += kLanes<A>) {
       const Vec<A> old_maximum = load(tiles.maximum + i);
       Vec<A> maximum = old_maximum;
       for (int64_t j = 0; j < keys; ++j) maximum = vmax<A>(load(tiles.scores + j * kQueryTile + i), maximum);
       const Vec<A> finite = maximum == -std::numeric_limits<A>::infinity() ? Vec<A>{} : maximum;
       Vec<A> sum{};
-      for (int64_t j = 0; j < keys; ++j) {
-        A* score = tiles.scores + j * kQueryTile + i;
-        const Vec<A> probability = vexp(load(score) - finite);
-        sum += probability;
-        store(score, tiles.keep ? probability * load(tiles.keep + j * kQueryTile + i) : probability);
+      for (int64_t j = 0; j < keys; j += numbers) {
+        Vec<A> probability[numbers] = {};
+        for (int n = 0; n < numbers && j + n < keys; ++n) {
+          probability[n] = vexp(load(tiles.scores + (j + n) * kQueryTile + i) - finite);
+          sum += probability[n];
+          if (tiles.kept) probability[n] = keep_lanes<A>(tiles.kept + j + n, i, probability[n]);
+        }
+        P* target = tiles.probability + j / numbers * kQueryTile + i;
+        if constexpr (kPaired<T>) {
+          store(target, narrow_pair(probability[0], probability[1]));
+        } else {
+          store(target, probability[0]);
+        }
       }
       const Vec<A> rescale = vexp(old_maximum - finite);
       store(tiles.maximum + i, maximum);
       store(tiles.sum + i, load(tiles.sum + i) * rescale + sum);
-      for (int64_t d = 0; d < head_dim; ++d) {
-        A* out = tiles.out_transposed + d * kQueryTile + i;
-        store(out, load(out) * rescale);
-      }
+      store(tiles.rescale + i, rescale);
+    }
+  }
+
+  static void rescale_out(int64_t queries, int64_t padded, const Tiles& tiles) {
+    for (int64_t i = 0; i < queries; ++i) {
+      const A rescale = tiles.rescale[i];
+      if (rescale == A(1)) continue;
+      A* row = tiles.out + i * padded;
+      for (int64_t d = 0; d < padded; d += kLanes<A>) store(row + d, load(row + d) * rescale);
     }
   }
 
   static void write(const Params& p, int64_t bh, int64_t i0, int64_t queries, const Tiles& tiles) {
-    const int64_t padded = padded_head_dim<T>(p);
-    // Without dropped elements the scale of downscale_in_infer is all that is left of dropout.
-    const A scale = tiles.keep ? A(1) : static_cast<A>(p.attn_dropout.scale);
+    const int64_t padded = HeadShape<T>(p).padded;
+    const A scale = static_cast<A>(p.attn_dropout.scale);
     const HeadRows<T> out(static_cast<T*>(p.attn_out), p, bh, 1, 0);
     A* log_sum_exp = p.log_sum_exp ? static_cast<A*>(p.log_sum_exp) + bh * p.seq_len + i0 : nullptr;
     A* score_shift = p.score_shift ? static_cast<A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
     for (int64_t i = 0; i < queries; ++i) {
       const A sum = tiles.sum[i];
       const A factor = sum == 0 ? A(0) : scale / sum;
-      A* row = tiles.query + i * padded;
-      for (int64_t d = 0; d < p.head_dim; ++d) row[d] = tiles.out_transposed[d * kQueryTile + i] * factor;
+      A* row = tiles.out + i * padded;
+      for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
       store_row(row, p.head_dim, out.row(i0 + i));
       if (log_sum_exp) {
         const A shift = sum == 0 ? A(0) : tiles.maximum[i];

@@ -10,14 +10,24 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+#if __has_include(<avx512bf16intrin.h>)
+extern const Kernels kAvx512Bf16Kernels;
+#endif
 #endif
 
 const std::vector<Kernels>& supported_kernels() {
   static const std::vector<Kernels> kernels = [] {
     std::vector<Kernels> found{kBaselineKernels};
 #if defined(__x86_64__)
-    for (const Kernels& candidate : {kAvx2Kernels, kAvx512Kernels}) {
-      if (candidate.supported()) found.push_back(candidate);
+    const Kernels* candidates[] = {
+        &kAvx2Kernels,
+        &kAvx512Kernels,
+#if __has_include(<avx512bf16intrin.h>)
+        &kAvx512Bf16Kernels,
+#endif
+    };
+    for (const Kernels* candidate : candidates) {
+      if (candidate->supported()) found.push_back(*candidate);
     }
 #endif
     return found;

@@ -1,40 +1,54 @@
-// Small matrix products on tiles that lie in the caches: c (+)= a @ b, with c and b row-major and padded to whole vectors along n,
-// and a in any layout. A block of c is held in registers while the sum over k runs; a is broadcast, b loaded as vectors.
+// Small matrix products on tiles that lie in the caches: c (+)= scale * a @ b, with c and b row-major and padded to whole vectors
+// along n, and a in any layout. A block of c is held in registers while the sum over k runs; a is broadcast, b loaded as vectors.
+// The operands are of c's type, or pairs of bfloat16 numbers that follow each other along k (simd.h), and then k counts pairs.
 
 namespace pfa::cpu::PFA_ISA {
 
-template <class T>
+template <class P>
 struct TileOperand {
-  const T* data;
+  const P* data;
   int64_t row_stride;
   int64_t k_stride;
 };
 
-template <int kRows, int kVectors, class T>
-inline void micro_block(int64_t k_size, const T* __restrict a, int64_t a_row, int64_t a_k, const T* __restrict b, int64_t b_k,
-                        T* __restrict c, int64_t c_row, bool accumulate) {
+// How a product goes into c.
+template <class T>
+struct TileResult {
+  T* data;
+  int64_t row_stride;
+  T scale;
+  bool accumulate;
+};
+
+template <int kRows, int kVectors, class T, class P>
+inline void micro_block(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k, TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kVectors];
+  Vec<T> sum[kRows][kVectors] = {};
+  if (c.accumulate) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = accumulate ? load(c + r * c_row + v * lanes) : Vec<T>{};
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
+    }
   }
   for (int64_t k = 0; k < k_size; ++k) {
-    Vec<T> row[kVectors];
+    Vec<P> row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_k + v * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> factor = broadcast(a[r * a_row + k * a_k]);
+      const Vec<P> factor = broadcast(a.data[r * a.row_stride + k * a.k_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * row[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * lanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* target = c.data + r * c.row_stride + v * lanes;
+      store(target, (c.accumulate ? load(target) : Vec<T>{}) + sum[r][v] * c.scale);
+    }
   }
 }
 
@@ -47,48 +61,43 @@ constexpr int kBlockRows[5] = {0, 8, 6, 4, 4};
 constexpr int kBlockVectors = 2;
 #endif
 
-template <int kRows, int kVectors, class T>
-inline void micro_rows(int64_t rows, int64_t k_size, TileOperand<T> a, const T* b, int64_t b_k, T* c, int64_t c_row,
-                       bool accumulate) {
+template <int kRows, int kVectors, class T, class P>
+inline void micro_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      micro_block<kRows, kVectors>(k_size, a.data, a.row_stride, a.k_stride, b, b_k, c, c_row, accumulate);
+      micro_block<kRows, kVectors>(k_size, a, b, b_k, c);
     } else {
-      micro_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c, c_row, accumulate);
+      micro_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c);
     }
   }
 }
 
-template <int kVectors, class T>
-inline void micro_panel(int64_t m, int64_t k_size, TileOperand<T> a, const T* b, int64_t b_k, T* c, int64_t c_row,
-                        bool accumulate) {
+template <int kVectors, class T, class P>
+inline void micro_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
   constexpr int rows = kBlockRows[kVectors];
-  int64_t r = 0;
-  for (; r + rows <= m; r += rows) {
-    micro_block<rows, kVectors>(k_size, a.data + r * a.row_stride, a.row_stride, a.k_stride, b, b_k, c + r * c_row, c_row,
-                                accumulate);
+  for (; m >= rows; m -= rows) {
+    micro_block<rows, kVectors>(k_size, a, b, b_k, c);
+    a.data += rows * a.row_stride;
+    c.data += rows * c.row_stride;
   }
-  const TileOperand<T> rest{a.data + r * a.row_stride, a.row_stride, a.k_stride};
-  micro_rows<rows - 1, kVectors>(m - r, k_size, rest, b, b_k, c + r * c_row, c_row, accumulate);
+  micro_rows<rows - 1, kVectors>(m, k_size, a, b, b_k, c);
 }
 
-// c [m, n] (+)= a [m, k] @ b [k, n]; n is a multiple of the vector's lanes.
-template <class T>
-void micro_gemm(int64_t m, int64_t n, int64_t k_size, TileOperand<T> a, const T* b, int64_t b_k, T* c, int64_t c_row,
-                bool accumulate) {
+// c [m, n] (+)= scale * a [m, k] @ b [k, n]; n is a multiple of the vector's lanes.
+template <class T, class P>
+void micro_gemm(int64_t m, int64_t n, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
-  int64_t column = 0;
-  while (column < n) {
-    const int64_t vectors = std::min<int64_t>((n - column) / lanes, kBlockVectors);
-    const T* b_panel = b + column;
-    T* c_panel = c + column;
-    if (vectors == 1) micro_panel<1>(m, k_size, a, b_panel, b_k, c_panel, c_row, accumulate);
-    if (vectors == 2) micro_panel<2>(m, k_size, a, b_panel, b_k, c_panel, c_row, accumulate);
+  while (n > 0) {
+    const int64_t vectors = std::min<int64_t>(n / lanes, kBlockVectors);
+    if (vectors == 1) micro_panel<1>(m, k_size, a, b, b_k, c);
+    if (vectors == 2) micro_panel<2>(m, k_size, a, b, b_k, c);
     if constexpr (kBlockVectors > 2) {
-      if (vectors == 3) micro_panel<3>(m, k_size, a, b_panel, b_k, c_panel, c_row, accumulate);
-      if (vectors == 4) micro_panel<4>(m, k_size, a, b_panel, b_k, c_panel, c_row, accumulate);
+      if (vectors == 3) micro_panel<3>(m, k_size, a, b, b_k, c);
+      if (vectors == 4) micro_panel<4>(m, k_size, a, b, b_k, c);
     }
-    column += vectors * lanes;
+    b += vectors * lanes;
+    c.data += vectors * lanes;
+    n -= vectors * lanes;
   }
 }
 

@@ -74,6 +74,38 @@ inline T horizontal_sum(Vec<T> v) {
   return lanes[0];
 }
 
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> sum) { return sum + a * b; }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> sum) { return sum + a * b; }
+
+// The lanes first, first + 1, ... of two vectors in turn.
+template <int kFirst, class T, int... kIndex>
+inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vec<Index>{(kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...});
+#endif
+}
+
+// Transposes a square block: every round takes one bit of the row's number into the lane's.
+template <class T>
+inline void transpose_block(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int lanes = kLanes<T>;
+  constexpr auto indices = std::make_integer_sequence<int, lanes>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec<T> zipped[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      zipped[2 * i] = zip<0, T>(rows[i], rows[i + lanes / 2], indices);
+      zipped[2 * i + 1] = zip<lanes / 2, T>(rows[i], rows[i + lanes / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = zipped[i];
+  }
+}
+
 // 16-bit floats, exactly widened, and narrowed by rounding to nearest even. The float16 forms move the exponent by a multiplication
 // with a power of two, which renders subnormals too; written without branches so that loops over them become vector code.
 
@@ -136,6 +168,58 @@ inline void store_row(const Accumulator<T>* __restrict source, int64_t count, T*
   for (int64_t i = 0; i < count; ++i) target[i] = from_float<T>(source[i]);
 }
 
+// What the products of the attention's tiles are made of: numbers of the accumulator's type or, with the instructions for it, pairs
+// of bfloat16 numbers that follow each other along the sum, the first in the low half.
+template <class T>
+struct OperandOf {
+  using type = Accumulator<T>;
+};
+#if defined(PFA_BFLOAT16_PRODUCTS)
+template <>
+struct OperandOf<BFloat16> {
+  using type = uint32_t;
+};
+
+inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum) {
+  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+
+typedef uint16_t Halves __attribute__((vector_size(PFA_VECTOR_BYTES / 2)));
+
+inline Halves narrow(Vec<float> v) { return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
+
+// a rounded to bfloat16 in the low halves of the lanes, b in the high ones.
+inline Vec<uint32_t> narrow_pair(Vec<float> a, Vec<float> b) {
+  return __builtin_convertvector(narrow(a), Vec<uint32_t>) | __builtin_convertvector(narrow(b), Vec<uint32_t>) << 16;
+}
+
+// A lane for each of the 16-bit numbers from `pairs` on.
+inline Vec<uint32_t> load_halves(const uint32_t* pairs) {
+  Halves halves;
+  std::memcpy(&halves, pairs, sizeof halves);
+  return __builtin_convertvector(halves, Vec<uint32_t>);
+}
+
+inline void store_operands(uint32_t* pairs, Vec<float> v) {
+  const Halves halves = narrow(v);
+  std::memcpy(pairs, &halves, sizeof halves);
+}
+#endif
+
+inline void store_operands(float* operands, Vec<float> v) { store(operands, v); }
+inline void store_operands(double* operands, Vec<double> v) { store(operands, v); }
+
+template <class T>
+using Operand = typename OperandOf<T>::type;
+
+// Whether T's operands are pairs.
+template <class T>
+constexpr bool kPaired = !std::is_same_v<Operand<T>, Accumulator<T>>;
+
+// Numbers along the sum in an operand.
+template <class T>
+constexpr int kNumbers = kPaired<T> ? 2 : 1;
+
 // Cody and Waite's reduction x = n ln 2 + r, |r| <= ln(2) / 2, then a polynomial in r; error under 2 units in the last place.
 // -inf and what underflows give 0, NaN gives NaN; x is at most a little above 0 where this is used.
 inline Vec<float> vexp(Vec<float> x) {
@@ -181,34 +265,38 @@ inline Vec<double> vexp(Vec<double> x) {
 
 // Products of the low halves of 64-bit lanes with a 32-bit constant.
 inline Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, uint32_t b) {
-#if defined(__AVX512F__) && PFA_VECTOR_BYTES == 64
-  return bit_cast<Vec<uint64_t>>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
-#elif defined(__AVX2__) && PFA_VECTOR_BYTES == 32
+#if PFA_VECTOR_BYTES == 64
+  // The masked form, for GCC warns of the plain one.
+  return bit_cast<Vec<uint64_t>>(_mm512_maskz_mul_epu32(0xFF, bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif PFA_VECTOR_BYTES == 32
   return bit_cast<Vec<uint64_t>>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
-#elif defined(__SSE2__) && PFA_VECTOR_BYTES == 16
+#elif defined(__SSE2__)
   return bit_cast<Vec<uint64_t>>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
 #else
   return (a & 0xFFFFFFFFull) * static_cast<uint64_t>(b);
 #endif
 }
 
+inline Vec<uint32_t> lane_numbers() {
+  Vec<uint32_t> v{};
+  for (int i = 0; i < kLanes<uint32_t>; ++i) v[i] = i;
+  return v;
+}
+
 struct PhiloxVectors {
   Vec<uint32_t> w[4];
 };
 
-// philox() of philox.h on every lane. The even and the odd lanes go through the rounds as the low halves of 64-bit lanes, whose high
-// halves the multiplication ignores.
-inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Vec<uint32_t> counter1, uint32_t counter2) {
+// Rounds first_round and on of philox() on every lane. The even and the odd lanes go through them as the low halves of 64-bit lanes,
+// whose high halves the multiplication ignores.
+inline PhiloxVectors philox_rounds(PhiloxState state, int first_round, const Vec<uint32_t> (&counter)[4]) {
   Vec<uint64_t> half[2][4];
   for (int odd = 0; odd < 2; ++odd) {
-    half[odd][0] = bit_cast<Vec<uint64_t>>(counter0) >> (32 * odd);
-    half[odd][1] = bit_cast<Vec<uint64_t>>(counter1) >> (32 * odd);
-    half[odd][2] = broadcast<uint64_t>(counter2);
-    half[odd][3] = broadcast<uint64_t>(state.counter3);
+    for (int i = 0; i < 4; ++i) half[odd][i] = bit_cast<Vec<uint64_t>>(counter[i]) >> (32 * odd);
   }
-  uint32_t k0 = state.key0;
-  uint32_t k1 = state.key1;
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  uint32_t k0 = state.key0 + first_round * kPhiloxW0;
+  uint32_t k1 = state.key1 + first_round * kPhiloxW1;
+  for (int round = first_round; round < kPhiloxRounds; ++round) {
     for (auto& c : half) {
       const Vec<uint64_t> product0 = multiply_low_halves(c[0], kPhiloxM0);
       const Vec<uint64_t> product1 = multiply_low_halves(c[2], kPhiloxM1);
@@ -225,20 +313,59 @@ inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Ve
   return words;
 }
 
-// keep[i] = scale where the 16-bit number in half `half` of lane i is at least the threshold, else 0.
-inline void store_keep(Vec<uint32_t> words, int half, uint32_t threshold, float scale, float* keep) {
-  const Vec<uint32_t> numbers = (words >> (16 * half)) & 0xFFFFu;
-  store(keep, numbers >= threshold ? broadcast(scale) : Vec<float>{});
+// philox() of philox.h on every lane.
+inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Vec<uint32_t> counter1, uint32_t counter2) {
+  return philox_rounds(state, 0, {counter0, counter1, broadcast(counter2), broadcast(state.counter3)});
 }
 
-inline void store_keep(Vec<uint32_t> words, int half, uint32_t threshold, double scale, double* keep) {
-  for (int l = 0; l < kLanes<uint32_t>; ++l) keep[l] = ((words[l] >> (16 * half)) & 0xFFFFu) >= threshold ? scale : 0.0;
+// The same where only counter1 differs between lanes: most of the first two rounds is the same on all.
+inline PhiloxVectors philox_vector(PhiloxState state, uint32_t counter0, Vec<uint32_t> counter1, uint32_t counter2) {
+  const auto low = [](uint64_t product) { return static_cast<uint32_t>(product); };
+  const auto high = [](uint64_t product) { return static_cast<uint32_t>(product >> 32); };
+  const uint64_t first0 = static_cast<uint64_t>(kPhiloxM0) * counter0;
+  const uint64_t first1 = static_cast<uint64_t>(kPhiloxM1) * counter2;
+  const Vec<uint32_t> c0 = counter1 ^ (high(first1) ^ state.key0);
+  const uint64_t second1 = static_cast<uint64_t>(kPhiloxM1) * (high(first0) ^ state.counter3 ^ state.key1);
+  const Vec<uint64_t> even = multiply_low_halves(bit_cast<Vec<uint64_t>>(c0), kPhiloxM0);
+  const Vec<uint64_t> odd = multiply_low_halves(bit_cast<Vec<uint64_t>>(c0) >> 32, kPhiloxM0);
+  const auto second0_low = bit_cast<Vec<uint32_t>>((even & 0xFFFFFFFFull) | (odd << 32));
+  const auto second0_high = bit_cast<Vec<uint32_t>>((even >> 32) | (odd & ~0xFFFFFFFFull));
+  return philox_rounds(state, 2,
+                       {broadcast(high(second1) ^ low(first1) ^ (state.key0 + kPhiloxW0)), broadcast(low(second1)),
+                        second0_high ^ (low(first0) ^ (state.key1 + kPhiloxW1)), second0_low});
 }
 
-inline Vec<uint32_t> lane_numbers() {
-  Vec<uint32_t> v{};
-  for (int i = 0; i < kLanes<uint32_t>; ++i) v[i] = i;
-  return v;
+// Bit l of the result: whether lane l of a is greater than that of b.
+inline uint32_t greater_bits(Vec<uint32_t> a, Vec<uint32_t> b) {
+#if PFA_VECTOR_BYTES == 64
+  return _mm512_cmpgt_epu32_mask(bit_cast<__m512i>(a), bit_cast<__m512i>(b));
+#elif PFA_VECTOR_BYTES == 32
+  return _mm256_movemask_ps(bit_cast<__m256>(a > b));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(bit_cast<__m128>(a > b));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<uint32_t>; ++l) bits |= static_cast<uint32_t>(a[l] > b[l]) << l;
+  return bits;
+#endif
+}
+
+// Lane l of value where bit first + l is set, else 0; first is a multiple of the lanes.
+template <class A>
+inline Vec<A> keep_lanes(const uint64_t* bits, int64_t first, Vec<A> value) {
+  const auto selected = *bits >> first;
+#if PFA_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    return bit_cast<Vec<A>>(_mm512_maskz_mov_ps(static_cast<__mmask16>(selected), bit_cast<__m512>(value)));
+  } else {
+    return bit_cast<Vec<A>>(_mm512_maskz_mov_pd(static_cast<__mmask8>(selected), bit_cast<__m512d>(value)));
+  }
+#else
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  Vec<Bits> lane_bit{};
+  for (int l = 0; l < kLanes<A>; ++l) lane_bit[l] = Bits(1) << l;
+  return (broadcast(static_cast<Bits>(selected)) & lane_bit) != 0 ? value : Vec<A>{};
+#endif
 }
 
 }  // namespace pfa::cpu::PFA_ISA
