@@ -4,6 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
@@ -109,11 +111,12 @@ def test_training_of_a_loaded_model(tmp_path):
     assert total[0] == pytest.approx(total[1], rel=1e-6) and total[0] > 0
 
 
-def make_predictor(path):
+def make_predictor(path, threads=1):
     from paddle import inference
 
     config = inference.Config(path + (".pdmodel" if IS_PADDLE_2 else ".json"), path + ".pdiparams")
     config.disable_glog_info()
+    config.set_cpu_math_library_num_threads(threads)
     return inference.create_predictor(config)
 
 
@@ -133,6 +136,34 @@ def test_predictor(saved):
         np.testing.assert_allclose(predict(predictor, make_arrays(*size)), wanted, rtol=1e-5, atol=2e-6)
     clone = predictor.clone()
     np.testing.assert_allclose(predict(clone, make_arrays(*SIZES[0])), expected[0], rtol=1e-5, atol=2e-6)
+
+
+def load_callable(path, kind):
+    """A saved model as a function of arrays."""
+    if kind == "predictor":
+        predictor = make_predictor(path, threads=2)
+        return lambda arrays: predict(predictor, arrays)
+    loaded = paddle.jit.load(path)
+    loaded.eval()
+    return lambda arrays: loaded(*map(paddle.to_tensor, arrays)).numpy()
+
+
+@pytest.mark.parametrize("kind", ["predictor", "jit.load"])
+def test_two_models_in_two_threads(saved, kind):
+    """Each gives the bits that it gives alone, whatever the other does at the same time. (Paddle's predictor holds Python's lock.)"""
+    models = [load_callable(saved[0], kind) for _ in range(2)]
+    inputs = [make_arrays(4, 150), make_arrays(3, 201)]
+    start = threading.Barrier(2)
+
+    def serve(model, arrays):
+        start.wait()
+        with paddle.no_grad():
+            return [model(arrays) for _ in range(20)]
+
+    alone = [model(arrays) for model, arrays in zip(models, inputs)]
+    with ThreadPoolExecutor(2) as pool:
+        for expected, results in zip(alone, pool.map(serve, models, inputs)):
+            assert len(results) == 20 and all(np.array_equal(result, expected) for result in results)
 
 
 def test_static_inference_model(tmp_path):

@@ -3,6 +3,8 @@
 import itertools
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import common
@@ -144,6 +146,28 @@ def test_instruction_sets_agree():
         for name in wanted:
             scale = np.abs(gradients[name]).max()
             assert np.abs(gradients[name] - results[0][1][name]).max() <= 1e-12 * scale, name
+
+
+def test_calls_at_the_same_time():
+    """Python threads with blocks of different sizes, forward and backward: each gets the bits that one alone gets."""
+    cases = [Case(2, 90, 3, 32, "float32"), Case(1, 200, 2, 40, "bfloat16"), FULL, Case(1, 130, 2, 16, "float16")]
+    cases = [case.but(attn_dropout_rate=0.1, dropout_rate=0.1, causal=True, seed=seed) for seed, case in enumerate(cases)]
+    inputs = [common.make_inputs(case) for case in cases]
+    start = threading.Barrier(len(cases))
+
+    def results(case, inputs):
+        out, gradients = run(case, common.stored_inputs(case, inputs), common.differentiable(inputs))
+        return [out, *(gradients[name] for name in sorted(gradients))]
+
+    def repeat(case, inputs):
+        start.wait()
+        return [results(case, inputs) for _ in range(20)]
+
+    alone = [results(*pair) for pair in zip(cases, inputs)]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for expected, runs in zip(alone, pool.map(repeat, cases, inputs)):
+            for arrays in runs:
+                assert len(arrays) == len(expected) and all(map(np.array_equal, arrays, expected))
 
 
 def test_paddle_is_not_needed():
