@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include "core/cpu/system_headers.h"
 
-PFA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #define PFA_ISA avx512
 #define PFA_VECTOR_BYTES 64
 #include "core/cpu/stages.h"

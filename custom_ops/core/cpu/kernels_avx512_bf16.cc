@@ -2,7 +2,7 @@
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
 #include "core/cpu/system_headers.h"
 
-PFA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
 #define PFA_ISA avx512_bf16
 #define PFA_VECTOR_BYTES 64
 #define PFA_BFLOAT16_PRODUCTS

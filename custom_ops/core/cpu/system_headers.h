@@ -25,8 +25,11 @@
 #define PFA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define PFA_BEGIN_TARGET(features) PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define PFA_BEGIN_WIDE_TARGET(features) PFA_BEGIN_TARGET(features)
 #define PFA_END_TARGET PFA_PRAGMA(clang attribute pop)
 #else
 #define PFA_BEGIN_TARGET(features) PFA_PRAGMA(GCC push_options) PFA_PRAGMA(GCC target(features))
+// GCC takes half of AVX-512's vectors unless told otherwise.
+#define PFA_BEGIN_WIDE_TARGET(features) PFA_BEGIN_TARGET(features) PFA_PRAGMA(GCC target("prefer-vector-width=512"))
 #define PFA_END_TARGET
 #endif
