@@ -1,20 +1,25 @@
 """The attention block on the CPU: ours against the same block composed of Paddle's layers and of PyTorch's.
 
-    python benchmarks/cpu_block.py [--threads 2] [--rounds 7] [--json FILE] [--chart FILE] [--case NAME ...]
+    python benchmarks/cpu_block.py [--threads 2 1] [--dtype float32 bfloat16] [--rounds 7] [--case NAME ...]
+        [--json FILE] [--chart FILE]
 
-Each library runs in a process of its own; one after another they take a turn at a case, for several rounds, and the medians are
-compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1. The growth of each
-process's peak memory over a training step is read in a fresh process that runs nothing else. PyTorch and matplotlib are needed
-(benchmarks/requirements.txt); without PyTorch its column stays empty.
+Each library runs in a process of its own; one after another they take a turn at a case, for several rounds (three where they take
+long), and the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
+Paddle's layers have no bfloat16 on the CPU. The growth of each process's peak memory over a training step is read in a fresh process
+that runs nothing else. Then every stage of ours is timed alone and compared with its floor (cpu_stages.cc, for which g++ is needed).
+PyTorch and matplotlib are needed (benchmarks/requirements.txt); without PyTorch its column stays empty.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 CASES = {  # batch, seq_len, embed_dim, num_heads
     "b8_s128_e768": (8, 128, 768, 12),
@@ -25,10 +30,13 @@ CASES = {  # batch, seq_len, embed_dim, num_heads
 }
 LIBRARIES = ("ours", "paddle", "torch")
 PASSES = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.1
+LONG = 20.0  # seconds that a library's rounds of a pass may take, once it has had three
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def paddle_steps(case, fused):
+def paddle_steps(case, dtype, fused):
     import paddle
     import paddle.nn.functional as F
 
@@ -55,9 +63,10 @@ def paddle_steps(case, fused):
         layer = FusedMultiHeadAttention(embed_dim, num_heads, DROPOUT, DROPOUT)
     else:
         layer = Composed()
-    x = paddle.randn([batch, seq_len, embed_dim])
+    layer.to(dtype=dtype)
+    x = paddle.randn([batch, seq_len, embed_dim]).astype(dtype)
     x.stop_gradient = False
-    d_out = paddle.randn(x.shape)
+    d_out = paddle.randn(x.shape).astype(dtype)
 
     def forward():
         layer.eval()
@@ -73,7 +82,7 @@ def paddle_steps(case, fused):
     return forward, train
 
 
-def torch_steps(case):
+def torch_steps(case, dtype):
     import torch
     import torch.nn.functional as F
 
@@ -94,9 +103,10 @@ def torch_steps(case):
             return self.norm(x + F.dropout(self.out(attended), DROPOUT, self.training))
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    layer = Composed()
-    x = torch.randn(batch, seq_len, embed_dim, requires_grad=True)
-    d_out = torch.randn(batch, seq_len, embed_dim)
+    torch_dtype = getattr(torch, dtype)
+    layer = Composed().to(torch_dtype)
+    x = torch.randn(batch, seq_len, embed_dim, dtype=torch_dtype, requires_grad=True)
+    d_out = torch.randn(batch, seq_len, embed_dim).to(torch_dtype)
 
     def forward():
         layer.eval()
@@ -112,8 +122,8 @@ def torch_steps(case):
     return forward, train
 
 
-def steps(library, case):
-    return torch_steps(case) if library == "torch" else paddle_steps(case, fused=library == "ours")
+def steps(library, case, dtype):
+    return torch_steps(case, dtype) if library == "torch" else paddle_steps(case, dtype, fused=library == "ours")
 
 
 def peak_bytes():
@@ -122,13 +132,14 @@ def peak_bytes():
 
 
 def serve(library):
-    """Answers lines "case pass" on standard input with seconds, until the input ends."""
+    """Answers lines "case dtype pass" on standard input with seconds, until the input ends."""
     prepared = {}
     for line in sys.stdin:
-        case, which = line.split()
+        *case, which = line.split()
+        case = tuple(case)
         if case not in prepared:
             prepared.clear()
-            prepared[case] = steps(library, case)
+            prepared[case] = steps(library, *case)
             for step in prepared[case]:
                 step()
         step = prepared[case][PASSES.index(which)]
@@ -139,7 +150,7 @@ def serve(library):
 
 def measure_memory(library, case):
     """Prints by how many bytes one training step raises the peak of this fresh process."""
-    _, train = steps(library, case)
+    _, train = steps(library, case, "float32")
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # the peak begins anew
     before = peak_bytes()
@@ -147,39 +158,125 @@ def measure_memory(library, case):
     print(peak_bytes() - before)
 
 
-def start(library, *arguments, **options):
+def start(library, *arguments, threads, **options):
     command = [sys.executable, os.path.abspath(__file__), "--worker", library, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, **options)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # before any of the libraries is imported
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment, **options)
 
 
-def run_case(workers, case, rounds):
-    seconds = {which: {library: [] for library in workers} for which in PASSES}
-    for _ in range(rounds):
-        for which in PASSES:
-            for library, worker in workers.items():
-                print(case, which, file=worker.stdin, flush=True)
-                answer = worker.stdout.readline()
+def run_case(workers, case, dtype, rounds):
+    """The median seconds by pass and library."""
+    medians = {}
+    for which in PASSES:
+        seconds = {library: [] for library in workers if library != "paddle" or dtype == "float32"}
+        for _ in range(rounds):
+            for library, times in seconds.items():
+                if len(times) >= 3 and sum(times) > LONG:
+                    continue
+                print(case, dtype, which, file=workers[library].stdin, flush=True)
+                answer = workers[library].stdout.readline()
                 if not answer:
-                    raise SystemExit(f"{library} failed at {case} {which}")
-                seconds[which][library].append(float(answer))
-    return {which: {name: statistics.median(times) for name, times in row.items()} for which, row in seconds.items()}
+                    raise SystemExit(f"{library} failed at {case} {dtype} {which}")
+                times.append(float(answer))
+        medians[which] = {library: statistics.median(times) for library, times in seconds.items()}
+    return medians
 
 
-def draw(results, path):
+def compare(libraries, threads, arguments):
+    """Runs and prints all cases; {"case dtype": {pass: {library: seconds}}}."""
+    print(f"{threads} threads, median of {arguments.rounds} rounds; milliseconds, and peers' time / ours")
+    columns = "".join(f"{name:>10}" for name in LIBRARIES) + "".join(f"{peer + '/ours':>14}" for peer in LIBRARIES[1:])
+    print(f"{'case':<18}{'dtype':<10}{'pass':<18}{columns}")
+    workers = {library: start(library, threads=threads, stdin=subprocess.PIPE) for library in libraries}
+    results = {}
+    for dtype in arguments.dtype:
+        for case in arguments.case:
+            results[f"{case} {dtype}"] = medians = run_case(workers, case, dtype, arguments.rounds)
+            for which, row in medians.items():
+                times = "".join(f"{1e3 * row[name]:>10.1f}" if name in row else f"{'-':>10}" for name in LIBRARIES)
+                ratios = (f"{row[peer] / row['ours']:>14.2f}" if peer in row else f"{'-':>14}" for peer in LIBRARIES[1:])
+                print(f"{case:<18}{dtype:<10}{which:<18}{times}{''.join(ratios)}", flush=True)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    print(flush=True)
+    return results
+
+
+def compare_memory(libraries, threads, cases):
+    print("growth of the peak memory in a training step, float32, MiB, and relative to Paddle's layers")
+    results = {}
+    for case in cases:
+        results[case] = growth = {name: int(start(name, case, threads=threads).communicate()[0]) for name in libraries}
+        sizes = "".join(f"{name}: {size / 2**20:.0f}   " for name, size in growth.items())
+        print(f"{case:<18}{sizes}ours / paddle: {growth['ours'] / growth['paddle']:.2f}", flush=True)
+    print(flush=True)
+    return results
+
+
+def build_stages():
+    """Compiles cpu_stages.cc and the core; the program's path."""
+    import paddle
+
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise SystemExit(f"{compiler} was not found, which the times of the stages need: --no-stages leaves them out")
+    library = paddle.sysconfig.get_lib()
+    folder = os.path.join(ROOT, "build", "cpu_stages")
+    os.makedirs(folder, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fopenmp", "-ffp-contract=fast", "-I" + os.path.join(ROOT, "custom_ops")]
+
+    def compile_source(source):
+        target = os.path.join(folder, os.path.basename(source) + ".o")
+        native = ["-march=native"] if source.endswith("cpu_stages.cc") else []
+        subprocess.run([compiler, *flags, *native, "-c", source, "-o", target], check=True)
+        return target
+
+    sources = [
+        os.path.join(ROOT, "benchmarks", "cpu_stages.cc"),
+        *glob(os.path.join(ROOT, "custom_ops", "core", "cpu", "*.cc")),
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, sources))
+    program = os.path.join(folder, "cpu_stages")
+    libraries = ["-L" + library, "-l:libdnnl.so.3", "-l:libiomp5.so", "-Wl,-rpath," + library]
+    subprocess.run([compiler, *objects, "-o", program, *libraries], check=True)
+    return program
+
+
+def time_stages(program, threads, arguments):
+    """Prints the stages of all cases; {"case dtype": {stage: [seconds, floor]}}."""
+    print(f"{threads} threads, stages in training: milliseconds, and that over the floor")
+    results = {}
+    for dtype in arguments.dtype:
+        for case in arguments.case:
+            command = [program, dtype, *map(str, CASES[case]), str(DROPOUT), str(arguments.rounds)]
+            output = subprocess.run(
+                command, env=dict(os.environ, OMP_NUM_THREADS=str(threads)), stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            stages = {name: [float(value) for value in values] for name, *values in map(str.split, output.splitlines())}
+            results[f"{case} {dtype}"] = stages
+            for name, (seconds, floor) in stages.items():
+                print(f"{case:<18}{dtype:<10}{name:<24}{1e3 * seconds:>10.2f}{seconds / floor:>8.2f}", flush=True)
+    print(flush=True)
+    return results
+
+
+def draw(results, threads, path):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True)
     for axis, which in zip(axes, PASSES):
-        for i, peer in enumerate(("paddle", "torch")):
+        for i, peer in enumerate(LIBRARIES[1:]):
             found = [(j, row[which][peer] / row[which]["ours"]) for j, row in enumerate(results.values()) if peer in row[which]]
             bars = axis.bar([j + 0.4 * i for j, _ in found], [ratio for _, ratio in found], 0.4, label=f"{peer} / ours")
             axis.bar_label(bars, fmt="%.1f")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks([j + 0.2 for j in range(len(results))], list(results), rotation=20)
-        axis.set_title(which)
+        axis.set_xticks([j + 0.2 for j in range(len(results))], list(results), rotation=30, ha="right")
+        axis.set_title(f"{which}, {threads} threads")
         axis.legend()
     axes[0].set_ylabel("time relative to ours")
     figure.tight_layout()
@@ -188,9 +285,11 @@ def draw(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({os.cpu_count(), 1}, reverse=True))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
     parser.add_argument("--json", default="cpu_block.json")
     parser.add_argument("--chart", default="cpu_block.png")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
@@ -199,36 +298,20 @@ def main():
         library, *case = arguments.worker
         return measure_memory(library, *case) if case else serve(library)
 
-    # Before any of the libraries is imported; the OPENBLAS variables would hold back peers.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they would hold back peers
         os.environ.pop(name, None)
+    program = None if arguments.no_stages else build_stages()
     libraries = [name for name in LIBRARIES if name != "torch" or subprocess.call([sys.executable, "-c", "import torch"]) == 0]
-    workers = {library: start(library, stdin=subprocess.PIPE) for library in libraries}
-    print(f"{arguments.threads} threads, median of {arguments.rounds} rounds; milliseconds, and peers' time / ours")
-    print(f"{'case':<18}{'pass':<18}" + "".join(f"{name:>10}" for name in libraries) + f"{'paddle/ours':>14}{'torch/ours':>14}")
-    results = {}
-    for case in arguments.case:
-        results[case] = run_case(workers, case, arguments.rounds)
-        for which, row in results[case].items():
-            ratios = "".join(
-                f"{row[peer] / row['ours']:>14.2f}" if peer in row else f"{'-':>14}" for peer in ("paddle", "torch")
-            )
-            print(f"{case:<18}{which:<18}" + "".join(f"{1e3 * row[name]:>10.1f}" for name in libraries) + ratios, flush=True)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-
-    print("\ngrowth of the peak memory in a training step, MiB, and relative to Paddle's layers")
-    for case in arguments.case:
-        growth = {library: int(start(library, case).communicate()[0]) for library in libraries}
-        results[case]["peak growth"] = growth
-        print(f"{case:<18}" + "".join(f"{name}: {size / 2**20:.0f}   " for name, size in growth.items())
-              + f"ours / paddle: {growth['ours'] / growth['paddle']:.2f}", flush=True)  # fmt: skip
+    results = {"rounds": arguments.rounds, "seconds": {}, "stages": {}}
+    for threads in arguments.threads:
+        results["seconds"][threads] = compare(libraries, threads, arguments)
+    results["peak growth"] = compare_memory(libraries, arguments.threads[0], arguments.case)
+    for threads in arguments.threads if program else ():
+        results["stages"][threads] = time_stages(program, threads, arguments)
     with open(arguments.json, "w") as file:
-        json.dump({"threads": arguments.threads, "rounds": arguments.rounds, "seconds": results}, file, indent=1)
+        json.dump(results, file, indent=1)
     try:
-        draw(results, arguments.chart)
+        draw(results["seconds"][arguments.threads[0]], arguments.threads[0], arguments.chart)
     except ImportError:
         print("no chart: matplotlib is not installed")
 
