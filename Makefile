@@ -40,7 +40,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
 	-o -name '*.py' ! -name _build_info.py)
-CXX_FILES = $(shell find custom_ops unittests/cpp -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 .PHONY: demo test core install lint format clean
 
