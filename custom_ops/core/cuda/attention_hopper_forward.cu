@@ -23,7 +23,7 @@ namespace {
 constexpr int kKeys = 128;
 constexpr int kQueries = 128;  // of a block: 64 of each computing warpgroup
 constexpr int kStages = 2;
-constexpr int kMostTilesBytes = 226 * 1024;  // in a multiprocessor's only block
+constexpr int kMostTilesBytes = 225 * 1024;  // in a multiprocessor's only block
 constexpr int kMaskTiles = 32;  // tiles of keys whose mask is in shared memory at a time, where it is the same for all queries
 
 template <int kHeadDim, MaskKind kMask>
@@ -527,9 +527,13 @@ void forward(const Context& context, const AttentionArgs& args, DType dtype, con
   }
   with_bool(args.drops, [&](auto drops) {
     const auto kernel = forward_kernel<T, kHeadDim, kMask, decltype(drops)::value>;
-    // Tiles begin at a multiple of 1024 bytes behind what the kernel declares. Two blocks with a tiled mask just fit.
-    const size_t declared = kernel_attributes(context, reinterpret_cast<const void*>(kernel)).sharedSizeBytes;
-    const size_t shared_bytes = 1024 - declared % 1024 + Shape::kTilesBytes + mask_bytes;
+    // Tiles begin at a multiple of 1024 bytes. Two blocks with a tiled mask just fit, if no more is left for that than lies before the
+    // first multiple behind what the kernel declares.
+    size_t to_multiple = 1024;
+    if (kMask == kTiledMask && Shape::kBlocksPerSm == 2) {
+      to_multiple -= kernel_attributes(context, reinterpret_cast<const void*>(kernel)).sharedSizeBytes % 1024;
+    }
+    const size_t shared_bytes = to_multiple + Shape::kTilesBytes + mask_bytes;
     launch(context, "attention_forward_hopper", kernel, ceil_div(args.seq_len, kQueries) * args.batch * args.num_heads,
            Shape::kThreads, shared_bytes, tensor_map(args.qkv, dtype, args, 3), mask_map, mask_copies, args,
            heads_per_group(args, 4));  // k, v
