@@ -33,6 +33,7 @@ PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.1
 LONG = 20.0  # seconds that a library's rounds of a pass may take, once it has had three
+PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -173,6 +174,7 @@ def run_case(workers, case, dtype, rounds):
             for library, times in seconds.items():
                 if len(times) >= 3 and sum(times) > LONG:
                     continue
+                time.sleep(PAUSE)
                 print(case, dtype, which, file=workers[library].stdin, flush=True)
                 answer = workers[library].stdout.readline()
                 if not answer:
