@@ -86,7 +86,7 @@ inline double number(int64_t bits) {
 #define PFA_INPUTS \
   {&x, &qkv_weight, &linear_weight, &pre_ln_scale, &pre_ln_bias, &ln_scale, &ln_bias, &qkv_bias, &linear_bias, &attn_mask}
 #define PFA_INPUT_NAMES \
-  {"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask"}
+  "X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask"
 #define PFA_ATTRIBUTES                                                                                             \
   bool is_test, int64_t switches, int64_t present, int64_t needs_grad, int64_t pre_ln_epsilon, int64_t ln_epsilon, \
       int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed, int64_t first_head, int64_t total_heads

@@ -296,7 +296,7 @@ std::vector<paddle::DataType> infer_dtype_of_out(PFA_DTYPES, PFA_ATTRIBUTES) { r
 }  // namespace pfa::op
 
 PD_BUILD_OP(custom_fused_attention)
-    .Inputs(PFA_INPUT_NAMES)
+    .Inputs({PFA_INPUT_NAMES})
     .Outputs({"Out", "Saved"})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::forward))
@@ -304,8 +304,7 @@ PD_BUILD_OP(custom_fused_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::infer_dtypes)) PFA_SPMD_RULE(pfa::op::forward_spmd);
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
-    .Inputs({"X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias",
-             "AttnMask", "Saved", paddle::Grad("Out")})
+    .Inputs({PFA_INPUT_NAMES, "Saved", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("QKVWeight"), paddle::Grad("LinearWeight"), paddle::Grad("PreLnScale"),
               paddle::Grad("PreLnBias"), paddle::Grad("LnScale"), paddle::Grad("LnBias"), paddle::Grad("QKVBias"),
               paddle::Grad("LinearBias")})
@@ -321,7 +320,7 @@ PD_BUILD_DOUBLE_GRAD_OP(custom_fused_attention)
 
 // Dygraph under no_grad runs this: Paddle records an operator that has a gradient even there.
 PD_BUILD_OP(custom_fused_attention_forward)
-    .Inputs(PFA_INPUT_NAMES)
+    .Inputs({PFA_INPUT_NAMES})
     .Outputs({"Out"})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::forward_alone))

@@ -10,7 +10,7 @@ from . import _op
 from ._split import attention_over_mesh, mesh_axis_of_heads
 
 # In the order of the operator's inputs; the first three are required.
-_TENSOR_ARGUMENTS = (
+TENSOR_ARGUMENTS = (
     "x",
     "qkv_weight",
     "linear_weight",
@@ -72,7 +72,7 @@ def check_arguments(
     """Checks the types of the operator's inputs, and the numbers; returns the epsilons and rates."""
     for i, value in enumerate(inputs):
         if not isinstance(value, _OPTIONAL_TENSOR_TYPES) or (value is None and i < 3):
-            _check_tensor(_TENSOR_ARGUMENTS[i], value, required=i < 3)
+            _check_tensor(TENSOR_ARGUMENTS[i], value, required=i < 3)
     numbers = (
         _check_number("pre_ln_epsilon", pre_ln_epsilon, 0.0, _INFINITY),
         _check_number("ln_epsilon", ln_epsilon, 0.0, _INFINITY),

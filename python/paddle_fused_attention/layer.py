@@ -10,19 +10,10 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
-from .functional import _check_number, fused_multi_head_attention
+from .functional import TENSOR_ARGUMENTS, _check_number, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
-_PARAMETERS = (
-    "qkv_weight",
-    "linear_weight",
-    "pre_ln_scale",
-    "pre_ln_bias",
-    "ln_scale",
-    "ln_bias",
-    "qkv_bias",
-    "linear_bias",
-)
+_PARAMETERS = TENSOR_ARGUMENTS[1:-1]  # all but x and the mask
 _NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 _SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
 
