@@ -52,9 +52,7 @@ class Block {
     const Tensor workspace = bytes(pfa::forward_workspace_bytes(context, p, saved != nullptr), out);
     pfa::Arena arena(workspace.data_ptr());
     pfa::plan_forward(context, p, arena, saved != nullptr);
-    if (p.dropout.threshold || p.attn_dropout.threshold) {
-      pfa::cuda::set_random_state(context, p.random_state, 1, ++calls_);
-    }
+    p.offset = ++calls_;
     pfa::block_forward(context, p);
     return out;
   }

@@ -4,7 +4,7 @@
 //
 // A device is a Context type; its stages are functions found in the Context's namespace, each taking (Context&, const
 // Params&): layer_norm_*, qkv_linear_*, attention_*, output_linear_*, residual_* with * = forward, backward, and
-// stage_workspace_bytes(const Context&, const Params&, bool backward), the most that any one stage needs.
+// stage_workspace_bytes(const Context&, const Params&, Phase), the most that any one stage of the phase needs.
 //
 // Memory is planned by walking an Arena twice: once from null to learn the size, once over the memory to place pointers.
 #pragma once
@@ -21,11 +21,14 @@ class Arena {
 
   void* take(size_t bytes) {
     void* result = base_ ? base_ + used_ : nullptr;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += aligned(bytes);
     return result;
   }
 
   size_t used() const { return used_; }
+
+  // What a piece of `bytes` uses.
+  static size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
  private:
   static constexpr size_t kAlignment = 256;
@@ -70,7 +73,7 @@ void plan_forward(const Context& context, Params& p, Arena& arena, bool saves) {
     p.pre_ln_mean = p.pre_ln_rstd = p.log_sum_exp = p.score_shift = p.ln_mean = p.ln_rstd = p.residual = nullptr;
   }
   if (!p.residual) p.residual = p.out;
-  p.stage_workspace = arena.take(stage_workspace_bytes(context, p, false));
+  p.stage_workspace = arena.take(stage_workspace_bytes(context, p, Phase::kForward));
 }
 
 template <class Context>
@@ -91,9 +94,10 @@ void block_forward(Context& context, const Params& p) {
 
 // Places what the backward pass needs and forgets; p holds the plan of plan_saved and the gradients that are asked for.
 //
-// Memory is shared by what lives at different times. d_linear ends before d_qkv begins. d_attn_out, hidden and d_hidden follow
-// each other in one place; that is d_x itself, where the last of them becomes d_x, unless d_residual waits there. So layer_norm_backward
-// and qkv_linear_backward find what they read where they write.
+// Memory is shared by what lives at different times. d_linear, and the workspace of the stages that make and read it, end before d_qkv
+// begins. d_attn_out, hidden and d_hidden follow each other in one place; that is d_x itself, where the last of them becomes d_x, unless
+// d_residual waits there. So layer_norm_backward and qkv_linear_backward find what they read where they write. Where only d_attn_out
+// has been there, the workspace of qkv_linear_backward follows it.
 template <class Context>
 void plan_backward(const Context& context, Params& p, Arena& arena) {
   const size_t row_bytes = p.rows() * size_of(p.dtype);
@@ -104,24 +108,31 @@ void plan_backward(const Context& context, Params& p, Arena& arena) {
                  : !needs_d_residual ? nullptr
                  : p.d_x             ? p.d_x
                                      : arena.take(activation);
-  void* d_linear = nullptr;
-  if (needs_d_qkv(p)) {
-    d_linear = p.d_qkv = arena.take(std::max(row_bytes * 3 * p.heads_dim(), drops ? activation : 0));
-  } else {
-    p.d_qkv = nullptr;
-    if (needs_d_linear(p) && drops) d_linear = arena.take(activation);
-  }
-  p.d_linear = !needs_d_linear(p) ? nullptr : drops ? d_linear : p.d_residual;
 
-  void* shared = nullptr;
-  if (needs_d_qkv(p)) {
-    const bool in_d_x = p.d_x && !p.final_layer_norm && p.heads_dim() <= p.embed_dim;
-    shared = in_d_x ? p.d_x : arena.take(std::max(row_bytes * p.heads_dim(), p.pre_layer_norm ? activation : 0));
+  const size_t d_qkv_bytes = needs_d_qkv(p) ? row_bytes * 3 * p.heads_dim() : 0;
+  const size_t d_linear_bytes = needs_d_linear(p) && drops ? activation : 0;
+  const size_t output_workspace = stage_workspace_bytes(context, p, Phase::kOutputBackward);
+  p.d_qkv = arena.take(std::max(d_qkv_bytes, Arena::aligned(d_linear_bytes) + output_workspace));
+  Arena before_d_qkv(p.d_qkv);
+  void* d_linear = before_d_qkv.take(d_linear_bytes);
+  p.d_linear = !needs_d_linear(p) ? nullptr : drops ? d_linear : p.d_residual;
+  p.output_workspace = before_d_qkv.take(output_workspace);
+  if (!needs_d_qkv(p)) {
+    p.d_qkv = p.d_attn_out = p.hidden = p.d_hidden = p.stage_workspace = p.input_workspace = nullptr;
+    return;
   }
+
+  const size_t attention_workspace = stage_workspace_bytes(context, p, Phase::kAttentionBackward);
+  const size_t input_workspace = stage_workspace_bytes(context, p, Phase::kInputBackward);
+  const bool in_d_x = p.d_x && !p.final_layer_norm && p.heads_dim() <= p.embed_dim;
+  const bool is_free_again = !in_d_x && !p.pre_layer_norm;
+  const size_t later = p.pre_layer_norm ? activation : is_free_again ? input_workspace : 0;
+  void* shared = in_d_x ? p.d_x : arena.take(std::max(row_bytes * p.heads_dim(), later));
   p.d_attn_out = shared;
   p.hidden = !p.pre_layer_norm ? const_cast<void*>(p.x) : p.d_qkv_weight ? shared : nullptr;
   p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? shared : nullptr;
-  p.stage_workspace = arena.take(stage_workspace_bytes(context, p, true));
+  p.stage_workspace = arena.take(std::max(attention_workspace, is_free_again ? 0 : input_workspace));
+  p.input_workspace = is_free_again ? shared : p.stage_workspace;
 }
 
 template <class Context>
@@ -131,15 +142,22 @@ size_t backward_workspace_bytes(const Context& context, Params p) {
   return arena.used();
 }
 
+inline Params with_workspace(Params p, void* workspace) {
+  p.stage_workspace = workspace;
+  return p;
+}
+
 template <class Context>
 void block_backward(Context& context, const Params& p) {
-  if (p.final_layer_norm || needs_d_linear(p)) residual_backward(context, p);
-  if (needs_d_linear(p)) output_linear_backward(context, p);
+  const Params output = with_workspace(p, p.output_workspace);
+  if (p.final_layer_norm || needs_d_linear(p)) residual_backward(context, output);
+  if (needs_d_linear(p)) output_linear_backward(context, output);
   if (needs_d_qkv(p)) {
     attention_backward(context, p);
-    if (p.pre_layer_norm && p.d_qkv_weight) layer_norm_forward(context, p);
-    qkv_linear_backward(context, p);
-    if (p.d_hidden) layer_norm_backward(context, p);
+    const Params input = with_workspace(p, p.input_workspace);
+    if (p.pre_layer_norm && p.d_qkv_weight) layer_norm_forward(context, input);
+    qkv_linear_backward(context, input);
+    if (p.d_hidden) layer_norm_backward(context, input);
   }
 }
 

@@ -63,6 +63,10 @@ inline Dropout dropout_of(double rate, bool training, bool upscales) {
   return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscales ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
 }
 
+// Stages whose workspace may lie in the same memory. Backward: the residual and the output projection; attention; and the QKV projection
+// and the first layer norm.
+enum class Phase { kForward, kOutputBackward, kAttentionBackward, kInputBackward };
+
 // What is added to (float dtype), or must be nonzero in (bool, integer dtypes) the scores. Element (b, h, i, j) lies
 // at data + b*strides[0] + h*strides[1] + i*strides[2] + j*strides[3], counted in elements; 0 where it broadcasts.
 struct Mask {
@@ -96,6 +100,9 @@ struct Params {
   double ln_epsilon = 1e-5;
   Dropout attn_dropout;
   Dropout dropout;
+  // Of the dropout masks (philox.h), for the forward pass; backward finds them in random_state.
+  uint64_t seed = 0;
+  uint64_t offset = 0;
 
   // inputs
   const void* x = nullptr;              // [M, E]
@@ -113,7 +120,7 @@ struct Params {
   void* out = nullptr;  // [M, E]
 
   // saved for backward, or in the workspace when nothing is saved
-  uint64_t* random_state = nullptr;  // [2]: seed and offset
+  uint64_t* random_state = nullptr;  // [2]: seed and offset, written by attention_forward
   void* pre_ln_mean = nullptr;       // [M] accumulator type
   void* pre_ln_rstd = nullptr;       // [M] accumulator type
   void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
@@ -134,7 +141,7 @@ struct Params {
   void* d_x = nullptr;              // [M, E]
   void* d_pre_ln_scale = nullptr;   // [E] norm_dtype
   void* d_pre_ln_bias = nullptr;    // [E] norm_dtype
-  void* d_qkv_weight = nullptr;     // [3*H*D, E]
+  void* d_qkv_weight = nullptr;     // [3*H*D, E]; until its time comes attention_backward may use the memory
   void* d_qkv_bias = nullptr;       // [3*H*D]
   void* d_linear_weight = nullptr;  // [H*D, E]
   void* d_linear_bias = nullptr;    // [E]
@@ -150,6 +157,9 @@ struct Params {
 
   // memory that the running stage may use freely; stage_workspace_bytes of the device says how much it needs
   void* stage_workspace = nullptr;
+  // the same for the phases of the backward pass before and after attention
+  void* output_workspace = nullptr;
+  void* input_workspace = nullptr;
 
   int64_t rows() const { return batch * seq_len; }
   int64_t heads_dim() const { return num_heads * head_dim; }

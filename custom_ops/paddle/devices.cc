@@ -33,10 +33,7 @@ CpuDevice::CpuDevice() {
   context.threads = cpu::max_threads();
 }
 
-RandomState CpuDevice::draw() const {
-  const auto [seed, offset] = phi::DefaultCPUGenerator()->IncrementOffset(1);
-  return {seed, offset};
-}
+std::pair<uint64_t, uint64_t> CpuDevice::draw() const { return phi::DefaultCPUGenerator()->IncrementOffset(1); }
 
 #ifdef PFA_WITH_CUDA
 namespace {
@@ -67,10 +64,7 @@ CudaDevice::~CudaDevice() {
   if (context.device != previous_) cudaSetDevice(previous_);
 }
 
-RandomState CudaDevice::draw() const {
-  const auto [seed, offset] = phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1);
-  return {seed, offset};
-}
+std::pair<uint64_t, uint64_t> CudaDevice::draw() const { return phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1); }
 #endif
 
 }  // namespace pfa::op

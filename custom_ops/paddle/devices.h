@@ -13,17 +13,11 @@
 
 namespace pfa::op {
 
-struct RandomState {
-  uint64_t seed;
-  uint64_t offset;
-};
-
 struct CpuDevice {
   cpu::Context context;
 
   CpuDevice();
-  RandomState draw() const;
-  void write(RandomState state, uint64_t* target) { target[0] = state.seed, target[1] = state.offset; }
+  std::pair<uint64_t, uint64_t> draw() const;  // seed and offset
 };
 
 #ifdef PFA_WITH_CUDA
@@ -35,8 +29,7 @@ struct CudaDevice {
   ~CudaDevice();
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
-  RandomState draw() const;
-  void write(RandomState state, uint64_t* target) { cuda::set_random_state(context, target, state.seed, state.offset); }
+  std::pair<uint64_t, uint64_t> draw() const;
 
  private:
   int previous_;

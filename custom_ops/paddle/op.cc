@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attributes.h"
@@ -149,10 +150,13 @@ paddle::Tensor bytes(size_t count, const paddle::Place& place) {
 
 // The seed and offset of this call's dropout masks; Paddle's generator moves on only if something is dropped.
 template <class Device>
-void write_random_state(Device& device, const Params& p, const Attributes& attributes) {
+void choose_seed(Device& device, Params& p, const Attributes& attributes) {
   if (!p.attn_dropout.threshold && !p.dropout.threshold) return;
-  const bool fixed = attributes.has(kFixedSeed);
-  device.write(fixed ? RandomState{static_cast<uint64_t>(attributes.seed), 0} : device.draw(), p.random_state);
+  if (attributes.has(kFixedSeed)) {
+    p.seed = static_cast<uint64_t>(attributes.seed);
+  } else {
+    std::tie(p.seed, p.offset) = device.draw();
+  }
 }
 
 // Runs the forward pass into p.out; `saved` is memory for plan_saved, or null.
@@ -165,7 +169,7 @@ void run_forward(Device& device, Params p, const Attributes& attributes, paddle:
   const paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
   Arena arena(const_cast<void*>(workspace.data()));
   plan_forward(device.context, p, arena, saved != nullptr);
-  write_random_state(device, p, attributes);
+  choose_seed(device, p, attributes);
   block_forward(device.context, p);
 }
 

@@ -143,8 +143,8 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
     cpu::Context context = shared;
     Arena arena(workspace.data());
     plan_forward(context, p, arena, saves);
-    p.random_state[0] = seed;
-    p.random_state[1] = offset;
+    p.seed = seed;
+    p.offset = offset;
     block_forward(context, p);
   }
   return py::make_tuple(out, saves ? py::object(saved) : py::none());

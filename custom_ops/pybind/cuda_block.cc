@@ -4,6 +4,7 @@
 
 #ifdef PFA_WITH_CUDA
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -148,7 +149,8 @@ class CudaBlock {
     }
     Arena arena(address_of(workspace));
     plan_forward(context, p, arena, saves);
-    if (p.dropout.threshold || p.attn_dropout.threshold) cuda::set_random_state(context, p.random_state, seed, offset);
+    p.seed = seed;
+    p.offset = offset;
     block_forward(context, p);
   }
 
@@ -165,21 +167,22 @@ class CudaBlock {
 
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {
     CurrentDevice current(device_);
-    return cuda::stage_workspace_bytes(context(0), params(arrays), backward);
+    const cuda::Context context = this->context(0);
+    const Params p = params(arrays);
+    const auto bytes = [&](Phase phase) { return cuda::stage_workspace_bytes(context, p, phase); };
+    if (!backward) return bytes(Phase::kForward);
+    return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
   }
 
-  void run_stage(const std::string& name, const py::dict& arrays, uintptr_t stream) const {
+  void run_stage(const std::string& name, const py::dict& arrays, uintptr_t stream, uint64_t seed, uint64_t offset) const {
     const auto it = stages().find(name);
     if (it == stages().end()) throw py::value_error("run_stage: unknown stage " + name);
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
-    it->second(context, params(arrays));
-  }
-
-  void set_random_state(const py::object& random_state, uint64_t seed, uint64_t offset, uintptr_t stream) const {
-    CurrentDevice current(device_);
-    cuda::Context context = this->context(stream);
-    cuda::set_random_state(context, static_cast<uint64_t*>(address_of(random_state)), seed, offset);
+    Params p = params(arrays);
+    p.seed = seed;
+    p.offset = offset;
+    it->second(context, p);
   }
 
  private:
@@ -223,10 +226,11 @@ void bind_cuda(py::module_& module) {
       .def("backward", &CudaBlock::backward, py::arg("arrays"), py::arg("saved"), py::arg("workspace"), py::arg("stream"),
            "Writes the gradients that are in `arrays`.")
       .def("stage_workspace_bytes", &CudaBlock::stage_workspace_bytes, py::arg("arrays"), py::arg("backward"))
-      .def("run_stage", &CudaBlock::run_stage, py::arg("name"), py::arg("arrays"), py::arg("stream"),
-           "Runs one stage, such as residual_backward, on the arrays it reads and writes.")
-      .def("set_random_state", &CudaBlock::set_random_state, py::arg("random_state"), py::arg("seed"), py::arg("offset"),
-           py::arg("stream"));
+      .def("run_stage", &CudaBlock::run_stage, py::arg("name"), py::arg("arrays"), py::arg("stream"), py::arg("seed") = 0,
+           py::arg("offset") = 0,
+           "Runs one stage, such as residual_backward, on the arrays it reads and writes; attention_forward writes seed and "
+           "offset "
+           "to random_state.");
 }
 
 }  // namespace pfa

@@ -121,6 +121,31 @@ class Run:
         return self.gradients
 
 
+def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
+    """The attention stages alone on qkv [B, S, 3, H, D] and d_out [B, S, H, D]: the result, and the gradient of qkv."""
+    batch, seq_len, _, num_heads, head_dim = qkv.shape
+    config = dict(batch=batch, seq_len=seq_len, embed_dim=num_heads * head_dim, num_heads=num_heads, head_dim=head_dim)
+    block = pfa_core.CudaBlock(dict(config, dtype=str(qkv.dtype).split(".")[1], **switches))
+    memory = Memory()
+    out, d_qkv = memory.empty(d_out.shape, d_out.dtype), memory.empty(qkv.shape, qkv.dtype)
+    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    log_sum_exp, score_shift = (memory.empty((batch, num_heads, seq_len), statistics) for _ in range(2))
+    random_state = memory.empty((2,), torch.int64)
+    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, d_attn_out=d_out, d_qkv=d_qkv, x=d_out, out=out)
+    arrays = {name: tensor.data_ptr() for name, tensor in dict(tensors, random_state=random_state).items()}
+    if mask is not None:
+        arrays["mask"] = mask_argument(mask, (batch, num_heads, seq_len, seq_len))
+        arrays["score_shift"] = score_shift.data_ptr()
+    size = max(block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), backward) for backward in (False, True))
+    arrays["stage_workspace"] = memory.bytes(size).data_ptr()
+    stream = torch.cuda.current_stream().cuda_stream
+    block.run_stage("attention_forward", arrays, stream, seed % 2**64, offset)
+    block.run_stage("attention_backward", arrays, stream)
+    torch.cuda.synchronize()
+    memory.check()
+    return out, d_qkv
+
+
 def run_case(case, inputs, wanted=None, **options):
     """Result and gradients (all, or the wanted), as float64 NumPy arrays."""
     if wanted is None:

@@ -1,11 +1,10 @@
 """Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, with PyTorch's flash
 way as the peer."""
 
-import pfa_core
 import pytest
 import torch
 import torch.nn.functional as F
-from device import Memory, mask_argument, torch_dtype
+from device import run_attention, torch_dtype
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHUNK = 1024
@@ -45,30 +44,6 @@ def errors(actual, expected):
     return float(error.max()), float(error.square().mean().sqrt())
 
 
-def run(qkv, d_out, causal=False, mask=None):
-    """The result and the gradient of qkv, [S, H, D] and [S, 3, H, D]."""
-    seq_len, _, heads, head_dim = qkv.shape
-    memory = Memory()
-    out, d_qkv = memory.empty(d_out.shape, d_out.dtype), memory.empty(qkv.shape, qkv.dtype)
-    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    log_sum_exp, score_shift = (memory.empty((heads, seq_len), statistics) for _ in range(2))
-    config = dict(batch=1, seq_len=seq_len, embed_dim=heads * head_dim, num_heads=heads, head_dim=head_dim)
-    block = pfa_core.CudaBlock(dict(config, dtype=str(qkv.dtype).split(".")[1], causal=causal))
-    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, d_attn_out=d_out, d_qkv=d_qkv, x=d_out, out=out)
-    arrays = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    if mask is not None:
-        arrays["mask"] = mask_argument(mask, (1, heads, seq_len, seq_len))
-        arrays["score_shift"] = score_shift.data_ptr()
-    size = max(block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), backward) for backward in (False, True))
-    arrays["stage_workspace"] = memory.bytes(size).data_ptr()
-    stream = torch.cuda.current_stream().cuda_stream
-    block.run_stage("attention_forward", arrays, stream)
-    block.run_stage("attention_backward", arrays, stream)
-    torch.cuda.synchronize()
-    memory.check()
-    return out, d_qkv
-
-
 def check(actual, inputs, causal=False):
     """Compares the result and the gradients of q, k and v of a head with float64, and 16-bit ones with PyTorch's errors."""
     dtype = str(inputs[0].dtype).split(".")[1]
@@ -86,8 +61,8 @@ def check(actual, inputs, causal=False):
 
 def draw(seq_len, heads, head_dim, dtype):
     torch.manual_seed(seq_len + head_dim)
-    qkv = torch.randn(seq_len, 3, heads, head_dim, device="cuda").to(torch_dtype(dtype))
-    return qkv, torch.randn(seq_len, heads, head_dim, device="cuda").to(torch_dtype(dtype))
+    qkv = torch.randn(1, seq_len, 3, heads, head_dim, device="cuda").to(torch_dtype(dtype))
+    return qkv, torch.randn(1, seq_len, heads, head_dim, device="cuda").to(torch_dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32", "float64"))
@@ -98,10 +73,10 @@ def draw(seq_len, heads, head_dim, dtype):
 )
 def test_long(seq_len, head_dim, heads, causal, dtype):
     qkv, d_out = draw(seq_len, heads, head_dim, dtype)
-    out, d_qkv = run(qkv, d_out, causal)
+    out, d_qkv = run_attention(qkv, d_out, causal=causal)
     for head in range(heads):
-        inputs = [qkv[:, i, head] for i in range(3)] + [d_out[:, head]]
-        check([out[:, head]] + [d_qkv[:, i, head] for i in range(3)], inputs, causal)
+        inputs = [qkv[0, :, i, head] for i in range(3)] + [d_out[0, :, head]]
+        check([out[0, :, head]] + [d_qkv[0, :, i, head] for i in range(3)], inputs, causal)
 
 
 # Keys are seen from begin to end but for a gap, over more keys than one round brings to shared memory.
@@ -114,8 +89,8 @@ def test_long_key_mask(head_dim, begin, end, dtype):
     seen[begin:end] = True
     seen[1000:2500] = False
     mask = torch.zeros(9001, device="cuda").masked_fill_(~seen, float("-inf"))
-    out, d_qkv = run(qkv, d_out, mask=mask)
-    q, k, v = (qkv[:, i, 0] for i in range(3))
-    d_q, d_k, d_v = (d_qkv[:, i, 0] for i in range(3))
-    check([out[:, 0], d_q, d_k[seen], d_v[seen]], [q, k[seen], v[seen], d_out[:, 0]])
+    out, d_qkv = run_attention(qkv, d_out, mask=mask)
+    q, k, v = (qkv[0, :, i, 0] for i in range(3))
+    d_q, d_k, d_v = (d_qkv[0, :, i, 0] for i in range(3))
+    check([out[0, :, 0], d_q, d_k[seen], d_v[seen]], [q, k[seen], v[seen], d_out[0, :, 0]])
     assert not d_k[~seen].any() and not d_v[~seen].any()

@@ -56,6 +56,8 @@ struct AttentionForward {
   static size_t workspace_bytes(const Context& context, const Params& p) { return context.threads * thread_bytes(p); }
 
   static void run(Context& context, const Params& p) {
+    p.random_state[0] = p.seed;
+    p.random_state[1] = p.offset;
     const int64_t query_tiles = (p.seq_len + kQueryTile - 1) / kQueryTile;
     const size_t bytes = thread_bytes(p);
     parallel_for(p.batch * p.num_heads * query_tiles, context.threads, [&](int64_t index, int thread) {

@@ -32,8 +32,8 @@ inline void output_linear_forward(Context& context, const Params& p) { context.k
 inline void output_linear_backward(Context& context, const Params& p) { context.kernels->output_linear_backward(context, p); }
 inline void residual_forward(Context& context, const Params& p) { context.kernels->residual_forward(context, p); }
 inline void residual_backward(Context& context, const Params& p) { context.kernels->residual_backward(context, p); }
-inline size_t stage_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  return context.kernels->stage_workspace_bytes(context, p, backward);
+inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+  return context.kernels->stage_workspace_bytes(context, p, phase);
 }
 
 }  // namespace pfa::cpu

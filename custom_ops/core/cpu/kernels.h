@@ -23,7 +23,7 @@ struct Kernels {
   void (*output_linear_backward)(Context&, const Params&);
   void (*residual_forward)(Context&, const Params&);
   void (*residual_backward)(Context&, const Params&);
-  size_t (*stage_workspace_bytes)(const Context&, const Params&, bool backward);
+  size_t (*stage_workspace_bytes)(const Context&, const Params&, Phase);
 };
 
 // Those this processor can run, slowest first.

@@ -217,15 +217,22 @@ struct Linear {
             static_cast<T*>(p.d_attn_out)};
   }
 
-  static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
+  static size_t workspace_bytes(const Context& context, const Params& p, Phase phase) {
     const auto bytes = [&](const Product& product) {
       Arena arena;
       Memory(arena, context, product);
       return arena.used();
     };
-    if (!backward) return std::max(bytes(qkv_forward(p)), bytes(output_forward(p)));
-    return std::max({bytes(qkv_backward_weight(p)), bytes(qkv_backward_input(p)), bytes(output_backward_weight(p)),
-                     bytes(output_backward_input(p))});
+    switch (phase) {
+      case Phase::kForward:
+        return std::max(bytes(qkv_forward(p)), bytes(output_forward(p)));
+      case Phase::kOutputBackward:
+        return std::max(bytes(output_backward_weight(p)), bytes(output_backward_input(p)));
+      case Phase::kInputBackward:
+        return std::max(bytes(qkv_backward_weight(p)), bytes(qkv_backward_input(p)));
+      default:
+        return 0;
+    }
   }
 
   static void qkv_linear_forward(Context& context, const Params& p) { multiply(context, qkv_forward(p), p.stage_workspace); }

@@ -79,14 +79,25 @@ PFA_NORM_STAGE(residual_backward, (Residual<T, N>::backward))
 #undef PFA_STAGE
 #undef PFA_NORM_STAGE
 
-inline size_t stage_workspace_bytes(const Context& context, const Params& p, bool backward) {
+inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
   return for_norm_dtype(p, [&](auto element, auto norm) {
     using T = typename decltype(element)::type;
     using N = typename decltype(norm)::type;
-    return std::max(
-        {LayerNorm<T, N>::workspace_bytes(context, p, backward), Residual<T, N>::workspace_bytes(context, p, backward),
-         Linear<T>::workspace_bytes(context, p, backward),
-         backward ? AttentionBackward<T>::workspace_bytes(context, p) : AttentionForward<T>::workspace_bytes(context, p)});
+    const bool backward = phase != Phase::kForward;
+    const size_t layer_norm = LayerNorm<T, N>::workspace_bytes(context, p, backward);
+    const size_t residual = Residual<T, N>::workspace_bytes(context, p, backward);
+    switch (phase) {
+      case Phase::kForward:
+        return std::max({layer_norm, Linear<T>::workspace_bytes(context, p, phase),
+                         AttentionForward<T>::workspace_bytes(context, p), residual});
+      case Phase::kOutputBackward:
+        return std::max(residual, Linear<T>::workspace_bytes(context, p, phase));
+      case Phase::kAttentionBackward:
+        return AttentionBackward<T>::workspace_bytes(context, p);
+      case Phase::kInputBackward:
+        return std::max(layer_norm, Linear<T>::workspace_bytes(context, p, phase));
+    }
+    return size_t{0};
   });
 }
 

@@ -2,6 +2,8 @@
 //
 // With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
 // dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q.
+#include <algorithm>
+
 #include "core/block.h"
 #include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_launch.h"
@@ -35,12 +37,9 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h) + row * args.heads_dim();
     if (args.vectors) {
       constexpr int kVector = 16 / sizeof(T);
-      struct alignas(16) Vector {
-        T v[kVector];
-      };
       for (int d = lane * kVector; d < args.head_dim; d += lanes * kVector) {
-        const Vector a = *reinterpret_cast<const Vector*>(out + d);
-        const Vector b = *reinterpret_cast<const Vector*>(d_out + d);
+        const VectorOf<T> a = *reinterpret_cast<const VectorOf<T>*>(out + d);
+        const VectorOf<T> b = *reinterpret_cast<const VectorOf<T>*>(d_out + d);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) delta += widen<Acc>(a.v[e]) * widen<Acc>(b.v[e]);
       }
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (h.flat < static_cast<uint32_t>(args.dq_slots)) {
-    float4* sums = reinterpret_cast<float4*>(args.dq_sum + index * args.dq_columns);
+    float4* sums = reinterpret_cast<float4*>(dq_sums(args, h.flat) + row * args.dq_columns);
     for (int i = lane; i < args.dq_columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (row == 0 && lane == 0) {
       if (h.flat == 0) args.progress[0] = 0;
@@ -123,17 +122,23 @@ void backward_16bit(const Context& context, const AttentionArgs& args, DType dty
 }
 
 // Places the stage's memory from `memory` on, null to learn its size, which it returns.
-size_t place_workspace(const Context& context, DType dtype, char* memory, AttentionArgs& args) {
+size_t place_workspace(const Context& context, const Params& p, char* memory, AttentionArgs& args) {
   args.rows_padded = static_cast<int>(ceil_div(args.seq_len, kRowMultiple) * kRowMultiple);
-  const bool hopper = hopper_serves(context, args, dtype) && !context.deterministic;
+  const bool hopper = hopper_serves(context, args, p.dtype) && !context.deterministic;
   if (hopper) attention_backward_hopper_plan(context, args);
   Arena arena(memory);
-  const size_t statistics = args.batch * args.num_heads * args.rows_padded * size_of(accumulator_of(dtype));
+  const size_t statistics = args.batch * args.num_heads * args.rows_padded * size_of(accumulator_of(p.dtype));
   args.delta = arena.take(statistics);
   args.lse2 = arena.take(statistics);
   args.shift2 = args.mask.data ? arena.take(statistics) : nullptr;
   if (hopper) {
-    args.dq_sum = static_cast<float*>(arena.take(sizeof(float) * args.dq_slots * args.rows_padded * args.dq_columns));
+    const size_t slot = sizeof(float) * args.rows_padded * args.dq_columns;
+    if (p.d_qkv_weight && reinterpret_cast<uintptr_t>(p.d_qkv_weight) % 16 == 0) {
+      const size_t lent = 3 * p.heads_dim() * p.embed_dim * size_of(p.dtype);
+      args.dq_lent_sum = static_cast<float*>(p.d_qkv_weight);
+      args.dq_lent_slots = static_cast<int>(std::min<size_t>(args.dq_slots, lent / slot));
+    }
+    args.dq_sum = static_cast<float*>(arena.take((args.dq_slots - args.dq_lent_slots) * slot));
     args.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * args.dq_slots)));
   }
   return arena.used();
@@ -141,16 +146,16 @@ size_t place_workspace(const Context& context, DType dtype, char* memory, Attent
 
 }  // namespace
 
-size_t attention_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  if (!backward || p.rows() == 0) return 0;
+size_t attention_backward_workspace_bytes(const Context& context, const Params& p) {
+  if (p.rows() == 0) return 0;
   AttentionArgs args = attention_args(p);
-  return place_workspace(context, p.dtype, nullptr, args);
+  return place_workspace(context, p, nullptr, args);
 }
 
 void attention_backward(Context& context, const Params& p) {
   if (p.rows() == 0) return;
   AttentionArgs args = attention_args(p);
-  place_workspace(context, p.dtype, static_cast<char*>(p.stage_workspace), args);
+  place_workspace(context, p, static_cast<char*>(p.stage_workspace), args);
   switch (p.dtype) {
     case DType::kFloat16:
       return backward_16bit<__half>(context, args, p.dtype);

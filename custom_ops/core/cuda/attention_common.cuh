@@ -23,10 +23,12 @@ constexpr double kLn2 = 0.6931471805599453;
 // Everything a kernel reads of Params, by value. Rows of q, k, v are token_stride elements apart: [B, S, 3, H, D].
 struct AttentionArgs {
   const void* qkv;
-  void* out;          // [B, S, H, D]
-  void* log_sum_exp;  // [B, H, S], or null: not wanted
-  void* score_shift;  // [B, H, S] with a mask, in log2 units, or null: not wanted
-  const uint64_t* random_state;
+  void* out;               // [B, S, H, D]
+  void* log_sum_exp;       // [B, H, S], or null: not wanted
+  void* score_shift;       // [B, H, S] with a mask, in log2 units, or null: not wanted
+  uint64_t* random_state;  // or null: forward, when nothing drops
+  uint64_t seed;           // of the forward pass
+  uint64_t offset;
   Mask mask;
   int64_t batch;
   int64_t num_heads;
@@ -48,9 +50,11 @@ struct AttentionArgs {
   void* shift2;       // [B, H, rows_padded] with a mask: score_shift
   int rows_padded;    // seq_len rounded up to whole tiles of queries
 
-  // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of dq_sum; what dq_lag means is said in
-  // attention_hopper_backward.cu.
-  float* dq_sum;   // [dq_slots, rows_padded, dq_columns]
+  // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of the sums; the first dq_lent_slots lie in
+  // memory that will be another result's. What dq_lag means is said in attention_hopper_backward.cu.
+  float* dq_lent_sum;  // [dq_lent_slots, rows_padded, dq_columns]
+  float* dq_sum;       // [dq_slots - dq_lent_slots, rows_padded, dq_columns]
+  int dq_lent_slots;
   int dq_columns;  // head_dim rounded up to whole blocks of columns
   int dq_slots;
   int dq_lag;
@@ -68,6 +72,8 @@ inline AttentionArgs attention_args(const Params& p) {
   a.log_sum_exp = p.log_sum_exp;
   a.score_shift = p.score_shift;
   a.random_state = p.random_state;
+  a.seed = p.seed;
+  a.offset = p.offset;
   a.mask = p.mask;
   a.batch = p.batch;
   a.num_heads = p.num_heads;
@@ -101,6 +107,13 @@ __device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, uint32_t
   const uint32_t batch = flat / heads;
   const uint32_t head = flat % heads;
   return {batch, head, flat, batch * a.total_heads + a.first_head + head};
+}
+
+// The sums of d_q of a head: [rows_padded, dq_columns].
+__device__ __forceinline__ float* dq_sums(const AttentionArgs& a, uint32_t head) {
+  const int slot = static_cast<int>(head % a.dq_slots);
+  float* first = slot < a.dq_lent_slots ? a.dq_lent_sum : a.dq_sum;
+  return first + static_cast<int64_t>(slot < a.dq_lent_slots ? slot : slot - a.dq_lent_slots) * a.rows_padded * a.dq_columns;
 }
 
 // `which` 0, 1, 2: q, k, v (or their gradients) of a head, at token 0.
@@ -148,6 +161,12 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) {
   return __float2bfloat16(value);
 }
+
+// 16 bytes of neighbouring numbers.
+template <class T>
+struct alignas(16) VectorOf {
+  T v[16 / sizeof(T)];
+};
 
 template <class Acc>
 __device__ __forceinline__ Acc infinity() {
@@ -239,7 +258,19 @@ __device__ __forceinline__ void with_mask_elements(const Mask& mask, F&& f) {
   }
 }
 
-__device__ __forceinline__ PhiloxState attention_philox(const AttentionArgs& a) {
+// To be called by all threads of a forward kernel: leaves the random state to the stages that come later.
+__device__ __forceinline__ void write_random_state(const AttentionArgs& a) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && a.random_state) {
+    a.random_state[0] = a.seed;
+    a.random_state[1] = a.offset;
+  }
+}
+
+__device__ __forceinline__ PhiloxState forward_philox(const AttentionArgs& a) {
+  return philox_state(a.seed, a.offset, DropoutStage::kAttention);
+}
+
+__device__ __forceinline__ PhiloxState backward_philox(const AttentionArgs& a) {
   return philox_state(a.random_state[0], a.random_state[1], DropoutStage::kAttention);
 }
 

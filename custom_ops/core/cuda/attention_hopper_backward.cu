@@ -30,6 +30,12 @@ constexpr int kThreads = 384;
 constexpr int kQueriesTaken = kKeys;           // of d_q at a time, so that there are as many tiles of them as of keys
 constexpr int kSumBlock = 64 * kBlockColumns;  // sums of d_q that a warpgroup adds to at a time
 constexpr int kElementBytes = 12;              // q, k, v, d_out and the sums of d_q
+// In a build for compute-sanitizer.
+#ifdef PFA_SANITIZED
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
 
 template <int kHeadDim>
 struct BackwardShape {
@@ -41,7 +47,7 @@ struct BackwardShape {
   static constexpr int kRowStatisticBytes = kQueries * 4;
   // Of the computing threads at a barrier, or one for each warp: compute-sanitizer follows only the former, which with small tiles of
   // queries takes 8% longer.
-  static constexpr int kArrivals = kQueries > 64 ? 256 : 8;
+  static constexpr int kArrivals = kQueries > 64 || kSanitized ? 256 : 8;
   static constexpr size_t kSharedBytes =
       1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 3 * kRowStatisticBytes);
 };
@@ -79,10 +85,6 @@ __device__ __forceinline__ bool any_visible(const AttentionArgs& args, int64_t m
   return visible;
 }
 
-__device__ __forceinline__ float* sums_of(const AttentionArgs& args, uint32_t head, int columns) {
-  return args.dq_sum + static_cast<int64_t>(head % args.dq_slots) * args.rows_padded * columns;
-}
-
 // Of the tiles of all heads that a head's slot has had: how many are in the sums, and how many of d_q have left them.
 __device__ __forceinline__ uint32_t* tiles_added(const AttentionArgs& args, uint32_t head) {
   return args.progress + 1 + head % args.dq_slots;
@@ -111,7 +113,7 @@ struct QueryGradient {
   float values[kBlocks][32];
 
   __device__ __forceinline__ float4* sums(const AttentionArgs& args, uint32_t head, int row0) const {
-    return reinterpret_cast<float4*>(sums_of(args, head, kHeadDim) + row0 * kHeadDim) + threadIdx.x % 128;
+    return reinterpret_cast<float4*>(dq_sums(args, head) + row0 * kHeadDim) + threadIdx.x % 128;
   }
 
   __device__ __forceinline__ void load(const AttentionArgs& args, uint32_t head, int row0) {
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   const float drop_scale = static_cast<float>(args.drop_scale);
   PhiloxState philox_key{};
-  if (kDrops) philox_key = attention_philox(args);
+  if (kDrops) philox_key = backward_philox(args);
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
     if (kArrivals > 8 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
     const char* k_tile = k_tiles + slot * Shape::kKeyBytes;
     const char* v_tile = v_tiles + slot * Shape::kKeyBytes;
-    float* head_sums = sums_of(args, h.flat, kHeadDim);
+    float* head_sums = dq_sums(args, h.flat);
     const uint64_t k_rows = rows_operand(k_tile + group * 64 * kRowBytes);
     const uint64_t v_rows = rows_operand(v_tile + group * 64 * kRowBytes);
     const uint64_t k_columns = columns_operand(k_tile + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);

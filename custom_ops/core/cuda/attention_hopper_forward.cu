@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     forward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap mask_map,
                    const MaskCopies mask_copies, const AttentionArgs args, const int heads_per_group) {
 #if PFA_HOPPER_CODE
+  write_random_state(args);
   using Shape = ForwardShape<kHeadDim, kMask>;
   extern __shared__ unsigned char unaligned[];
   char* shared = reinterpret_cast<char*>(unaligned) + (-shared_address(unaligned) & 1023);
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
   char* q_tile = shared + group * Shape::kQueryBytes;
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   PhiloxState philox_key{};
-  if (kDrops) philox_key = attention_philox(args);
+  if (kDrops) philox_key = forward_philox(args);
 
   Rows rows;
   float correction[2];

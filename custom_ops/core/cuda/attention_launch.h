@@ -44,8 +44,6 @@ inline cudaFuncAttributes kernel_attributes(const Context& context, const void* 
 // anew by the driver.
 bool tensor_cores_serve(const Context& context);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls f with the smallest of the head dims in `kHeadDims` that is at least head_dim, as a std::integral_constant.
 template <int kFirst, int... kOthers, class F>
 void with_head_dim(int64_t head_dim, F&& f) {

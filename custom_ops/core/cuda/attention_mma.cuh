@@ -206,6 +206,7 @@ struct ForwardShape {
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  write_random_state(args);
   using Shape = ForwardShape<T, kHeadDim>;
   constexpr int kStrips = Shape::kStrips;
   constexpr int kKeys = Shape::kKeys;
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
   PhiloxState philox_key{};
-  if (kGeneral && args.drops) philox_key = attention_philox(args);
+  if (kGeneral && args.drops) philox_key = forward_philox(args);
 
   float sums[kStrips][kHeadDim / 8][4];
   clear(sums);
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
   PhiloxState philox_key{};
-  if (kGeneral && args.drops) philox_key = attention_philox(args);
+  if (kGeneral && args.drops) philox_key = backward_philox(args);
 
   float dk[1][kHeadDim / 8][4], dv[1][kHeadDim / 8][4];
   clear(dk);
@@ -523,7 +524,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
   const int64_t mask_offset = h.batch * args.mask.strides[0] + h.head * args.mask.strides[1];
   PhiloxState philox_key{};
-  if (kGeneral && args.drops) philox_key = attention_philox(args);
+  if (kGeneral && args.drops) philox_key = backward_philox(args);
 
   float lse2[4] = {}, shift2[4] = {}, delta[4] = {};
 #pragma unroll

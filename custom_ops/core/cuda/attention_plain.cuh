@@ -73,14 +73,11 @@ __device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const T* a, int64
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < Shape::kDotChunk; d += kV) {
-      struct alignas(16) Vector {
-        Acc v[kV];
-      };
-      Vector av[kN], bv[kN];
+      VectorOf<Acc> av[kN], bv[kN];
 #pragma unroll
-      for (int r = 0; r < kN; ++r) av[r] = *reinterpret_cast<Vector*>(&as[(ty + 16 * r) * Shape::kDotStride + d]);
+      for (int r = 0; r < kN; ++r) av[r] = *reinterpret_cast<VectorOf<Acc>*>(&as[(ty + 16 * r) * Shape::kDotStride + d]);
 #pragma unroll
-      for (int c = 0; c < kN; ++c) bv[c] = *reinterpret_cast<Vector*>(&bs[(tx + 16 * c) * Shape::kDotStride + d]);
+      for (int c = 0; c < kN; ++c) bv[c] = *reinterpret_cast<VectorOf<Acc>*>(&bs[(tx + 16 * c) * Shape::kDotStride + d]);
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll
@@ -117,15 +114,12 @@ __device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHe
     __syncthreads();
 #pragma unroll 4
     for (int j = 0; j < Shape::kRows; ++j) {
-      struct alignas(16) Vector {
-        Acc v[kV];
-      };
       Acc p[kN];
 #pragma unroll
       for (int r = 0; r < kN; ++r) p[r] = tile.scores[(ty + 16 * r) * Shape::kScoreStride + j];
 #pragma unroll
       for (int v = 0; v < 4 / kV; ++v) {
-        const Vector bv = *reinterpret_cast<Vector*>(&tile.operand[j * Shape::kSumStride + (v * 16 + tx) * kV]);
+        const VectorOf<Acc> bv = *reinterpret_cast<VectorOf<Acc>*>(&tile.operand[j * Shape::kSumStride + (v * 16 + tx) * kV]);
 #pragma unroll
         for (int r = 0; r < kN; ++r) {
 #pragma unroll
@@ -173,6 +167,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
     const int tiles = (args.seq_len + Shape::kRows - 1) / Shape::kRows;
     const HeadIndex h = head_index(args, blockIdx.x / tiles);
     const int row0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * Shape::kRows;
+    write_random_state(args);
     const int64_t stride = args.token_stride();
     T* qkv = static_cast<T*>(const_cast<void*>(args.qkv));
     const T* q = qkv_head<T>(args, qkv, h, 0);
@@ -181,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
     PhiloxState philox_key{};
-    if (args.drops) philox_key = attention_philox(args);
+    if (args.drops) philox_key = forward_philox(args);
 
     Acc sums[kN][kHeadDim / 16];
     Acc maximum[kN], total[kN];
@@ -274,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
     PhiloxState philox_key{};
-    if (args.drops) philox_key = attention_philox(args);
+    if (args.drops) philox_key = backward_philox(args);
 
     Acc dk[kN][kHeadDim / 16] = {};
     Acc dv[kN][kHeadDim / 16] = {};
@@ -337,7 +332,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(Attention
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
     PhiloxState philox_key{};
-    if (args.drops) philox_key = attention_philox(args);
+    if (args.drops) philox_key = backward_philox(args);
 
     Acc dq[kN][kHeadDim / 16] = {};
     Acc lse2[kN], shift2[kN], delta[kN];

@@ -37,8 +37,7 @@ inline void check(cudaError_t status, const char* what) {
 // To be called after each launch; names the kernel in the error.
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// Writes seed and offset to device memory as Params::random_state holds them.
-void set_random_state(Context& context, uint64_t* random_state, uint64_t seed, uint64_t offset);
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace cuda
 }  // namespace pfa

@@ -39,8 +39,8 @@ void layer_norm_backward(Context& context, const Params& p) {
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
-size_t layer_norm_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  return backward && p.pre_layer_norm ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
+size_t layer_norm_backward_workspace_bytes(const Context& context, const Params& p) {
+  return p.pre_layer_norm ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 
 }  // namespace cuda

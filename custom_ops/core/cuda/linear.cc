@@ -123,16 +123,25 @@ void output_linear_backward(Context& context, const Params& p) {
   if (needs_d_qkv(p)) matrix_product(context, d_attn_out_product(p), p.stage_workspace);
 }
 
-size_t linear_workspace_bytes(const Context& context, const Params& p, bool backward) {
+size_t linear_workspace_bytes(const Context& context, const Params& p, Phase phase) {
   const auto bytes = [&](bool needed, const MatrixProduct& product) {
     return needed ? matrix_product_workspace_bytes(context, product) : 0;
   };
-  if (!backward) return std::max(bytes(true, qkv_product(p)), bytes(true, output_product(p)));
-  const size_t d_qkv_bias = p.d_qkv_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()) : 0;
-  const size_t d_linear_bias = p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0;
-  return std::max({d_qkv_bias, d_linear_bias, bytes(p.d_qkv_weight, d_qkv_weight_product(p)),
-                   bytes(needs_d_hidden(p), d_hidden_product(p)), bytes(p.d_linear_weight, d_linear_weight_product(p)),
-                   bytes(needs_d_qkv(p), d_attn_out_product(p))});
+  const auto sums = [&](const void* wanted, int64_t cols) {
+    return wanted ? column_sums_workspace_bytes(context, p.dtype, p.rows(), cols) : 0;
+  };
+  switch (phase) {
+    case Phase::kForward:
+      return std::max(bytes(true, qkv_product(p)), bytes(true, output_product(p)));
+    case Phase::kOutputBackward:
+      return std::max({sums(p.d_linear_bias, p.embed_dim), bytes(p.d_linear_weight, d_linear_weight_product(p)),
+                       bytes(needs_d_qkv(p), d_attn_out_product(p))});
+    case Phase::kInputBackward:
+      return std::max({sums(p.d_qkv_bias, 3 * p.heads_dim()), bytes(p.d_qkv_weight, d_qkv_weight_product(p)),
+                       bytes(needs_d_hidden(p), d_hidden_product(p))});
+    default:
+      return 0;
+  }
 }
 
 }  // namespace cuda

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "core/cuda/numbers.cuh"
 
@@ -14,10 +15,6 @@ namespace cuda {
 
 constexpr int kMaxWarps = 32;
 constexpr int kMaxGroups = 15;  // one of a block's 16 barriers is __syncthreads
-
-// Vectors of a row that one thread holds; twice as many for long rows.
-template <class T>
-constexpr int kFewItems = sizeof(T) == 2 ? 1 : 2;
 
 struct RowShape {
   int group_threads = 0;
@@ -63,11 +60,15 @@ __device__ __forceinline__ void group_sum(A (&value)[N], A* slots) {
     for (int n = 0; n < N; ++n) slots[threadIdx.x / 32 * N + n] = value[n];
   }
   group_barrier<kTogether>();
+  // As many neighbouring lanes as there are warps, or the next power of two, hold their sums.
+  const int lanes = 1 << (32 - __clz(warps - 1));
+  const int warp = threadIdx.x % lanes;
 #pragma unroll
-  for (int n = 0; n < N; ++n) value[n] = 0;
-  for (int warp = 0; warp < warps; ++warp) {
+  for (int n = 0; n < N; ++n) value[n] = warp < warps ? slots[warp * N + n] : A(0);
+#pragma unroll 1
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) value[n] += slots[warp * N + n];
+    for (int n = 0; n < N; ++n) value[n] += __shfl_xor_sync(0xFFFFFFFFu, value[n], distance);
   }
 }
 

@@ -66,14 +66,14 @@ struct Kernel {
   }
 };
 
-// Starts a 16-byte copy into the thread's own shared memory.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+// Starts a copy of 16 bytes, or of zeros if there is nothing to copy, into the thread's own shared memory.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(exists ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  *static_cast<uint4*>(shared) = exists ? *static_cast<const uint4*>(global) : uint4{};
 #endif
 }
 
@@ -101,53 +101,72 @@ constexpr int kSums = kKind == Kind::kNorm          ? 2
                       : kKind == Kind::kNormDropout ? 3
                                                     : 1;
 
-// More threads leave too few registers for float64, or for the sums of many vectors.
-template <class T, int kItems>
-constexpr int kBlockThreads = sizeof(T) < 8 && kItems == kFewItems<T> ? 1024 : 512;
+constexpr int kBlockThreads = 512;
+
+// Vectors of a row that a thread holds; with 512 threads there are registers for the sums of no more.
+template <class T>
+constexpr int kItems = sizeof(T) == 2 ? 2 : 4;
 
 // Rows of a group on their way at a time, the present one included: as many as 192 KiB hold, but 2 to 4.
-template <Kind kKind, int kItems>
-constexpr int kRowsInFlight = std::max(2, std::min(4, 12 / (kInputs<kKind> * kItems)));
+template <class T, Kind kKind>
+constexpr int kRowsInFlight = std::max(2, std::min(4, (192 << 10) / (16 * kInputs<kKind> * kItems<T> * kBlockThreads)));
+
+// Of shared memory for the sums of groups.
+template <class T>
+constexpr size_t kStaticBytes = 4 * kMaxWarps * sizeof(Accumulator<T>);
 
 // Numbers between the rows of the exchange of sums, so that reading neighbouring columns meets different banks.
 template <class T>
 constexpr int kPadding = 128 / sizeof(Accumulator<T>) / kVectorSize<T>;
 
-template <class T, class P, Kind kKind, int kItems>
-__global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
+template <class T, class P, Kind kKind>
+__global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
-  constexpr int kDepth = kRowsInFlight<kKind, kItems>;
+  constexpr int kItems = cuda::kItems<T>;
+  constexpr int kDepth = kRowsInFlight<T, kKind>;
   constexpr bool kHasNorm = kKind != Kind::kDropout;
   constexpr bool kHasDropout = kKind != Kind::kNorm;
   extern __shared__ uint4 shared[];
   __shared__ A slots[2][2 * kMaxWarps];
+  static_assert(sizeof(slots) == kStaticBytes<T>, "shared memory beside the dynamic");
 
   const int threads = blockDim.x * blockDim.y;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const auto slot = [&](int stage, int input, int item) {
-    return shared + ((stage * kInputs<kKind> + input) * kItems + item) * threads + thread;
-  };
   const int cols = static_cast<int>(k.cols);
-  const auto col_of = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) * kVec; };
+  const int vectors = cols / kVec;
+  const auto in_row = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) < vectors; };
 
-  // All groups of a block take as many turns; one that has run out of rows works on a row of no columns.
+  // All groups of a block take as many turns. Where there is no row or column the copies are zeros, and so is what they add to sums.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
   const int step = static_cast<int>(gridDim.x * blockDim.y);
+  const auto turns_from = [&](int64_t row) { return row < k.rows ? static_cast<int>((k.rows - row + step - 1) / step) : 0; };
+  const int turns = turns_from(first);
+  const int own_turns = turns_from(first + threadIdx.y);
 
-  const auto fetch = [&](int64_t first_row, int stage) {
-    const int64_t row = first_row + threadIdx.y;
-    if (row < k.rows) {
+  // Places in a matrix are counted in bytes.
+  const int64_t stride = static_cast<int64_t>(step) * vectors * 16;
+  int64_t place = ((first + threadIdx.y) * vectors + threadIdx.x) * 16;
+  const auto at = [&](auto* matrix, int64_t from, int item) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(matrix)>>, const char, char>;
+    return reinterpret_cast<decltype(matrix)>(reinterpret_cast<Byte*>(matrix) + from) +
+           static_cast<int>(item * blockDim.x) * kVec;
+  };
+  // A warp's copies lie together.
+  const int stage_slots = kInputs<kKind> * kItems * threads;
+  const int first_slot = thread / 32 * (32 * kInputs<kKind> * kItems) + thread % 32;
+  const auto slot = [&](int stage_slot, int input, int item) {
+    return shared + first_slot + stage_slot + (input * kItems + item) * 32;
+  };
+
+  const auto fetch = [&](int turn, int64_t from, int stage_slot) {
 #pragma unroll
-      for (int item = 0; item < kItems; ++item) {
-        const int col = col_of(item);
-        if (col < cols) {
-          copy_async(slot(stage, 0, item), k.d_out + row * cols + col);
-          if constexpr (kHasNorm) copy_async(slot(stage, 1, item), k.z + row * cols + col);
-          if constexpr (kKind == Kind::kNorm) {
-            if (k.d_added) copy_async(slot(stage, 2, item), k.d_added + row * cols + col);
-          }
-        }
+    for (int item = 0; item < kItems; ++item) {
+      const bool exists = turn < own_turns && in_row(item);
+      copy_async(slot(stage_slot, 0, item), at(k.d_out, from, item), exists);
+      if constexpr (kHasNorm) copy_async(slot(stage_slot, 1, item), at(k.z, from, item), exists);
+      if constexpr (kKind == Kind::kNorm) {
+        if (k.d_added) copy_async(slot(stage_slot, 2, item), at(k.d_added, from, item), exists);
       }
     }
     end_copies();
@@ -155,90 +174,102 @@ __global__ void __launch_bounds__(kBlockThreads<T, kItems>, 1) norm_rows_backwar
 
   A sums[kSums<kKind>][kItems][kVec] = {};
 #pragma unroll
-  for (int stage = 0; stage < kDepth - 1; ++stage) fetch(first + stage * step, stage);
+  for (int stage = 0; stage < kDepth - 1; ++stage) fetch(stage, place + stage * stride, stage * stage_slots);
+
+  // The scale lies in shared memory, as registers are scarce.
+  P* factors = reinterpret_cast<P*>(shared + kDepth * stage_slots) + threadIdx.x * kVec;
+  if constexpr (kHasNorm) {
+#pragma unroll
+    for (int item = 0; item < kItems && threadIdx.y == 0; ++item) {
+      const int col = static_cast<int>(item * blockDim.x) * kVec;
+      Vector<P, kVec> factor;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) factor.value[i] = narrow<P>(1);
+      if (k.scale && in_row(item)) factor = load_vector<kVec>(k.scale + threadIdx.x * kVec + col);
+      store_vector(factors + col, factor);
+    }
+    __syncthreads();
+  }
+  const PhiloxState philox = kHasDropout ? k.philox() : PhiloxState{};
 
   const A inverse_cols = A(1) / static_cast<A>(k.cols);
   A mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
-  const auto fetch_statistics = [&](int64_t first_row) {
-    const int64_t row = first_row + threadIdx.y;
-    if (kHasNorm && row < k.rows) {
+  const auto fetch_statistics = [&](int turn) {
+    if (kHasNorm && turn < own_turns) {
+      const int64_t row = first + threadIdx.y + static_cast<int64_t>(turn) * step;
       next_mean = k.mean[row];
       next_rstd = k.rstd[row];
     }
   };
-  fetch_statistics(first);
+  fetch_statistics(0);
 
-  int stage = 0;
-  int parity = 0;
-  for (int64_t first_row = first; first_row < k.rows; first_row += step) {
-    const int64_t row = first_row + threadIdx.y;
-    const int width = row < k.rows ? cols : 0;
+  int stage_slot = 0;
+  for (int turn = 0; turn < turns; ++turn) {
     mean = next_mean;
     rstd = next_rstd;
-    fetch_statistics(first_row + step);
-    const int ahead = stage == 0 ? kDepth - 1 : stage - 1;
-    fetch(first_row + (kDepth - 1) * step, ahead);
+    fetch_statistics(turn + 1);
+    const int slot_ahead = stage_slot == 0 ? (kDepth - 1) * stage_slots : stage_slot - stage_slots;
+    fetch(turn + kDepth - 1, place + (kDepth - 1) * stride, slot_ahead);
     wait_copies<kDepth - 1>();
 
-    A means[2] = {0, 0};
+    // n = z * rstd + shift; d_z = g * rstd + z * slope + offset.
+    A slope = 0, offset = 0;
     if constexpr (kHasNorm) {
+      A means[2] = {0, 0};
+      const A shift = -mean * rstd;
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
-        const int col = col_of(item);
-        if (col < width) {
-          A g[kVec], n[kVec], factor[kVec];
-          k.load_scale(col, factor);
-          load(reinterpret_cast<const T*>(slot(stage, 0, item)), g);
-          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n);
+        A g[kVec], z[kVec], factor[kVec];
+        load(factors + static_cast<int>(item * blockDim.x) * kVec, factor);
+        load(reinterpret_cast<const T*>(slot(stage_slot, 0, item)), g);
+        load(reinterpret_cast<const T*>(slot(stage_slot, 1, item)), z);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            n[i] = (n[i] - mean) * rstd;
-            sums[0][item][i] += g[i] * n[i];
-            sums[1][item][i] += g[i];
-            g[i] *= factor[i];
-            means[0] += g[i];
-            means[1] += g[i] * n[i];
-          }
+        for (int i = 0; i < kVec; ++i) {
+          const A n = z[i] * rstd + shift;
+          sums[0][item][i] += g[i] * n;
+          sums[1][item][i] += g[i];
+          g[i] *= factor[i];
+          means[0] += g[i];
+          means[1] += g[i] * n;
         }
       }
-      group_sum<false>(means, slots[parity]);
-      parity ^= 1;
-      means[0] *= inverse_cols;
-      means[1] *= inverse_cols;
+      group_sum<false>(means, slots[turn % 2]);
+      slope = -rstd * rstd * (means[1] * inverse_cols);
+      offset = -rstd * (means[0] * inverse_cols) - slope * mean;
     }
 
-    // g and n are formed anew and the seed is read anew: registers are scarcer than arithmetic.
+    // g is formed anew: registers are scarcer than arithmetic.
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int col = col_of(item);
-      if (col < width) {
-        A d[kVec];
-        load(reinterpret_cast<const T*>(slot(stage, 0, item)), d);
-        if constexpr (kHasNorm) {
-          A n[kVec], factor[kVec];
-          k.load_scale(col, factor);
-          load(reinterpret_cast<const T*>(slot(stage, 1, item)), n);
+      const bool exists = turn < own_turns && in_row(item);
+      A d[kVec];
+      load(reinterpret_cast<const T*>(slot(stage_slot, 0, item)), d);
+      if constexpr (kHasNorm) {
+        A z[kVec], factor[kVec];
+        load(factors + static_cast<int>(item * blockDim.x) * kVec, factor);
+        load(reinterpret_cast<const T*>(slot(stage_slot, 1, item)), z);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) d[i] = rstd * (d[i] * factor[i] - means[0] - (n[i] - mean) * rstd * means[1]);
-          if constexpr (kKind == Kind::kNorm) {
-            if (k.d_added) {
-              A added[kVec];
-              load(reinterpret_cast<const T*>(slot(stage, 2, item)), added);
+        for (int i = 0; i < kVec; ++i) d[i] = d[i] * factor[i] * rstd + (z[i] * slope + offset);
+        if constexpr (kKind == Kind::kNorm) {
+          if (k.d_added) {
+            A added[kVec];
+            load(reinterpret_cast<const T*>(slot(stage_slot, 2, item)), added);
 #pragma unroll
-              for (int i = 0; i < kVec; ++i) d[i] += added[i];
-            }
+            for (int i = 0; i < kVec; ++i) d[i] += added[i];
           }
-          if (k.d_z) store(k.d_z + row * cols + col, d);
         }
-        if constexpr (kHasDropout) {
-          k.dropout(k.words(k.philox(), row * cols + col), row * cols + col, d);
-          if (k.d_y) store(k.d_y + row * cols + col, d);
+        if (k.d_z && exists) store(at(k.d_z, place, item), d);
+      }
+      if constexpr (kHasDropout) {
+        const int64_t index = (place / 16 + static_cast<int>(item * blockDim.x)) * kVec;
+        k.dropout(k.words(philox, index), index, d);
+        if (k.d_y && exists) store(at(k.d_y, place, item), d);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) sums[kSums<kKind> - 1][item][i] += d[i];
-        }
+        for (int i = 0; i < kVec; ++i) sums[kSums<kKind> - 1][item][i] += d[i];
       }
     }
-    stage = stage == kDepth - 1 ? 0 : stage + 1;
+    place += stride;
+    stage_slot = stage_slot == (kDepth - 1) * stage_slots ? 0 : stage_slot + stage_slots;
   }
 
   // The block's sums: over its groups, through the shared memory that the copies no longer use.
@@ -335,29 +366,26 @@ __global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_ker
 }
 
 // Returns how many blocks wrote sums; 0 if the rows do not fit, and nothing was launched.
-template <class T, class P, Kind kKind, int kItems>
+template <class T, class P, Kind kKind>
 int64_t launch(Context& context, const Kernel<T, P>& kernel) {
-  const int64_t vectors = kernel.cols / kVectorSize<T>;
-  if (vectors > kItems * kBlockThreads<T, kItems>) return 0;
-  const RowShape shape = row_shape(vectors, kItems, kBlockThreads<T, kItems>);
+  RowShape shape = row_shape(kernel.cols / kVectorSize<T>, kItems<T>, kBlockThreads);
+  const auto shared_bytes = [&] {
+    const size_t threads = shape.group_threads * shape.groups;
+    const size_t copies = sizeof(uint4) * kRowsInFlight<T, kKind> * kInputs<kKind> * kItems<T> * threads;
+    const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems<T> * kSums<kKind> * (threads + kPadding<T>);
+    const size_t factors = kKind == Kind::kDropout ? 0 : sizeof(P) * kVectorSize<T> * kItems<T> * shape.group_threads;
+    return std::max(copies + factors, exchange);
+  };
+  while (shape.groups > 0 && shared_bytes() + kStaticBytes<T> > context.max_shared_bytes) --shape.groups;
+  if (shape.groups == 0 || shape.group_threads > kBlockThreads) return 0;
   const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
-  const int threads = shape.group_threads * shape.groups;
-  const size_t copies = sizeof(uint4) * kRowsInFlight<kKind, kItems> * kInputs<kKind> * kItems * threads;
-  const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems * kSums<kKind> * (threads + kPadding<T>);
-  const size_t shared = std::max(copies, exchange);
-  if (shared > context.max_shared_bytes) return 0;
-  const auto function = norm_rows_backward_kernel<T, P, kKind, kItems>;
+  const size_t shared = shared_bytes();
+  const auto function = norm_rows_backward_kernel<T, P, kKind>;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "norm_rows_backward_kernel: shared memory");
   function<<<static_cast<unsigned>(blocks), dim3(shape.group_threads, shape.groups), shared, context.stream>>>(kernel);
   check_launch("norm_rows_backward_kernel");
   return blocks;
-}
-
-template <class T, class P, Kind kKind>
-int64_t launch(Context& context, const Kernel<T, P>& kernel) {
-  const int64_t blocks = launch<T, P, kKind, kFewItems<T>>(context, kernel);
-  return blocks ? blocks : launch<T, P, kKind, 2 * kFewItems<T>>(context, kernel);
 }
 
 template <class T, class P>

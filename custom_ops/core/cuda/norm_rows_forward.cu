@@ -1,8 +1,9 @@
 // Residual sum with dropout, and layer norm, forward (norm_rows.h).
 //
-// A group of threads holds its row in registers, all of it on its way before the first number is used: z is formed, rounded to its dtype, and mean and variance are taken of the
-// rounded numbers, so that the same statistics follow from the z that backward reads. Rows that no group can hold, or that
-// cannot be read by vectors, go through a kernel that reads them again for each step.
+// A group of threads holds its row in registers, all of it on its way before the first number is used. z is rounded to its dtype, and
+// mean and variance are taken of the rounded numbers, so that they fit the z that backward reads: where its numbers are nearly the same,
+// others would be far from normal. Rows that no group can hold, or that cannot be read by vectors, go through a kernel that reads them
+// again for each step.
 #include "core/cuda/norm_rows.h"
 
 #include "core/cuda/norm_rows.cuh"
@@ -14,7 +15,9 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupThreads = 512;
 constexpr int kLongThreads = 256;
-constexpr int kItems = 4;  // vectors that a thread has in flight
+// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest blocks share a multiprocessor's registers.
+template <class T>
+constexpr int kFewItems = sizeof(T) == 2 ? 2 : 4;
 
 template <class T, class P>
 struct Kernel {
@@ -77,7 +80,8 @@ struct Kernel {
 };
 
 template <class T, class P, int kRowItems>
-__global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(const Kernel<T, P> k) {
+__global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 2 : 1)
+    norm_rows_forward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
   __shared__ A slots[2][kMaxWarps];
@@ -95,19 +99,18 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
     }
   }
 
-  // From here on y holds z.
+  A z[kRowItems][kVec];
   A sum[1] = {0};
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < cols) {
       const int64_t index = row * k.cols + col;
-      y[item] = k.form_z(state, index, y[item], x[item]);
-      if (k.z) store_vector(k.z + index, y[item]);
-      A value[kVec];
-      widen(y[item], value);
+      const Vector<T, kVec> rounded = k.form_z(state, index, y[item], x[item]);
+      if (k.z) store_vector(k.z + index, rounded);
+      widen(rounded, z[item]);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sum[0] += value[i];
+      for (int i = 0; i < kVec; ++i) sum[0] += z[item][i];
     }
   }
   if (!k.out) return;
@@ -119,10 +122,8 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < cols) {
-      A value[kVec];
-      widen(y[item], value);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) squares[0] += (value[i] - mean) * (value[i] - mean);
+      for (int i = 0; i < kVec; ++i) squares[0] += (z[item][i] - mean) * (z[item][i] - mean);
     }
   }
   group_sum<true>(squares, slots[1]);
@@ -136,10 +137,8 @@ __global__ void __launch_bounds__(kMaxGroupThreads, 2) norm_rows_forward_kernel(
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < cols) {
-      A value[kVec];
-      widen(y[item], value);
-      k.normalize(col, mean, rstd, value);
-      store(k.out + row * k.cols + col, value);
+      k.normalize(col, mean, rstd, z[item]);
+      store(k.out + row * k.cols + col, z[item]);
     }
   }
 }
@@ -185,6 +184,21 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
   }
 }
 
+// So that the fewest threads have nothing to do, and of equals kFewItems; 0 where no group can hold a row.
+template <class T>
+int items_per_thread(int64_t vectors) {
+  if (vectors <= 32) return 1;
+  int best = 0;
+  int64_t least = 0;
+  for (int items : {kFewItems<T>, 4, 3, 2}) {
+    const int threads = row_shape(vectors, items, kBlockThreads).group_threads;
+    if (threads > kMaxGroupThreads || (best && items * threads >= least)) continue;
+    best = items;
+    least = items * threads;
+  }
+  return best;
+}
+
 template <class T, class P>
 void run(Context& context, const NormRowsForward& args) {
   using A = Accumulator<T>;
@@ -211,13 +225,18 @@ void run(Context& context, const NormRowsForward& args) {
                context.stream>>>(kernel);
     check_launch("norm_rows_forward_kernel");
   };
-  if (by_vectors && vectors <= 32) {
-    launch(norm_rows_forward_kernel<T, P, 1>, 1);
-  } else if (by_vectors && vectors <= kItems * kMaxGroupThreads) {
-    launch(norm_rows_forward_kernel<T, P, kItems>, kItems);
-  } else {
-    norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
-    check_launch("norm_long_rows_forward_kernel");
+  switch (by_vectors ? items_per_thread<T>(vectors) : 0) {
+    case 1:
+      return launch(norm_rows_forward_kernel<T, P, 1>, 1);
+    case 2:
+      return launch(norm_rows_forward_kernel<T, P, 2>, 2);
+    case 3:
+      return launch(norm_rows_forward_kernel<T, P, 3>, 3);
+    case 4:
+      return launch(norm_rows_forward_kernel<T, P, 4>, 4);
+    default:
+      norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+      check_launch("norm_long_rows_forward_kernel");
   }
 }
 

@@ -58,8 +58,8 @@ void residual_backward(Context& context, const Params& p) {
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
-size_t residual_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  return backward && residual_has_kernel(p) ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
+size_t residual_backward_workspace_bytes(const Context& context, const Params& p) {
+  return residual_has_kernel(p) ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 
 }  // namespace cuda

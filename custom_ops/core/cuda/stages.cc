@@ -6,9 +6,18 @@
 namespace pfa {
 namespace cuda {
 
-size_t stage_workspace_bytes(const Context& context, const Params& p, bool backward) {
-  return std::max({layer_norm_workspace_bytes(context, p, backward), linear_workspace_bytes(context, p, backward),
-                   attention_workspace_bytes(context, p, backward), residual_workspace_bytes(context, p, backward)});
+size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+  const size_t linear = linear_workspace_bytes(context, p, phase);
+  switch (phase) {
+    case Phase::kOutputBackward:
+      return std::max(linear, residual_backward_workspace_bytes(context, p));
+    case Phase::kAttentionBackward:
+      return attention_backward_workspace_bytes(context, p);
+    case Phase::kInputBackward:
+      return std::max(linear, layer_norm_backward_workspace_bytes(context, p));
+    default:
+      return linear;
+  }
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Device properties, read once per device, and the kernel that puts a seed into device memory.
+// Device properties, read once per device.
 #include "core/cuda/context.h"
 
 #include <mutex>
@@ -12,11 +12,6 @@ int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
   return value;
-}
-
-__global__ void set_random_state_kernel(uint64_t* random_state, uint64_t seed, uint64_t offset) {
-  random_state[0] = seed;
-  random_state[1] = offset;
 }
 
 }  // namespace
@@ -48,11 +43,6 @@ Context make_context(cudaStream_t stream, int device, bool allow_tf32, bool dete
   context.allow_tf32 = allow_tf32;
   context.deterministic = deterministic;
   return context;
-}
-
-void set_random_state(Context& context, uint64_t* random_state, uint64_t seed, uint64_t offset) {
-  set_random_state_kernel<<<1, 1, 0, context.stream>>>(random_state, seed, offset);
-  check_launch("set_random_state_kernel");
 }
 
 }  // namespace cuda
