@@ -5,6 +5,7 @@ that the same tests serve on devices where Paddle itself has no kernels.
 """
 
 import contextlib
+import functools
 from dataclasses import asdict
 
 import common
@@ -20,6 +21,13 @@ def call(tensors, config, **changes):
     switches.pop("offset")
     switches.update(changes)
     return fused_multi_head_attention(**{n: t for n, t in tensors.items() if n in reference.TENSORS}, **switches)
+
+
+@functools.lru_cache(maxsize=None)
+def paddle_computes_on(place):
+    """Whether Paddle's own kernels work there: those of a Paddle that was not built for the GPU may do nothing and say nothing."""
+    one = paddle.to_tensor([1.0], place=place)
+    return (one + one).numpy()[0] == 2.0
 
 
 def to_tensors(arrays, place, wanted=()):

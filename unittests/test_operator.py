@@ -9,7 +9,7 @@ import paddle
 import pytest
 import reference
 from common import Case, Mask
-from runners import call, check_case, check_stored, run_dygraph, to_tensors
+from runners import call, check_case, check_stored, paddle_computes_on, run_dygraph, to_tensors
 
 FULL = Case(mask=Mask("B1SS", "float64")).but(
     pre_layer_norm=True, attn_dropout_rate=0.2, dropout_rate=0.3, pre_ln_epsilon=1e-3, ln_epsilon=1e-4, seed=17
@@ -181,6 +181,8 @@ def sliced_view(a, place):
 @pytest.mark.parametrize("view", [transposed_view, sliced_view])
 @pytest.mark.parametrize("mask", [Mask("BHSS", "bool"), Mask("B1SS", "float32"), Mask("SS", "int64")], ids=str)
 def test_non_contiguous_inputs(mask, view, dtype, place):
+    if not paddle_computes_on(place):
+        pytest.skip("Paddle's own kernels, which make tensors contiguous, do nothing on this GPU")
     case = Case(dtype=dtype, seq_len=9, mask=mask).but(pre_layer_norm=True)
     inputs = common.make_inputs(case)
     arrays = common.stored_inputs(case, inputs)
