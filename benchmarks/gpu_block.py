@@ -85,6 +85,30 @@ ATTENTION = [
     (32, 512, 12, 64, False),
 ]
 
+
+def random_mask(*shape):
+    return torch.rand(*shape, device="cuda") > 0.1
+
+
+def padding(batch, seq_len):
+    """[batch, 1, 1, seq_len]: sequences of half the length up to the whole."""
+    lengths = torch.linspace(seq_len // 2, seq_len, batch, device="cuda").int()
+    return (torch.arange(seq_len, device="cuda") < lengths[:, None])[:, None, None]
+
+
+# The same with masks: name, batch, seq_len, num_heads, head_dim, causal, and a function of the first three that makes the mask.
+MASKED_ATTENTION = [
+    ("bool [B,1,1,S], padding", 16, 512, 16, 64, False, lambda b, s, h: padding(b, s)),
+    ("float32 [B,1,1,S], padding", 2, 4096, 16, 128, False, lambda b, s, h: torch.where(padding(b, s), 0.0, -1e4)),
+    ("bool [B,1,1,S], padding, causal", 8, 2048, 16, 128, True, lambda b, s, h: padding(b, s)),
+    ("bool [B,1,S,S]", 16, 512, 16, 64, False, lambda b, s, h: random_mask(b, 1, s, s)),
+    ("int64 [B,1,S,S]", 16, 512, 16, 64, False, lambda b, s, h: random_mask(b, 1, s, s).long()),
+    ("float32 [B,1,S,S]", 16, 512, 16, 64, False, lambda b, s, h: torch.randn(b, 1, s, s, device="cuda")),
+    ("bfloat16 [B,H,S,S]", 16, 512, 16, 64, False, lambda b, s, h: torch.randn(b, h, s, s, device="cuda").bfloat16()),
+    ("bfloat16 [1,H,S,S]", 2, 4096, 16, 128, False, lambda b, s, h: torch.randn(1, h, s, s, device="cuda").bfloat16()),
+    ("bfloat16 [1,H,S,S]", 16, 511, 16, 64, False, lambda b, s, h: torch.randn(1, h, s, s, device="cuda").bfloat16()),
+]
+
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -274,7 +298,7 @@ def product_rate(dtype):
     return 2 * n**3 / statistics.median(elapsed(lambda: a @ a, 3) for _ in range(5)) * 1e3
 
 
-# The three parts
+# The parts
 
 
 def run_block(case, options):
@@ -339,7 +363,17 @@ def print_block(result):
         print(line)
 
 
-def time_attention(batch, seq_len, num_heads, head_dim, causal, turns):
+def peer_mask(mask, seq_len, causal):
+    """What PyTorch takes for a mask of ours: bool, or of the query's dtype, and none beside is_causal."""
+    if mask is None:
+        return dict(is_causal=causal)
+    mask = mask.bfloat16() if mask.is_floating_point() else mask.bool()
+    if causal:
+        mask = mask & torch.ones(seq_len, seq_len, dtype=torch.bool, device="cuda").tril()
+    return dict(attn_mask=mask)
+
+
+def time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, mask=None):
     config = dict(batch=batch, seq_len=seq_len, embed_dim=num_heads * head_dim, num_heads=num_heads, head_dim=head_dim)
     block = pfa_core.CudaBlock(dict(config, dtype="bfloat16", causal=causal))
     qkv = torch.randn(batch, seq_len, 3, num_heads, head_dim, device="cuda").bfloat16()
@@ -347,6 +381,10 @@ def time_attention(batch, seq_len, num_heads, head_dim, causal, turns):
     log_sum_exp = torch.empty(batch, num_heads, seq_len, device="cuda")
     arrays = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, d_attn_out=d_out, d_qkv=d_qkv, x=out, out=out)
     arrays = {n: address(t) for n, t in arrays.items()}
+    if mask is not None:
+        score_shift = torch.empty_like(log_sum_exp)
+        strides = mask.expand(batch, num_heads, seq_len, seq_len).stride()
+        arrays.update(mask=(address(mask), str(mask.dtype).split(".")[1], strides), score_shift=address(score_shift))
     size = block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), True)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     arrays["stage_workspace"] = address(workspace)
@@ -355,42 +393,70 @@ def time_attention(batch, seq_len, num_heads, head_dim, causal, turns):
     backward = {"ours": lambda: block.run_stage("attention_backward", arrays, stream)}
     q, k, v = (t.detach().requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4))
     peer_d_out = d_out.transpose(1, 2)
-    for backend in ("flash", "cudnn"):
+    switches = peer_mask(mask, seq_len, causal)
+    for backend in peers:
 
         def attention(backend=backend):
             with sdpa_kernel(BACKENDS[backend]):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return F.scaled_dot_product_attention(q, k, v, **switches)
 
         def gradients(o):
             return torch.autograd.grad(o, (q, k, v), peer_d_out, retain_graph=True)
 
+        try:
+            backward[backend] = partial(gradients, attention())
+        except RuntimeError as error:  # a way that does not exist for this mask
+            print(f"    {backend}: {str(error).strip().splitlines()[0][:120]}")
+            continue
         forward[backend] = attention
-        backward[backend] = partial(gradients, attention())
     with torch.no_grad():
         times = {"forward": take_turns(forward, turns)}
     times["backward"] = take_turns(backward, turns)
     return times
 
 
-def run_attention(options):
-    results = []
-    for batch, seq_len, num_heads, head_dim, causal in ATTENTION:
-        times = time_attention(batch, seq_len, num_heads, head_dim, causal, options.turns)
-        operations = 4 * batch * num_heads * seq_len**2 * head_dim / (2 if causal else 1)
-        name = f"B{batch} S{seq_len} H{num_heads} D{head_dim} {'causal' if causal else 'full'}"
-        rates = {
-            direction: {n: factor * operations / ms / 1e9 for n, ms in times[direction].items()}
-            for direction, factor in (("forward", 1.0), ("backward", 2.5))
-        }
-        results.append({"name": name, "ms": times, "tflops": rates})
-    print("\nattention alone, bfloat16: TFLOP/s forward / backward, and ours over PyTorch's flash")
-    print(f"  {'':32}{'ours':>16}{'flash':>16}{'cudnn':>16}{'ours/flash':>16}")
+def attention_result(label, times, batch, seq_len, num_heads, head_dim, causal):
+    operations = 4 * batch * num_heads * seq_len**2 * head_dim / (2 if causal else 1)
+    rates = {
+        direction: {n: factor * operations / ms / 1e9 for n, ms in times[direction].items()}
+        for direction, factor in (("forward", 1.0), ("backward", 2.5))
+    }
+    return {"name": f"B{batch} S{seq_len} H{num_heads} D{head_dim} {label}", "ms": times, "tflops": rates}
+
+
+def print_attention(results, peers, rivals, title):
+    print(f"\n{title}: TFLOP/s forward / backward, and ours over {' or '.join(rivals)}")
+    print(f"  {'':52}" + "".join(f"{n:>16}" for n in ("ours", *peers, "ratio")))
     for r in results:
-        line = f"  {r['name']:32}"
-        for n in ("ours", "flash", "cudnn"):
+        line = f"  {r['name']:52}"
+        for n in ("ours", *peers):
             line += f"{r['tflops']['forward'].get(n, 0):9.0f} /{r['tflops']['backward'].get(n, 0):5.0f}"
-        ratios = [r["tflops"][d]["ours"] / r["tflops"][d].get("flash", float("nan")) for d in ("forward", "backward")]
-        print(line + f"{ratios[0]:9.2f} /{ratios[1]:5.2f}")
+        for direction, width in (("forward", 9), ("backward", 5)):
+            rates = r["tflops"][direction]
+            best = max((rates[n] for n in rivals if n in rates), default=float("nan"))
+            line += f"{' /' if direction == 'backward' else ''}{rates['ours'] / best:{width}.2f}"
+        print(line)
+
+
+def run_attention(options):
+    peers = ("flash", "cudnn")
+    results = []
+    for *shape, causal in ATTENTION:
+        times = time_attention(*shape, causal, peers, options.turns)
+        results.append(attention_result("causal" if causal else "full", times, *shape, causal))
+    print_attention(results, peers, ("flash",), "attention alone, bfloat16")
+    return results
+
+
+def run_masks(options):
+    peers = ("efficient", "cudnn")
+    results = []
+    for label, *shape, causal, make in MASKED_ATTENTION:
+        batch, seq_len, num_heads, _ = shape
+        times = time_attention(*shape, causal, peers, options.turns, make(batch, seq_len, num_heads))
+        results.append(attention_result(label, times, *shape, causal))
+        torch.cuda.empty_cache()
+    print_attention(results, peers, peers, "attention with masks, bfloat16; of the work that there is without a mask")
     return results
 
 
@@ -513,7 +579,7 @@ def tf32():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
-    parser.add_argument("--parts", nargs="*", default=["block", "attention", "stages"])
+    parser.add_argument("--parts", nargs="*", default=["block", "attention", "masks", "stages"])
     parser.add_argument(
         "--compile", nargs="*", default=["unfused", "efficient", "flash", "cudnn"], help="PyTorch's ways to try compiled, too"
     )
@@ -542,6 +608,8 @@ def main():
                 torch.cuda.empty_cache()
         if "attention" in options.parts:
             report["attention"] = run_attention(options)
+        if "masks" in options.parts:
+            report["masks"] = run_masks(options)
     (options.out / "gpu_block.json").write_text(json.dumps(report, indent=1))
     if report["blocks"]:
         draw_chart(report["blocks"], options.out / "gpu_block.png")
