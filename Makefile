@@ -122,8 +122,8 @@ gpu-sanitize:
 	$(call gpu_build,$(GPU_SANITIZED_BUILD),-DCMAKE_CUDA_FLAGS=-DPFA_SANITIZED)
 	set -e; export PYTORCH_NO_CUDA_MEMORY_CACHING=1; for tool in memcheck synccheck; do echo "$$tool"; \
 		$(GPU_SANITIZED_RUN) -k "$(SANITIZED)"; done; \
-	tool=racecheck; kernels='--kernel-name kernel_substring=pfa'; echo "$$tool"; $(GPU_SANITIZED_RUN) -k "$(SANITIZED_STAGES)"; \
-	tool=initcheck; kernels=; echo "$$tool"; PFA_TEST_POISON=0 $(GPU_SANITIZED_RUN) -k "$(SANITIZED_ROWS)"
+	tool=initcheck; echo "$$tool"; PFA_TEST_POISON=0 $(GPU_SANITIZED_RUN) -k "$(SANITIZED_ROWS)"; \
+	tool=racecheck; kernels='--kernel-name kernel_substring=pfa'; echo "$$tool"; $(GPU_SANITIZED_RUN) -k "$(SANITIZED_STAGES)"
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py
