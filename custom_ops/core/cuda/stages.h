@@ -22,7 +22,7 @@ size_t layer_norm_backward_workspace_bytes(const Context& context, const Params&
 void qkv_linear_forward(Context& context, const Params& p);   // hidden -> qkv
 void qkv_linear_backward(Context& context, const Params& p);  // d_qkv -> d_qkv_weight, d_qkv_bias, d_hidden or d_x
 
-void attention_forward(Context& context, const Params& p);   // qkv -> attn_out, log_sum_exp
+void attention_forward(Context& context, const Params& p);   // qkv -> attn_out, log_sum_exp, score_shift, random_state
 void attention_backward(Context& context, const Params& p);  // d_attn_out -> d_qkv
 size_t attention_backward_workspace_bytes(const Context& context, const Params& p);
 
