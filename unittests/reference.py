@@ -10,7 +10,8 @@
     out    = layer_norm(z; ln_scale, ln_bias, ln_epsilon)  if final_layer_norm else z
 
 `Config` holds the switches. `forward` and `backward` take a dict of float64 arrays under the names of the public function's
-arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops.
+arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops. The attention in both
+stands alone too.
 Dropout masks are Philox4x32-10 numbers; their layout is that of custom_ops/core/philox.h, written here a second time.
 """
 
@@ -176,6 +177,28 @@ def layer_norm_gradient(d_result, normalised, rstd, scale):
     return d_x, (d_result * normalised).sum((0, 1)), d_result.sum((0, 1))
 
 
+def attention(qkv, added, factor):
+    """The attention of qkv [B, S, 3, H, D], with `added` to the scores and the probabilities times `factor`: the result,
+    [B, S, H, D], and what the gradient takes."""
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    q = q * qkv.shape[-1] ** -0.5
+    p = softmax(q @ k.swapaxes(-1, -2) + added)
+    o = (p * factor) @ v
+    return o.transpose(0, 2, 1, 3), (q, k, v, p, factor)
+
+
+def attention_gradient(kept, d_result):
+    """The gradient of qkv."""
+    q, k, v, p, factor = kept
+    d_o = d_result.transpose(0, 2, 1, 3)
+    d_v = (p * factor).swapaxes(-1, -2) @ d_o
+    d_p = (d_o @ v.swapaxes(-1, -2)) * factor
+    d_scores = p * (d_p - (p * d_p).sum(-1, keepdims=True))
+    d_q = (d_scores @ k) * q.shape[-1] ** -0.5
+    d_k = d_scores.swapaxes(-1, -2) @ q
+    return np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4)
+
+
 def _block(inputs, config):
     """Every intermediate of the forward pass, by name."""
     x, weight = inputs["x"], inputs["qkv_weight"]
@@ -190,13 +213,10 @@ def _block(inputs, config):
     qkv = v["h"] @ weight.reshape(3 * embed_dim, embed_dim).T
     if inputs.get("qkv_bias") is not None:
         qkv = qkv + inputs["qkv_bias"].reshape(-1)
-    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim).transpose(2, 0, 3, 1, 4)
-    v["q"], v["k"], v["v"] = qkv[0] * head_dim**-0.5, qkv[1], qkv[2]
-    scores = v["q"] @ v["k"].swapaxes(-1, -2) + additive_mask(inputs, config, seq_len)
-    v["p"] = softmax(scores)
-    v["attention_factor"], v["output_factor"] = drop_factors(config, batch, seq_len, num_heads, embed_dim)
-    o = (v["p"] * v["attention_factor"]) @ v["v"]
-    v["o"] = o.transpose(0, 2, 1, 3).reshape(batch, seq_len, embed_dim)
+    attention_factor, v["output_factor"] = drop_factors(config, batch, seq_len, num_heads, embed_dim)
+    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim)
+    o, v["attention"] = attention(qkv, additive_mask(inputs, config, seq_len), attention_factor)
+    v["o"] = o.reshape(batch, seq_len, embed_dim)
     y = v["o"] @ inputs["linear_weight"]
     if inputs.get("linear_bias") is not None:
         y = y + inputs["linear_bias"]
@@ -231,13 +251,8 @@ def backward(inputs, config, d_out):
     d_y = d_z * v["output_factor"]
     g["linear_bias"] = d_y.sum((0, 1))
     g["linear_weight"] = rows(v["o"]).T @ rows(d_y)
-    d_o = (d_y @ inputs["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim).transpose(0, 2, 1, 3)
-    d_v = (v["p"] * v["attention_factor"]).swapaxes(-1, -2) @ d_o
-    d_p = (d_o @ v["v"].swapaxes(-1, -2)) * v["attention_factor"]
-    d_scores = v["p"] * (d_p - (v["p"] * d_p).sum(-1, keepdims=True))
-    d_q = (d_scores @ v["k"]) * head_dim**-0.5
-    d_k = d_scores.swapaxes(-1, -2) @ v["q"]
-    d_qkv = np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4).reshape(batch, seq_len, 3 * embed_dim)
+    d_o = (d_y @ inputs["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim)
+    d_qkv = attention_gradient(v["attention"], d_o).reshape(batch, seq_len, 3 * embed_dim)
     g["qkv_bias"] = d_qkv.sum((0, 1)).reshape(3, num_heads, head_dim)
     g["qkv_weight"] = (rows(d_qkv).T @ rows(v["h"])).reshape(weight.shape)
     d_x = d_qkv @ weight.reshape(3 * embed_dim, embed_dim)
@@ -276,6 +291,34 @@ def bfloat16_to_float32(a):
     return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def composed_attention_16bit(qkv, added, factor, dtype):
+    """`attention` as composed_16bit has it."""
+
+    def r(a):
+        return round_to(a, dtype)
+
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    q = r(q * np.float32(qkv.shape[-1] ** -0.5))
+    scores = r(r(q @ k.swapaxes(-1, -2)) + added)
+    p = r(softmax(scores))
+    p_dropped = r(p * factor)
+    return r(p_dropped @ v).transpose(0, 2, 1, 3), (q, k, v, p, p_dropped, factor)
+
+
+def composed_attention_16bit_gradient(kept, d_result, dtype):
+    def r(a):
+        return round_to(a, dtype)
+
+    q, k, v, p, p_dropped, factor = kept
+    d_o = d_result.transpose(0, 2, 1, 3)
+    d_v = r(p_dropped.swapaxes(-1, -2) @ d_o)
+    d_p = r(r(d_o @ v.swapaxes(-1, -2)) * factor)
+    d_scores = r(p * (d_p - (p * d_p).sum(-1, keepdims=True)))
+    d_q = r(r(d_scores @ k) * np.float32(q.shape[-1] ** -0.5))
+    d_k = r(d_scores.swapaxes(-1, -2) @ q)
+    return np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4)
+
+
 def composed_16bit(inputs, config, d_out, dtype):
     """Result and gradients of the block as a chain of ordinary ops on tensors of `dtype`: what a user has without it.
 
@@ -294,7 +337,6 @@ def composed_16bit(inputs, config, d_out, dtype):
     batch, seq_len, embed_dim = x.shape
     _, num_heads, head_dim, _ = weight.shape
     flat_weight = weight.reshape(3 * embed_dim, embed_dim)
-    scaling = np.float32(head_dim**-0.5)
     attention_factor, output_factor = (
         np.float32(factor) for factor in drop_factors(config, batch, seq_len, num_heads, embed_dim)
     )
@@ -307,12 +349,9 @@ def composed_16bit(inputs, config, d_out, dtype):
     qkv = r(h @ flat_weight.T)
     if "qkv_bias" in f:
         qkv = r(qkv + f["qkv_bias"].reshape(-1))
-    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim).transpose(2, 0, 3, 1, 4)
-    q, k, v = r(qkv[0] * scaling), qkv[1], qkv[2]
-    scores = r(r(q @ k.swapaxes(-1, -2)) + mask)
-    p = r(softmax(scores))
-    p_dropped = r(p * attention_factor)
-    o = r(p_dropped @ v).transpose(0, 2, 1, 3).reshape(batch, seq_len, embed_dim)
+    qkv = qkv.reshape(batch, seq_len, 3, num_heads, head_dim)
+    o, kept = composed_attention_16bit(qkv, mask, attention_factor, dtype)
+    o = o.reshape(batch, seq_len, embed_dim)
     y = r(o @ f["linear_weight"])
     if "linear_bias" in f:
         y = r(y + f["linear_bias"])
@@ -336,13 +375,8 @@ def composed_16bit(inputs, config, d_out, dtype):
     d_y = r(d_z * output_factor)
     g["linear_bias"] = r(d_y.sum((0, 1)))
     g["linear_weight"] = r(rows(o).T @ rows(d_y))
-    d_o = r(d_y @ f["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim).transpose(0, 2, 1, 3)
-    d_v = r(p_dropped.swapaxes(-1, -2) @ d_o)
-    d_p = r(r(d_o @ v.swapaxes(-1, -2)) * attention_factor)
-    d_scores = r(p * (d_p - (p * d_p).sum(-1, keepdims=True)))
-    d_q = r(r(d_scores @ k) * scaling)
-    d_k = r(d_scores.swapaxes(-1, -2) @ q)
-    d_qkv = np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4).reshape(batch, seq_len, 3 * embed_dim)
+    d_o = r(d_y @ f["linear_weight"].T).reshape(batch, seq_len, num_heads, head_dim)
+    d_qkv = composed_attention_16bit_gradient(kept, d_o, dtype).reshape(batch, seq_len, 3 * embed_dim)
     g["qkv_bias"] = r(d_qkv.sum((0, 1))).reshape(3, num_heads, head_dim)
     g["qkv_weight"] = r(rows(d_qkv).T @ rows(h)).reshape(weight.shape)
     d_x = r(d_qkv @ flat_weight)

@@ -8,9 +8,6 @@ from common import Case, Mask
 from device import run_attention, to_device, to_numpy
 from reference import Config
 
-# Of the largest number; eight units in the last place of a 16-bit number below 1.
-LIMIT = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3.2e-2}
-
 DROPOUT = Config(attn_dropout_rate=0.2, seed=11, offset=3)
 CASES = (
     Case(2, 37, 2, 24),
@@ -27,19 +24,9 @@ CASES = (
 )
 
 
-def attention(qkv, d_out, mask, config):
-    """Result [B, S, H, D] and the gradient of qkv [B, S, 3, H, D], by section 2 of DESIGN.md."""
-    batch, seq_len, _, heads, head_dim = qkv.shape
-    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    d_o = d_out.transpose(0, 2, 1, 3)
-    p = reference.softmax(
-        q * head_dim**-0.5 @ k.swapaxes(-1, -2) + reference.additive_mask({"attn_mask": mask}, config, seq_len)
-    )
-    factor, _ = reference.drop_factors(config, batch, seq_len, heads, heads * head_dim)
-    d_p = d_o @ v.swapaxes(-1, -2) * factor
-    d_scores = p * (d_p - (p * d_p).sum(-1, keepdims=True)) * head_dim**-0.5
-    gradients = d_scores @ k, d_scores.swapaxes(-1, -2) @ q, (p * factor).swapaxes(-1, -2) @ d_o
-    return (p * factor @ v).transpose(0, 2, 1, 3), np.stack(gradients).transpose(1, 3, 0, 2, 4)
+def composed(qkv, d_out, added, factor, dtype):
+    out, kept = reference.composed_attention_16bit(qkv, added.astype(np.float32), np.float32(factor), dtype)
+    return out, reference.composed_attention_16bit_gradient(kept, d_out, dtype)
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
@@ -54,7 +41,11 @@ def test_attention(case, dtype):
     device_mask = to_device(mask, case.mask.dtype) if case.mask else None
     dropout = dict(attn_dropout_rate=config.attn_dropout_rate, seed=config.seed, offset=config.offset)
     actual = run_attention(to_device(qkv, dtype), to_device(d_out, dtype), device_mask, causal=config.causal, **dropout)
-    expected = attention(qkv.astype(np.float64), d_out.astype(np.float64), mask, config)
-    for name, a, e in zip(("out", "d_qkv"), actual, expected):
-        error = np.abs(to_numpy(a) - e).max() / np.abs(e).max()
-        assert error <= LIMIT[dtype], f"{name}: relative error {error:.3g}"
+
+    added = reference.additive_mask({"attn_mask": mask}, config, case.seq_len)
+    factor, _ = reference.drop_factors(config, case.batch, case.seq_len, case.num_heads, case.embed_dim)
+    out, kept = reference.attention(qkv.astype(np.float64), added, factor)
+    expected = out, reference.attention_gradient(kept, d_out.astype(np.float64))
+    peer = composed(qkv, d_out, added, factor, dtype) if dtype in common.SIXTEEN_BIT else (None, None)
+    for name, a, e, p in zip(("out", "d_qkv"), actual, expected, peer):
+        common.check_tensor(name, to_numpy(a), e, dtype, p)
