@@ -76,15 +76,6 @@ CASES = [
     Case("long_16k", 1, 16384, 4096, 32, "bfloat16", True, True, 0.0, ("flash", "cudnn")),
 ]
 
-# batch, seq_len, num_heads, head_dim, causal
-ATTENTION = [
-    (4, 4096, 16, 128, True),
-    (4, 4096, 16, 128, False),
-    (4, 4096, 32, 64, True),
-    (4, 4096, 32, 64, False),
-    (32, 512, 12, 64, False),
-]
-
 
 def random_mask(*shape):
     return torch.rand(*shape, device="cuda") > 0.1
@@ -96,7 +87,14 @@ def padding(batch, seq_len):
     return (torch.arange(seq_len, device="cuda") < lengths[:, None])[:, None, None]
 
 
-# The same with masks: name, batch, seq_len, num_heads, head_dim, causal, and a function of the first three that makes the mask.
+# label, batch, seq_len, num_heads, head_dim, causal, and what makes the mask of the first three sizes
+ATTENTION = [
+    ("causal", 4, 4096, 16, 128, True, None),
+    ("full", 4, 4096, 16, 128, False, None),
+    ("causal", 4, 4096, 32, 64, True, None),
+    ("full", 4, 4096, 32, 64, False, None),
+    ("full", 32, 512, 12, 64, False, None),
+]
 MASKED_ATTENTION = [
     ("bool [B,1,1,S], padding", 16, 512, 16, 64, False, lambda b, s, h: padding(b, s)),
     ("float32 [B,1,1,S], padding", 2, 4096, 16, 128, False, lambda b, s, h: torch.where(padding(b, s), 0.0, -1e4)),
@@ -373,7 +371,7 @@ def peer_mask(mask, seq_len, causal):
     return dict(attn_mask=mask)
 
 
-def time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, mask=None):
+def time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, mask):
     config = dict(batch=batch, seq_len=seq_len, embed_dim=num_heads * head_dim, num_heads=num_heads, head_dim=head_dim)
     block = pfa_core.CudaBlock(dict(config, dtype="bfloat16", causal=causal))
     qkv = torch.randn(batch, seq_len, 3, num_heads, head_dim, device="cuda").bfloat16()
@@ -415,15 +413,6 @@ def time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, ma
     return times
 
 
-def attention_result(label, times, batch, seq_len, num_heads, head_dim, causal):
-    operations = 4 * batch * num_heads * seq_len**2 * head_dim / (2 if causal else 1)
-    rates = {
-        direction: {n: factor * operations / ms / 1e9 for n, ms in times[direction].items()}
-        for direction, factor in (("forward", 1.0), ("backward", 2.5))
-    }
-    return {"name": f"B{batch} S{seq_len} H{num_heads} D{head_dim} {label}", "ms": times, "tflops": rates}
-
-
 def print_attention(results, peers, rivals, title):
     print(f"\n{title}: TFLOP/s forward / backward, and ours over {' or '.join(rivals)}")
     print(f"  {'':52}" + "".join(f"{n:>16}" for n in ("ours", *peers, "ratio")))
@@ -438,25 +427,19 @@ def print_attention(results, peers, rivals, title):
         print(line)
 
 
-def run_attention(options):
-    peers = ("flash", "cudnn")
+def run_attention(cases, peers, rivals, title, turns):
     results = []
-    for *shape, causal in ATTENTION:
-        times = time_attention(*shape, causal, peers, options.turns)
-        results.append(attention_result("causal" if causal else "full", times, *shape, causal))
-    print_attention(results, peers, ("flash",), "attention alone, bfloat16")
-    return results
-
-
-def run_masks(options):
-    peers = ("efficient", "cudnn")
-    results = []
-    for label, *shape, causal, make in MASKED_ATTENTION:
-        batch, seq_len, num_heads, _ = shape
-        times = time_attention(*shape, causal, peers, options.turns, make(batch, seq_len, num_heads))
-        results.append(attention_result(label, times, *shape, causal))
+    for label, batch, seq_len, num_heads, head_dim, causal, make_mask in cases:
+        mask = make_mask(batch, seq_len, num_heads) if make_mask else None
+        times = time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, mask)
         torch.cuda.empty_cache()
-    print_attention(results, peers, peers, "attention with masks, bfloat16; of the work that there is without a mask")
+        operations = 4 * batch * num_heads * seq_len**2 * head_dim / (2 if causal else 1)
+        rates = {
+            direction: {n: factor * operations / ms / 1e9 for n, ms in times[direction].items()}
+            for direction, factor in (("forward", 1.0), ("backward", 2.5))
+        }
+        results.append({"name": f"B{batch} S{seq_len} H{num_heads} D{head_dim} {label}", "ms": times, "tflops": rates})
+    print_attention(results, peers, rivals, title)
     return results
 
 
@@ -607,9 +590,11 @@ def main():
                 report["stages"].append(run_stages(case, copy, products))
                 torch.cuda.empty_cache()
         if "attention" in options.parts:
-            report["attention"] = run_attention(options)
+            peers, title = ("flash", "cudnn"), "attention alone, bfloat16"
+            report["attention"] = run_attention(ATTENTION, peers, ("flash",), title, options.turns)
         if "masks" in options.parts:
-            report["masks"] = run_masks(options)
+            peers, title = ("efficient", "cudnn"), "attention with masks, bfloat16; of the work that there is without a mask"
+            report["masks"] = run_attention(MASKED_ATTENTION, peers, peers, title, options.turns)
     (options.out / "gpu_block.json").write_text(json.dumps(report, indent=1))
     if report["blocks"]:
         draw_chart(report["blocks"], options.out / "gpu_block.png")
