@@ -101,8 +101,7 @@ def _load() -> Any:
     return ctypes.CDLL(libraries[0])
 
 
-_library = _load()
-_check = _library.custom_fused_attention_check  # of the inputs of a static graph
+_check = _load().custom_fused_attention_check  # of the inputs of a static graph
 _check.restype = ctypes.c_char_p
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op

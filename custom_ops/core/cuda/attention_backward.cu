@@ -132,6 +132,7 @@ size_t place_workspace(const Context& context, const Params& p, char* memory, At
   args.lse2 = arena.take(statistics);
   args.shift2 = args.mask.data ? arena.take(statistics) : nullptr;
   if (hopper) {
+    // The first sums lie in d_qkv_weight, which is written after this stage only.
     const size_t slot = sizeof(float) * args.rows_padded * args.dq_columns;
     if (p.d_qkv_weight && reinterpret_cast<uintptr_t>(p.d_qkv_weight) % 16 == 0) {
       const size_t lent = 3 * p.heads_dim() * p.embed_dim * size_of(p.dtype);

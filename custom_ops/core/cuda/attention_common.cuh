@@ -26,7 +26,7 @@ struct AttentionArgs {
   void* out;               // [B, S, H, D]
   void* log_sum_exp;       // [B, H, S], or null: not wanted
   void* score_shift;       // [B, H, S] with a mask, in log2 units, or null: not wanted
-  uint64_t* random_state;  // or null: forward, when nothing drops
+  uint64_t* random_state;  // or null: not wanted
   uint64_t seed;           // of the forward pass
   uint64_t offset;
   Mask mask;

@@ -124,7 +124,8 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
   });
 }
 
-// A mask element in 32 bits, to be understood later: as it is, but a double as the float nearest to it, and 1 for a nonzero int64.
+// A mask element in 32 bits, to be understood later: as it is, but a double as a float, rounded towards zero so that it stays finite,
+// and 1 for a nonzero int64.
 template <class T>
 __device__ __forceinline__ uint32_t mask_bits(const T* from) {
   if constexpr (std::is_same<T, double>::value) {

@@ -9,6 +9,8 @@
 // vectors, take one kernel for d_z and d_y and another for the sums.
 #include "core/cuda/norm_rows.h"
 
+#include <type_traits>
+
 #include "core/cuda/column_sums.h"
 #include "core/cuda/norm_rows.cuh"
 
@@ -56,13 +58,6 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
     }
-  }
-
-  template <int N>
-  __device__ __forceinline__ void load_scale(int64_t col, A (&value)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = 1;
-    if (scale) load(scale + col, value);
   }
 };
 
