@@ -60,8 +60,6 @@ def test_norm_parameters_of_x_dtype(dtype):
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_mask(mask, dtype):
-    if mask.dtype in ("float16", "float32", "float64", "bfloat16") and mask.dtype not in (dtype, "float32"):
-        pytest.skip("a float mask is float32 or of the dtype of x")
     check(Case(dtype=dtype, seq_len=70, mask=mask))
 
 
@@ -94,8 +92,6 @@ TILED_MASKS += [
 @pytest.mark.parametrize("seq_len,causal", ((528, False), (515, True)))
 @pytest.mark.parametrize("mask", TILED_MASKS, ids=str)
 def test_mask_over_tiles(mask, seq_len, causal, head_dim, dtype):
-    if mask.dtype in common.SIXTEEN_BIT and mask.dtype != dtype:
-        pytest.skip("a float mask is float32 or of the dtype of x")
     check(Case(dtype=dtype, seq_len=seq_len, head_dim=head_dim, mask=mask, config=Config(causal=causal)))
 
 
