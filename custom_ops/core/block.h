@@ -49,7 +49,7 @@ inline void plan_saved(Params& p, Arena& arena) {
   p.score_shift = p.mask.data ? arena.take(rows * p.num_heads * statistic) : nullptr;
   p.attn_out = arena.take(rows * p.heads_dim() * element);
   p.residual = p.final_layer_norm ? arena.take(rows * p.embed_dim * element) : nullptr;
-  p.ln_mean = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
+  p.ln_mean = p.final_layer_norm && !has_output_dropout(p) ? arena.take(rows * statistic) : nullptr;
   p.ln_rstd = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
 }
 
@@ -102,7 +102,7 @@ template <class Context>
 void plan_backward(const Context& context, Params& p, Arena& arena) {
   const size_t row_bytes = p.rows() * size_of(p.dtype);
   const size_t activation = row_bytes * p.embed_dim;
-  const bool drops = p.dropout.threshold != 0 || p.dropout.scale != 1.0;
+  const bool drops = has_output_dropout(p);
   const bool needs_d_residual = needs_d_linear(p) || p.d_x;
   p.d_residual = !p.final_layer_norm ? const_cast<void*>(p.d_out)
                  : !needs_d_residual ? nullptr

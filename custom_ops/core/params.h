@@ -129,9 +129,10 @@ struct Params {
   // row so far down (-1e9) that the sum of exponentials would be lost beside it. On GPUs score_shift is in units of log2.
   void* score_shift = nullptr;
   void* attn_out = nullptr;  // [batch, seq_len, H, D]
-  void* residual = nullptr;  // [M, E]: z, what the final layer norm reads
-  void* ln_mean = nullptr;   // [M] accumulator type
-  void* ln_rstd = nullptr;   // [M] accumulator type
+  // [M, E]: z; with dropout and a final layer norm the normalised z, in which rounding loses less where a row's mean is large
+  void* residual = nullptr;
+  void* ln_mean = nullptr;  // [M] accumulator type, only if residual is z
+  void* ln_rstd = nullptr;  // [M] accumulator type
 
   // intermediates
   void* hidden = nullptr;  // [M, E]: layer-normalised x; x itself without pre_layer_norm
@@ -165,6 +166,8 @@ struct Params {
   int64_t heads_dim() const { return num_heads * head_dim; }
   int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
+
+inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
 
 // What the gradients asked for make necessary.
 inline bool needs_d_hidden(const Params& p) { return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias)); }

@@ -122,17 +122,18 @@ class Run:
 
 
 def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
-    """The attention stages alone on qkv [B, S, 3, H, D] and d_out [B, S, H, D]: the result, and the gradient of qkv."""
+    """The attention stages alone on qkv [B, S, 3, H, D] and d_out [B, S, H, D]: the result, and the gradients of qkv and its bias."""
     batch, seq_len, _, num_heads, head_dim = qkv.shape
     config = dict(batch=batch, seq_len=seq_len, embed_dim=num_heads * head_dim, num_heads=num_heads, head_dim=head_dim)
     block = pfa_core.CudaBlock(dict(config, dtype=str(qkv.dtype).split(".")[1], **switches))
     memory = Memory()
-    out, d_qkv = memory.empty(d_out.shape, d_out.dtype), memory.empty(qkv.shape, qkv.dtype)
+    out, d_qkv, d_qkv_bias = (memory.empty(shape, qkv.dtype) for shape in (d_out.shape, qkv.shape, qkv.shape[2:]))
     statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     log_sum_exp, score_shift = (memory.empty((batch, num_heads, seq_len), statistics) for _ in range(2))
     random_state = memory.empty((2,), torch.int64)
-    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, d_attn_out=d_out, d_qkv=d_qkv, x=d_out, out=out)
-    arrays = {name: tensor.data_ptr() for name, tensor in dict(tensors, random_state=random_state).items()}
+    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, random_state=random_state, x=d_out, out=out)
+    tensors.update(d_attn_out=d_out, d_qkv=d_qkv, d_qkv_bias=d_qkv_bias)
+    arrays = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     if mask is not None:
         arrays["mask"] = mask_argument(mask, (batch, num_heads, seq_len, seq_len))
         arrays["score_shift"] = score_shift.data_ptr()
@@ -143,7 +144,7 @@ def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
     block.run_stage("attention_backward", arrays, stream)
     torch.cuda.synchronize()
     memory.check()
-    return out, d_qkv
+    return out, d_qkv, d_qkv_bias
 
 
 def run_case(case, inputs, wanted=None, **options):

@@ -26,7 +26,8 @@ CASES = (
 
 def composed(qkv, d_out, added, factor, dtype):
     out, kept = reference.composed_attention_16bit(qkv, added.astype(np.float32), np.float32(factor), dtype)
-    return out, reference.composed_attention_16bit_gradient(kept, d_out, dtype)
+    d_qkv = reference.composed_attention_16bit_gradient(kept, d_out, dtype)
+    return out, d_qkv, reference.round_to(d_qkv.astype(np.float32).sum((0, 1)), dtype)
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
@@ -45,7 +46,8 @@ def test_attention(case, dtype):
     added = reference.additive_mask({"attn_mask": mask}, config, case.seq_len)
     factor, _ = reference.drop_factors(config, case.batch, case.seq_len, case.num_heads, case.embed_dim)
     out, kept = reference.attention(qkv.astype(np.float64), added, factor)
-    expected = out, reference.attention_gradient(kept, d_out.astype(np.float64))
-    peer = composed(qkv, d_out, added, factor, dtype) if dtype in common.SIXTEEN_BIT else (None, None)
-    for name, a, e, p in zip(("out", "d_qkv"), actual, expected, peer):
+    d_qkv = reference.attention_gradient(kept, d_out.astype(np.float64))
+    expected = out, d_qkv, d_qkv.sum((0, 1))
+    peer = composed(qkv, d_out, added, factor, dtype) if dtype in common.SIXTEEN_BIT else (None, None, None)
+    for name, a, e, p in zip(("out", "d_qkv", "d_qkv_bias"), actual, expected, peer):
         common.check_tensor(name, to_numpy(a), e, dtype, p)

@@ -73,7 +73,7 @@ def draw(seq_len, heads, head_dim, dtype):
 )
 def test_long(seq_len, head_dim, heads, causal, dtype):
     qkv, d_out = draw(seq_len, heads, head_dim, dtype)
-    out, d_qkv = run_attention(qkv, d_out, causal=causal)
+    out, d_qkv, _ = run_attention(qkv, d_out, causal=causal)
     for head in range(heads):
         inputs = [qkv[0, :, i, head] for i in range(3)] + [d_out[0, :, head]]
         check([out[0, :, head]] + [d_qkv[0, :, i, head] for i in range(3)], inputs, causal)
@@ -89,7 +89,7 @@ def test_long_key_mask(head_dim, begin, end, dtype):
     seen[begin:end] = True
     seen[1000:2500] = False
     mask = torch.zeros(9001, device="cuda").masked_fill_(~seen, float("-inf"))
-    out, d_qkv = run_attention(qkv, d_out, mask=mask)
+    out, d_qkv, _ = run_attention(qkv, d_out, mask=mask)
     q, k, v = (qkv[0, :, i, 0] for i in range(3))
     d_q, d_k, d_v = (d_qkv[0, :, i, 0] for i in range(3))
     check([out[0, :, 0], d_q, d_k[seen], d_v[seen]], [q, k[seen], v[seen], d_out[0, :, 0]])

@@ -58,8 +58,9 @@ struct LayerNorm {
       for (int64_t r = first; r < end; ++r) {
         load_row(static_cast<const T*>(p.x) + r * width, width, input);
         load_row(static_cast<const T*>(p.d_hidden) + r * width, width, gradient);
-        normalize_row_backward(input, gradient, width, static_cast<const A*>(p.pre_ln_mean)[r],
-                               static_cast<const A*>(p.pre_ln_rstd)[r], memory.scale, d_scale, d_bias);
+        const A rstd = static_cast<const A*>(p.pre_ln_rstd)[r];
+        standardize_row(input, width, static_cast<const A*>(p.pre_ln_mean)[r], rstd);
+        normalize_row_backward(input, gradient, width, rstd, memory.scale, d_scale, d_bias);
         if (!p.d_x) continue;
         if (p.add_residual) {
           const T* d_residual = static_cast<const T*>(p.d_residual) + r * width;

@@ -1,5 +1,5 @@
 // The block's last stage, in one pass over the rows: z = x + dropout(y + linear_bias), out = layer_norm(z), and its gradient.
-// y, the output projection, stands where z will: in p.residual.
+// y, the output projection, stands where z, or with dropout the normalised z, will: in p.residual.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -93,21 +93,21 @@ struct Residual {
           store_row(row, width, residual);
           continue;
         }
-        if constexpr (!std::is_same_v<T, A>) {
+        A mean, rstd;
+        if (has_output_dropout(p)) {
+          normalize_row<A>(row, width, p.ln_epsilon, nullptr, nullptr, mean, rstd);
+          if (p.residual != p.out) store_row(row, width, residual);
+          scale_row(row, width, memory.scale, memory.bias);
+        } else {
           // The statistics are those of z as it is kept, so that backward finds the same normalised row; and whether it is kept
           // makes no difference to the result.
-          store_row(row, width, residual);
-          load_row(residual, width, row);
-        } else if (p.residual != p.out) {
-          store_row(row, width, residual);
+          if (!std::is_same_v<T, A> || p.residual != p.out) store_row(row, width, residual);
+          if (!std::is_same_v<T, A>) load_row(residual, width, row);
+          normalize_row(row, width, p.ln_epsilon, memory.scale, memory.bias, mean, rstd);
         }
-        A mean, rstd;
-        normalize_row(row, width, p.ln_epsilon, memory.scale, memory.bias, mean, rstd);
         store_row(row, width, static_cast<T*>(p.out) + r * width);
-        if (p.ln_mean) {
-          static_cast<A*>(p.ln_mean)[r] = mean;
-          static_cast<A*>(p.ln_rstd)[r] = rstd;
-        }
+        if (p.ln_mean) static_cast<A*>(p.ln_mean)[r] = mean;
+        if (p.ln_rstd) static_cast<A*>(p.ln_rstd)[r] = rstd;
       }
     });
   }
@@ -127,8 +127,9 @@ struct Residual {
         load_row(static_cast<const T*>(p.d_out) + r * width, width, gradient);
         if (p.final_layer_norm) {
           load_row(static_cast<const T*>(p.residual) + r * width, width, input);
-          normalize_row_backward(input, gradient, width, static_cast<const A*>(p.ln_mean)[r],
-                                 static_cast<const A*>(p.ln_rstd)[r], memory.scale, d_scale, d_bias);
+          const A rstd = static_cast<const A*>(p.ln_rstd)[r];
+          if (!has_output_dropout(p)) standardize_row(input, width, static_cast<const A*>(p.ln_mean)[r], rstd);
+          normalize_row_backward(input, gradient, width, rstd, memory.scale, d_scale, d_bias);
           if (p.d_residual) store_row(gradient, width, static_cast<T*>(p.d_residual) + r * width);
         }
         if (!p.d_linear) continue;

@@ -67,14 +67,25 @@ void normalize_row(A* __restrict row, int64_t count, double epsilon, const A* __
   }
 }
 
-// Turns `input` into the normalised row, `gradient` (of the layer norm's output) into the gradient of its input, and adds to the
-// sums for scale and bias unless they are null. `scaled` is scratch.
+// row = row * scale + bias; either may be null.
 template <class A>
-void normalize_row_backward(A* __restrict input, A* __restrict gradient, int64_t count, A mean, A rstd,
+void scale_row(A* __restrict row, int64_t count, const A* __restrict scale, const A* __restrict bias) {
+  for (int64_t i = 0; i < count; ++i) row[i] = row[i] * (scale ? scale[i] : A(1)) + (bias ? bias[i] : A(0));
+}
+
+// row = (row - mean) * rstd
+template <class A>
+void standardize_row(A* __restrict row, int64_t count, A mean, A rstd) {
+  for (int64_t i = 0; i < count; ++i) row[i] = (row[i] - mean) * rstd;
+}
+
+// Turns `gradient` (of the layer norm's output) into the gradient of its input, and adds to the sums for scale and bias unless they are
+// null. `normal` is the normalised row before scale and bias.
+template <class A>
+void normalize_row_backward(const A* __restrict normal, A* __restrict gradient, int64_t count, A rstd,
                             const A* __restrict scale, A* __restrict d_scale, A* __restrict d_bias) {
-  for (int64_t i = 0; i < count; ++i) input[i] = (input[i] - mean) * rstd;
   if (d_scale) {
-    for (int64_t i = 0; i < count; ++i) d_scale[i] += gradient[i] * input[i];
+    for (int64_t i = 0; i < count; ++i) d_scale[i] += gradient[i] * normal[i];
   }
   if (d_bias) {
     for (int64_t i = 0; i < count; ++i) d_bias[i] += gradient[i];
@@ -83,8 +94,8 @@ void normalize_row_backward(A* __restrict input, A* __restrict gradient, int64_t
     for (int64_t i = 0; i < count; ++i) gradient[i] *= scale[i];
   }
   const A gradient_mean = row_sum(gradient, count) / count;
-  const A projection = row_dot(gradient, input, count) / count;
-  for (int64_t i = 0; i < count; ++i) gradient[i] = (gradient[i] - gradient_mean - input[i] * projection) * rstd;
+  const A projection = row_dot(gradient, normal, count) / count;
+  for (int64_t i = 0; i < count; ++i) gradient[i] = (gradient[i] - gradient_mean - normal[i] * projection) * rstd;
 }
 
 // Sums over rows, one row of [count] for each chunk, kept in the stage's workspace; null where the result is not wanted.

@@ -1,7 +1,8 @@
 // Attention, backward: d_q, d_k, d_v from d_out, with the probabilities computed anew from q, k and the saved log-sum-exp.
 //
 // With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
-// dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q.
+// dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q. The sums of these over the
+// tokens are the gradient of the QKV bias.
 #include <algorithm>
 
 #include "core/block.h"
@@ -9,6 +10,7 @@
 #include "core/cuda/attention_launch.h"
 #include "core/cuda/attention_mma.cuh"
 #include "core/cuda/attention_plain.cuh"
+#include "core/cuda/column_sums.h"
 #include "core/cuda/stages.h"
 
 namespace pfa {
@@ -20,7 +22,7 @@ constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole til
 constexpr int kRowThreads = 256;
 
 // `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which
-// make probabilities 0. Clears the sums of d_q and the counts of progress as well.
+// make probabilities 0. Clears the sums of d_q and of the bias and the counts of progress as well.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const AttentionArgs args, const int lanes) {
   const int rows = kRowThreads / lanes;
@@ -29,6 +31,11 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   const HeadIndex h = head_index(args, blockIdx.x / blocks);
   const int row = blockIdx.x % blocks * rows + threadIdx.x / lanes;
   const int64_t index = h.flat * static_cast<int64_t>(args.rows_padded) + row;
+  if (args.bias_sums) {  // of which there are fewer vectors than threads
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    float4* sums = reinterpret_cast<float4*>(args.bias_sums);
+    if (thread < kBiasCopies * args.token_stride() / 4) sums[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
   Acc delta = 0;
   Acc lse2 = infinity<Acc>();
   Acc shift2 = 0;
@@ -141,8 +148,24 @@ size_t place_workspace(const Context& context, const Params& p, char* memory, At
     }
     args.dq_sum = static_cast<float*>(arena.take((args.dq_slots - args.dq_lent_slots) * slot));
     args.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * args.dq_slots)));
+    if (p.d_qkv_bias) args.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.token_stride()));
   }
   return arena.used();
+}
+
+void run_backward(const Context& context, const AttentionArgs& args, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return backward_16bit<__half>(context, args, dtype);
+    case DType::kBFloat16:
+      return backward_16bit<__nv_bfloat16>(context, args, dtype);
+    case DType::kFloat64:
+      return backward_plain<double, double>(context, args);
+    default:
+      if (!tensor::tf32_serves(context, args)) return backward_plain<float, float>(context, args);
+      backward_rows<float, float>(context, args);
+      return backward_mma<float, 64, 128>(context, args);
+  }
 }
 
 }  // namespace
@@ -150,24 +173,21 @@ size_t place_workspace(const Context& context, const Params& p, char* memory, At
 size_t attention_backward_workspace_bytes(const Context& context, const Params& p) {
   if (p.rows() == 0) return 0;
   AttentionArgs args = attention_args(p);
-  return place_workspace(context, p, nullptr, args);
+  const size_t bytes = place_workspace(context, p, nullptr, args);
+  return !p.d_qkv_bias ? bytes : std::max(bytes, column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()));
 }
 
 void attention_backward(Context& context, const Params& p) {
-  if (p.rows() == 0) return;
   AttentionArgs args = attention_args(p);
-  place_workspace(context, p, static_cast<char*>(p.stage_workspace), args);
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return backward_16bit<__half>(context, args, p.dtype);
-    case DType::kBFloat16:
-      return backward_16bit<__nv_bfloat16>(context, args, p.dtype);
-    case DType::kFloat64:
-      return backward_plain<double, double>(context, args);
-    default:
-      if (!tensor::tf32_serves(context, args)) return backward_plain<float, float>(context, args);
-      backward_rows<float, float>(context, args);
-      return backward_mma<float, 64, 128>(context, args);
+  if (p.rows() > 0) {
+    place_workspace(context, p, static_cast<char*>(p.stage_workspace), args);
+    run_backward(context, args, p.dtype);
+  }
+  if (!p.d_qkv_bias) return;
+  if (args.bias_sums) {
+    add_row_blocks(context, DType::kFloat32, args.bias_sums, kBiasCopies, 3 * p.heads_dim(), {{p.d_qkv_bias, p.dtype}, {}, {}});
+  } else {
+    column_sums(context, p.dtype, p.d_qkv, p.rows(), 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
   }
 }
 

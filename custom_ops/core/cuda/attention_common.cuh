@@ -19,6 +19,7 @@ namespace cuda {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
+constexpr int kBiasCopies = 8;  // so that blocks rarely add to the same number at once
 
 // Everything a kernel reads of Params, by value. Rows of q, k, v are token_stride elements apart: [B, S, 3, H, D].
 struct AttentionArgs {
@@ -58,8 +59,9 @@ struct AttentionArgs {
   int dq_columns;  // head_dim rounded up to whole blocks of columns
   int dq_slots;
   int dq_lag;
-  uint32_t*
-      progress;  // [1 + 2 * dq_slots]: how many tiles blocks have begun; and of each slot, are in the sums, and have left them
+  // [1 + 2 * dq_slots]: how many tiles blocks have begun; and of each slot, are in the sums, and have left them
+  uint32_t* progress;
+  float* bias_sums;  // [kBiasCopies, 3, H, D]: d_qkv summed over the tokens, in parts; or null: not wanted
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
   __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }

@@ -155,6 +155,39 @@ __device__ __forceinline__ void add_to(float* to, float a, float b, float c, flo
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+__device__ __forceinline__ void add_to(float* to, float a, float b) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
+}
+
+// Of 2 kCount sums each thread hands one half to the lane 2 kCount away, and adds the other lane's to its own other half.
+template <int kCount>
+__device__ __forceinline__ void exchange_halves(const float (&sums)[2 * kCount], float (&kept)[kCount]) {
+  const bool upper = threadIdx.x & 2 * kCount;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float low = sums[i];
+    const float high = sums[kCount + i];
+    kept[i] = (upper ? high : low) + __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, 2 * kCount);
+  }
+}
+
+// Adds the sums over a warp's 16 rows, which `values` holds as store_strip takes them, times a factor, to sums[0..columns - 1].
+template <int kHeadDim>
+__device__ __forceinline__ void add_column_sums(const float (&values)[kHeadDim / 2], float factor, float* sums, int columns) {
+#pragma unroll
+  for (int column = 0; column < kHeadDim; column += kBlockColumns) {
+    // A thread has two rows of columns 8 n + 2 (lane % 4) and the next, n = 0..7. In the end n = lane / 4.
+    float of_8[16], of_4[8], of_2[4], of_1[2];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) of_8[i] = values[column / 2 + i / 2 * 4 + i % 2] + values[column / 2 + i / 2 * 4 + 2 + i % 2];
+    exchange_halves<8>(of_8, of_4);
+    exchange_halves<4>(of_4, of_2);
+    exchange_halves<2>(of_2, of_1);
+    const int d = column + threadIdx.x % 32 * 2;
+    if (d < columns) add_to(sums + d, of_1[0] * factor, of_1[1] * factor);
+  }
+}
+
 // Operand descriptors. Rows along the product's M or N and columns along its K:
 __device__ __forceinline__ uint64_t rows_operand(const void* p) {
   return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (uint64_t{1} << 16) | (shared_address(p) >> 4 & 0x3FFF);

@@ -10,6 +10,8 @@
 // of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads are left to a kernel of their own. Blocks take tiles
 // in the order of heads, and only when they run, so that whatever one waits for is under way in another.
 //
+// d_q, d_k and d_v, on their way out of registers, are summed over the tokens as well: the gradient of the QKV bias.
+//
 // Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees have no walk;
 // elements of any other mask are loaded a step ahead.
 #include "core/cuda/attention_hopper.h"
@@ -106,6 +108,16 @@ __device__ __forceinline__ void add_count(uint32_t* count) {
   asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
+// What `values` of d_q, d_k or d_v (`which` 0, 1, 2) add to the gradient of the QKV bias.
+template <int kHeadDim>
+__device__ __forceinline__ void add_to_bias(const AttentionArgs& args, const float (&values)[kHeadDim / 2], float factor,
+                                            const HeadIndex& h, int which, int column0) {
+  if (!args.bias_sums) return;
+  float* sums =
+      args.bias_sums + blockIdx.x % kBiasCopies * args.token_stride() + which * args.heads_dim() + h.head * args.head_dim;
+  add_column_sums<kHeadDim>(values, factor, sums + column0, args.head_dim - column0);
+}
+
 // A warpgroup's 64 queries of d_q on their way from the sums of their head to their place.
 template <class T, int kHeadDim>
 struct QueryGradient {
@@ -131,9 +143,11 @@ struct QueryGradient {
   // `strip`: the rows of `block` that belong to the warp.
   __device__ __forceinline__ void store(const AttentionArgs& args, uint32_t head, int row0, char* block, int strip) const {
     const float scale = static_cast<float>(args.score_scale);
-    T* to = qkv_head<T>(args, args.d_qkv, head_index(args, head), 0);
+    const HeadIndex h = head_index(args, head);
+    T* to = qkv_head<T>(args, args.d_qkv, h, 0);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
+      add_to_bias<kBlockColumns>(args, values[b], scale, h, 0, b * kBlockColumns);
       store_strip<T, kBlockColumns>(values[b], scale, scale, block, strip, to + b * kBlockColumns, args.token_stride(),
                                     row0 + strip % 64, args.seq_len, args.head_dim - b * kBlockColumns);
     }
@@ -446,8 +460,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
     char* block = score_tiles + step % kStages * Shape::kScoreBytes;
     const auto store_tile = [&] {
+      add_to_bias<kHeadDim>(args, dk, scale, h, 1, 0);
       store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
                                key0 + strip, args.seq_len, args.head_dim);
+      add_to_bias<kHeadDim>(args, dv, drop_scale, h, 2, 0);
       store_strip<T, kHeadDim>(dv, drop_scale, drop_scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 2),
                                args.token_stride(), key0 + strip, args.seq_len, args.head_dim);
     };

@@ -4,8 +4,8 @@
 //   backward  d_qkv_weight = d_qkv^T @ hidden, d_hidden = d_qkv @ qkv_weight (+ d_residual)
 //             d_linear_weight = attn_out^T @ d_linear, d_attn_out = d_linear @ linear_weight^T
 //
-// Biases ride on the products, and so does the residual where there is no dropout between. Their gradients do not: cuBLASLt's
-// own sums take longer on large matrices than the product and column_sums one after the other.
+// Biases ride on the products, and so does the residual where there is no dropout between. Their gradients do not: cuBLASLt's own sums
+// take longer on large matrices than the product and column_sums one after the other. That of qkv_bias belongs to attention.
 #include "core/cuda/matrix_product.h"
 
 #include <algorithm>
@@ -108,9 +108,6 @@ void qkv_linear_forward(Context& context, const Params& p) { matrix_product(cont
 void output_linear_forward(Context& context, const Params& p) { matrix_product(context, output_product(p), p.stage_workspace); }
 
 void qkv_linear_backward(Context& context, const Params& p) {
-  if (p.d_qkv_bias) {
-    column_sums(context, p.dtype, p.d_qkv, p.rows(), 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
-  }
   if (p.d_qkv_weight) matrix_product(context, d_qkv_weight_product(p), p.stage_workspace);
   if (needs_d_hidden(p)) matrix_product(context, d_hidden_product(p), p.stage_workspace);
 }
@@ -127,18 +124,14 @@ size_t linear_workspace_bytes(const Context& context, const Params& p, Phase pha
   const auto bytes = [&](bool needed, const MatrixProduct& product) {
     return needed ? matrix_product_workspace_bytes(context, product) : 0;
   };
-  const auto sums = [&](const void* wanted, int64_t cols) {
-    return wanted ? column_sums_workspace_bytes(context, p.dtype, p.rows(), cols) : 0;
-  };
   switch (phase) {
     case Phase::kForward:
       return std::max(bytes(true, qkv_product(p)), bytes(true, output_product(p)));
     case Phase::kOutputBackward:
-      return std::max({sums(p.d_linear_bias, p.embed_dim), bytes(p.d_linear_weight, d_linear_weight_product(p)),
-                       bytes(needs_d_qkv(p), d_attn_out_product(p))});
+      return std::max({p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0,
+                       bytes(p.d_linear_weight, d_linear_weight_product(p)), bytes(needs_d_qkv(p), d_attn_out_product(p))});
     case Phase::kInputBackward:
-      return std::max({sums(p.d_qkv_bias, 3 * p.heads_dim()), bytes(p.d_qkv_weight, d_qkv_weight_product(p)),
-                       bytes(needs_d_hidden(p), d_hidden_product(p))});
+      return std::max(bytes(p.d_qkv_weight, d_qkv_weight_product(p)), bytes(needs_d_hidden(p), d_hidden_product(p)));
     default:
       return 0;
   }

@@ -6,7 +6,7 @@
 namespace pfa {
 namespace cuda {
 
-// z = x + dropout(y), out = layer_norm(z). Pointers may be equal: a number is read before it is overwritten.
+// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers may be equal: a number is read before it is overwritten.
 struct NormRowsForward {
   DType dtype = DType::kFloat32;
   DType norm_dtype = DType::kFloat32;
@@ -16,7 +16,8 @@ struct NormRowsForward {
   const void* x = nullptr;  // null: nothing is added
   Dropout dropout;
   const uint64_t* random_state = nullptr;
-  void* z = nullptr;            // null: not wanted
+  void* z = nullptr;            // without a layer norm
+  void* normalized = nullptr;   // n; null: not wanted
   void* out = nullptr;          // null: no layer norm
   const void* scale = nullptr;  // [cols] or null
   const void* bias = nullptr;   // [cols] or null
@@ -36,8 +37,8 @@ struct NormRowsBackward {
   int64_t cols = 0;
   const void* d_out = nullptr;
   bool has_norm = true;
-  const void* z = nullptr;
-  const void* mean = nullptr;
+  const void* z = nullptr;     // with dropout n = (z - mean) * rstd in its place
+  const void* mean = nullptr;  // null with dropout
   const void* rstd = nullptr;
   const void* scale = nullptr;    // [cols] or null
   const void* d_added = nullptr;  // null: nothing is added

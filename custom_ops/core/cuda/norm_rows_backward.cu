@@ -3,6 +3,8 @@
 //   g = d_out * scale,  n = (z - mean) * rstd,  d_z = rstd * (g - mean(g) - n * mean(g * n)) + d_added,  d_y = dropout'(d_z)
 //   d_scale = sum of d_out * n,  d_bias = sum of d_out,  d_y_sum = sum of d_y, over the rows
 //
+// With dropout n is given in place of z.
+//
 // Few blocks walk over many rows, so that the sums over rows stay in registers until the end; then every block writes one
 // row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows into its
 // own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be read by
@@ -22,7 +24,7 @@ constexpr int kLongThreads = 256;
 constexpr int kSumWidth = 32;
 constexpr int kSumHeight = 16;
 
-enum class Kind { kNorm, kNormDropout, kDropout };
+enum class Kind { kNorm, kNormSum, kNormDropout, kDropout };  // kNormSum: d_y is d_z, and its sum is wanted
 
 template <class T, class P>
 struct Kernel {
@@ -48,6 +50,11 @@ struct Kernel {
 
   __device__ __forceinline__ PhiloxWords words(PhiloxState state, int64_t index) const {
     return threshold ? output_words(state, index) : PhiloxWords{};
+  }
+
+  __device__ __forceinline__ A normal(int64_t row, int64_t col) const {
+    const A value = widen(z[row * cols + col]);
+    return mean ? (value - mean[row]) * rstd[row] : value;
   }
 
   template <int N>
@@ -87,14 +94,14 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 template <Kind kKind>
-constexpr int kInputs = kKind == Kind::kNorm          ? 3
-                        : kKind == Kind::kNormDropout ? 2
-                                                      : 1;  // d_out, z, d_added
+constexpr int kInputs = kKind == Kind::kNorm      ? 3
+                        : kKind == Kind::kDropout ? 1
+                                                  : 2;  // d_out, z, d_added
 
 template <Kind kKind>
-constexpr int kSums = kKind == Kind::kNorm          ? 2
-                      : kKind == Kind::kNormDropout ? 3
-                                                    : 1;
+constexpr int kSums = kKind == Kind::kNorm      ? 2
+                      : kKind == Kind::kDropout ? 1
+                                                : 3;
 
 constexpr int kBlockThreads = 512;
 
@@ -121,7 +128,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   constexpr int kItems = cuda::kItems<T>;
   constexpr int kDepth = kRowsInFlight<T, kKind>;
   constexpr bool kHasNorm = kKind != Kind::kDropout;
-  constexpr bool kHasDropout = kKind != Kind::kNorm;
+  constexpr bool kHasDropout = kKind == Kind::kNormDropout || kKind == Kind::kDropout;
   extern __shared__ uint4 shared[];
   __shared__ A slots[2][2 * kMaxWarps];
   static_assert(sizeof(slots) == kStaticBytes<T>, "shared memory beside the dynamic");
@@ -192,7 +199,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   const auto fetch_statistics = [&](int turn) {
     if (kHasNorm && turn < own_turns) {
       const int64_t row = first + threadIdx.y + static_cast<int64_t>(turn) * step;
-      next_mean = k.mean[row];
+      if (!kHasDropout) next_mean = k.mean[row];
       next_rstd = k.rstd[row];
     }
   };
@@ -207,11 +214,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
     fetch(turn + kDepth - 1, place + (kDepth - 1) * stride, slot_ahead);
     wait_copies<kDepth - 1>();
 
-    // n = z * rstd + shift; d_z = g * rstd + z * slope + offset.
+    // n = z * z_factor + z_shift; d_z = g * rstd + z * slope + offset.
     A slope = 0, offset = 0;
     if constexpr (kHasNorm) {
       A means[2] = {0, 0};
-      const A shift = -mean * rstd;
+      const A z_factor = kHasDropout ? A(1) : rstd;
+      const A z_shift = -mean * z_factor;
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
         A g[kVec], z[kVec], factor[kVec];
@@ -220,7 +228,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
         load(reinterpret_cast<const T*>(slot(stage_slot, 1, item)), z);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          const A n = z[i] * rstd + shift;
+          const A n = kHasDropout ? z[i] : z[i] * z_factor + z_shift;
           sums[0][item][i] += g[i] * n;
           sums[1][item][i] += g[i];
           g[i] *= factor[i];
@@ -229,8 +237,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
         }
       }
       group_sum<false>(means, slots[turn % 2]);
-      slope = -rstd * rstd * (means[1] * inverse_cols);
-      offset = -rstd * (means[0] * inverse_cols) - slope * mean;
+      slope = -rstd * z_factor * (means[1] * inverse_cols);
+      offset = -rstd * (means[0] * inverse_cols) - (kHasDropout ? A(0) : slope * mean);
     }
 
     // g is formed anew: registers are scarcer than arithmetic.
@@ -259,6 +267,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
         const int64_t index = (place / 16 + static_cast<int>(item * blockDim.x)) * kVec;
         k.dropout(k.words(philox, index), index, d);
         if (k.d_y && exists) store(at(k.d_y, place, item), d);
+      }
+      if constexpr (kKind != Kind::kNorm) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sums[kSums<kKind> - 1][item][i] += d[i];
       }
@@ -305,15 +315,14 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(c
   const T* d_out = k.d_out + row * k.cols;
   const bool has_norm = k.z != nullptr;
 
-  A mean = 0, rstd = 0;
+  A rstd = 0;
   A means[2] = {0, 0};
   if (has_norm) {
-    mean = k.mean[row];
     rstd = k.rstd[row];
     for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
       const A g = widen(d_out[col]) * (k.scale ? widen(k.scale[col]) : A(1));
       means[0] += g;
-      means[1] += g * (widen(k.z[row * k.cols + col]) - mean) * rstd;
+      means[1] += g * k.normal(row, col);
     }
     group_sum<true>(means, slots);
     means[0] /= static_cast<A>(k.cols);
@@ -323,8 +332,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(c
     const int64_t index = row * k.cols + col;
     A d[1] = {widen(d_out[col])};
     if (has_norm) {
-      const A n = (widen(k.z[index]) - mean) * rstd;
-      d[0] = rstd * (d[0] * (k.scale ? widen(k.scale[col]) : A(1)) - means[0] - n * means[1]);
+      d[0] = rstd * (d[0] * (k.scale ? widen(k.scale[col]) : A(1)) - means[0] - k.normal(row, col) * means[1]);
       if (k.d_added) d[0] += widen(k.d_added[index]);
       if (k.d_z) store(k.d_z + index, d);
     }
@@ -346,7 +354,7 @@ __global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_ker
     for (int64_t row = static_cast<int64_t>(blockIdx.y) * kSumHeight + threadIdx.y; row < k.rows;
          row += static_cast<int64_t>(gridDim.y) * kSumHeight) {
       const A d_out = widen(k.d_out[row * k.cols + col]);
-      sums[0] += d_out * (widen(k.z[row * k.cols + col]) - k.mean[row]) * k.rstd[row];
+      sums[0] += d_out * k.normal(row, col);
       sums[1] += d_out;
     }
   }
@@ -402,16 +410,16 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
                                static_cast<A*>(workspace)};
   const bool by_vectors =
       args.cols % kVectorSize<T> == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
-  const Kind kind = !args.has_norm ? Kind::kDropout : args.d_y || args.d_y_sum ? Kind::kNormDropout : Kind::kNorm;
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
   const ColumnSum d_y_sum = {args.d_y_sum, args.dtype};
 
   int64_t blocks = 0;
   if (by_vectors) {
-    blocks = kind == Kind::kNorm          ? launch<T, P, Kind::kNorm>(context, kernel)
-             : kind == Kind::kNormDropout ? launch<T, P, Kind::kNormDropout>(context, kernel)
-                                          : launch<T, P, Kind::kDropout>(context, kernel);
+    blocks = !args.has_norm ? launch<T, P, Kind::kDropout>(context, kernel)
+             : !args.mean   ? launch<T, P, Kind::kNormDropout>(context, kernel)
+             : args.d_y_sum ? launch<T, P, Kind::kNormSum>(context, kernel)
+                            : launch<T, P, Kind::kNorm>(context, kernel);
   }
   if (blocks) {
     add_row_blocks(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});

@@ -1,9 +1,8 @@
 // Residual sum with dropout, and layer norm, forward (norm_rows.h).
 //
-// A group of threads holds its row in registers, all of it on its way before the first number is used. z is rounded to its dtype, and
-// mean and variance are taken of the rounded numbers, so that they fit the z that backward reads: where its numbers are nearly the same,
-// others would be far from normal. Rows that no group can hold, or that cannot be read by vectors, go through a kernel that reads them
-// again for each step.
+// A group of threads holds its row in registers, all of it on its way before the first number is used. Rows that no group can hold, or
+// that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the result will be, and reads it again
+// for each step.
 #include "core/cuda/norm_rows.h"
 
 #include "core/cuda/norm_rows.cuh"
@@ -30,6 +29,7 @@ struct Kernel {
   A dropout_scale;
   const uint64_t* random_state;
   T* z;
+  T* normalized;
   T* out;
   const P* scale;
   const P* bias;
@@ -43,9 +43,8 @@ struct Kernel {
 
   // z of N neighbouring columns.
   template <int N>
-  __device__ __forceinline__ Vector<T, N> form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
-                                                 const Vector<T, N>& x_vector) const {
-    A value[N];
+  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
+                                         const Vector<T, N>& x_vector, A (&value)[N]) const {
     if (threshold) {
       const PhiloxWords words = output_words(state, index);
       widen(y_vector, value);
@@ -61,11 +60,15 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] += added[i];
     }
-    return narrow_vector<T, N>(value);
   }
 
+  // Stores n and out of N neighbouring columns of z.
   template <int N>
-  __device__ __forceinline__ void normalize(int64_t col, A row_mean, A row_rstd, A (&value)[N]) const {
+  __device__ __forceinline__ void finish(int64_t row, int64_t col, A row_mean, A row_rstd, A (&value)[N]) const {
+    const int64_t index = row * cols + col;
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = (value[i] - row_mean) * row_rstd;
+    if (normalized) store(normalized + index, value);
     A factor[N], offset[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -75,7 +78,8 @@ struct Kernel {
     if (scale) load(scale + col, factor);
     if (bias) load(bias + col, offset);
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = (value[i] - row_mean) * row_rstd * factor[i] + offset[i];
+    for (int i = 0; i < N; ++i) value[i] = value[i] * factor[i] + offset[i];
+    store(out + index, value);
   }
 };
 
@@ -106,9 +110,8 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < cols) {
       const int64_t index = row * k.cols + col;
-      const Vector<T, kVec> rounded = k.form_z(state, index, y[item], x[item]);
-      if (k.z) store_vector(k.z + index, rounded);
-      widen(rounded, z[item]);
+      k.form_z(state, index, y[item], x[item], z[item]);
+      if (!k.out) store(k.z + index, z[item]);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += z[item][i];
     }
@@ -136,30 +139,28 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 
 #pragma unroll
   for (int item = 0; item < kRowItems; ++item) {
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
-    if (col < cols) {
-      k.normalize(col, mean, rstd, z[item]);
-      store(k.out + row * k.cols + col, z[item]);
-    }
+    if (col < cols) k.finish(row, col, mean, rstd, z[item]);
   }
 }
 
-// Any number of columns. What a thread reads again it has written itself: z, or the unfinished out.
+// Any number of columns. What a thread reads again it has written itself.
 template <class T, class P>
 __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(const Kernel<T, P> k) {
   using A = Accumulator<T>;
   __shared__ A slots[2][kMaxWarps];
   const int64_t row = blockIdx.x;
   const PhiloxState state = k.philox();
-  T* kept = (k.z ? k.z : k.out) + row * k.cols;
+  T* kept = (!k.out ? k.z : k.normalized ? k.normalized : k.out) + row * k.cols;
 
   A sum[1] = {0};
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
     const int64_t index = row * k.cols + col;
     Vector<T, 1> x = {};
     if (k.x) x = load_vector<1>(k.x + index);
-    const Vector<T, 1> z = k.form_z(state, index, load_vector<1>(k.y + index), x);
-    kept[col] = z.value[0];
-    sum[0] += widen(z.value[0]);
+    A z[1];
+    k.form_z(state, index, load_vector<1>(k.y + index), x, z);
+    kept[col] = narrow<T>(z[0]);
+    sum[0] += widen(kept[col]);
   }
   if (!k.out) return;
 
@@ -179,8 +180,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
   }
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
     A value[1] = {widen(kept[col])};
-    k.normalize(col, mean, rstd, value);
-    store(k.out + row * k.cols + col, value);
+    k.finish(row, col, mean, rstd, value);
   }
 }
 
@@ -210,6 +210,7 @@ void run(Context& context, const NormRowsForward& args) {
                                static_cast<A>(args.dropout.scale),
                                args.random_state,
                                static_cast<T*>(args.z),
+                               static_cast<T*>(args.normalized),
                                static_cast<T*>(args.out),
                                static_cast<const P*>(args.scale),
                                static_cast<const P*>(args.bias),
@@ -218,7 +219,8 @@ void run(Context& context, const NormRowsForward& args) {
                                static_cast<A*>(args.rstd)};
   constexpr int kVec = kVectorSize<T>;
   const int64_t vectors = args.cols / kVec;
-  const bool by_vectors = args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.out, args.scale, args.bias});
+  const bool by_vectors =
+      args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.normalized, args.out, args.scale, args.bias});
   const auto launch = [&](auto* function, int items) {
     const RowShape shape = row_shape(vectors, items, kBlockThreads);
     function<<<static_cast<unsigned>(shape.row_blocks(args.rows)), dim3(shape.group_threads, shape.groups), 0,

@@ -18,7 +18,7 @@ void residual_forward(Context& context, const Params& p) {
     args.x = p.add_residual ? p.x : nullptr;
     args.dropout = p.dropout;
     args.random_state = p.random_state;
-    args.z = p.final_layer_norm && p.residual == p.out ? nullptr : p.residual;
+    (p.final_layer_norm ? args.normalized : args.z) = p.final_layer_norm && p.residual == p.out ? nullptr : p.residual;
   }
   if (p.final_layer_norm) {
     args.out = p.out;
@@ -42,7 +42,7 @@ void residual_backward(Context& context, const Params& p) {
   args.has_norm = p.final_layer_norm;
   if (p.final_layer_norm) {
     args.z = p.residual;
-    args.mean = p.ln_mean;
+    args.mean = has_output_dropout(p) ? nullptr : p.ln_mean;
     args.rstd = p.ln_rstd;
     args.scale = p.ln_scale;
     args.d_z = p.d_residual;

@@ -12,7 +12,6 @@
 namespace pfa {
 namespace cuda {
 
-inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
 inline bool residual_has_kernel(const Params& p) { return p.final_layer_norm || has_output_dropout(p); }
 
 void layer_norm_forward(Context& context, const Params& p);   // x -> hidden, pre_ln_mean, pre_ln_rstd
@@ -20,10 +19,10 @@ void layer_norm_backward(Context& context, const Params& p);  // d_hidden (+ d_r
 size_t layer_norm_backward_workspace_bytes(const Context& context, const Params& p);
 
 void qkv_linear_forward(Context& context, const Params& p);   // hidden -> qkv
-void qkv_linear_backward(Context& context, const Params& p);  // d_qkv -> d_qkv_weight, d_qkv_bias, d_hidden or d_x
+void qkv_linear_backward(Context& context, const Params& p);  // d_qkv -> d_qkv_weight, d_hidden or d_x
 
 void attention_forward(Context& context, const Params& p);   // qkv -> attn_out, log_sum_exp, score_shift, random_state
-void attention_backward(Context& context, const Params& p);  // d_attn_out -> d_qkv
+void attention_backward(Context& context, const Params& p);  // d_attn_out -> d_qkv, d_qkv_bias
 size_t attention_backward_workspace_bytes(const Context& context, const Params& p);
 
 // attn_out -> residual; that is y, or already z where there is no dropout.
@@ -31,7 +30,7 @@ void output_linear_forward(Context& context, const Params& p);
 void output_linear_backward(Context& context, const Params& p);  // d_linear -> d_linear_weight, d_attn_out
 size_t linear_workspace_bytes(const Context& context, const Params& p, Phase phase);
 
-void residual_forward(Context& context, const Params& p);   // residual (y) -> residual (z), out, ln_mean, ln_rstd
+void residual_forward(Context& context, const Params& p);   // residual (y) -> residual, out, ln_mean, ln_rstd
 void residual_backward(Context& context, const Params& p);  // d_out -> d_residual, d_linear, d_ln_*, d_linear_bias
 size_t residual_backward_workspace_bytes(const Context& context, const Params& p);
 
