@@ -46,13 +46,24 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
+PFA_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  // Of the plain product nvcc makes a 64-bit one, with an addition of 0 after it.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 PFA_HOST_DEVICE PhiloxWords philox(PhiloxState state, uint32_t c0, uint32_t c1, uint32_t c2) {
   uint32_t c3 = state.counter3;
   uint32_t k0 = state.key0;
   uint32_t k1 = state.key1;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+    const uint64_t product0 = wide_product(kPhiloxM0, c0);
+    const uint64_t product1 = wide_product(kPhiloxM1, c2);
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(product1);
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;

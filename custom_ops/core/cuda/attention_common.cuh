@@ -61,7 +61,7 @@ struct AttentionArgs {
   int dq_lag;
   // [1 + 2 * dq_slots]: how many tiles blocks have begun; and of each slot, are in the sums, and have left them
   uint32_t* progress;
-  float* bias_sums;  // [kBiasCopies, 3, H, D]: d_qkv summed over the tokens, in parts; or null: not wanted
+  float* bias_sums;  // [kBiasCopies, 3, H, D]: parts of the gradient of the QKV bias; or null: not wanted
 
   __host__ __device__ int64_t heads_dim() const { return num_heads * head_dim; }
   __host__ __device__ int64_t token_stride() const { return 3 * heads_dim(); }

@@ -10,7 +10,8 @@
 // of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads are left to a kernel of their own. Blocks take tiles
 // in the order of heads, and only when they run, so that whatever one waits for is under way in another.
 //
-// d_q, d_k and d_v, on their way out of registers, are summed over the tokens as well: the gradient of the QKV bias.
+// d_q and d_v, on their way out of registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for
+// what is added to all keys alike moves all scores of a query alike.
 //
 // Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees have no walk;
 // elements of any other mask are loaded a step ahead.
@@ -108,7 +109,7 @@ __device__ __forceinline__ void add_count(uint32_t* count) {
   asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
-// What `values` of d_q, d_k or d_v (`which` 0, 1, 2) add to the gradient of the QKV bias.
+// What `values` of d_q or d_v (`which` 0 or 2) add to the gradient of the QKV bias.
 template <int kHeadDim>
 __device__ __forceinline__ void add_to_bias(const AttentionArgs& args, const float (&values)[kHeadDim / 2], float factor,
                                             const HeadIndex& h, int which, int column0) {
@@ -460,7 +461,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
     char* block = score_tiles + step % kStages * Shape::kScoreBytes;
     const auto store_tile = [&] {
-      add_to_bias<kHeadDim>(args, dk, scale, h, 1, 0);
       store_strip<T, kHeadDim>(dk, scale, scale, block, strip, qkv_head<T>(args, args.d_qkv, h, 1), args.token_stride(),
                                key0 + strip, args.seq_len, args.head_dim);
       add_to_bias<kHeadDim>(args, dv, drop_scale, h, 2, 0);
