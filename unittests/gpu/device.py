@@ -69,7 +69,7 @@ def make_block(case, **switches):
         norm_dtype=case.dtype_of("ln_scale"),
         **switches,
     )
-    return pfa_core.CudaBlock(config)
+    return pfa_core.CudaBlock(config, torch.cuda.current_device())
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""The GPU and the CPU draw the same dropout masks and compute the same block."""
+"""The GPU and the CPU draw the same dropout masks and compute the same block; so does a second GPU, be it the current device or not."""
 
 from dataclasses import asdict
 
@@ -7,8 +7,9 @@ import numpy as np
 import pfa_core
 import pytest
 import reference
+import torch
 from common import Case, Mask
-from device import run_case
+from device import Run, run_case, to_numpy
 from reference import Config
 
 CASES = [
@@ -37,3 +38,27 @@ def test_same_as_cpu(case):
     np.testing.assert_allclose(gpu_out, out, rtol=0, atol=1e-11 * abs(out).max())
     for name in names:
         np.testing.assert_allclose(gpu_gradients[name], gradients[name], rtol=0, atol=1e-11 * abs(gradients[name]).max())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current", (0, 1))
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_second_gpu(dtype, current):
+    case = Case(dtype=dtype, seq_len=257, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, causal=True))
+    inputs = common.make_inputs(case)
+    names = [name for name in reference.DIFFERENTIABLE if name in inputs]
+    with torch.cuda.device(1):
+        run = Run(case, inputs)
+        run.forward()
+        run.backward(names)
+    for result in (run.out, *run.gradients.values()):
+        result.fill_(float("nan"))
+    torch.cuda.synchronize(1)
+    with torch.cuda.device(current):
+        run.forward()
+        run.backward(names)
+        assert torch.cuda.current_device() == current
+    torch.cuda.synchronize(1)
+    run.memory.check()
+    gradients = {name: to_numpy(gradient) for name, gradient in run.gradients.items()}
+    common.check(case, common.expect(case, inputs), to_numpy(run.out), gradients)
