@@ -103,8 +103,10 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0):
     statistic = "float64" if dtype == "float64" else "float32"
     if mean is not None:
         close("mean", mean, z.mean(-1), statistic)
-    # With dropout, rows too long for registers have z rounded before the statistics are taken.
-    close("rstd", rstd, (z.var(-1, unbiased=False) + 1e-5).rsqrt(), dtype if rate else statistic)
+    expected_rstd = (z.var(-1, unbiased=False) + 1e-5).rsqrt()
+    # Rows that no registers hold wait in memory, where z is rounded. Without dropout it has been before.
+    held = cols % 8 == 0 and cols <= 16384 and not offset
+    close("rstd", rstd, expected_rstd, statistic if held or not rate else dtype)
 
     names = ("ln_scale", "ln_bias", "linear_bias")
     sums = {"d_" + name: r.empty(cols, dtype=r.dtype if name == "linear_bias" else r.norm_dtype) for name in names}
@@ -114,12 +116,14 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0):
     r.run("residual_backward", dict(tensors, d_linear=d_linear, **sums))
     if rate:
         n = residual.double()  # as rounded
-    g = d_out.double() * scale.double()
-    d_z = rstd.double()[:, None] * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+    d_z, d_scale, d_bias = reference.layer_norm_gradient(
+        d_out.double()[None], n[None], expected_rstd[None, :, None], scale.double()
+    )
+    d_z = d_z[0]
     close("d_residual", d_residual, d_z, dtype)
     close("d_linear", d_linear, d_z * factor, dtype)
-    close("d_ln_scale", sums["d_ln_scale"], (d_out.double() * n).sum(0), norm_dtype)
-    close("d_ln_bias", sums["d_ln_bias"], d_out.double().sum(0), norm_dtype)
+    close("d_ln_scale", sums["d_ln_scale"], d_scale, norm_dtype)
+    close("d_ln_bias", sums["d_ln_bias"], d_bias, norm_dtype)
     close("d_linear_bias", sums["d_linear_bias"], (d_z * factor).sum(0), dtype)
 
 

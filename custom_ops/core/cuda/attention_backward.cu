@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   const HeadIndex h = head_index(args, blockIdx.x / blocks);
   const int row = blockIdx.x % blocks * rows + threadIdx.x / lanes;
   const int64_t index = h.flat * static_cast<int64_t>(args.rows_padded) + row;
-  if (args.bias_sums) {  // of which there are fewer vectors than threads
+  if (args.bias_sums) {  // 6 H D vectors; there are at least 16 H D threads
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     float4* sums = reinterpret_cast<float4*>(args.bias_sums);
     if (thread < kBiasCopies * args.token_stride() / 4) sums[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -43,15 +43,15 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     const T* out = out_head<T>(args, args.out, h) + row * args.heads_dim();
     const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h) + row * args.heads_dim();
     if (args.vectors) {
-      constexpr int kVector = 16 / sizeof(T);
-      for (int d = lane * kVector; d < args.head_dim; d += lanes * kVector) {
-        const VectorOf<T> a = *reinterpret_cast<const VectorOf<T>*>(out + d);
-        const VectorOf<T> b = *reinterpret_cast<const VectorOf<T>*>(d_out + d);
+      constexpr int kVec = kVectorSize<T>;
+      for (int d = lane * kVec; d < args.head_dim; d += lanes * kVec) {
+        const Vector<T, kVec> a = load_vector<kVec>(out + d);
+        const Vector<T, kVec> b = load_vector<kVec>(d_out + d);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) delta += widen<Acc>(a.v[e]) * widen<Acc>(b.v[e]);
+        for (int e = 0; e < kVec; ++e) delta += widen(a.value[e]) * widen(b.value[e]);
       }
     } else {
-      for (int d = lane; d < args.head_dim; d += lanes) delta += widen<Acc>(out[d]) * widen<Acc>(d_out[d]);
+      for (int d = lane; d < args.head_dim; d += lanes) delta += widen(out[d]) * widen(d_out[d]);
     }
     const int64_t statistic = h.flat * static_cast<int64_t>(args.seq_len) + row;
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
@@ -174,6 +174,7 @@ size_t attention_backward_workspace_bytes(const Context& context, const Params& 
   if (p.rows() == 0) return 0;
   AttentionArgs args = attention_args(p);
   const size_t bytes = place_workspace(context, p, nullptr, args);
+  // Addresses that are not known yet may rule out the kernels that sum the bias.
   return !p.d_qkv_bias ? bytes : std::max(bytes, column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()));
 }
 

@@ -1,4 +1,4 @@
-// What all attention kernels share: their arguments, the mask, the dropout bits, and small conversions.
+// What all attention kernels share: their arguments, the mask and the dropout bits.
 //
 // Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for exp.
 #pragma once
@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "core/cuda/context.h"
+#include "core/cuda/numbers.cuh"
 #include "core/params.h"
 #include "core/philox.h"
 
@@ -128,47 +129,6 @@ template <class T>
 __device__ __forceinline__ T* out_head(const AttentionArgs& a, void* base, const HeadIndex& h) {
   return static_cast<T*>(base) + h.batch * a.seq_len * a.heads_dim() + h.head * a.head_dim;
 }
-
-template <class T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
-}
-template <>
-__device__ __forceinline__ float to_float(__half value) {
-  return __half2float(value);
-}
-template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-
-template <class Acc, class T>
-__device__ __forceinline__ Acc widen(T value) {
-  return static_cast<Acc>(to_float(value));
-}
-template <>
-__device__ __forceinline__ double widen<double, double>(double value) {
-  return value;
-}
-
-template <class T, class Acc>
-__device__ __forceinline__ T narrow(Acc value) {
-  return static_cast<T>(value);
-}
-template <>
-__device__ __forceinline__ __half narrow<__half, float>(float value) {
-  return __float2half(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) {
-  return __float2bfloat16(value);
-}
-
-// 16 bytes of neighbouring numbers.
-template <class T>
-struct alignas(16) VectorOf {
-  T v[16 / sizeof(T)];
-};
 
 template <class Acc>
 __device__ __forceinline__ Acc infinity() {

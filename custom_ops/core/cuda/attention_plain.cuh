@@ -46,7 +46,7 @@ __device__ void load_rows(Acc* to, int to_stride, const T* from, int64_t from_st
     const int row = i / kWidth;
     const int d = d0 + i % kWidth;
     const bool inside = row0 + row < rows && d < head_dim;
-    to[row * to_stride + i % kWidth] = inside ? widen<Acc>(from[(row0 + row) * from_stride + d]) : Acc(0);
+    to[row * to_stride + i % kWidth] = inside ? widen(from[(row0 + row) * from_stride + d]) : Acc(0);
   }
 }
 
@@ -73,17 +73,17 @@ __device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const T* a, int64
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < Shape::kDotChunk; d += kV) {
-      VectorOf<Acc> av[kN], bv[kN];
+      Vector<Acc, kV> av[kN], bv[kN];
 #pragma unroll
-      for (int r = 0; r < kN; ++r) av[r] = *reinterpret_cast<VectorOf<Acc>*>(&as[(ty + 16 * r) * Shape::kDotStride + d]);
+      for (int r = 0; r < kN; ++r) av[r] = load_vector<kV>(&as[(ty + 16 * r) * Shape::kDotStride + d]);
 #pragma unroll
-      for (int c = 0; c < kN; ++c) bv[c] = *reinterpret_cast<VectorOf<Acc>*>(&bs[(tx + 16 * c) * Shape::kDotStride + d]);
+      for (int c = 0; c < kN; ++c) bv[c] = load_vector<kV>(&bs[(tx + 16 * c) * Shape::kDotStride + d]);
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
 #pragma unroll
-          for (int e = 0; e < kV; ++e) result[r][c] += av[r].v[e] * bv[c].v[e];
+          for (int e = 0; e < kV; ++e) result[r][c] += av[r].value[e] * bv[c].value[e];
         }
       }
     }
@@ -119,11 +119,11 @@ __device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHe
       for (int r = 0; r < kN; ++r) p[r] = tile.scores[(ty + 16 * r) * Shape::kScoreStride + j];
 #pragma unroll
       for (int v = 0; v < 4 / kV; ++v) {
-        const VectorOf<Acc> bv = *reinterpret_cast<VectorOf<Acc>*>(&tile.operand[j * Shape::kSumStride + (v * 16 + tx) * kV]);
+        const Vector<Acc, kV> bv = load_vector<kV>(&tile.operand[j * Shape::kSumStride + (v * 16 + tx) * kV]);
 #pragma unroll
         for (int r = 0; r < kN; ++r) {
 #pragma unroll
-          for (int e = 0; e < kV; ++e) sums[r][4 * chunk + v * kV + e] += p[r] * bv.v[e];
+          for (int e = 0; e < kV; ++e) sums[r][4 * chunk + v * kV + e] += p[r] * bv.value[e];
         }
       }
     }

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   constexpr int kItems = cuda::kItems<T>;
   constexpr int kDepth = kRowsInFlight<T, kKind>;
   constexpr bool kHasNorm = kKind != Kind::kDropout;
-  constexpr bool kHasDropout = kKind == Kind::kNormDropout || kKind == Kind::kDropout;
+  constexpr bool kGivesNormal = kKind == Kind::kNormDropout;  // z holds n
+  constexpr bool kHasDropout = kGivesNormal || kKind == Kind::kDropout;
   extern __shared__ uint4 shared[];
   __shared__ A slots[2][2 * kMaxWarps];
   static_assert(sizeof(slots) == kStaticBytes<T>, "shared memory beside the dynamic");
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   const auto fetch_statistics = [&](int turn) {
     if (kHasNorm && turn < own_turns) {
       const int64_t row = first + threadIdx.y + static_cast<int64_t>(turn) * step;
-      if (!kHasDropout) next_mean = k.mean[row];
+      if (!kGivesNormal) next_mean = k.mean[row];
       next_rstd = k.rstd[row];
     }
   };
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
     A slope = 0, offset = 0;
     if constexpr (kHasNorm) {
       A means[2] = {0, 0};
-      const A z_factor = kHasDropout ? A(1) : rstd;
+      const A z_factor = kGivesNormal ? A(1) : rstd;
       const A z_shift = -mean * z_factor;
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
         load(reinterpret_cast<const T*>(slot(stage_slot, 1, item)), z);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          const A n = kHasDropout ? z[i] : z[i] * z_factor + z_shift;
+          const A n = kGivesNormal ? z[i] : z[i] * z_factor + z_shift;
           sums[0][item][i] += g[i] * n;
           sums[1][item][i] += g[i];
           g[i] *= factor[i];
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
       }
       group_sum<false>(means, slots[turn % 2]);
       slope = -rstd * z_factor * (means[1] * inverse_cols);
-      offset = -rstd * (means[0] * inverse_cols) - (kHasDropout ? A(0) : slope * mean);
+      offset = -rstd * (means[0] * inverse_cols) - (kGivesNormal ? A(0) : slope * mean);
     }
 
     // g is formed anew: registers are scarcer than arithmetic.

@@ -18,7 +18,11 @@ void residual_forward(Context& context, const Params& p) {
     args.x = p.add_residual ? p.x : nullptr;
     args.dropout = p.dropout;
     args.random_state = p.random_state;
-    (p.final_layer_norm ? args.normalized : args.z) = p.final_layer_norm && p.residual == p.out ? nullptr : p.residual;
+    if (!p.final_layer_norm) {
+      args.z = p.residual;
+    } else if (p.residual != p.out) {
+      args.normalized = p.residual;
+    }
   }
   if (p.final_layer_norm) {
     args.out = p.out;
