@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   const HeadIndex h = head_index(args, blockIdx.x / blocks);
   const int row = blockIdx.x % blocks * rows + threadIdx.x / lanes;
   const int64_t index = h.flat * static_cast<int64_t>(args.rows_padded) + row;
-  if (args.bias_sums) {  // 6 H D vectors; there are at least 16 H D threads
+  if (args.bias_sums) {
+    static_assert(kBiasCopies * 3 / 4 <= 16, "a thread for each vector: there are at least 16 H D threads");
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     float4* sums = reinterpret_cast<float4*>(args.bias_sums);
     if (thread < kBiasCopies * args.token_stride() / 4) sums[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
