@@ -48,7 +48,7 @@ inline void store(T* p, Vec<T> v) {
 
 template <class T>
 inline Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // not a sum: adding 0 changes -0, so that it would remain in the machine code
 }
 
 template <class T>
@@ -158,6 +158,26 @@ inline Float16 from_float<Float16>(float value) {
   return {static_cast<uint16_t>(result | sign)};
 }
 
+// A vector of 16-bit floats, widened.
+inline Vec<float> load_wide(const BFloat16* source) {
+  typedef uint16_t Halves __attribute__((vector_size(PFA_VECTOR_BYTES / 2)));
+  Halves halves;
+  std::memcpy(&halves, source, sizeof halves);
+  return bit_cast<Vec<float>>(__builtin_convertvector(halves, Vec<uint32_t>) << 16);
+}
+
+inline Vec<float> load_wide(const Float16* source) {
+#if PFA_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+#elif PFA_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#else
+  Vec<float> v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = to_float(source[l]);
+  return v;
+#endif
+}
+
 template <class T>
 inline void load_row(const T* __restrict source, int64_t count, Accumulator<T>* __restrict target) {
   for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
@@ -215,6 +235,18 @@ using Operand = typename OperandOf<T>::type;
 // Whether T's operands are pairs.
 template <class T>
 constexpr bool kPaired = !std::is_same_v<Operand<T>, Accumulator<T>>;
+
+// The operands that the numbers from `source` on make up, a vector of them.
+template <class T>
+inline Vec<Operand<T>> load_operands(const T* source) {
+  Vec<Operand<T>> v;
+  if constexpr (kPaired<T> || std::is_same_v<T, Operand<T>>) {
+    std::memcpy(&v, source, sizeof v);
+  } else {
+    v = load_wide(source);
+  }
+  return v;
+}
 
 // Numbers along the sum in an operand.
 template <class T>

@@ -6,6 +6,7 @@
 #include "core/cpu/micro_gemm.h"
 
 #include "core/cpu/attention_tile.h"
+#include "core/cpu/matrix_product.h"
 #include "core/cpu/rows.h"
 
 #include "core/cpu/attention_backward.h"
