@@ -113,6 +113,7 @@ int main(int count, char** arguments) {
   const bool bfloat16 = !std::strcmp(arguments[1], "bfloat16");
   Params p;
   p.dtype = bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+  p.residual_dtype = p.dtype;
   p.batch = std::atoll(arguments[2]);
   p.seq_len = std::atoll(arguments[3]);
   p.embed_dim = std::atoll(arguments[4]);

@@ -88,8 +88,9 @@ struct Params {
   int64_t total_heads = 0;
 
   // types
-  DType dtype = DType::kFloat32;       // x, weights, linear biases and all activations
-  DType norm_dtype = DType::kFloat32;  // layer-norm scales and biases, and their gradients
+  DType dtype = DType::kFloat32;           // weights, linear biases, all activations but these, and their gradients
+  DType residual_dtype = DType::kFloat32;  // x, residual, out, and their gradients: dtype, or float32 beside a 16-bit one
+  DType norm_dtype = DType::kFloat32;      // layer-norm scales and biases, and their gradients: residual_dtype or float32
 
   // switches
   bool pre_layer_norm = false;
@@ -105,7 +106,7 @@ struct Params {
   uint64_t offset = 0;
 
   // inputs
-  const void* x = nullptr;              // [M, E]
+  const void* x = nullptr;              // [M, E] residual_dtype
   const void* pre_ln_scale = nullptr;   // [E] or null
   const void* pre_ln_bias = nullptr;    // [E] or null
   const void* qkv_weight = nullptr;     // [3*H*D, E]
@@ -117,7 +118,7 @@ struct Params {
   const void* ln_bias = nullptr;        // [E] or null
 
   // result
-  void* out = nullptr;  // [M, E]
+  void* out = nullptr;  // [M, E] residual_dtype
 
   // saved for backward, or in the workspace when nothing is saved
   uint64_t* random_state = nullptr;  // [2]: seed and offset, written by attention_forward
@@ -125,21 +126,22 @@ struct Params {
   void* pre_ln_rstd = nullptr;       // [M] accumulator type
   void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
   void* log_sum_exp = nullptr;       // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
-  // [batch, H, seq_len] accumulator type, only with a mask: log_sum_exp is that of scores - score_shift. A float mask may put a
-  // row so far down (-1e9) that the sum of exponentials would be lost beside it. On GPUs score_shift is in units of log2.
+  // [batch, H, seq_len] accumulator type: log_sum_exp is that of scores - score_shift. Scores may be so large, and a float mask may put
+  // a row so far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
   void* score_shift = nullptr;
   void* attn_out = nullptr;  // [batch, seq_len, H, D]
-  // [M, E]: z; with dropout and a final layer norm the normalised z, in which rounding loses less where a row's mean is large
+  // [M, E] residual_dtype: z; with dropout and a final layer norm the normalised z, in which rounding loses less where a row's mean is
+  // large
   void* residual = nullptr;
   void* ln_mean = nullptr;  // [M] accumulator type, only if residual is z
   void* ln_rstd = nullptr;  // [M] accumulator type
 
   // intermediates
-  void* hidden = nullptr;  // [M, E]: layer-normalised x; x itself without pre_layer_norm
+  void* hidden = nullptr;  // [M, E]: layer-normalised x; without pre_layer_norm x itself, or what dtype holds of it (has_own_hidden)
 
   // gradient of the result, and of the inputs
-  const void* d_out = nullptr;      // [M, E]
-  void* d_x = nullptr;              // [M, E]
+  const void* d_out = nullptr;      // [M, E] residual_dtype
+  void* d_x = nullptr;              // [M, E] residual_dtype
   void* d_pre_ln_scale = nullptr;   // [E] norm_dtype
   void* d_pre_ln_bias = nullptr;    // [E] norm_dtype
   void* d_qkv_weight = nullptr;     // [3*H*D, E]; until its time comes attention_backward may use the memory
@@ -150,8 +152,8 @@ struct Params {
   void* d_ln_bias = nullptr;        // [E] norm_dtype
 
   // intermediate gradients
-  void* d_residual = nullptr;  // [M, E]: of z; d_out itself without a final layer norm
-  void* d_linear = nullptr;    // [M, E]: of attn_out @ linear_weight; d_residual itself without dropout
+  void* d_residual = nullptr;  // [M, E] residual_dtype: of z; d_out itself without a final layer norm
+  void* d_linear = nullptr;    // [M, E]: of attn_out @ linear_weight; d_residual itself unless has_own_d_linear
   void* d_attn_out = nullptr;  // [batch, seq_len, H, D]
   void* d_qkv = nullptr;       // [batch, seq_len, 3, H, D]
   void* d_hidden = nullptr;    // [M, E]: of hidden; only with pre_layer_norm
@@ -168,6 +170,15 @@ struct Params {
 };
 
 inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
+
+// Whether the residual stream is of a wider type than the products: x, residual, out and their gradients are float32, the rest is 16-bit.
+inline bool has_wide_residual(const Params& p) { return p.residual_dtype != p.dtype; }
+
+// Whether hidden is memory of its own, made by layer_norm_forward or narrow_x, and not x.
+inline bool has_own_hidden(const Params& p) { return p.pre_layer_norm || has_wide_residual(p); }
+
+// Whether d_linear is memory of its own, and not d_residual.
+inline bool has_own_d_linear(const Params& p) { return has_output_dropout(p) || has_wide_residual(p); }
 
 // What the gradients asked for make necessary.
 inline bool needs_d_hidden(const Params& p) { return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias)); }

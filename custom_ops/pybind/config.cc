@@ -56,10 +56,18 @@ Config parse_config(const py::dict& config) {
   require("embed_dim", p.embed_dim);
   require("num_heads", p.num_heads);
   require("head_dim", p.head_dim);
-  std::string dtype, norm_dtype, mode = "upscale_in_train";
+  std::string dtype, residual_dtype, norm_dtype, mode = "upscale_in_train";
   require("dtype", dtype);
   p.dtype = float_dtype_of("dtype", dtype);
-  p.norm_dtype = take("norm_dtype", norm_dtype) ? float_dtype_of("norm_dtype", norm_dtype) : p.dtype;
+  p.residual_dtype = take("residual_dtype", residual_dtype) ? float_dtype_of("residual_dtype", residual_dtype) : p.dtype;
+  p.norm_dtype = take("norm_dtype", norm_dtype) ? float_dtype_of("norm_dtype", norm_dtype) : p.residual_dtype;
+  if (has_wide_residual(p) && !(p.residual_dtype == DType::kFloat32 && is_16bit_float(p.dtype))) {
+    throw py::value_error("residual_dtype: expected dtype, or float32 beside a 16-bit dtype, got " + residual_dtype +
+                          " beside " + dtype);
+  }
+  if (p.norm_dtype != p.residual_dtype && !(p.norm_dtype == DType::kFloat32 && is_16bit_float(p.residual_dtype))) {
+    throw py::value_error("norm_dtype: expected residual_dtype, or float32 beside a 16-bit residual_dtype, got " + norm_dtype);
+  }
   take("pre_layer_norm", p.pre_layer_norm);
   take("final_layer_norm", p.final_layer_norm);
   take("add_residual", p.add_residual);

@@ -35,11 +35,11 @@ std::string numpy_name(DType dtype) {
   }
 }
 
-// The tensors of a block by name: where Params points to them and to their gradients, and their shapes.
+// The tensors of a block by name: where Params points to them and to their gradients, their types and shapes.
 struct Entry {
   const void* Params::* input;
   void* Params::* gradient;
-  bool is_norm;
+  DType dtype;
   bool required;
   std::vector<py::ssize_t> shape;
 };
@@ -47,15 +47,15 @@ struct Entry {
 std::map<std::string, Entry> entries(const Params& p) {
   const std::vector<py::ssize_t> activation{p.batch, p.seq_len, p.embed_dim};
   const std::vector<py::ssize_t> row{p.embed_dim};
-  return {{"x", {&Params::x, &Params::d_x, false, true, activation}},
-          {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, false, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
-          {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, false, true, {p.heads_dim(), p.embed_dim}}},
-          {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, false, false, {3, p.num_heads, p.head_dim}}},
-          {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, false, false, row}},
-          {"pre_ln_scale", {&Params::pre_ln_scale, &Params::d_pre_ln_scale, true, false, row}},
-          {"pre_ln_bias", {&Params::pre_ln_bias, &Params::d_pre_ln_bias, true, false, row}},
-          {"ln_scale", {&Params::ln_scale, &Params::d_ln_scale, true, false, row}},
-          {"ln_bias", {&Params::ln_bias, &Params::d_ln_bias, true, false, row}}};
+  return {{"x", {&Params::x, &Params::d_x, p.residual_dtype, true, activation}},
+          {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, p.dtype, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
+          {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, p.dtype, true, {p.heads_dim(), p.embed_dim}}},
+          {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, p.dtype, false, {3, p.num_heads, p.head_dim}}},
+          {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, p.dtype, false, row}},
+          {"pre_ln_scale", {&Params::pre_ln_scale, &Params::d_pre_ln_scale, p.norm_dtype, false, row}},
+          {"pre_ln_bias", {&Params::pre_ln_bias, &Params::d_pre_ln_bias, p.norm_dtype, false, row}},
+          {"ln_scale", {&Params::ln_scale, &Params::d_ln_scale, p.norm_dtype, false, row}},
+          {"ln_bias", {&Params::ln_bias, &Params::d_ln_bias, p.norm_dtype, false, row}}};
 }
 
 const void* checked(const py::object& object, const std::string& name, DType dtype, const std::vector<py::ssize_t>& shape) {
@@ -103,7 +103,7 @@ Params describe(const py::dict& inputs, const py::dict& config) {
     }
     const auto it = tensors.find(name);
     if (it == tensors.end()) throw py::value_error("inputs: unknown entry " + name);
-    p.*it->second.input = checked(value, name, it->second.is_norm ? p.norm_dtype : p.dtype, it->second.shape);
+    p.*it->second.input = checked(value, name, it->second.dtype, it->second.shape);
   }
   for (const auto& [name, entry] : tensors) {
     if (entry.required && !(p.*entry.input)) throw py::value_error("inputs: expected an entry " + name);
@@ -130,7 +130,7 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
                   const std::string& isa) {
   Params p = describe(inputs, config);
   const cpu::Context shared = make_context(isa);
-  py::array out(py::dtype(numpy_name(p.dtype)), entries(p).at("x").shape);
+  py::array out(py::dtype(numpy_name(p.residual_dtype)), entries(p).at("x").shape);
   p.out = out.mutable_data();
   Bytes saved(saves ? saved_bytes(p) : 0);
   if (saves) {
@@ -155,13 +155,13 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
   Params p = describe(inputs, config);
   const cpu::Context shared = make_context(isa);
   const auto tensors = entries(p);
-  p.d_out = checked(d_out, "d_out", p.dtype, tensors.at("x").shape);
+  p.d_out = checked(d_out, "d_out", p.residual_dtype, tensors.at("x").shape);
   if (static_cast<size_t>(saved.size()) != saved_bytes(p)) throw py::value_error("saved: expected what forward returned");
   py::dict gradients;
   for (const std::string& name : needs) {
     const auto it = tensors.find(name);
     if (it == tensors.end() || !(p.*it->second.input)) throw py::value_error("needs: no such input: " + name);
-    py::array gradient(py::dtype(numpy_name(it->second.is_norm ? p.norm_dtype : p.dtype)), it->second.shape);
+    py::array gradient(py::dtype(numpy_name(it->second.dtype)), it->second.shape);
     p.*it->second.gradient = gradient.mutable_data();
     gradients[name.c_str()] = gradient;
   }

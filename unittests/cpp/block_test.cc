@@ -115,7 +115,7 @@ Results run_block(const cpu::Kernels& kernels, DType dtype, const Inputs& in, co
   p.embed_dim = kEmbed;
   p.num_heads = kHeads;
   p.head_dim = kDim;
-  p.dtype = p.norm_dtype = dtype;
+  p.dtype = p.residual_dtype = p.norm_dtype = dtype;
   p.causal = true;
   p.final_layer_norm = false;
   std::vector<char> inputs[kInputs], gradients[kInputs], out(kRows * kEmbed * size_of(dtype)),

@@ -1,6 +1,8 @@
 // The CPU as a device of the block: its stages, and what they need from outside.
 #pragma once
 
+#include <stdexcept>
+
 #include "core/cpu/kernels.h"
 #include "core/params.h"
 
@@ -24,6 +26,7 @@ struct Context {
 
 inline void layer_norm_forward(Context& context, const Params& p) { context.kernels->layer_norm_forward(context, p); }
 inline void layer_norm_backward(Context& context, const Params& p) { context.kernels->layer_norm_backward(context, p); }
+inline void narrow_x(Context&, const Params&) { throw std::logic_error("x and weights of different types are not implemented"); }
 inline void qkv_linear_forward(Context& context, const Params& p) { context.kernels->qkv_linear_forward(context, p); }
 inline void qkv_linear_backward(Context& context, const Params& p) { context.kernels->qkv_linear_backward(context, p); }
 inline void attention_forward(Context& context, const Params& p) { context.kernels->attention_forward(context, p); }
