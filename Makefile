@@ -6,8 +6,8 @@
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-bench            the block and its stages on a GPU against PyTorch
 #
-# The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja, pybind11 and
-# scipy-openblas64; CUDAARCHS, such as 90a, says what to compile for.
+# The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
+# CUDAARCHS, such as 90a, says what to compile for.
 #
 # demo and test make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
 #   make test PYTHON=/path/to/python
@@ -16,7 +16,7 @@
 VENV ?= .venv
 PADDLE ?= 'paddlepaddle==3.3.1; python_version >= "3.9"' 'paddlepaddle==3.0.0; python_version < "3.9"'
 BUILD_TOOLS := 'setuptools>=61' wheel
-CORE_TOOLS := cmake ninja pybind11 scipy-openblas64
+CORE_TOOLS := cmake ninja pybind11
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
 
 JOBS := $(shell getconf _NPROCESSORS_ONLN)

@@ -241,7 +241,7 @@ def build_stages():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_source, sources))
     program = os.path.join(folder, "cpu_stages")
-    libraries = ["-L" + library, "-l:libdnnl.so.3", "-l:libiomp5.so", "-Wl,-rpath," + library]
+    libraries = ["-L" + library, "-l:libiomp5.so", "-Wl,-rpath," + library]
     subprocess.run([compiler, *objects, "-o", program, *libraries], check=True)
     return program
 

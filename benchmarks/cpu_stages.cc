@@ -24,27 +24,9 @@
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
 
-// oneDNN's, which come without a header in Paddle.
-extern "C" {
-int dnnl_sgemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-               const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
-int dnnl_gemm_bf16bf16f32(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a,
-                          int64_t lda, const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc);
-}
-
 namespace {
 
 using namespace pfa;
-
-void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-           int64_t ldb, float beta, float* c, int64_t ldc) {
-  dnnl_sgemm(trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', m, n, k, 1, a, lda, b, ldb, beta, c, ldc);
-}
-
-void bgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
-           int64_t ldb, float beta, float* c, int64_t ldc) {
-  dnnl_gemm_bf16bf16f32(trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', m, n, k, 1, a, lda, b, ldb, beta, c, ldc);
-}
 
 double least_time(int rounds, const std::function<void()>& run) {
   run();
@@ -152,8 +134,6 @@ int main(int count, char** arguments) {
   p.d_ln_bias = tensor(embed, 1, p.norm_dtype);
 
   cpu::Context context;
-  context.sgemm = sgemm;
-  context.bgemm = cpu::has_bfloat16_products() ? bgemm : nullptr;
   context.threads = cpu::max_threads();
   Arena saved(allocate(saved_bytes(p)));
   plan_saved(p, saved);

@@ -8,7 +8,6 @@
 #endif
 
 #include "core/cpu/parallel.h"
-#include "gemm.h"
 #include "paddle/phi/core/generator.h"
 
 #ifdef PFA_WITH_CUDA
@@ -23,15 +22,7 @@ PD_DECLARE_bool(cudnn_deterministic);
 
 namespace pfa::op {
 
-CpuDevice::CpuDevice() {
-  static const cpu::Gemm<float> sgemm = find_sgemm();
-  static const cpu::Gemm<double> dgemm = find_dgemm();
-  static const cpu::BFloat16Gemm bgemm = find_bgemm();
-  context.sgemm = sgemm;
-  context.dgemm = dgemm;
-  context.bgemm = bgemm;
-  context.threads = cpu::max_threads();
-}
+CpuDevice::CpuDevice() { context.threads = cpu::max_threads(); }
 
 std::pair<uint64_t, uint64_t> CpuDevice::draw() const { return phi::DefaultCPUGenerator()->IncrementOffset(1); }
 

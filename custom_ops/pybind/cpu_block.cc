@@ -11,7 +11,6 @@
 #include "core/block.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
-#include "pybind/blas.h"
 #include "pybind/config.h"
 
 namespace py = pybind11;
@@ -113,8 +112,6 @@ Params describe(const py::dict& inputs, const py::dict& config) {
 
 cpu::Context make_context(const std::string& isa) {
   cpu::Context context;
-  context.sgemm = blas_sgemm;
-  context.dgemm = blas_dgemm;
   context.threads = cpu::max_threads();
   if (isa.empty()) return context;
   for (const cpu::Kernels& kernels : cpu::supported_kernels()) {

@@ -1,5 +1,5 @@
-// The whole block on every instruction set of this processor, with plain loops for the matrix products: in float64 the result against
-// its definition and the gradients against differences, in the other types against float64.
+// The whole block on every instruction set of this processor: in float64 the result against its definition and the gradients against
+// differences, in the other types against float64.
 #include "core/block.h"
 
 #include <cmath>
@@ -15,18 +15,6 @@ namespace {
 using namespace pfa;
 
 constexpr int64_t kBatch = 2, kSeq = 71, kHeads = 2, kDim = 20, kEmbed = kHeads * kDim, kRows = kBatch * kSeq;
-
-template <class T>
-void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta,
-          T* c, int64_t ldc) {
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      T sum = 0;
-      for (int64_t l = 0; l < k; ++l) sum += a[trans_a ? l * lda + i : i * lda + l] * b[trans_b ? j * ldb + l : l * ldb + j];
-      c[i * ldc + j] = sum + (beta == 0 ? T(0) : beta * c[i * ldc + j]);
-    }
-  }
-}
 
 using Values = std::vector<double>;
 
@@ -131,8 +119,6 @@ Results run_block(const cpu::Kernels& kernels, DType dtype, const Inputs& in, co
   p.out = out.data();
   p.d_out = d_out_bytes.data();
   cpu::Context context;
-  context.sgemm = gemm<float>;
-  context.dgemm = gemm<double>;
   context.threads = 2;
   context.kernels = &kernels;
 

@@ -192,7 +192,7 @@ struct AttentionBackward {
     const HeadRows<const T> out(static_cast<const T*>(p.attn_out), p, bh, 1, 0);
     const HeadRows<const T> d_out(static_cast<const T*>(p.d_attn_out), p, bh, 1, 0);
     const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + bh * p.seq_len + i0;
-    const A* score_shift = p.score_shift ? static_cast<const A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
+    const A* score_shift = static_cast<const A*>(p.score_shift) + bh * p.seq_len + i0;
     pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, shape, tiles.query);
     pack_along_depth<T>(d_out, i0, queries, shape, tiles.d_out);
     transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
@@ -201,7 +201,7 @@ struct AttentionBackward {
     pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
     for (int64_t i = 0; i < round_up(queries, kLanes<A>); ++i) {
       // A query that is only there to fill the vector has no probabilities, like one that sees no key.
-      tiles.score_shift[i] = score_shift && i < queries ? score_shift[i] : A(0);
+      tiles.score_shift[i] = i < queries ? score_shift[i] : A(0);
       tiles.log_sum_exp[i] = i < queries ? log_sum_exp[i] : std::numeric_limits<A>::infinity();
       tiles.delta[i] = A(0);
       if (i >= queries) continue;

@@ -137,7 +137,7 @@ struct AttentionForward {
     const A scale = static_cast<A>(p.attn_dropout.scale);
     const HeadRows<T> out(static_cast<T*>(p.attn_out), p, bh, 1, 0);
     A* log_sum_exp = p.log_sum_exp ? static_cast<A*>(p.log_sum_exp) + bh * p.seq_len + i0 : nullptr;
-    A* score_shift = p.score_shift ? static_cast<A*>(p.score_shift) + bh * p.seq_len + i0 : nullptr;
+    A* score_shift = static_cast<A*>(p.score_shift) + bh * p.seq_len + i0;
     for (int64_t i = 0; i < queries; ++i) {
       const A sum = tiles.sum[i];
       const A factor = sum == 0 ? A(0) : scale / sum;
@@ -145,9 +145,8 @@ struct AttentionForward {
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
       store_row(row, p.head_dim, out.row(i0 + i));
       if (log_sum_exp) {
-        const A shift = sum == 0 ? A(0) : tiles.maximum[i];
-        log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : (score_shift ? A(0) : shift) + std::log(sum);
-        if (score_shift) score_shift[i] = shift;
+        log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : std::log(sum);
+        score_shift[i] = sum == 0 ? A(0) : tiles.maximum[i];
       }
     }
   }

@@ -12,12 +12,6 @@ namespace pfa::cpu::PFA_ISA {
 constexpr int64_t kQueryTile = 64;
 constexpr int64_t kKeyTile = 64;
 
-// Operands that `count` numbers along a sum fill.
-template <class T>
-inline int64_t operands(int64_t count) {
-  return (count + kNumbers<T> - 1) / kNumbers<T>;
-}
-
 // Sizes of a head in the tiles.
 template <class T>
 struct HeadShape {

@@ -1,9 +1,5 @@
 #include "core/cpu/kernels.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace pfa::cpu {
 
 extern const Kernels kBaselineKernels;
@@ -33,16 +29,6 @@ const std::vector<Kernels>& supported_kernels() {
     return found;
   }();
   return kernels;
-}
-
-bool has_bfloat16_products() {
-#if defined(__x86_64__)
-  // Not all compilers that know avx512f know the name of this one.
-  unsigned a, b, c, d;
-  return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-#else
-  return false;
-#endif
 }
 
 }  // namespace pfa::cpu

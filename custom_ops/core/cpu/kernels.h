@@ -15,6 +15,7 @@ struct Kernels {
   bool (*supported)();
   void (*layer_norm_forward)(Context&, const Params&);
   void (*layer_norm_backward)(Context&, const Params&);
+  void (*narrow_x)(Context&, const Params&);
   void (*qkv_linear_forward)(Context&, const Params&);
   void (*qkv_linear_backward)(Context&, const Params&);
   void (*attention_forward)(Context&, const Params&);
@@ -28,9 +29,6 @@ struct Kernels {
 
 // Those this processor can run, slowest first.
 const std::vector<Kernels>& supported_kernels();
-
-// Whether this processor has instructions for dot products of bfloat16 numbers.
-bool has_bfloat16_products();
 
 inline const Kernels& best_kernels() { return supported_kernels().back(); }
 

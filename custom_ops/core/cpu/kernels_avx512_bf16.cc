@@ -9,6 +9,16 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f1
 #include "core/cpu/stages.h"
 
 namespace pfa::cpu {
+namespace {
+
+// Not all compilers that know avx512f know the name of this one.
+bool has_bfloat16_products() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+}  // namespace
+
 extern const Kernels kAvx512Bf16Kernels;
 const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", [] {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -1,8 +1,9 @@
-// The layer norm before the block: hidden = layer_norm(x), and its gradient, which is added to what the residual branch left.
+// What stands before the QKV projection: hidden = layer_norm(x) and its gradient, which is added to what the residual branch left; or,
+// without a layer norm, x rounded to the type of the products.
 
 namespace pfa::cpu::PFA_ISA {
 
-template <class T, class N>
+template <class T, class R, class N>
 struct LayerNorm {
   using A = Accumulator<T>;
 
@@ -35,13 +36,26 @@ struct LayerNorm {
       A* row = memory.rows + thread * 2 * width;
       for (int64_t r = first; r < end; ++r) {
         A mean, rstd;
-        load_row(static_cast<const T*>(p.x) + r * width, width, row);
+        load_row(static_cast<const R*>(p.x) + r * width, width, row);
         normalize_row(row, width, p.pre_ln_epsilon, memory.scale, memory.bias, mean, rstd);
         store_row(row, width, static_cast<T*>(p.hidden) + r * width);
         if (p.pre_ln_mean) {
           static_cast<A*>(p.pre_ln_mean)[r] = mean;
           static_cast<A*>(p.pre_ln_rstd)[r] = rstd;
         }
+      }
+    });
+  }
+
+  static void narrow(Context& context, const Params& p) {
+    const int64_t width = p.embed_dim;
+    Arena arena(p.stage_workspace);
+    const Memory memory(arena, context, p, false);
+    for_row_chunks(context, p.rows(), [&](int64_t, int64_t first, int64_t end, int thread) {
+      A* row = memory.rows + thread * 2 * width;
+      for (int64_t r = first; r < end; ++r) {
+        load_row(static_cast<const R*>(p.x) + r * width, width, row);
+        store_row(row, width, static_cast<T*>(p.hidden) + r * width);
       }
     });
   }
@@ -56,17 +70,17 @@ struct LayerNorm {
       A* d_scale = memory.d_scale.start(chunk);
       A* d_bias = memory.d_bias.start(chunk);
       for (int64_t r = first; r < end; ++r) {
-        load_row(static_cast<const T*>(p.x) + r * width, width, input);
+        load_row(static_cast<const R*>(p.x) + r * width, width, input);
         load_row(static_cast<const T*>(p.d_hidden) + r * width, width, gradient);
         const A rstd = static_cast<const A*>(p.pre_ln_rstd)[r];
         standardize_row(input, width, static_cast<const A*>(p.pre_ln_mean)[r], rstd);
         normalize_row_backward(input, gradient, width, rstd, memory.scale, d_scale, d_bias);
         if (!p.d_x) continue;
         if (p.add_residual) {
-          const T* d_residual = static_cast<const T*>(p.d_residual) + r * width;
+          const R* d_residual = static_cast<const R*>(p.d_residual) + r * width;
           for (int64_t i = 0; i < width; ++i) gradient[i] += to_float(d_residual[i]);
         }
-        store_row(gradient, width, static_cast<T*>(p.d_x) + r * width);
+        store_row(gradient, width, static_cast<R*>(p.d_x) + r * width);
       }
     });
     memory.d_scale.finish(context, row_chunks(p.rows()), static_cast<N*>(p.d_pre_ln_scale));

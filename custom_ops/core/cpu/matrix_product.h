@@ -75,8 +75,8 @@ struct PanelPacker {
     constexpr int64_t numbers = lanes * kNumbers<T>;
     int64_t k = 0;
     for (; k + numbers <= k_count; k += numbers) {
-      // Where lanes do not divide the width, a row's store runs into the next row, which is stored after it.
-      for (int64_t i = 0; i < kWidth; i += lanes) {
+      // From the end: where lanes do not divide the width, a row's last vector runs into the start of the next row.
+      for (int64_t i = (kWidth - 1) / lanes * lanes; i >= 0; i -= lanes) {
         Vec<P> block[lanes];
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l) block[l] = i + l < rows ? load_operands(source + (i + l) * stride + k) : Vec<P>{};
@@ -138,7 +138,12 @@ class MatrixProduct {
 
   // Of how the work is cut only run_ reaches the bits of the result, and it depends on k alone.
   MatrixProduct(const Product<T, R>& product, int threads)
-      : product_(product), threads_(threads), rows_in_all_(product.m), columns_in_all_(product.n), a_(product.a), b_(product.b) {
+      : product_(product),
+        threads_(threads),
+        rows_in_all_(product.m),
+        columns_in_all_(product.n),
+        a_(product.a),
+        b_(product.b) {
     const int64_t k = product.k;
     const int64_t runs = std::max<int64_t>(1, (k + kMaxRun - 1) / kMaxRun);
     run_ = round_up((k + runs - 1) / runs, 2 * kNumbers<T>);

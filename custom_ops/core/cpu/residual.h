@@ -3,7 +3,7 @@
 
 namespace pfa::cpu::PFA_ISA {
 
-template <class T, class N>
+template <class T, class R, class N>
 struct Residual {
   using A = Accumulator<T>;
 
@@ -79,14 +79,14 @@ struct Residual {
       A* row = memory.rows + thread * 2 * width;
       A* keep = memory.keep + thread * width;
       for (int64_t r = first; r < end; ++r) {
-        T* residual = static_cast<T*>(p.residual) + r * width;
+        R* residual = static_cast<R*>(p.residual) + r * width;
         load_row(residual, width, row);
         if (memory.linear_bias) {
           for (int64_t i = 0; i < width; ++i) row[i] += memory.linear_bias[i];
         }
         drop(p, r, row, keep);
         if (p.add_residual) {
-          const T* x = static_cast<const T*>(p.x) + r * width;
+          const R* x = static_cast<const R*>(p.x) + r * width;
           for (int64_t i = 0; i < width; ++i) row[i] += to_float(x[i]);
         }
         if (!p.final_layer_norm) {
@@ -101,11 +101,11 @@ struct Residual {
         } else {
           // The statistics are those of z as it is kept, so that backward finds the same normalised row; and whether it is kept
           // makes no difference to the result.
-          if (!std::is_same_v<T, A> || p.residual != p.out) store_row(row, width, residual);
-          if (!std::is_same_v<T, A>) load_row(residual, width, row);
+          if (!std::is_same_v<R, A> || p.residual != p.out) store_row(row, width, residual);
+          if (!std::is_same_v<R, A>) load_row(residual, width, row);
           normalize_row(row, width, p.ln_epsilon, memory.scale, memory.bias, mean, rstd);
         }
-        store_row(row, width, static_cast<T*>(p.out) + r * width);
+        store_row(row, width, static_cast<R*>(p.out) + r * width);
         if (p.ln_mean) static_cast<A*>(p.ln_mean)[r] = mean;
         if (p.ln_rstd) static_cast<A*>(p.ln_rstd)[r] = rstd;
       }
@@ -124,13 +124,13 @@ struct Residual {
       A* d_bias = memory.d_bias.start(chunk);
       A* d_linear_bias = memory.d_linear_bias.start(chunk);
       for (int64_t r = first; r < end; ++r) {
-        load_row(static_cast<const T*>(p.d_out) + r * width, width, gradient);
+        load_row(static_cast<const R*>(p.d_out) + r * width, width, gradient);
         if (p.final_layer_norm) {
-          load_row(static_cast<const T*>(p.residual) + r * width, width, input);
+          load_row(static_cast<const R*>(p.residual) + r * width, width, input);
           const A rstd = static_cast<const A*>(p.ln_rstd)[r];
           if (!has_output_dropout(p)) standardize_row(input, width, static_cast<const A*>(p.ln_mean)[r], rstd);
           normalize_row_backward(input, gradient, width, rstd, memory.scale, d_scale, d_bias);
-          if (p.d_residual) store_row(gradient, width, static_cast<T*>(p.d_residual) + r * width);
+          if (p.d_residual) store_row(gradient, width, static_cast<R*>(p.d_residual) + r * width);
         }
         if (!p.d_linear) continue;
         if (p.d_linear != p.d_residual) {

@@ -252,6 +252,12 @@ inline Vec<Operand<T>> load_operands(const T* source) {
 template <class T>
 constexpr int kNumbers = kPaired<T> ? 2 : 1;
 
+// Operands that `count` numbers along a sum fill.
+template <class T>
+inline int64_t operands(int64_t count) {
+  return (count + kNumbers<T> - 1) / kNumbers<T>;
+}
+
 // Cody and Waite's reduction x = n ln 2 + r, |r| <= ln(2) / 2, then a polynomial in r; error under 2 units in the last place.
 // -inf and what underflows give 0, NaN gives NaN; x is at most a little above 0 where this is used.
 inline Vec<float> vexp(Vec<float> x) {

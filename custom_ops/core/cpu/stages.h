@@ -22,81 +22,88 @@ struct Type {
   using type = T;
 };
 
-// Calls f with the element's type.
+// Calls f with the element's type and that of the residual stream.
 template <class F>
-auto for_dtype(const Params& p, F&& f) {
+auto for_dtypes(const Params& p, F&& f) {
+  const auto with_residual = [&](auto element) {
+    return has_wide_residual(p) ? f(element, Type<float>{}) : f(element, element);
+  };
   switch (p.dtype) {
     case DType::kFloat64:
-      return f(Type<double>{});
+      return f(Type<double>{}, Type<double>{});
     case DType::kFloat16:
-      return f(Type<Float16>{});
+      return with_residual(Type<Float16>{});
     case DType::kBFloat16:
-      return f(Type<BFloat16>{});
+      return with_residual(Type<BFloat16>{});
     default:
-      return f(Type<float>{});
+      return f(Type<float>{}, Type<float>{});
   }
 }
 
-// Calls f with the element's type and that of the layer-norm parameters.
+// Calls f with these and the type of the layer-norm parameters: that of the residual stream, or float32.
 template <class F>
-auto for_norm_dtype(const Params& p, F&& f) {
-  return for_dtype(p, [&](auto element) {
-    using T = typename decltype(element)::type;
-    if constexpr (std::is_same_v<T, Accumulator<T>>) {
-      return f(element, element);
+auto for_norm_dtypes(const Params& p, F&& f) {
+  return for_dtypes(p, [&](auto element, auto residual) {
+    using R = typename decltype(residual)::type;
+    if constexpr (std::is_same_v<R, Accumulator<R>>) {
+      return f(element, residual, residual);
     } else {
-      return p.norm_dtype == p.dtype ? f(element, element) : f(element, Type<float>{});
+      return p.norm_dtype == p.residual_dtype ? f(element, residual, residual) : f(element, residual, Type<float>{});
     }
   });
 }
 
-#define PFA_STAGE(name, pass)                           \
-  inline void name(Context& context, const Params& p) { \
-    for_dtype(p, [&](auto element) {                    \
-      using T = typename decltype(element)::type;       \
-      pass(context, p);                                 \
-    });                                                 \
+#define PFA_STAGE(name, pass)                                       \
+  inline void name(Context& context, const Params& p) {             \
+    for_dtypes(p, [&](auto element, auto residual) {                \
+      using T = typename decltype(element)::type;                   \
+      using R [[maybe_unused]] = typename decltype(residual)::type; \
+      pass(context, p);                                             \
+    });                                                             \
   }
-#define PFA_NORM_STAGE(name, pass)                      \
-  inline void name(Context& context, const Params& p) { \
-    for_norm_dtype(p, [&](auto element, auto norm) {    \
-      using T = typename decltype(element)::type;       \
-      using N = typename decltype(norm)::type;          \
-      pass(context, p);                                 \
-    });                                                 \
+#define PFA_NORM_STAGE(name, pass)                                   \
+  inline void name(Context& context, const Params& p) {              \
+    for_norm_dtypes(p, [&](auto element, auto residual, auto norm) { \
+      using T = typename decltype(element)::type;                    \
+      using R = typename decltype(residual)::type;                   \
+      using N = typename decltype(norm)::type;                       \
+      pass(context, p);                                              \
+    });                                                              \
   }
 
-PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, N>::forward))
-PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, N>::backward))
-PFA_STAGE(qkv_linear_forward, Linear<T>::qkv_linear_forward)
-PFA_STAGE(qkv_linear_backward, Linear<T>::qkv_linear_backward)
+PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, R, N>::forward))
+PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, R, N>::backward))
+PFA_NORM_STAGE(narrow_x, (LayerNorm<T, R, N>::narrow))
+PFA_STAGE(qkv_linear_forward, (Linear<T, R>::qkv_linear_forward))
+PFA_STAGE(qkv_linear_backward, (Linear<T, R>::qkv_linear_backward))
 PFA_STAGE(attention_forward, AttentionForward<T>::run)
 PFA_STAGE(attention_backward, AttentionBackward<T>::run)
-PFA_STAGE(output_linear_forward, Linear<T>::output_linear_forward)
-PFA_STAGE(output_linear_backward, Linear<T>::output_linear_backward)
-PFA_NORM_STAGE(residual_forward, (Residual<T, N>::forward))
-PFA_NORM_STAGE(residual_backward, (Residual<T, N>::backward))
+PFA_STAGE(output_linear_forward, (Linear<T, R>::output_linear_forward))
+PFA_STAGE(output_linear_backward, (Linear<T, R>::output_linear_backward))
+PFA_NORM_STAGE(residual_forward, (Residual<T, R, N>::forward))
+PFA_NORM_STAGE(residual_backward, (Residual<T, R, N>::backward))
 
 #undef PFA_STAGE
 #undef PFA_NORM_STAGE
 
 inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
-  return for_norm_dtype(p, [&](auto element, auto norm) {
+  return for_norm_dtypes(p, [&](auto element, auto residual_element, auto norm) {
     using T = typename decltype(element)::type;
+    using R = typename decltype(residual_element)::type;
     using N = typename decltype(norm)::type;
     const bool backward = phase != Phase::kForward;
-    const size_t layer_norm = LayerNorm<T, N>::workspace_bytes(context, p, backward);
-    const size_t residual = Residual<T, N>::workspace_bytes(context, p, backward);
+    const size_t layer_norm = LayerNorm<T, R, N>::workspace_bytes(context, p, backward);
+    const size_t residual = Residual<T, R, N>::workspace_bytes(context, p, backward);
     switch (phase) {
       case Phase::kForward:
-        return std::max({layer_norm, Linear<T>::workspace_bytes(context, p, phase),
+        return std::max({layer_norm, Linear<T, R>::workspace_bytes(context, p, phase),
                          AttentionForward<T>::workspace_bytes(context, p), residual});
       case Phase::kOutputBackward:
-        return std::max(residual, Linear<T>::workspace_bytes(context, p, phase));
+        return std::max(residual, Linear<T, R>::workspace_bytes(context, p, phase));
       case Phase::kAttentionBackward:
         return AttentionBackward<T>::workspace_bytes(context, p);
       case Phase::kInputBackward:
-        return std::max(layer_norm, Linear<T>::workspace_bytes(context, p, phase));
+        return std::max(layer_norm, Linear<T, R>::workspace_bytes(context, p, phase));
     }
     return size_t{0};
   });
@@ -107,6 +114,7 @@ inline Kernels make_kernels(const char* name, bool (*supported)()) {
           supported,
           layer_norm_forward,
           layer_norm_backward,
+          narrow_x,
           qkv_linear_forward,
           qkv_linear_backward,
           attention_forward,
