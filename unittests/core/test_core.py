@@ -1,6 +1,7 @@
 """The core on NumPy arrays, without Paddle: every instruction set that this processor has, against the same reference."""
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -82,6 +83,14 @@ SIZES = [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes, dtype, isa):
     check_case(Case(*sizes, dtype=dtype).but(causal=True, attn_dropout_rate=0.1, seed=5, offset=2**33 + 1), isa)
+
+
+# Rows and widths at which matrix products are cut or read in another way: turned round, packed by each thread or for all, several runs
+# and spans of the sum, odd numbers.
+@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 3, 1, 300), (8, 8, 2, 33), (5, 13, 3, 46), (3, 49, 1, 270), (60, 70, 1, 17)], ids=str)
+def test_matrix_products(sizes, dtype, isa):
+    check_case(Case(*sizes, dtype=dtype).but(final_layer_norm=False), isa)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -168,6 +177,56 @@ def test_calls_at_the_same_time():
         for expected, runs in zip(alone, pool.map(repeat, cases, inputs)):
             for arrays in runs:
                 assert len(arrays) == len(expected) and all(map(np.array_equal, arrays, expected))
+
+
+UNDER_SIGNALS = """
+import signal, sys, threading, time
+import numpy as np
+import common, test_core
+from common import Case
+
+def results(case, arrays, wanted, isa):
+    out, gradients = test_core.run(case, arrays, wanted, isa)
+    return [out, *(gradients[name] for name in sorted(gradients))]
+
+work = []
+for dtype in common.DTYPES:
+    for sizes in ((32, 20, 12, 32), (1, 200, 2, 64)):
+        case = Case(*sizes, dtype=dtype).but(attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
+        inputs = common.make_inputs(case)
+        arguments = case, common.stored_inputs(case, inputs), common.differentiable(inputs), sys.argv[1]
+        work.append((arguments, results(*arguments)))
+
+handled, wrong = [], []
+def repeat(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for arguments, expected in work:
+            if not all(map(np.array_equal, results(*arguments), expected)):
+                wrong.append(str(arguments[0]))
+
+signal.signal(signal.SIGALRM, lambda *_: handled.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+threads = [threading.Thread(target=repeat, args=(4,)) for _ in range(2)]
+for thread in threads:
+    thread.start()
+repeat(4)
+for thread in threads:
+    thread.join()
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert not wrong, wrong
+assert len(handled) > 20, len(handled)
+"""
+
+
+def test_signals(isa):
+    """A signal may come at any instruction, on any thread: nothing below the stack pointer, and no memory, may be left in a state that
+    its handler spoils."""
+    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    environment = dict(os.environ, PYTHONPATH=path)
+    command = [sys.executable, "-c", UNDER_SIGNALS, isa]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
 
 
 def test_paddle_is_not_needed():

@@ -157,8 +157,8 @@ class MatrixProduct {
     span_ = !shares_b_ || k <= std::max(rows_in_all_, kMaxSpan) ? k : kMaxSpan / run_ * run_;
     own_sums_ = kNarrows || turned_;
 
-    rows_ = std::min(kMaxRows, round_up(rows_in_all_, kPanelRows));
-    columns_ = round_up(columns_in_all_, kPanelColumns);
+    rows_ = std::min(kMaxRows, round_up(std::max<int64_t>(rows_in_all_, 1), kPanelRows));
+    columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
     if (own_sums_) columns_ = std::min(columns_, kMaxOwnColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
     while (blocks() < 4 * threads && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);

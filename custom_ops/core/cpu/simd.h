@@ -168,7 +168,8 @@ inline Vec<float> load_wide(const BFloat16* source) {
 
 inline Vec<float> load_wide(const Float16* source) {
 #if PFA_VECTOR_BYTES == 64
-  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+  // The masked form, for GCC warns of the plain one.
+  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
 #elif PFA_VECTOR_BYTES == 32
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
 #else
