@@ -130,6 +130,7 @@ def test_sizes(sizes, dtype, place):
     check_case(case, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_thousand_positions(dtype, causal, place):

@@ -326,6 +326,7 @@ def test_gradient_clipping(clip):
         np.testing.assert_allclose(before[name] - p.numpy(), wanted, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_data_parallel(tmp_path):
     """Two processes with half of each batch train as one process with all of it."""
     path = tmp_path / "parameters.npz"
