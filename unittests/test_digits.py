@@ -137,6 +137,7 @@ def test_checkpoints_of_other_runs(images, tmp_path):
         train("plain", SETTINGS, images, path, resume=True)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
     """Trains both, compares and draws them, and fails if they differ; with --resume a finished run is not made again."""
     arguments = ["--epochs", "1", "--output", str(tmp_path / "out")]

@@ -16,7 +16,8 @@ import pytest
 from paddle.static import InputSpec
 from paddle_fused_attention import FusedMultiHeadAttention
 
-IS_PADDLE_2 = paddle.__version__.startswith("2.")
+PADDLE_VERSION = (int(paddle.version.major), int(paddle.version.minor))
+IS_PADDLE_2 = PADDLE_VERSION[0] == 2
 SIZES = ((2, 7), (1, 1), (3, 50))
 # What Paddle says of the operator where this package is not imported; the README quotes it.
 UNKNOWN_OPERATOR = (
@@ -146,6 +147,8 @@ def load_callable(path, kind):
     if kind == "predictor":
         predictor = make_predictor(path, threads=2)
         return lambda arrays: predict(predictor, arrays)
+    if PADDLE_VERSION == (3, 0):
+        pytest.skip("Paddle 3.0 compiles a loaded model in every call, and puts the whole process into static mode meanwhile")
     loaded = paddle.jit.load(path)
     loaded.eval()
     return lambda arrays: loaded(*map(paddle.to_tensor, arrays)).numpy()
@@ -256,7 +259,7 @@ def test_readme_without_the_import(readme_example, kind, tmp_path):
         paddle.jit.save(network, str(directory / "block"), input_spec=[InputSpec([None, None, 64], "float32", "x")])
     no_core_file = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
     result = run_python(no_core_file + load, directory)
-    if kind == "jit.load" and (int(paddle.version.major), int(paddle.version.minor)) >= (3, 1):
+    if kind == "jit.load" and PADDLE_VERSION >= (3, 1):
         assert result.returncode == -signal.SIGSEGV, result.stderr[-3000:]
     else:
         assert result.returncode == 1 and UNKNOWN_OPERATOR in result.stderr, result.stderr[-3000:]
