@@ -75,6 +75,7 @@ train(sys.argv[1], Settings(epochs=1, batch_size=128, dropout=0.1, seed=3), data
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_resume_is_bit_for_bit(kind, images, tmp_path):
     """Seven steps in another process and the rest in this one, with dropout, are one run."""
@@ -111,6 +112,7 @@ def test_a_checkpoint_matters(images, tmp_path):
     assert not np.array_equal(plain.losses, start.losses[:2])
 
 
+@pytest.mark.slow
 def test_same_curve_as_plain_layers(images, tmp_path):
     settings = Settings(epochs=2, batch_size=128, seed=1)
     fused, plain = (train(kind, settings, images, tmp_path / kind) for kind in ("fused", "plain"))
@@ -135,6 +137,7 @@ def test_checkpoints_of_other_runs(images, tmp_path):
         train("plain", SETTINGS, images, path, resume=True)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
     """Trains both, compares and draws them, and fails if they differ; with --resume a finished run is not made again."""
     arguments = ["--epochs", "1", "--output", str(tmp_path / "out")]

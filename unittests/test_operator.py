@@ -121,6 +121,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_sizes(sizes, dtype, place):
@@ -130,6 +131,7 @@ def test_sizes(sizes, dtype, place):
     check_case(case, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_thousand_positions(dtype, causal, place):

@@ -56,6 +56,7 @@ print(run(seq_len, True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("dtype, masked", [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_memory_is_linear_in_the_sequence(dtype, masked):
@@ -89,6 +90,7 @@ for sizes, dtype in cases:
 """
 
 
+@pytest.mark.slow
 def test_same_bits_for_any_number_of_threads():
     outputs = []
     for threads in (1, 2, 2, 3):

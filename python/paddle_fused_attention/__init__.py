@@ -1,4 +1,10 @@
-"""Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU."""
+"""Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU.
+
+Importing it registers the operator with Paddle. A saved model holds the operator by its name: import this package before such
+a model is loaded, by paddle.jit.load or a predictor. Otherwise Paddle 2.6 says that the operator is not registered, Paddle 3
+that "op [] kernel output args (0) defs should equal op outputs (2)", or, since 3.1, where the result of a loaded model is the
+operator's own, calling it is a segmentation fault.
+"""
 
 from . import incubate
 from ._flops import count_flops

@@ -91,13 +91,12 @@ def _load() -> Any:
         raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {rebuild}")
     # By itself, Paddle's function of this name in utils.cpp_extension would require setuptools at run time.
     registered = core.load_op_meta_info_and_register_op(libraries[0])
-    holder = paddle.base.framework.OpProtoHolder.instance()
+    # Since Paddle 3.2 the names of the new operators are handed on.
+    names = () if registered is None else (registered,)
+    paddle.base.framework.OpProtoHolder.instance().update_op_proto(*names)
     if paddle.__version__.startswith("2."):
-        holder.update_op_proto()
         # to_static there resumes wrongly in the middle of functions with keyword-only arguments; they run as they are instead.
         core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
-    else:
-        holder.update_op_proto(registered)
     return ctypes.CDLL(libraries[0])
 
 

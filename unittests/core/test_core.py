@@ -79,6 +79,7 @@ def test_absent_inputs(absent, isa):
 SIZES = [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 1, 128), (2, 66, 1, 256), (3, 100, 5, 80)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(sizes, dtype, isa):
