@@ -8,6 +8,9 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #if __has_include(<avx512bf16intrin.h>)
 extern const Kernels kAvx512Bf16Kernels;
+#if __has_include(<amxbf16intrin.h>)
+extern const Kernels kAmxKernels;
+#endif
 #endif
 #endif
 
@@ -20,6 +23,9 @@ const std::vector<Kernels>& supported_kernels() {
         &kAvx512Kernels,
 #if __has_include(<avx512bf16intrin.h>)
         &kAvx512Bf16Kernels,
+#if __has_include(<amxbf16intrin.h>)
+        &kAmxKernels,
+#endif
 #endif
     };
     for (const Kernels* candidate : candidates) {

@@ -13,6 +13,7 @@ struct Context;
 struct Kernels {
   const char* name;
   bool (*supported)();
+  bool has_tile_products;  // of bfloat16 matrices, by AMX
   void (*layer_norm_forward)(Context&, const Params&);
   void (*layer_norm_backward)(Context&, const Params&);
   void (*narrow_x)(Context&, const Params&);

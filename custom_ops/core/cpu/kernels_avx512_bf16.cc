@@ -1,8 +1,14 @@
-// The stages for x86-64 processors with AVX-512 and its dot products of bfloat16 numbers, where the compiler knows them.
+// The stages for x86-64 processors with AVX-512 and its dot products of bfloat16 numbers, where the compiler knows them; and the same with
+// matrix products on the tiles of AMX.
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
 #include "core/cpu/system_headers.h"
 
+#if __has_include(<amxbf16intrin.h>)
+PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2")
+#define PFA_TILE_PRODUCTS 1
+#else
 PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#endif
 #define PFA_ISA avx512_bf16
 #define PFA_VECTOR_BYTES 64
 #define PFA_BFLOAT16_PRODUCTS
@@ -11,19 +17,38 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f1
 namespace pfa::cpu {
 namespace {
 
-// Not all compilers that know avx512f know the name of this one.
-bool has_bfloat16_products() {
+// Not all compilers that know avx512f know the names of these.
+uint64_t features(unsigned leaf) {
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return __get_cpuid_count(7, leaf, &a, &b, &c, &d) ? static_cast<uint64_t>(d) << 32 | a : 0;
+}
+
+bool has_bfloat16_products() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && (features(1) >> 5 & 1);
 }
 
 }  // namespace
 
 extern const Kernels kAvx512Bf16Kernels;
-const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", [] {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && has_bfloat16_products();
-});
+const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", has_bfloat16_products);
+
+#if PFA_TILE_PRODUCTS
+namespace {
+
+// Linux lets a process use tiles once it has asked, for all its threads.
+bool may_use_tiles() {
+  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long tile_data = 18;
+  constexpr uint64_t tile_instructions = 1ull << (32 + 24) | 1ull << (32 + 22);  // AMX-TILE, AMX-BF16
+  return (features(0) & tile_instructions) == tile_instructions && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+}  // namespace
+
+extern const Kernels kAmxKernels;
+const Kernels kAmxKernels = avx512_bf16::make_kernels("amx", [] { return has_bfloat16_products() && may_use_tiles(); }, true);
+#endif
 }  // namespace pfa::cpu
 PFA_END_TARGET
 #endif

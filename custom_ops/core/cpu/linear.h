@@ -113,7 +113,7 @@ struct Linear {
 
   template <class C>
   static size_t bytes(const Context& context, const Product<T, C>& product) {
-    return MatrixProduct<T, C>::workspace_bytes(product, context.threads);
+    return MatrixProduct<T, C>::workspace_bytes(context, product);
   }
 
   // Pointers are not placed yet, so what depends on them is not asked.
@@ -133,7 +133,7 @@ struct Linear {
 
   template <class C>
   static void multiply(const Context& context, const Params& p, const Product<T, C>& product) {
-    MatrixProduct<T, C>::run(product, context.threads, p.stage_workspace);
+    MatrixProduct<T, C>::run(context, product, p.stage_workspace);
   }
 
   static void qkv_linear_forward(Context& context, const Params& p) { multiply(context, p, qkv_forward(p)); }

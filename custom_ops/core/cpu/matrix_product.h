@@ -27,24 +27,29 @@ struct Product {
   R* c;
 };
 
-// The depths [k0, k0 + k_count) of rows [first, first + count) as panels: out [panels][operands(k_count)][kWidth]. kWidth more operands
-// than that may be written, none of which counts.
+// The k_count numbers from k0 on of rows [first, first + count) as panels: out [panels][depth][kWidth], where depth is operands(k_count) or
+// more. A vector more than that may be written.
 template <int kWidth, class T>
 struct PanelPacker {
   using P = Operand<T>;
   static constexpr int kLanesOfP = kLanes<P>;
 
-  static void pack(const MatrixView<T>& view, int64_t first, int64_t count, int64_t k0, int64_t k_count, P* out) {
+  static void pack(const MatrixView<T>& view, int64_t first, int64_t count, int64_t k0, int64_t k_count,
+                   int64_t depth, P* out) {
     const T* source = view.data + first * view.stride + k0 * view.depth_stride;
-    const int64_t depth = operands<T>(k_count);
+    const int64_t filled = operands<T>(k_count);
     if (view.depth_stride == 1) {
-      for (int64_t i = 0; i < count; i += kWidth, out += depth * kWidth) {
-        transpose_panel(source + i * view.stride, view.stride, std::min<int64_t>(kWidth, count - i), k_count, out);
+      for (int64_t i = 0; i < count; i += kWidth) {
+        transpose_panel(source + i * view.stride, view.stride, std::min<int64_t>(kWidth, count - i), k_count, out + i * depth);
+        std::fill(out + (i * depth + filled * kWidth), out + (i + kWidth) * depth, P(0));
       }
       return;
     }
+    for (int64_t i = 0; i < count; i += kWidth) {
+      std::fill(out + (i * depth + filled * kWidth), out + (i + kWidth) * depth, P(0));
+    }
     // Some panels side by side: what is read lies together.
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < filled; ++k) {
       const T* low = source + k * kNumbers<T> * view.depth_stride;
       const T* high = (k + 1) * kNumbers<T> <= k_count ? low + view.depth_stride : nullptr;
       for (int64_t i = 0; i < count; i += kWidth) {
@@ -101,19 +106,25 @@ struct PanelPacker {
   }
 };
 
+}  // namespace pfa::cpu::PFA_ISA
+
+#include "core/cpu/tile_products.h"
+
+namespace pfa::cpu::PFA_ISA {
+
 template <class T, class R>
 class MatrixProduct {
  public:
   using P = Operand<T>;
 
-  static size_t workspace_bytes(const Product<T, R>& product, int threads) {
+  static size_t workspace_bytes(const Context& context, const Product<T, R>& product) {
     Arena arena;
-    MatrixProduct(product, threads).place(arena);
+    MatrixProduct(context, product).place(arena);
     return arena.used();
   }
 
-  static void run(const Product<T, R>& product, int threads, void* workspace) {
-    MatrixProduct work(product, threads);
+  static void run(const Context& context, const Product<T, R>& product, void* workspace) {
+    MatrixProduct work(context, product);
     Arena arena(workspace);
     work.place(arena);
     work.multiply();
@@ -124,10 +135,17 @@ class MatrixProduct {
   static constexpr int kVectors = 2;
   static constexpr int64_t kPanelColumns = kVectors * kLanes<A>;
   static constexpr int64_t kPanelRows = kBlockRows[kVectors];
+  static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
   // A run of k such that a panel of b stays in the L1 cache, and a block's panels of a in the L2 cache.
-  static constexpr int64_t kMaxRun = 256 * kNumbers<T>;
-  static constexpr int64_t kMaxRows = kPanelRows * (144 / kPanelRows);
+#ifndef RUN
+#define RUN 256
+#endif
+#ifndef ROWS
+#define ROWS 144
+#endif
+  static constexpr int64_t kMaxRun = RUN * kNumbers<T>;
+  static constexpr int64_t kMaxRows = ROWS;
   // Of a block whose sums lie in memory of its own, and of b that a thread packs by itself.
   static constexpr int64_t kMaxOwnColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
@@ -137,17 +155,20 @@ class MatrixProduct {
   static constexpr int64_t kMaxSpan = 4096;
 
   // Of how the work is cut only run_ reaches the bits of the result, and it depends on k alone.
-  MatrixProduct(const Product<T, R>& product, int threads)
+  MatrixProduct(const Context& context, const Product<T, R>& product)
       : product_(product),
-        threads_(threads),
+        threads_(context.threads),
+        tiles_(kHasTileProducts<T> && context.kernels->has_tile_products),
+        panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
+        depth_step_(tiles_ ? kTileProductDepth : 1),
         rows_in_all_(product.m),
         columns_in_all_(product.n),
         a_(product.a),
         b_(product.b) {
     const int64_t k = product.k;
     const int64_t runs = std::max<int64_t>(1, (k + kMaxRun - 1) / kMaxRun);
-    run_ = round_up((k + runs - 1) / runs, 2 * kNumbers<T>);
-    turned_ = product.m <= kFewRows && can_be_read_in_place(product.b);
+    run_ = round_up((k + runs - 1) / runs, 2 * kNumbers<T> * depth_step_);
+    turned_ = !tiles_ && product.m <= kFewRows && can_be_read_in_place(product.b);
     if (turned_) {
       std::swap(rows_in_all_, columns_in_all_);
       std::swap(a_, b_);
@@ -157,17 +178,20 @@ class MatrixProduct {
     span_ = !shares_b_ || k <= std::max(rows_in_all_, kMaxSpan) ? k : kMaxSpan / run_ * run_;
     own_sums_ = kNarrows || turned_;
 
-    rows_ = std::min(kMaxRows, round_up(std::max<int64_t>(rows_in_all_, 1), kPanelRows));
+    rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(rows_in_all_, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
     if (own_sums_) columns_ = std::min(columns_, kMaxOwnColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
-    while (blocks() < 4 * threads && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
-    while (blocks() < 4 * threads && rows_ > 2 * kPanelRows) rows_ = round_up(rows_ / 2, kPanelRows);
+    while (blocks() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
+    while (blocks() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
   int64_t row_blocks() const { return (rows_in_all_ + rows_ - 1) / rows_; }
   int64_t column_blocks() const { return (columns_in_all_ + columns_ - 1) / columns_; }
   int64_t blocks() const { return row_blocks() * column_blocks(); }
+
+  // Operands that `count` numbers of a run fill, with the zeros behind them.
+  int64_t depth_of(int64_t count) const { return round_up(operands<T>(count), depth_step_); }
 
   // Whether the micro kernel can take its factors from the matrix itself.
   static bool can_be_read_in_place(const MatrixView<T>& view) {
@@ -180,13 +204,13 @@ class MatrixProduct {
       using Element = std::remove_reference_t<decltype(*pointer)>;
       pointer = static_cast<Element*>(arena.take(count * sizeof(Element)));
     };
-    const int64_t depth = operands<T>(run_);
+    const int64_t depth = depth_of(run_);
     if (packs_a_) {
       thread_a_ = depth * rows_ + kLanes<P>;  // PanelPacker writes a little more
       take(packed_a_, threads_ * thread_a_);
     }
     if (shares_b_) {
-      take(packed_b_, operands<T>(round_up(std::min(span_, product_.k), run_)) * round_up(columns_in_all_, kPanelColumns));
+      take(packed_b_, depth_of(round_up(std::min(span_, product_.k), run_)) * round_up(columns_in_all_, kPanelColumns));
     } else {
       thread_b_ = depth * columns_;
       take(packed_b_, threads_ * thread_b_);
@@ -213,6 +237,7 @@ class MatrixProduct {
         block.column = index % column_blocks() * columns_;
         block.rows = std::min(rows_, rows_in_all_ - block.row);
         block.columns = std::min(columns_, columns_in_all_ - block.column);
+        const TileScope scope(tiles_);
         multiply_block(block, k, k_end);
         if (k_end == product_.k) finish_block(block);
       });
@@ -243,9 +268,20 @@ class MatrixProduct {
       const int64_t k = k_begin + index / groups * run_;
       const int64_t count = std::min(run_, k_end - k);
       const int64_t column = index % groups * width;
-      P* panels = shared_run(k - k_begin) + column * operands<T>(count);
-      PanelPacker<kPanelColumns, T>::pack(b_, column, std::min(width, columns_in_all_ - column), k, count, panels);
+      P* panels = shared_run(k - k_begin) + column * depth_of(count);
+      pack_b(column, std::min(width, columns_in_all_ - column), k, count, panels);
     });
+  }
+
+  void pack_b(int64_t column, int64_t columns, int64_t k, int64_t count, P* panels) const {
+    PanelPacker<kPanelColumns, T>::pack(b_, column, columns, k, count, depth_of(count), panels);
+  }
+
+  void pack_a(const Block& block, int64_t k, int64_t count, P* panels) const {
+    if constexpr (kHasTileProducts<T>) {
+      if (tiles_) return pack_tile_rows(a_, block.row, block.rows, k, count, depth_of(count), panels);
+    }
+    PanelPacker<kPanelRows, T>::pack(a_, block.row, block.rows, k, count, depth_of(count), panels);
   }
 
   A* sums_of(const Block& block) const {
@@ -263,22 +299,22 @@ class MatrixProduct {
     const int64_t writable_columns = own_sums_ ? round_up(block.columns, kPanelColumns) : block.columns;
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
-      const int64_t depth = operands<T>(count);
+      const int64_t depth = depth_of(count);
       const bool continues = k > 0 || starts_from_addend();
       const P* b;
       if (shares_b_) {
         b = shared_run(k - k_begin) + block.column * depth;
       } else {
         P* panels = packed_b_ + block.thread * thread_b_;
-        PanelPacker<kPanelColumns, T>::pack(b_, block.column, block.columns, k, count, panels);
+        pack_b(block.column, block.columns, k, count, panels);
         b = panels;
       }
       if (packs_a_) {
         P* a = packed_a_ + block.thread * thread_a_;
-        PanelPacker<kPanelRows, T>::pack(a_, block.row, block.rows, k, count, a);
+        pack_a(block, k, count, a);
         for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
-          for (int64_t i = 0; i < block.rows; i += kPanelRows) {
-            multiply_tile(depth, a + i * depth, b + j * depth, std::min(kPanelRows, block.rows - i),
+          for (int64_t i = 0; i < block.rows; i += panel_rows_) {
+            multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, block.rows - i),
                           std::min(kPanelColumns, writable_columns - j), {sums + i * stride + j, stride, A(1), continues});
           }
         }
@@ -292,18 +328,22 @@ class MatrixProduct {
     }
   }
 
-  // a [depth][kPanelRows], b [depth][kPanelColumns]
-  static void multiply_tile(int64_t depth, const P* a, const P* b, int64_t rows, int64_t columns, TileResult<A> tile) {
-    const TileOperand<P> factors{a, 1, kPanelRows};
-    if (rows == kPanelRows && columns == kPanelColumns) {
-      return micro_block<kPanelRows, kVectors>(depth, factors, b, kPanelColumns, tile);
-    }
-    A whole[kPanelRows * kPanelColumns];
-    micro_block<kPanelRows, kVectors>(depth, factors, b, kPanelColumns, TileResult<A>{whole, kPanelColumns, A(1), false});
+  // c [rows, columns] (+)= a panel of a @ a panel of b, of which so much is there.
+  void multiply_panels(int64_t depth, const P* a, const P* b, int64_t rows, int64_t columns, TileResult<A> c) const {
+    if (rows == panel_rows_ && columns == kPanelColumns) return multiply_whole_panels(depth, a, b, c);
+    A whole[kMaxPanelRows * kPanelColumns];
+    multiply_whole_panels(depth, a, b, {whole, kPanelColumns, A(1), false});
     for (int64_t r = 0; r < rows; ++r) {
-      A* target = tile.data + r * tile.row_stride;
-      for (int64_t i = 0; i < columns; ++i) target[i] = (tile.accumulate ? target[i] : A(0)) + whole[r * kPanelColumns + i];
+      A* target = c.data + r * c.row_stride;
+      for (int64_t i = 0; i < columns; ++i) target[i] = (c.accumulate ? target[i] : A(0)) + whole[r * kPanelColumns + i];
     }
+  }
+
+  void multiply_whole_panels(int64_t depth, const P* a, const P* b, TileResult<A> c) const {
+    if constexpr (kHasTileProducts<T>) {
+      if (tiles_) return multiply_tiles(depth, a, b, c);
+    }
+    micro_block<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
   }
 
   // An addend that is c itself is there already where the sums go to c.
@@ -351,6 +391,9 @@ class MatrixProduct {
 
   Product<T, R> product_;
   int threads_;
+  bool tiles_;
+  int64_t panel_rows_;
+  int64_t depth_step_;  // what the depth of a panel is a multiple of
   // Turned round, c^T = b @ a^T: the micro kernel reads b in place, and a, which is small, is packed in b's stead.
   bool turned_;
   int64_t rows_in_all_, columns_in_all_;
@@ -361,8 +404,8 @@ class MatrixProduct {
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a block
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
-  P* packed_a_ = nullptr;  // [threads][rows_ / kPanelRows][operands(run_)][kPanelRows]
-  P* packed_b_ = nullptr;  // [runs of the span][panels][operands(run_)][kPanelColumns]; or [threads][panels of a block]...
+  P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
+  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a block's panels
   A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [rows_in_all_, sums_stride_]
 };
 

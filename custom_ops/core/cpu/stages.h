@@ -109,9 +109,10 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, Pha
   });
 }
 
-inline Kernels make_kernels(const char* name, bool (*supported)()) {
+inline Kernels make_kernels(const char* name, bool (*supported)(), bool has_tile_products = false) {
   return {name,
           supported,
+          has_tile_products,
           layer_norm_forward,
           layer_norm_backward,
           narrow_x,
