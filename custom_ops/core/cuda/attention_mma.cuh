@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
+        for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
         if (kGeneral && args.mask.data) add_mask<false>(args, mask_offset, strip, col0 + 16 * n, piece);
         if (edge) {
 #pragma unroll
@@ -341,17 +341,34 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// One piece of the gradients. In: `s` the products of queries and keys, `dp` those of d_out and values. Out: `s` the probabilities
-// that dropout keeps, `dp` the gradients of the scores.
+// The warp's answer to whether any of kRows rows has a large score.
+template <int kRows>
+__device__ __forceinline__ bool any_large(const float* shift2) {
+  bool large = false;
+#pragma unroll
+  for (int i = 0; i < kRows; i += 32) large |= shift2[(i + threadIdx.x % 32) % kRows] != 0.0f;
+  return __any_sync(0xFFFFFFFFu, large);
+}
+
+// One piece of the gradients. In: `s` the products of queries and keys, `dp` those of d_out and values; `shift2` of the piece's queries,
+// null where none is large. Out: `s` the probabilities that dropout keeps, `dp` the gradients of the scores.
 template <bool kGeneral, bool kRowsAreKeys>
 __device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
                                                 int64_t mask_offset, float scale_log2, int row0, int column0, bool edge,
-                                                const float (&lse2)[4], const float (&shift2)[4], const float (&delta)[4],
+                                                const float (&lse2)[4], const float* shift2, const float (&delta)[4],
                                                 float (&s)[8], float (&dp)[8]) {
   const float drop_scale = static_cast<float>(args.drop_scale);
+  float scale = scale_log2;
+  if (shift2 || (kGeneral && args.mask.data)) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) s[e] *= scale_log2;
+    for (int e = 0; e < 8; ++e) s[e] = scaled(s[e], scale_log2);
+    scale = 1.0f;
+  }
   if (kGeneral && args.mask.data) add_mask<kRowsAreKeys>(args, mask_offset, row0, column0, s);
+  if (shift2) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) s[e] -= shift2[kRowsAreKeys ? lane_column(e) : lane_row(e)];
+  }
   uint32_t numbers[8];
   if (kGeneral && args.drops) {
     if (kRowsAreKeys) {
@@ -363,7 +380,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int query = kRowsAreKeys ? e / 4 * 2 + e % 2 : e / 2 % 2;  // which of the lane's queries
-    float p = exp2_of(fminf(s[e] - (kGeneral ? shift2[query] : 0.0f) - lse2[query], 0.0f));
+    float p = exp2_of(fminf(fmaf(s[e], scale, -lse2[query]), 0.0f));
     if (edge) {
       const int i = kRowsAreKeys ? column0 + lane_column(e) : row0 + lane_row(e);
       const int j = kRowsAreKeys ? row0 + lane_row(e) : column0 + lane_column(e);
@@ -417,6 +434,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
   const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
   const float* lse2_head = static_cast<const float*>(args.lse2) + statistics;
+  const float* shift2_head = static_cast<const float*>(args.shift2) + statistics;
   const float* delta_head = static_cast<const float*>(args.delta) + statistics;
   const int warp_row = threadIdx.x / 32 * 16;
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
@@ -452,18 +470,19 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
     dot_rows<T, 1, kQueries, kHeadDim>(s, k_tile + warp_row * kRow, q_tile);
     if (kKeyGradient) dot_rows<T, 1, kQueries, kHeadDim>(dp, v_tile + warp_row * kRow, d_out_tile);
     const bool edge = key0 + Shape::kOuter > args.seq_len || (args.causal && key0 + Shape::kOuter - 1 > row0);
+    const float* shift2 = any_large<kQueries>(shift2_head + row0) ? shift2_head + row0 : nullptr;
 #pragma unroll
     for (int n = 0; n < kQueries / 16; ++n) {
-      float lse2[4], shift2[4] = {}, delta[4];
+      float lse2[4], delta[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row0 + 16 * n + lane_column(i / 2 * 4 + i % 2);
         lse2[i] = lse2_head[row];
-        if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
         delta[i] = delta_head[row];
       }
       score_gradients<kGeneral, true>(args, philox_key, h.random, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge,
-                                      lse2, shift2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+                                      lse2, shift2 ? shift2 + 16 * n : nullptr, delta,
+                                      reinterpret_cast<float (&)[8]>(s[0][2 * n]),
                                       reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
@@ -526,14 +545,15 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   PhiloxState philox_key{};
   if (kGeneral && args.drops) philox_key = backward_philox(args);
 
-  float lse2[4] = {}, shift2[4] = {}, delta[4] = {};
+  float lse2[4] = {}, delta[4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = row0 + warp_row + lane_row(2 * i);
     lse2[i] = static_cast<const float*>(args.lse2)[statistics + row];
-    if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
     delta[i] = static_cast<const float*>(args.delta)[statistics + row];
   }
+  const float* shift2 = static_cast<const float*>(args.shift2) + statistics + row0 + warp_row;
+  if (!any_large<16>(shift2)) shift2 = nullptr;
   float dq[1][kHeadDim / 8][4];
   clear(dq);
 
