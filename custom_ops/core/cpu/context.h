@@ -26,7 +26,9 @@ struct Context {
 
 inline void layer_norm_forward(Context& context, const Params& p) { context.kernels->layer_norm_forward(context, p); }
 inline void layer_norm_backward(Context& context, const Params& p) { context.kernels->layer_norm_backward(context, p); }
-inline void narrow_x(Context&, const Params&) { throw std::logic_error("x and weights of different types are not implemented"); }
+inline void narrow_x(Context&, const Params&) {
+  throw std::logic_error("x and weights of different types are not implemented");
+}
 inline void qkv_linear_forward(Context& context, const Params& p) { context.kernels->qkv_linear_forward(context, p); }
 inline void qkv_linear_backward(Context& context, const Params& p) { context.kernels->qkv_linear_backward(context, p); }
 inline void attention_forward(Context& context, const Params& p) { context.kernels->attention_forward(context, p); }
