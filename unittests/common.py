@@ -236,10 +236,10 @@ def rows_far_down(dtype, low):
 
 
 def equal_keys(dtype, size):
-    """A case and inputs where 64 tokens have one key and scores of about `size`, without a mask.
+    """A case and inputs where 64 tokens have one key and scores of up to about `size`, without a mask; dtype float32 or float64.
 
-    Of such scores the last digits are worth more than one, but the probabilities must add up to one, in the gradient too. The keys come
-    of a feature that all tokens share.
+    Of such scores the last digits are worth more than one, but the probabilities must add up to one, in the gradient too. Ordinary ops
+    are no measure: they may round equal scores differently. The keys come of a feature that all tokens share.
     """
     case = Case(2, 64, 2, 8, dtype).but(final_layer_norm=False)
     inputs = make_inputs(case)
@@ -252,6 +252,15 @@ def equal_keys(dtype, size):
     for name in ("x", "qkv_weight", "qkv_bias"):
         inputs[name] = reference.round_to(inputs[name], case.dtype_of(name)).astype(np.float64)
     return case, inputs
+
+
+def check_equal_keys(case, inputs, out, gradients):
+    """Compares float64 arrays with the reference: the result, and the gradients of the values, whose weights are the probabilities."""
+    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
+    expected = reference.backward(arrays, case.config, inputs["d_out"])
+    check_tensor("out", out, reference.forward(arrays, case.config), case.dtype)
+    for name in ("qkv_weight", "qkv_bias"):
+        check_tensor(name, gradients[name][2], expected[name][2], case.dtype)
 
 
 def check_by_ordinary_ops(case, inputs, out, gradients):

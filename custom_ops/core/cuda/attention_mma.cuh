@@ -261,9 +261,12 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
+        if (kGeneral && args.mask.data) {
+          add_mask<false>(args, mask_offset, strip, col0 + 16 * n, scale_log2, piece);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
-        if (kGeneral && args.mask.data) add_mask<false>(args, mask_offset, strip, col0 + 16 * n, piece);
+          for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
+        }
         if (edge) {
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
@@ -360,9 +363,12 @@ __device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t
 #pragma unroll
   for (int n = 0; n < kColumns / 2; ++n) {
     float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[2 * n]);
+    if (masked) {
+      add_mask<kRowsAreKeys>(args, mask_offset, row0, column0 + 16 * n, scale_log2, piece);
+    } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
-    if (masked) add_mask<kRowsAreKeys>(args, mask_offset, row0, column0 + 16 * n, piece);
+      for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
+    }
     if (large) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) piece[e] -= shift2[kRowsAreKeys ? 16 * n + lane_column(e) : lane_row(e)];

@@ -149,12 +149,12 @@ __device__ void store_sums(T* to, int64_t stride, int row0, Acc (&sums)[Tile<Acc
 template <class Acc>
 __device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadIndex& h, Acc product, int i, int j) {
   if (i >= args.seq_len || j >= args.seq_len || (args.causal && j > i)) return -infinity<Acc>();
-  Acc score = scaled(product, static_cast<Acc>(args.score_scale * kLog2e));
-  if (args.mask.data) {
-    const int64_t* s = args.mask.strides;
-    const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
-    with_mask_elements(args.mask, [&](const auto* elements) { score += mask_log2<Acc>(elements[index]); });
-  }
+  const Acc scale = static_cast<Acc>(args.score_scale * kLog2e);
+  if (!args.mask.data) return scaled(product, scale);
+  const int64_t* s = args.mask.strides;
+  const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
+  Acc score;
+  with_mask_elements(args.mask, [&](const auto* elements) { score = fma(product, scale, mask_log2<Acc>(elements[index])); });
   return score;
 }
 
