@@ -377,12 +377,13 @@ def time_attention(batch, seq_len, num_heads, head_dim, causal, peers, turns, ma
     qkv = torch.randn(batch, seq_len, 3, num_heads, head_dim, device="cuda").bfloat16()
     d_qkv, out, d_out = torch.empty_like(qkv), torch.empty_like(qkv[:, :, 0]), torch.randn_like(qkv[:, :, 0])
     log_sum_exp = torch.empty(batch, num_heads, seq_len, device="cuda")
-    arrays = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, d_attn_out=d_out, d_qkv=d_qkv, x=out, out=out)
+    score_shift = torch.empty_like(log_sum_exp)
+    arrays = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, score_shift=score_shift, x=out, out=out)
+    arrays.update(d_attn_out=d_out, d_qkv=d_qkv)
     arrays = {n: address(t) for n, t in arrays.items()}
     if mask is not None:
-        score_shift = torch.empty_like(log_sum_exp)
         strides = mask.expand(batch, num_heads, seq_len, seq_len).stride()
-        arrays.update(mask=(address(mask), str(mask.dtype).split(".")[1], strides), score_shift=address(score_shift))
+        arrays.update(mask=(address(mask), str(mask.dtype).split(".")[1], strides))
     size = block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), True)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     arrays["stage_workspace"] = address(workspace)

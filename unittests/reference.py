@@ -319,8 +319,10 @@ def composed_attention_16bit_gradient(kept, d_result, dtype):
     return np.stack([d_q, d_k, d_v]).transpose(1, 3, 0, 2, 4)
 
 
-def composed_16bit(inputs, config, d_out, dtype):
+def composed_16bit(inputs, config, d_out, dtype, residual_dtype=None):
     """Result and gradients of the block as a chain of ordinary ops on tensors of `dtype`: what a user has without it.
+
+    With residual_dtype "float32" x, d_out, what is added to x and the layer norms are float32: x is cast for the projection alone.
 
     A fair stand-in for Paddle's or PyTorch's 16-bit ops, many of which the CPU build of Paddle lacks: there each op reads
     16-bit tensors, computes in float32 inside (matmul sums, softmax and layer-norm statistics included, layer-norm scale
@@ -331,6 +333,9 @@ def composed_16bit(inputs, config, d_out, dtype):
 
     def r(a):
         return round_to(a, dtype)
+
+    def wide(a):
+        return round_to(a, residual_dtype or dtype)
 
     f = {n: np.asarray(a, np.float32) for n, a in inputs.items() if a is not None and n != "attn_mask"}
     x, weight = f["x"], f["qkv_weight"]
@@ -345,7 +350,7 @@ def composed_16bit(inputs, config, d_out, dtype):
     h = x
     if config.pre_layer_norm:
         h, h_normalised, h_rstd = layer_norm(x, f.get("pre_ln_scale"), f.get("pre_ln_bias"), config.pre_ln_epsilon)
-        h = r(h)
+    h = r(h)
     qkv = r(h @ flat_weight.T)
     if "qkv_bias" in f:
         qkv = r(qkv + f["qkv_bias"].reshape(-1))
@@ -357,11 +362,11 @@ def composed_16bit(inputs, config, d_out, dtype):
         y = r(y + f["linear_bias"])
     z = r(y * output_factor)
     if config.add_residual:
-        z = r(x + z)
+        z = wide(x + z)
     out = z
     if config.final_layer_norm:
         out, z_normalised, z_rstd = layer_norm(z, f.get("ln_scale"), f.get("ln_bias"), config.ln_epsilon)
-        out = r(out)
+        out = wide(out)
 
     g = {}
 
@@ -371,7 +376,7 @@ def composed_16bit(inputs, config, d_out, dtype):
     d_z = np.asarray(d_out, np.float32)
     if config.final_layer_norm:
         d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(d_z, z_normalised, z_rstd, f.get("ln_scale"))
-        d_z = r(d_z)
+        d_z = wide(d_z)
     d_y = r(d_z * output_factor)
     g["linear_bias"] = r(d_y.sum((0, 1)))
     g["linear_weight"] = r(rows(o).T @ rows(d_y))
@@ -382,6 +387,6 @@ def composed_16bit(inputs, config, d_out, dtype):
     d_x = r(d_qkv @ flat_weight)
     if config.pre_layer_norm:
         d_x, g["pre_ln_scale"], g["pre_ln_bias"] = layer_norm_gradient(d_x, h_normalised, h_rstd, f.get("pre_ln_scale"))
-        d_x = r(d_x)
-    g["x"] = r(d_x + d_z) if config.add_residual else d_x
+        d_x = wide(d_x)
+    g["x"] = wide(d_x + d_z) if config.add_residual else d_x
     return out, {name: g[name] for name in DIFFERENTIABLE if name in f}

@@ -120,6 +120,17 @@ def test_reference_equals_ordinary_paddle_ops(pre_layer_norm):
     )
 
 
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+def test_composed_16bit_keeps_a_float32_residual(dtype):
+    """With nothing of the branch left x and its gradient pass as they are, which no 16-bit number is."""
+    case = Case(dtype=dtype, residual_dtype="float32").but(final_layer_norm=False, dropout_rate=1.0)
+    inputs = common.make_inputs(case)
+    expected = common.expect(case, inputs)
+    assert np.array_equal(expected.peer_out, inputs["x"])
+    assert np.array_equal(expected.peer_gradients["x"], inputs["d_out"])
+    assert not np.array_equal(reference.round_to(inputs["x"], dtype), inputs["x"])
+
+
 def test_bfloat16_rounds_to_nearest_even():
     values = np.array([1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8 + 2.0**-20), np.inf, -np.inf, 0.0], np.float32)
     expected = np.array([1.0, 1.0, 1 + 2.0**-6, -(1 + 2.0**-7), np.inf, -np.inf, 0.0], np.float32)
@@ -128,10 +139,12 @@ def test_bfloat16_rounds_to_nearest_even():
 
 
 @pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
-def test_composed_16bit_is_near_the_reference(dtype):
+@pytest.mark.parametrize("residual_dtype", (None, "float32"))
+@pytest.mark.parametrize("pre", (False, True))
+def test_composed_16bit_is_near_the_reference(pre, residual_dtype, dtype):
     """Its error is a few roundings: were it wrong, or sloppy, a comparison with it would prove nothing."""
-    case = Case(dtype=dtype, mask=Mask("B1SS", "bool")).but(
-        pre_layer_norm=True, dropout_rate=0.1, attn_dropout_rate=0.1, seed=3
+    case = Case(dtype=dtype, residual_dtype=residual_dtype, mask=Mask("B1SS", "bool")).but(
+        pre_layer_norm=pre, dropout_rate=0.1, attn_dropout_rate=0.1, seed=3
     )
     inputs = common.make_inputs(case)
     expected = common.expect(case, inputs)

@@ -146,8 +146,8 @@ void plan_backward(const Context& context, Params& p, Arena& arena) {
 
   const size_t attention_workspace = stage_workspace_bytes(context, p, Phase::kAttentionBackward);
   const size_t input_workspace = stage_workspace_bytes(context, p, Phase::kInputBackward);
-  const bool in_d_x = p.d_x && !p.final_layer_norm && row_bytes * p.heads_dim() <= residual &&
-                      !(p.pre_layer_norm && has_wide_residual(p));
+  const bool in_d_x =
+      p.d_x && !p.final_layer_norm && row_bytes * p.heads_dim() <= residual && !(p.pre_layer_norm && has_wide_residual(p));
   const bool is_free_again = !in_d_x && !has_own_hidden(p);
   const size_t later = has_own_hidden(p) ? activation : is_free_again ? input_workspace : 0;
   void* shared = in_d_x ? p.d_x : arena.take(std::max(row_bytes * p.heads_dim(), later));

@@ -137,7 +137,8 @@ struct Params {
   void* ln_rstd = nullptr;  // [M] accumulator type
 
   // intermediates
-  void* hidden = nullptr;  // [M, E]: layer-normalised x; without pre_layer_norm x itself, or what dtype holds of it (has_own_hidden)
+  void* hidden =
+      nullptr;  // [M, E]: layer-normalised x; without pre_layer_norm x itself, or what dtype holds of it (has_own_hidden)
 
   // gradient of the result, and of the inputs
   const void* d_out = nullptr;      // [M, E] residual_dtype

@@ -46,15 +46,16 @@ struct Entry {
 std::map<std::string, Entry> entries(const Params& p) {
   const std::vector<py::ssize_t> activation{p.batch, p.seq_len, p.embed_dim};
   const std::vector<py::ssize_t> row{p.embed_dim};
-  return {{"x", {&Params::x, &Params::d_x, p.residual_dtype, true, activation}},
-          {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, p.dtype, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
-          {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, p.dtype, true, {p.heads_dim(), p.embed_dim}}},
-          {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, p.dtype, false, {3, p.num_heads, p.head_dim}}},
-          {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, p.dtype, false, row}},
-          {"pre_ln_scale", {&Params::pre_ln_scale, &Params::d_pre_ln_scale, p.norm_dtype, false, row}},
-          {"pre_ln_bias", {&Params::pre_ln_bias, &Params::d_pre_ln_bias, p.norm_dtype, false, row}},
-          {"ln_scale", {&Params::ln_scale, &Params::d_ln_scale, p.norm_dtype, false, row}},
-          {"ln_bias", {&Params::ln_bias, &Params::d_ln_bias, p.norm_dtype, false, row}}};
+  return {
+      {"x", {&Params::x, &Params::d_x, p.residual_dtype, true, activation}},
+      {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, p.dtype, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
+      {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, p.dtype, true, {p.heads_dim(), p.embed_dim}}},
+      {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, p.dtype, false, {3, p.num_heads, p.head_dim}}},
+      {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, p.dtype, false, row}},
+      {"pre_ln_scale", {&Params::pre_ln_scale, &Params::d_pre_ln_scale, p.norm_dtype, false, row}},
+      {"pre_ln_bias", {&Params::pre_ln_bias, &Params::d_pre_ln_bias, p.norm_dtype, false, row}},
+      {"ln_scale", {&Params::ln_scale, &Params::d_ln_scale, p.norm_dtype, false, row}},
+      {"ln_bias", {&Params::ln_bias, &Params::d_ln_bias, p.norm_dtype, false, row}}};
 }
 
 const void* checked(const py::object& object, const std::string& name, DType dtype, const std::vector<py::ssize_t>& shape) {

@@ -93,12 +93,17 @@ const std::map<std::string, Setter>& pointers() {
 using Stage = void (*)(cuda::Context&, const Params&);
 
 const std::map<std::string, Stage>& stages() {
-  static const std::map<std::string, Stage> functions = {
-      {"layer_norm_forward", cuda::layer_norm_forward},       {"layer_norm_backward", cuda::layer_norm_backward},
-      {"qkv_linear_forward", cuda::qkv_linear_forward},       {"qkv_linear_backward", cuda::qkv_linear_backward},
-      {"attention_forward", cuda::attention_forward},         {"attention_backward", cuda::attention_backward},
-      {"output_linear_forward", cuda::output_linear_forward}, {"output_linear_backward", cuda::output_linear_backward},
-      {"residual_forward", cuda::residual_forward},           {"residual_backward", cuda::residual_backward}};
+  static const std::map<std::string, Stage> functions = {{"narrow_x", cuda::narrow_x},
+                                                         {"layer_norm_forward", cuda::layer_norm_forward},
+                                                         {"layer_norm_backward", cuda::layer_norm_backward},
+                                                         {"qkv_linear_forward", cuda::qkv_linear_forward},
+                                                         {"qkv_linear_backward", cuda::qkv_linear_backward},
+                                                         {"attention_forward", cuda::attention_forward},
+                                                         {"attention_backward", cuda::attention_backward},
+                                                         {"output_linear_forward", cuda::output_linear_forward},
+                                                         {"output_linear_backward", cuda::output_linear_backward},
+                                                         {"residual_forward", cuda::residual_forward},
+                                                         {"residual_backward", cuda::residual_backward}};
   return functions;
 }
 

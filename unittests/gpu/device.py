@@ -66,6 +66,7 @@ def make_block(case, **switches):
         num_heads=case.num_heads,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        residual_dtype=case.dtype_of("x"),
         norm_dtype=case.dtype_of("ln_scale"),
         **switches,
     )
@@ -82,7 +83,7 @@ class Run:
         self.block = make_block(case, **switches)
         self.tensors = {}
         for name, a in inputs.items():
-            tensor = to_device(a, case.dtype_of("x" if name == "d_out" else name))
+            tensor = to_device(a, case.dtype_of(name))
             if offset and name != "attn_mask":
                 moved = self.memory.empty(tensor.shape, tensor.dtype, offset)
                 moved.copy_(tensor)
@@ -131,12 +132,11 @@ def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
     statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     log_sum_exp, score_shift = (memory.empty((batch, num_heads, seq_len), statistics) for _ in range(2))
     random_state = memory.empty((2,), torch.int64)
-    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, random_state=random_state, x=d_out, out=out)
-    tensors.update(d_attn_out=d_out, d_qkv=d_qkv, d_qkv_bias=d_qkv_bias)
+    tensors = dict(qkv=qkv, attn_out=out, log_sum_exp=log_sum_exp, score_shift=score_shift, random_state=random_state)
+    tensors.update(x=d_out, out=out, d_attn_out=d_out, d_qkv=d_qkv, d_qkv_bias=d_qkv_bias)
     arrays = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     if mask is not None:
         arrays["mask"] = mask_argument(mask, (batch, num_heads, seq_len, seq_len))
-        arrays["score_shift"] = score_shift.data_ptr()
     size = max(block.stage_workspace_bytes(dict(arrays, d_x=arrays["x"]), backward) for backward in (False, True))
     arrays["stage_workspace"] = memory.bytes(size).data_ptr()
     stream = torch.cuda.current_stream().cuda_stream

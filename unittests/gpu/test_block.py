@@ -1,7 +1,9 @@
 """The whole block on the GPU against the float64 reference: dtypes, features, sizes, dropout."""
 
 import common
+import numpy as np
 import pytest
+import reference
 import torch
 from common import Case, Mask
 from device import Run, run_case
@@ -57,6 +59,75 @@ def test_norm_parameters_of_x_dtype(dtype):
     check(case.but(pre_layer_norm=True, dropout_rate=0.1))
 
 
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_float32_residual(feature, dtype):
+    check(FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=37, head_dim=24))
+
+
+# Rows that are read by vectors, and not; test_rows.py has those that no group of threads holds.
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout", "dropout-pre"))
+@pytest.mark.parametrize("sizes", ((1, 5, 8, 128), (2, 37, 3, 11), (3, 257, 4, 64)), ids=str)
+def test_float32_residual_of_all_widths(sizes, feature, dtype):
+    batch, seq_len, num_heads, head_dim = sizes
+    case = FEATURES[feature].but(dtype=dtype, residual_dtype="float32", batch=batch, seq_len=seq_len)
+    check(case.but(num_heads=num_heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout"))
+def test_float32_residual_unaligned(feature, dtype):
+    check(FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=37), offset=4)
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout", "dropout-pre", "eval-downscale"))
+def test_float32_residual_forward_alone_has_the_same_bits(feature, dtype):
+    case = FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=130, head_dim=40)
+    inputs = common.make_inputs(case)
+    saving, _ = run_case(case, inputs, wanted=[])
+    alone, _ = run_case(case, inputs, wanted=[], saves=False)
+    assert (saving == alone).all()
+
+
+def test_float32_residual_is_not_rounded():
+    """With every element of the branch dropped, x comes out as it went in, and so does its gradient but for what attention adds."""
+    case = Case(dtype="bfloat16", residual_dtype="float32", config=Config(final_layer_norm=False, dropout_rate=1.0))
+    inputs = common.make_inputs(case)
+    out, gradients = run_case(case, inputs)
+    assert (out == inputs["x"]).all() and (gradients["x"] == inputs["d_out"]).all()
+
+
+def test_float32_residual_beyond_float16():
+    """x may be larger than any float16 where a layer norm comes before the projection."""
+    case = Case(
+        dtype="float16", residual_dtype="float32", seq_len=37, config=Config(pre_layer_norm=True, final_layer_norm=False)
+    )
+    inputs = common.make_inputs(case)
+    inputs["x"] = reference.round_to(inputs["x"] * 7e4, "float32").astype(np.float64)
+    assert abs(inputs["x"]).max() > 65504
+    common.check(case, common.expect(case, inputs), *run_case(case, inputs))
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+def test_many_layers_with_float32_residual(dtype):
+    """The error of 24 pre-norm layers is that of their products, not of a sum that is rounded 24 times."""
+    config = Config(pre_layer_norm=True, final_layer_norm=False)
+    x = common.make_inputs(Case(dtype="float32", seq_len=32, num_heads=4, head_dim=16))["x"]
+    actual, expected, composed, rounded = x, x, x, reference.round_to(x, dtype)
+    for layer in range(24):
+        case = Case(dtype=dtype, residual_dtype="float32", seq_len=32, num_heads=4, head_dim=16, config=config).but(seed=layer)
+        weights = common.make_inputs(case)
+        d_out = weights.pop("d_out")
+        actual, _ = run_case(case, dict(weights, x=actual, d_out=d_out), wanted=[])
+        expected = reference.forward(dict(weights, x=expected), config)
+        composed, _ = reference.composed_16bit(dict(weights, x=composed), config, d_out, dtype, "float32")
+        rounded, _ = reference.composed_16bit(dict(weights, x=rounded), config, d_out, dtype)
+    error = [np.sqrt(((result - expected) ** 2).mean()) for result in (actual, composed, rounded)]
+    assert error[0] <= 1.5 * error[1] and error[0] < 0.6 * error[2], error
+
+
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_mask(mask, dtype):
@@ -65,9 +136,17 @@ def test_mask(mask, dtype):
 
 @pytest.mark.parametrize("low", common.FAR_DOWN)
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
-def test_rows_whose_every_key_is_far_down(dtype, low):
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_rows_whose_every_key_is_far_down(deterministic, dtype, low):
     case, inputs = common.rows_far_down(dtype, low)
-    common.check_by_ordinary_ops(case, inputs, *run_case(case, inputs))
+    common.check_by_ordinary_ops(case, inputs, *run_case(case, inputs, deterministic=deterministic))
+
+
+@pytest.mark.parametrize("size", (1e6, 1e7, 1e8))
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+def test_equal_keys_of_large_scores(dtype, size):
+    case, inputs = common.equal_keys(dtype, size)
+    common.check_equal_keys(case, inputs, *run_case(case, inputs, wanted=["qkv_weight", "qkv_bias"]))
 
 
 # Over several tiles of keys, in lengths whose rows the copy engine can read (528) and cannot.
@@ -135,31 +214,36 @@ def test_head_dim(head_dim, dtype):
     check(Case(dtype=dtype, seq_len=93, num_heads=3, head_dim=head_dim, config=Config(causal=True, dropout_rate=0.1)))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+WANTED = [
+    ["x"],
+    ["qkv_weight"],
+    ["qkv_bias"],
+    ["linear_weight"],
+    ["linear_bias"],
+    ["ln_scale"],
+    ["ln_bias", "linear_bias"],
+    ["pre_ln_scale"],
+    ["x", "qkv_weight"],
+    ["x", "pre_ln_bias", "linear_weight"],
+    ["x", "pre_ln_bias", "qkv_weight"],
+    [],
+]
+
+
 @pytest.mark.parametrize(
-    "wanted",
-    [
-        ["x"],
-        ["qkv_weight"],
-        ["qkv_bias"],
-        ["linear_weight"],
-        ["linear_bias"],
-        ["ln_scale"],
-        ["ln_bias", "linear_bias"],
-        ["pre_ln_scale"],
-        ["x", "pre_ln_bias", "linear_weight"],
-        [],
-    ],
-    ids="-".join,
+    "dtype,residual_dtype",
+    [(dtype, None) for dtype in common.DTYPES] + [(dtype, "float32") for dtype in common.SIXTEEN_BIT],
+    ids=str,
 )
+@pytest.mark.parametrize("wanted", WANTED, ids="-".join)
 @pytest.mark.parametrize("rate", (0.0, 0.3))
 @pytest.mark.parametrize("final", (False, True))
-def test_wanted_gradients(wanted, rate, final, dtype):
+def test_wanted_gradients(wanted, rate, final, dtype, residual_dtype):
     if not final and any(name.startswith("ln_") for name in wanted):
         pytest.skip("there is no final layer norm")
     pre = "pre_ln_scale" in wanted or "pre_ln_bias" in wanted
-    case = Case(dtype=dtype, config=Config(pre_layer_norm=pre, final_layer_norm=final, dropout_rate=rate))
-    check(case, wanted=wanted)
+    config = Config(pre_layer_norm=pre, final_layer_norm=final, dropout_rate=rate)
+    check(Case(dtype=dtype, residual_dtype=residual_dtype, config=config), wanted=wanted)
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
@@ -189,10 +273,12 @@ def test_deterministic(dtype):
         assert (gradient == second[1][name]).all(), name
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype,residual_dtype", [(dtype, None) for dtype in common.DTYPES] + [("float16", "float32")], ids=str)
+@pytest.mark.parametrize("pre", (False, True))
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
-def test_empty(shape, dtype):
-    case = Case(batch=shape[0], seq_len=shape[1], dtype=dtype, config=Config(pre_layer_norm=True, dropout_rate=0.1))
+def test_empty(shape, pre, dtype, residual_dtype):
+    config = Config(pre_layer_norm=pre, dropout_rate=0.1)
+    case = Case(batch=shape[0], seq_len=shape[1], dtype=dtype, residual_dtype=residual_dtype, config=config)
     out, gradients = run_case(case, common.make_inputs(case))
     assert out.size == 0
     for name, gradient in gradients.items():

@@ -12,14 +12,16 @@ LIMIT = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 class Rows:
-    """x, y, z, d_out of [rows, cols] and layer-norm parameters, with what the stages write."""
+    """x, y, z, d_out of [rows, cols] and layer-norm parameters, with what the stages write; `narrow`: the dtype of the products'
+    operands, where it is not that of x."""
 
-    def __init__(self, dtype, norm_dtype, rows, cols, rate=0.0, offset=0, **switches):
+    def __init__(self, dtype, norm_dtype, rows, cols, rate=0.0, offset=0, narrow=None, **switches):
         self.memory = Memory()
-        self.dtype, self.norm_dtype = torch_dtype(dtype), torch_dtype(norm_dtype)
+        self.dtype, self.norm_dtype, self.narrow = torch_dtype(dtype), torch_dtype(norm_dtype), torch_dtype(narrow or dtype)
         self.rows, self.cols, self.rate, self.offset = rows, cols, rate, offset
-        config = dict(batch=1, seq_len=rows, embed_dim=cols, num_heads=1, head_dim=1, dtype=dtype, norm_dtype=norm_dtype)
-        self.block = pfa_core.CudaBlock(dict(config, dropout_rate=rate, **switches))
+        dtypes = dict(dtype=narrow or dtype, residual_dtype=dtype, norm_dtype=norm_dtype)
+        config = dict(batch=1, seq_len=rows, embed_dim=cols, num_heads=1, head_dim=1, dropout_rate=rate)
+        self.block = pfa_core.CudaBlock(dict(config, **dtypes, **switches))
         self.accumulator = torch.float64 if dtype == "float64" else torch.float32
         torch.manual_seed(cols)
         self.stream = torch.cuda.current_stream().cuda_stream
@@ -61,25 +63,29 @@ def normalise(z, epsilon=1e-5):
     return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def norm_dtypes(dtype):
-    return [dtype, "float32"] if dtype in ("float16", "bfloat16") else [dtype]
+# Of x, of layer-norm parameters, and of the products' operands.
+TYPES = [(dtype, dtype, dtype) for dtype in LIMIT]
+TYPES += [(dtype, "float32", dtype) for dtype in ("float16", "bfloat16")]
+TYPES += [("float32", "float32", narrow) for narrow in ("float16", "bfloat16")]
 
 
 @pytest.mark.parametrize("cols", COLS)
-@pytest.mark.parametrize("dtype,norm_dtype", [(d, n) for d in LIMIT for n in norm_dtypes(d)])
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
 @pytest.mark.parametrize("rate", (0.0, 0.3))
-def test_residual(dtype, norm_dtype, cols, rate):
-    check_residual(dtype, norm_dtype, 37, cols, rate)
+def test_residual(dtype, norm_dtype, narrow, cols, rate):
+    check_residual(dtype, norm_dtype, 37, cols, rate, narrow=narrow)
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-def test_residual_many_rows(dtype):
-    check_residual(dtype, dtype, 5000, 768, 0.1)
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
+@pytest.mark.parametrize("rate", (0.0, 0.1))
+def test_residual_many_rows(dtype, norm_dtype, narrow, rate):
+    check_residual(dtype, norm_dtype, 5000, 768, rate, narrow=narrow)
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-def test_residual_unaligned(dtype):
-    check_residual(dtype, dtype, 37, 768, 0.1, offset=8 if dtype == "float64" else 4)
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
+@pytest.mark.parametrize("rate", (0.0, 0.1))
+def test_residual_unaligned(dtype, norm_dtype, narrow, rate):
+    check_residual(dtype, norm_dtype, 37, 768, rate, offset=8 if dtype == "float64" else 4, narrow=narrow)
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
@@ -87,8 +93,9 @@ def test_residual_far_from_zero(dtype):
     check_residual(dtype, dtype, 37, 768, 0.3, x_mean=200.0)
 
 
-def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0):
-    r = Rows(dtype, norm_dtype, rows, cols, rate, offset)
+def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0, narrow=None):
+    narrow = narrow or dtype
+    r = Rows(dtype, norm_dtype, rows, cols, rate, offset, narrow)
     y, x, d_out = r.draw(rows, cols), r.draw(rows, cols).add_(x_mean), r.draw(rows, cols)
     scale, bias = r.draw(cols, dtype=r.norm_dtype), r.draw(cols, dtype=r.norm_dtype)
     residual, out = r.empty(rows, cols).copy_(y), r.empty(rows, cols)
@@ -109,9 +116,9 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0):
     close("rstd", rstd, expected_rstd, statistic if held or not rate else dtype)
 
     names = ("ln_scale", "ln_bias", "linear_bias")
-    sums = {"d_" + name: r.empty(cols, dtype=r.dtype if name == "linear_bias" else r.norm_dtype) for name in names}
+    sums = {"d_" + name: r.empty(cols, dtype=r.narrow if name == "linear_bias" else r.norm_dtype) for name in names}
     d_residual = r.empty(rows, cols)
-    d_linear = r.empty(rows, cols) if rate else d_residual
+    d_linear = r.empty(rows, cols, dtype=r.narrow) if rate or narrow != dtype else d_residual
     tensors = dict(d_out=d_out, residual=residual, ln_mean=mean, ln_rstd=rstd, ln_scale=scale, d_residual=d_residual)
     r.run("residual_backward", dict(tensors, d_linear=d_linear, **sums))
     if rate:
@@ -121,26 +128,39 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0):
     )
     d_z = d_z[0]
     close("d_residual", d_residual, d_z, dtype)
-    close("d_linear", d_linear, d_z * factor, dtype)
+    close("d_linear", d_linear, d_z * factor, narrow)
     close("d_ln_scale", sums["d_ln_scale"], d_scale, norm_dtype)
     close("d_ln_bias", sums["d_ln_bias"], d_bias, norm_dtype)
-    close("d_linear_bias", sums["d_linear_bias"], (d_z * factor).sum(0), dtype)
+    close("d_linear_bias", sums["d_linear_bias"], (d_z * factor).sum(0), narrow)
 
 
 @pytest.mark.parametrize("cols", COLS)
-@pytest.mark.parametrize("dtype,norm_dtype", [(d, n) for d in LIMIT for n in norm_dtypes(d)])
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
 @pytest.mark.parametrize("adds", (False, True))
-def test_layer_norm(dtype, norm_dtype, cols, adds):
-    rows = 37
-    r = Rows(dtype, norm_dtype, rows, cols, pre_layer_norm=True, add_residual=adds)
-    x, d_hidden, d_residual = r.draw(rows, cols), r.draw(rows, cols), r.draw(rows, cols)
+def test_layer_norm(dtype, norm_dtype, narrow, cols, adds):
+    check_layer_norm(dtype, norm_dtype, narrow, 37, cols, adds)
+
+
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
+def test_layer_norm_of_many_rows(dtype, norm_dtype, narrow):
+    check_layer_norm(dtype, norm_dtype, narrow, 5000, 768, True)
+
+
+@pytest.mark.parametrize("dtype,norm_dtype,narrow", TYPES)
+def test_layer_norm_unaligned(dtype, norm_dtype, narrow):
+    check_layer_norm(dtype, norm_dtype, narrow, 37, 768, True, offset=8 if dtype == "float64" else 4)
+
+
+def check_layer_norm(dtype, norm_dtype, narrow, rows, cols, adds, offset=0):
+    r = Rows(dtype, norm_dtype, rows, cols, 0.0, offset, narrow, pre_layer_norm=True, add_residual=adds)
+    x, d_hidden, d_residual = r.draw(rows, cols), r.draw(rows, cols, dtype=r.narrow), r.draw(rows, cols)
     scale, bias = r.draw(cols, dtype=r.norm_dtype), r.draw(cols, dtype=r.norm_dtype)
-    hidden = r.empty(rows, cols)
+    hidden = r.empty(rows, cols, dtype=r.narrow)
     mean, rstd = r.empty(rows, dtype=r.accumulator), r.empty(rows, dtype=r.accumulator)
     norm = dict(x=x, pre_ln_scale=scale, pre_ln_mean=mean, pre_ln_rstd=rstd)
     r.run("layer_norm_forward", dict(norm, pre_ln_bias=bias, hidden=hidden))
     n = normalise(x.double())
-    close("hidden", hidden, n * scale.double() + bias.double(), dtype)
+    close("hidden", hidden, n * scale.double() + bias.double(), narrow)
 
     d_x, d_scale, d_bias = r.empty(rows, cols), r.empty(cols, dtype=r.norm_dtype), r.empty(cols, dtype=r.norm_dtype)
     sums = dict(d_pre_ln_scale=d_scale, d_pre_ln_bias=d_bias)
@@ -165,3 +185,26 @@ def test_dropout_without_norm(dtype, cols):
     r.run("residual_backward", dict(d_out=d_out, d_residual=d_out, d_linear=d_linear, d_linear_bias=d_bias))
     close("d_linear", d_linear, d_out.double() * r.factor(), dtype)
     close("d_linear_bias", d_bias, (d_out.double() * r.factor()).sum(0), dtype)
+
+
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("narrow", ("float16", "bfloat16"))
+@pytest.mark.parametrize("rate", (0.0, 0.3))
+def test_rounding_without_norm(rate, narrow, cols):
+    """d_linear is of another type than d_out: without a layer norm and without dropout too."""
+    rows = 37
+    r = Rows("float32", "float32", rows, cols, rate, narrow=narrow, final_layer_norm=False)
+    d_out, d_linear, d_bias = r.draw(rows, cols), r.empty(rows, cols, dtype=r.narrow), r.empty(cols, dtype=r.narrow)
+    r.run("residual_backward", dict(d_out=d_out, d_residual=d_out, d_linear=d_linear, d_linear_bias=d_bias))
+    close("d_linear", d_linear, d_out.double() * r.factor(), narrow)
+    close("d_linear_bias", d_bias, (d_out.double() * r.factor()).sum(0), narrow)
+
+
+@pytest.mark.parametrize("cols", (1, 96, 1023))
+@pytest.mark.parametrize("offset", (0, 4))
+@pytest.mark.parametrize("narrow", ("float16", "bfloat16"))
+def test_narrow_x(narrow, offset, cols):
+    r = Rows("float32", "float32", 37, cols, offset=offset, narrow=narrow)
+    x, hidden = r.draw(37, cols), r.empty(37, cols, dtype=r.narrow)
+    r.run("narrow_x", dict(x=x, hidden=hidden))
+    assert torch.equal(hidden, x.to(r.narrow))

@@ -21,8 +21,8 @@ constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole til
 
 constexpr int kRowThreads = 256;
 
-// `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, and log_sum_exp in log2 units; past seq_len 0 and +inf, which
-// make probabilities 0. Clears the sums of d_q and of the bias and the counts of progress as well.
+// `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, lse2 and shift2; past seq_len 0, +inf and 0, which make
+// probabilities 0. Clears the sums of d_q and of the bias and the counts of progress as well.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const AttentionArgs args, const int lanes) {
   const int rows = kRowThreads / lanes;
@@ -56,7 +56,11 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
     }
     const int64_t statistic = h.flat * static_cast<int64_t>(args.seq_len) + row;
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
-    if (args.score_shift) shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
+    shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
+    if (!(fabs(shift2) > static_cast<Acc>(kLargeScore))) {
+      lse2 += shift2;
+      shift2 = 0;
+    }
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (h.flat < static_cast<uint32_t>(args.dq_slots)) {
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const Att
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
-    if (args.shift2) static_cast<Acc*>(args.shift2)[index] = shift2;
+    static_cast<Acc*>(args.shift2)[index] = shift2;
   }
 }
 
@@ -138,7 +142,7 @@ size_t place_workspace(const Context& context, const Params& p, char* memory, At
   const size_t statistics = args.batch * args.num_heads * args.rows_padded * size_of(accumulator_of(p.dtype));
   args.delta = arena.take(statistics);
   args.lse2 = arena.take(statistics);
-  args.shift2 = args.mask.data ? arena.take(statistics) : nullptr;
+  args.shift2 = arena.take(statistics);
   if (hopper) {
     // The first sums lie in d_qkv_weight, which is written after this stage only.
     const size_t slot = sizeof(float) * args.rows_padded * args.dq_columns;

@@ -1,6 +1,11 @@
 // What all attention kernels share: their arguments, the mask and the dropout bits.
 //
 // Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for exp.
+//
+// Backward finds the probabilities of forward only if both subtract the same number from the same scores. Where a row's highest score is
+// beyond kLargeScore, the last bit of a score is worth so much that both round every score before they subtract (scaled), and backward
+// subtracts the highest score before the sum of exponentials, beside which that would be lost. Elsewhere a score may be scaled and
+// subtracted from in one operation, and backward subtracts both at once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +24,7 @@ namespace pfa {
 namespace cuda {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
+constexpr float kLargeScore = 256.0f;
 constexpr int kBiasCopies = 8;  // so that blocks rarely add to the same number at once
 
 // Everything a kernel reads of Params, by value. Rows of q, k, v are token_stride elements apart: [B, S, 3, H, D].
@@ -27,7 +32,7 @@ struct AttentionArgs {
   const void* qkv;
   void* out;               // [B, S, H, D]
   void* log_sum_exp;       // [B, H, S], or null: not wanted
-  void* score_shift;       // [B, H, S] with a mask, in log2 units, or null: not wanted
+  void* score_shift;       // [B, H, S] in log2 units, or null: not wanted
   uint64_t* random_state;  // or null: not wanted
   uint64_t seed;           // of the forward pass
   uint64_t offset;
@@ -48,8 +53,8 @@ struct AttentionArgs {
   const void* d_out;  // [B, S, H, D]
   void* d_qkv;        // [B, S, 3, H, D]
   void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
-  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), +inf past seq_len
-  void* shift2;       // [B, H, rows_padded] with a mask: score_shift
+  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), and score_shift unless that is large; +inf past seq_len
+  void* shift2;       // [B, H, rows_padded]: score_shift if it is large, else 0
   int rows_padded;    // seq_len rounded up to whole tiles of queries
 
   // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of the sums; the first dq_lent_slots lie in
@@ -135,16 +140,19 @@ __device__ __forceinline__ Acc infinity() {
   return static_cast<Acc>(INFINITY);
 }
 
-// What backward needs to know of a row: from its highest score in log2 units and the sum of exponentials beside it. The highest score
-// may be -1e9 or lower, where a rounding error outweighs everything else: it is kept as it is.
+// What backward needs to know of a row: its highest score in log2 units, and the sum of exponentials beside it. The highest score may be
+// 1e9 or -1e9, where a rounding error outweighs everything else: it is kept as it is.
 template <class Acc>
 __device__ __forceinline__ void store_row_statistics(const AttentionArgs& a, uint32_t head, int row, Acc maximum, Acc sum) {
   if (!a.log_sum_exp || row >= a.seq_len) return;
   const int64_t index = head * static_cast<int64_t>(a.seq_len) + row;
-  const Acc shift = a.score_shift && sum > 0 ? maximum : Acc(0);
-  static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? (maximum - shift) * static_cast<Acc>(kLn2) + log(sum) : infinity<Acc>();
-  if (a.score_shift) static_cast<Acc*>(a.score_shift)[index] = shift;
+  static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? log(sum) : infinity<Acc>();
+  static_cast<Acc*>(a.score_shift)[index] = sum > 0 ? maximum : Acc(0);
 }
+
+// A product of queries and keys in units of log2, rounded as such: no subtraction is fused to it.
+__device__ __forceinline__ float scaled(float product, float scale_log2) { return __fmul_rn(product, scale_log2); }
+__device__ __forceinline__ double scaled(double product, double scale_log2) { return __dmul_rn(product, scale_log2); }
 
 __device__ __forceinline__ float exp2_of(float x) {
   float y;

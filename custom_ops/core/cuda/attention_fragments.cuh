@@ -95,10 +95,11 @@ __device__ __forceinline__ void zero_unless_positive(float& value, float conditi
       : "f"(condition));
 }
 
-// Adds the mask, in log2 units, to eight scores. Elements outside of seq_len read the last row or column instead.
+// Scores to units of log2, with the mask, in one rounding as everywhere (add_fetched). Elements outside of seq_len read the last row or
+// column instead.
 template <bool kRowsAreKeys>
 __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
-                                         float (&scores)[8]) {
+                                         float scale_log2, float (&scores)[8]) {
   const int64_t row_stride = args.mask.strides[kRowsAreKeys ? 3 : 2];
   const int64_t column_stride = args.mask.strides[kRowsAreKeys ? 2 : 3];
   int64_t rows[2], columns[4];
@@ -113,14 +114,16 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) added[i] = mask_log2<float>(elements[kRowsAreKeys ? rows[i] : rows[0] + columns[i]]);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) scores[e] += added[kRowsAreKeys ? e / 2 % 2 : e / 4 * 2 + e % 2];
+      for (int e = 0; e < 8; ++e) {
+        scores[e] = fmaf(scores[e], scale_log2, added[kRowsAreKeys ? e / 2 % 2 : e / 4 * 2 + e % 2]);
+      }
       return;
     }
     std::remove_cv_t<std::remove_pointer_t<decltype(elements)>> values[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[e] = elements[rows[e / 2 % 2] + columns[e / 4 * 2 + e % 2]];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) scores[e] += mask_log2<float>(values[e]);
+    for (int e = 0; e < 8; ++e) scores[e] = fmaf(scores[e], scale_log2, mask_log2<float>(values[e]));
   });
 }
 

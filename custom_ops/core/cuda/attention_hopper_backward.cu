@@ -234,10 +234,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int stage = step % kStages;
           const int row0 = n * kQueries;
           if (step >= kStages) barrier_wait(&q_empty[stage], (step / kStages - 1) % 2);
-          barrier_expect(&q_full[stage], Shape::kQueryBytes + (kMask ? 2 : 1) * Shape::kRowStatisticBytes);
+          barrier_expect(&q_full[stage], Shape::kQueryBytes + 2 * Shape::kRowStatisticBytes);
           copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
           copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
-          if (kMask) copy_bytes(shift2_tiles + stage * kQueries, shift2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
+          copy_bytes(shift2_tiles + stage * kQueries, shift2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
           if (step >= kStages) barrier_wait(&d_out_empty[stage], (step / kStages - 1) % 2);
           barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
           copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0,
@@ -327,6 +327,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_wait(&q_full[stage], parity);
       multiply_rows<T, kHeadDim, kQueries>(s, k_rows, rows_operand(q_tile));
       wgmma_commit();
+      bool large = false;  // whether any of the queries has a large score
+#pragma unroll
+      for (int i = 0; i < kQueries; i += 32) large |= shift2[i + threadIdx.x % 32] != 0.0f;
+      large = __any_sync(0xFFFFFFFFu, large);
       if (kMask == kFullMask) {
         wgmma_wait<0>();
         pin(s);
@@ -348,6 +352,19 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int i = 0; i < 2; ++i) added_by_mask[i] = added_by(key_elements[i]);
         });
       }
+      float to_log2 = kMask == kFullMask ? 1.0f : scale_log2;  // what scores are still to be multiplied with
+      if (large) {
+#pragma unroll
+        for (int i = 0; i < kQueries / 2; ++i) {
+          float score = s[i];
+          if (kMask == kNoMask) score = scaled(score, scale_log2);
+          if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2 % 2]);
+          const int query = i / 8 * 16 + lane_column(i % 8);
+          s[i] = fminf(score - shift2[query], lse2[query]);  // at most that, however roundings fall
+        }
+        to_log2 = 1.0f;
+        if (kMask == kKeyMask) added_by_mask[0] = added_by_mask[1] = 0.0f;
+      }
       const bool edge = key0 + kKeys > args.seq_len || (args.causal && key0 + kKeys - 1 > row0);
 #pragma unroll
       for (int m = 0; m < kQueries / 16; ++m) {
@@ -355,15 +372,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 8; e += 4) {
           const float2 l = *reinterpret_cast<const float2*>(lse2 + 16 * m + lane_column(e));
-          float2 shift{};
-          if (kMask) shift = *reinterpret_cast<const float2*>(shift2 + 16 * m + lane_column(e));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float score = piece[e + i];
-            if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2]);
-            score = kMask ? score - (i % 2 ? shift.y : shift.x) : score * scale_log2;
-            const float exponent = score - (i % 2 ? l.y : l.x);
-            piece[e + i] = exp2_of(kMask ? fminf(exponent, 0.0f) : exponent);
+            if (kMask == kKeyMask) score = fmaf(score, to_log2, added_by_mask[i / 2]);
+            const float exponent = fmaf(score, kMask == kNoMask ? to_log2 : 1.0f, -(i % 2 ? l.y : l.x));
+            piece[e + i] = exp2_of(exponent);
           }
         }
         if (edge) {

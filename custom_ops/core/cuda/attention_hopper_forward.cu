@@ -154,7 +154,8 @@ __device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* s
 }
 
 // Scores of 64 rows and kKeys keys, times `scale` in units of log2, to probabilities; gives what the sums so far must be multiplied
-// with.
+// with. kScaled: the scale is 1.
+template <bool kScaled>
 __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, int row0, int col0, Rows& rows,
                                         float (&correction)[2], float (&s)[kKeys / 2]) {
   if (col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0)) {
@@ -164,14 +165,25 @@ __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, 
       if (col0 + i / 4 * 8 + lane_column(i % 2) > limit) s[i] = -INFINITY;
     }
   }
+  float highest[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-    top = fmaxf(rows.maximum[half], top * scale);
+    highest[half] = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+  }
+  if (!kScaled && __any_sync(0xFFFFFFFFu, fmaxf(fabsf(highest[0]), fabsf(highest[1])) * scale > kLargeScore)) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) s[i] = scaled(s[i], scale);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) highest[half] = scaled(highest[half], scale);
+    scale = 1.0f;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float top = fmaxf(rows.maximum[half], highest[half] * scale);
     const float base = top == -INFINITY ? 0.0f : top;
     correction[half] = exp2_of(rows.maximum[half] - base);
     rows.maximum[half] = top;
@@ -448,7 +460,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     wgmma_wait<0>();
     pin(s);
     release(&k_empty[0]);
-    softmax(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction, s);
+    softmax<kMask == kFullMask>(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction, s);
     probabilities<T, kDrops>(args, philox_key, h.random, strip, tile_of(0) * kKeys, s, p);
     constexpr int kTurn = 1;  // named barriers 1 and 2: the warpgroup's turn at the tensor cores
     if (group == 1 && steps > 0) named_arrive(kTurn, 256);
@@ -464,7 +476,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
       wgmma_wait<1>();
       pin(s);
       release(&k_empty[n % kStages]);
-      softmax(args, mask_scores(n), strip, col0, rows, correction, s);
+      softmax<kMask == kFullMask>(args, mask_scores(n), strip, col0, rows, correction, s);
       wgmma_wait<0>();
       pin(o);
       release(&v_empty[(n - 1) % kStages]);
@@ -491,7 +503,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
       wgmma_wait<0>();
       pin(s);
       release(&k_empty[stage]);
-      softmax(args, mask_scores(n), strip, col0, rows, correction, s);
+      softmax<kMask == kFullMask>(args, mask_scores(n), strip, col0, rows, correction, s);
       if (copies && n < steps) copy_values(n + 1);
       __syncwarp();
       if (n > 0) {

@@ -261,9 +261,12 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
+        if (kGeneral && args.mask.data) {
+          add_mask<false>(args, mask_offset, strip, col0 + 16 * n, scale_log2, piece);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) piece[e] *= scale_log2;
-        if (kGeneral && args.mask.data) add_mask<false>(args, mask_offset, strip, col0 + 16 * n, piece);
+          for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
+        }
         if (edge) {
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
@@ -341,17 +344,46 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// One piece of the gradients. In: `s` the products of queries and keys, `dp` those of d_out and values. Out: `s` the probabilities
-// that dropout keeps, `dp` the gradients of the scores.
-template <bool kGeneral, bool kRowsAreKeys>
-__device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
-                                                int64_t mask_offset, float scale_log2, int row0, int column0, bool edge,
-                                                const float (&lse2)[4], const float (&shift2)[4], const float (&delta)[4],
-                                                float (&s)[8], float (&dp)[8]) {
-  const float drop_scale = static_cast<float>(args.drop_scale);
+// The warp's answer to whether any of kRows rows has a large score.
+template <int kRows>
+__device__ __forceinline__ bool any_large(const float* shift2) {
+  bool large = false;
 #pragma unroll
-  for (int e = 0; e < 8; ++e) s[e] *= scale_log2;
-  if (kGeneral && args.mask.data) add_mask<kRowsAreKeys>(args, mask_offset, row0, column0, s);
+  for (int i = 0; i < kRows; i += 32) large |= shift2[(i + threadIdx.x % 32) % kRows] != 0.0f;
+  return __any_sync(0xFFFFFFFFu, large);
+}
+
+// Applies the mask, and the shifts of the queries if any is large, to the products of queries and keys of a tile, 16 rows by kColumns * 8
+// columns; gives what these must still be multiplied with to be in units of log2.
+template <bool kGeneral, bool kRowsAreKeys, int kColumns>
+__device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t mask_offset, float scale_log2, int row0,
+                                              int column0, bool large, const float* shift2, float (&s)[kColumns][4]) {
+  const bool masked = kGeneral && args.mask.data;
+  if (!masked && !large) return scale_log2;
+#pragma unroll
+  for (int n = 0; n < kColumns / 2; ++n) {
+    float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[2 * n]);
+    if (masked) {
+      add_mask<kRowsAreKeys>(args, mask_offset, row0, column0 + 16 * n, scale_log2, piece);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
+    }
+    if (large) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) piece[e] -= shift2[kRowsAreKeys ? 16 * n + lane_column(e) : lane_row(e)];
+    }
+  }
+  return 1.0f;
+}
+
+// One piece of the gradients. In: `s` scores in units of log2 once multiplied with `scale`, `dp` the products of d_out and values. Out:
+// `s` the probabilities that dropout keeps, `dp` the gradients of the scores.
+template <bool kGeneral, bool kRowsAreKeys>
+__device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, float scale,
+                                                int row0, int column0, bool edge, const float (&lse2)[4],
+                                                const float (&delta)[4], float (&s)[8], float (&dp)[8]) {
+  const float drop_scale = static_cast<float>(args.drop_scale);
   uint32_t numbers[8];
   if (kGeneral && args.drops) {
     if (kRowsAreKeys) {
@@ -363,7 +395,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& args, Philo
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int query = kRowsAreKeys ? e / 4 * 2 + e % 2 : e / 2 % 2;  // which of the lane's queries
-    float p = exp2_of(fminf(s[e] - (kGeneral ? shift2[query] : 0.0f) - lse2[query], 0.0f));
+    float p = exp2_of(fminf(fmaf(s[e], scale, -lse2[query]), 0.0f));
     if (edge) {
       const int i = kRowsAreKeys ? column0 + lane_column(e) : row0 + lane_row(e);
       const int j = kRowsAreKeys ? row0 + lane_row(e) : column0 + lane_column(e);
@@ -395,6 +427,12 @@ struct BackwardShape {
   static constexpr bool kSplit = kHeadDim > 128;  // d_k and d_v each by a launch of its own: both don't fit in registers
 };
 
+// Of attention_backward_q_mma, as registers allow.
+template <class T, int kHeadDim, bool kGeneral>
+constexpr int kQueryBlocksPerSm = sizeof(T) == 4   ? (kHeadDim <= 64 ? 4 : 3)
+                                  : kHeadDim <= 96 ? (kGeneral ? 3 : 4)
+                                                   : (kHeadDim <= 128 && !kGeneral ? 3 : 2);
+
 // d_k (if kKeyGradient) and d_v (if kValueGradient) of a tile of keys; rows are keys.
 template <class T, int kHeadDim, bool kGeneral, bool kKeyGradient, bool kValueGradient>
 __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionArgs args) {
@@ -417,6 +455,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
   const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
   const float* lse2_head = static_cast<const float*>(args.lse2) + statistics;
+  const float* shift2_head = static_cast<const float*>(args.shift2) + statistics;
   const float* delta_head = static_cast<const float*>(args.delta) + statistics;
   const int warp_row = threadIdx.x / 32 * 16;
   const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
@@ -452,18 +491,19 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
     dot_rows<T, 1, kQueries, kHeadDim>(s, k_tile + warp_row * kRow, q_tile);
     if (kKeyGradient) dot_rows<T, 1, kQueries, kHeadDim>(dp, v_tile + warp_row * kRow, d_out_tile);
     const bool edge = key0 + Shape::kOuter > args.seq_len || (args.causal && key0 + Shape::kOuter - 1 > row0);
+    const float scale = shift_scores<kGeneral, true>(args, mask_offset, scale_log2, key0 + warp_row, row0,
+                                                     any_large<kQueries>(shift2_head + row0), shift2_head + row0, s[0]);
 #pragma unroll
     for (int n = 0; n < kQueries / 16; ++n) {
-      float lse2[4], shift2[4] = {}, delta[4];
+      float lse2[4], delta[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row0 + 16 * n + lane_column(i / 2 * 4 + i % 2);
         lse2[i] = lse2_head[row];
-        if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
         delta[i] = delta_head[row];
       }
-      score_gradients<kGeneral, true>(args, philox_key, h.random, mask_offset, scale_log2, key0 + warp_row, row0 + 16 * n, edge,
-                                      lse2, shift2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+      score_gradients<kGeneral, true>(args, philox_key, h.random, scale, key0 + warp_row, row0 + 16 * n, edge, lse2, delta,
+                                      reinterpret_cast<float (&)[8]>(s[0][2 * n]),
                                       reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
@@ -501,7 +541,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
 
 // d_q of a tile of queries; rows are queries.
 template <class T, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kGeneral>)
+    attention_backward_q_mma(AttentionArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using Shape = BackwardShape<T, kHeadDim>;
   constexpr int kKeys = Shape::kInner;
@@ -526,14 +567,15 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
   PhiloxState philox_key{};
   if (kGeneral && args.drops) philox_key = backward_philox(args);
 
-  float lse2[4] = {}, shift2[4] = {}, delta[4] = {};
+  float lse2[4] = {}, delta[4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = row0 + warp_row + lane_row(2 * i);
     lse2[i] = static_cast<const float*>(args.lse2)[statistics + row];
-    if (kGeneral && args.shift2) shift2[i] = static_cast<const float*>(args.shift2)[statistics + row];
     delta[i] = static_cast<const float*>(args.delta)[statistics + row];
   }
+  const float* shift2 = static_cast<const float*>(args.shift2) + statistics + row0 + warp_row;
+  const bool large = any_large<16>(shift2);
   float dq[1][kHeadDim / 8][4];
   clear(dq);
 
@@ -562,10 +604,12 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_mma(AttentionAr
     dot_rows<T, 1, kKeys, kHeadDim>(s, q_tile + warp_row * kRow, k_tile);
     dot_rows<T, 1, kKeys, kHeadDim>(dp, d_out_tile + warp_row * kRow, v_tile);
     const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0 + warp_row);
+    const float scale =
+        shift_scores<kGeneral, false>(args, mask_offset, scale_log2, row0 + warp_row, col0, large, shift2, s[0]);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      score_gradients<kGeneral, false>(args, philox_key, h.random, mask_offset, scale_log2, row0 + warp_row, col0 + 16 * n,
-                                       edge, lse2, shift2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+      score_gradients<kGeneral, false>(args, philox_key, h.random, scale, row0 + warp_row, col0 + 16 * n, edge, lse2, delta,
+                                       reinterpret_cast<float (&)[8]>(s[0][2 * n]),
                                        reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     uint32_t ds[1][kKeys / kDepth<T>][4];

@@ -149,12 +149,12 @@ __device__ void store_sums(T* to, int64_t stride, int row0, Acc (&sums)[Tile<Acc
 template <class Acc>
 __device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadIndex& h, Acc product, int i, int j) {
   if (i >= args.seq_len || j >= args.seq_len || (args.causal && j > i)) return -infinity<Acc>();
-  Acc score = product * static_cast<Acc>(args.score_scale * kLog2e);
-  if (args.mask.data) {
-    const int64_t* s = args.mask.strides;
-    const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
-    with_mask_elements(args.mask, [&](const auto* elements) { score += mask_log2<Acc>(elements[index]); });
-  }
+  const Acc scale = static_cast<Acc>(args.score_scale * kLog2e);
+  if (!args.mask.data) return scaled(product, scale);
+  const int64_t* s = args.mask.strides;
+  const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
+  Acc score;
+  with_mask_elements(args.mask, [&](const auto* elements) { score = fma(product, scale, mask_log2<Acc>(elements[index])); });
   return score;
 }
 
@@ -264,8 +264,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
     const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
     const Acc* lse2 = static_cast<const Acc*>(args.lse2) + h.flat * static_cast<int64_t>(args.rows_padded);
     const Acc* delta = static_cast<const Acc*>(args.delta) + h.flat * static_cast<int64_t>(args.rows_padded);
-    const Acc* shift2 =
-        args.shift2 ? static_cast<const Acc*>(args.shift2) + h.flat * static_cast<int64_t>(args.rows_padded) : nullptr;
+    const Acc* shift2 = static_cast<const Acc*>(args.shift2) + h.flat * static_cast<int64_t>(args.rows_padded);
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
     PhiloxState philox_key{};
@@ -285,8 +284,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
           Acc sum_p = 0;
           Acc d_score = 0;
           if (i < args.seq_len) {
-            score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2 ? shift2[i] : Acc(0), delta[i], s[r][c],
-                           dp[r][c], sum_p, d_score);
+            score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2[i], delta[i], s[r][c], dp[r][c], sum_p,
+                           d_score);
           }
           dp[r][c] = d_score;
           tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = sum_p;
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(Attention
     for (int r = 0; r < kN; ++r) {
       const int row = row0 + ty + 16 * r;
       lse2[r] = row < args.seq_len ? static_cast<const Acc*>(args.lse2)[statistics + row] : infinity<Acc>();
-      shift2[r] = args.shift2 && row < args.seq_len ? static_cast<const Acc*>(args.shift2)[statistics + row] : Acc(0);
+      shift2[r] = row < args.seq_len ? static_cast<const Acc*>(args.shift2)[statistics + row] : Acc(0);
       delta[r] = row < args.seq_len ? static_cast<const Acc*>(args.delta)[statistics + row] : Acc(0);
     }
     const int end = args.causal ? min(args.seq_len, row0 + Shape::kRows) : args.seq_len;

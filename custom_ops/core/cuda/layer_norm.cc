@@ -1,4 +1,5 @@
-// The first layer norm, forward and backward, as work on rows (norm_rows.h).
+// The first layer norm, forward and backward, as work on rows (norm_rows.h), and what takes its place.
+#include "core/cuda/convert.h"
 #include "core/cuda/norm_rows.h"
 #include "core/cuda/stages.h"
 
@@ -7,7 +8,8 @@ namespace cuda {
 
 void layer_norm_forward(Context& context, const Params& p) {
   NormRowsForward args;
-  args.dtype = p.dtype;
+  args.dtype = p.residual_dtype;
+  args.out_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
   args.rows = p.rows();
   args.cols = p.embed_dim;
@@ -21,9 +23,14 @@ void layer_norm_forward(Context& context, const Params& p) {
   norm_rows_forward(context, args);
 }
 
+void narrow_x(Context& context, const Params& p) {
+  convert(context, p.residual_dtype, p.x, p.dtype, p.hidden, p.rows() * p.embed_dim);
+}
+
 void layer_norm_backward(Context& context, const Params& p) {
   NormRowsBackward args;
-  args.dtype = p.dtype;
+  args.dtype = args.d_y_dtype = p.residual_dtype;
+  args.d_out_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
   args.rows = p.rows();
   args.cols = p.embed_dim;

@@ -10,7 +10,9 @@
 
 #include <algorithm>
 
+#include "core/block.h"
 #include "core/cuda/column_sums.h"
+#include "core/cuda/convert.h"
 #include "core/cuda/stages.h"
 
 namespace pfa {
@@ -19,7 +21,7 @@ namespace {
 
 MatrixProduct qkv_product(const Params& p) {
   MatrixProduct product;
-  product.dtype = p.dtype;
+  product.dtype = product.result_dtype = p.dtype;
   product.m = p.rows();
   product.n = 3 * p.heads_dim();
   product.k = p.embed_dim;
@@ -35,6 +37,7 @@ MatrixProduct qkv_product(const Params& p) {
 MatrixProduct output_product(const Params& p) {
   MatrixProduct product;
   product.dtype = p.dtype;
+  product.result_dtype = p.residual_dtype;
   product.m = p.rows();
   product.n = p.embed_dim;
   product.k = p.heads_dim();
@@ -50,7 +53,7 @@ MatrixProduct output_product(const Params& p) {
 
 MatrixProduct d_qkv_weight_product(const Params& p) {
   MatrixProduct product;
-  product.dtype = p.dtype;
+  product.dtype = product.result_dtype = p.dtype;
   product.m = 3 * p.heads_dim();
   product.n = p.embed_dim;
   product.k = p.rows();
@@ -64,6 +67,7 @@ MatrixProduct d_qkv_weight_product(const Params& p) {
 MatrixProduct d_hidden_product(const Params& p) {
   MatrixProduct product;
   product.dtype = p.dtype;
+  product.result_dtype = p.pre_layer_norm ? p.dtype : p.residual_dtype;
   product.m = p.rows();
   product.n = p.embed_dim;
   product.k = 3 * p.heads_dim();
@@ -77,7 +81,7 @@ MatrixProduct d_hidden_product(const Params& p) {
 
 MatrixProduct d_linear_weight_product(const Params& p) {
   MatrixProduct product;
-  product.dtype = p.dtype;
+  product.dtype = product.result_dtype = p.dtype;
   product.m = p.heads_dim();
   product.n = p.embed_dim;
   product.k = p.rows();
@@ -90,7 +94,7 @@ MatrixProduct d_linear_weight_product(const Params& p) {
 
 MatrixProduct d_attn_out_product(const Params& p) {
   MatrixProduct product;
-  product.dtype = p.dtype;
+  product.dtype = product.result_dtype = p.dtype;
   product.m = p.rows();
   product.n = p.heads_dim();
   product.k = p.embed_dim;
@@ -101,11 +105,25 @@ MatrixProduct d_attn_out_product(const Params& p) {
   return product;
 }
 
+// Of the linear bias in residual_dtype: a product takes a bias of its result's type.
+size_t wide_bias_bytes(const Params& p) {
+  return p.linear_bias && has_wide_residual(p) ? Arena::aligned(p.embed_dim * size_of(p.residual_dtype)) : 0;
+}
+
 }  // namespace
 
 void qkv_linear_forward(Context& context, const Params& p) { matrix_product(context, qkv_product(p), p.stage_workspace); }
 
-void output_linear_forward(Context& context, const Params& p) { matrix_product(context, output_product(p), p.stage_workspace); }
+void output_linear_forward(Context& context, const Params& p) {
+  MatrixProduct product = output_product(p);
+  char* workspace = static_cast<char*>(p.stage_workspace);
+  if (const size_t bytes = wide_bias_bytes(p)) {
+    convert(context, p.dtype, p.linear_bias, p.residual_dtype, workspace, p.embed_dim);
+    product.bias = workspace;
+    workspace += bytes;
+  }
+  matrix_product(context, product, workspace);
+}
 
 void qkv_linear_backward(Context& context, const Params& p) {
   if (p.d_qkv_weight) matrix_product(context, d_qkv_weight_product(p), p.stage_workspace);
@@ -113,7 +131,7 @@ void qkv_linear_backward(Context& context, const Params& p) {
 }
 
 void output_linear_backward(Context& context, const Params& p) {
-  if (p.d_linear_bias && !residual_has_kernel(p)) {
+  if (p.d_linear_bias && !residual_has_backward_kernel(p)) {
     column_sums(context, p.dtype, p.d_linear, p.rows(), p.embed_dim, p.d_linear_bias, p.stage_workspace);
   }
   if (p.d_linear_weight) matrix_product(context, d_linear_weight_product(p), p.stage_workspace);
@@ -126,7 +144,7 @@ size_t linear_workspace_bytes(const Context& context, const Params& p, Phase pha
   };
   switch (phase) {
     case Phase::kForward:
-      return std::max(bytes(true, qkv_product(p)), bytes(true, output_product(p)));
+      return std::max(bytes(true, qkv_product(p)), wide_bias_bytes(p) + bytes(true, output_product(p)));
     case Phase::kOutputBackward:
       return std::max({p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0,
                        bytes(p.d_linear_weight, d_linear_weight_product(p)), bytes(needs_d_qkv(p), d_attn_out_product(p))});

@@ -59,7 +59,6 @@ struct Plan {
 std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, bool aligned) {
   const lt::Api& api = lt::api();
   auto plan = std::make_unique<Plan>();
-  const cudaDataType_t type = cuda_type(p.dtype);
   const lt::ComputeType compute = p.dtype == DType::kFloat64                         ? lt::kCompute64F
                                   : p.dtype == DType::kFloat32 && context.allow_tf32 ? lt::kCompute32FFastTF32
                                                                                      : lt::kCompute32F;
@@ -77,25 +76,28 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
     set(lt::kDescBiasPointer, any);
   }
 
-  const auto layout = [&](lt::MatrixLayout& result, int64_t rows, int64_t cols) {
-    lt::check(api.layout_create(&result, type, cols, rows, cols), "cublasLtMatrixLayoutCreate");
+  const auto layout = [&](lt::MatrixLayout& result, DType dtype, int64_t rows, int64_t cols) {
+    lt::check(api.layout_create(&result, cuda_type(dtype), cols, rows, cols), "cublasLtMatrixLayoutCreate");
   };
-  layout(plan->a, p.b_transposed ? p.n : p.k, p.b_transposed ? p.k : p.n);
-  layout(plan->b, p.a_transposed ? p.k : p.m, p.a_transposed ? p.m : p.k);
-  layout(plan->d, p.m, p.n);
+  layout(plan->a, p.dtype, p.b_transposed ? p.n : p.k, p.b_transposed ? p.k : p.n);
+  layout(plan->b, p.dtype, p.a_transposed ? p.k : p.m, p.a_transposed ? p.m : p.k);
+  layout(plan->d, p.result_dtype, p.m, p.n);
 
   lt::Preference preference = nullptr;
   lt::check(api.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
   const uint64_t max_workspace = aligned ? kMaxWorkspaceBytes : 0;
-  const uint32_t alignment = static_cast<uint32_t>(aligned ? kAlignment : size_of(p.dtype));
   api.preference_set(preference, lt::kPreferenceMaxWorkspaceBytes, &max_workspace, sizeof(max_workspace));
   // Parts of a sum are not to be rounded to 16 bits before they are added up.
   const uint32_t schemes = lt::kReduceInComputeType;
   api.preference_set(preference, lt::kPreferenceReductionSchemes, &schemes, sizeof(schemes));
-  for (auto attribute : {lt::kPreferenceMinAlignmentA, lt::kPreferenceMinAlignmentB, lt::kPreferenceMinAlignmentC,
-                         lt::kPreferenceMinAlignmentD}) {
+  const auto set_alignment = [&](lt::PreferenceAttribute attribute, DType dtype) {
+    const uint32_t alignment = static_cast<uint32_t>(aligned ? kAlignment : size_of(dtype));
     api.preference_set(preference, attribute, &alignment, sizeof(alignment));
-  }
+  };
+  set_alignment(lt::kPreferenceMinAlignmentA, p.dtype);
+  set_alignment(lt::kPreferenceMinAlignmentB, p.dtype);
+  set_alignment(lt::kPreferenceMinAlignmentC, p.result_dtype);
+  set_alignment(lt::kPreferenceMinAlignmentD, p.result_dtype);
   lt::HeuristicResult result{};
   int found = 0;
   const lt::Status status =
@@ -111,7 +113,8 @@ const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned
   using Key = std::array<int64_t, 5>;
   thread_local std::map<Key, std::unique_ptr<Plan>> plans;
   const int64_t switches = static_cast<int64_t>(p.dtype) | p.a_transposed << 8 | p.b_transposed << 9 | aligned << 10 |
-                           (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 | p.has_bias << 12;
+                           (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 | p.has_bias << 12 |
+                           static_cast<int64_t>(p.result_dtype) << 16;
   const Key key = {p.m, p.n, p.k, switches, context.device};
   auto it = plans.find(key);
   if (it == plans.end()) {
@@ -139,7 +142,7 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) {
     // No rows to sum over: only weight gradients of an empty batch come here, and they add nothing.
-    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.dtype), context.stream), "matrix_product: cudaMemsetAsync");
+    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.result_dtype), context.stream), "matrix_product: cudaMemsetAsync");
     return;
   }
 
@@ -151,7 +154,7 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
                                ", n = " + std::to_string(p.n) + ", k = " + std::to_string(p.k));
     }
     matrix_product(context, without_bias(p), workspace);
-    add_bias(context, p.dtype, p.d, p.bias, p.m, p.n);
+    add_bias(context, p.result_dtype, p.d, p.bias, p.m, p.n);
     return;
   }
 

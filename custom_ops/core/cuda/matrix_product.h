@@ -9,7 +9,8 @@ namespace cuda {
 // d[m, n] = op(a)[m, k] @ op(b)[k, n] (+ c) (+ bias), all row-major; op(a) is a, or where a is stored as [k, m] its transpose,
 // likewise b.
 struct MatrixProduct {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;         // of a and b
+  DType result_dtype = DType::kFloat32;  // of c, d and bias: dtype, or float32 beside a 16-bit one
   int64_t m = 0, n = 0, k = 0;
   const void* a = nullptr;
   bool a_transposed = false;

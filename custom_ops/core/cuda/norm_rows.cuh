@@ -88,5 +88,14 @@ void dispatch_norm(DType dtype, DType norm_dtype, F&& f) {
   });
 }
 
+// Calls f with the device type of what is 16-bit beside float32 rows with float32 layer-norm parameters.
+template <class F>
+void dispatch_narrow(DType dtype, DType norm_dtype, DType narrow, F&& f) {
+  if (dtype != DType::kFloat32 || norm_dtype != DType::kFloat32) {
+    throw std::runtime_error("x of another dtype than the weights must be float32, with float32 layer-norm parameters");
+  }
+  dispatch_16bit(narrow, f);
+}
+
 }  // namespace cuda
 }  // namespace pfa

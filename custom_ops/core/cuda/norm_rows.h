@@ -6,9 +6,11 @@
 namespace pfa {
 namespace cuda {
 
-// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers may be equal: a number is read before it is overwritten.
+// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a number is read
+// before it is overwritten.
 struct NormRowsForward {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;      // of y, x, z and n
+  DType out_dtype = DType::kFloat32;  // dtype; or 16-bit beside a float32 z that is y
   DType norm_dtype = DType::kFloat32;
   int64_t rows = 0;
   int64_t cols = 0;
@@ -29,9 +31,11 @@ struct NormRowsForward {
 void norm_rows_forward(Context& context, const NormRowsForward& args);
 
 // d_z = layer_norm'(d_out) + d_added, d_y = dropout'(d_z), and the sums of the parameters' gradients over the rows. Without
-// a layer norm d_z is d_out. d_z may lie where d_out or d_added does.
+// a layer norm d_z is d_out. d_z may lie where d_out or d_added does, if their types are the same.
 struct NormRowsBackward {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;        // of z, d_added and d_z
+  DType d_out_dtype = DType::kFloat32;  // dtype, or 16-bit beside float32
+  DType d_y_dtype = DType::kFloat32;    // dtype; or 16-bit beside float32, and then d_y is never d_z
   DType norm_dtype = DType::kFloat32;
   int64_t rows = 0;
   int64_t cols = 0;
@@ -45,10 +49,10 @@ struct NormRowsBackward {
   Dropout dropout;
   const uint64_t* random_state = nullptr;
   void* d_z = nullptr;      // null: not wanted
-  void* d_y = nullptr;      // null: not wanted
+  void* d_y = nullptr;      // null: not wanted, or d_z without dropout
   void* d_scale = nullptr;  // [cols] of norm_dtype, or null: not wanted
   void* d_bias = nullptr;   // [cols] of norm_dtype, or null: not wanted
-  void* d_y_sum = nullptr;  // [cols] of dtype, or null: not wanted
+  void* d_y_sum = nullptr;  // [cols] of d_y_dtype, or null: not wanted; not without d_y where d_y_dtype is not dtype
 };
 
 void norm_rows_backward(Context& context, const NormRowsBackward& args, void* workspace);

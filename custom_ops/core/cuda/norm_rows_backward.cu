@@ -24,14 +24,16 @@ constexpr int kLongThreads = 256;
 constexpr int kSumWidth = 32;
 constexpr int kSumHeight = 16;
 
-enum class Kind { kNorm, kNormSum, kNormDropout, kDropout };  // kNormSum: d_y is d_z, and its sum is wanted
+// kNormSum: d_y is d_z, or what its narrower type holds of it, and its sum is wanted.
+enum class Kind { kNorm, kNormSum, kNormDropout, kDropout };
 
-template <class T, class P>
+// T: the type of z, d_added and d_z; P: of the scale; G: of d_out; Y: of d_y. Vectors are as many numbers as 16 bytes hold of T.
+template <class T, class P, class G, class Y>
 struct Kernel {
   using A = Accumulator<T>;
   int64_t rows;
   int64_t cols;
-  const T* d_out;
+  const G* d_out;
   const T* z;
   const A* mean;
   const A* rstd;
@@ -41,7 +43,7 @@ struct Kernel {
   A dropout_scale;
   const uint64_t* random_state;
   T* d_z;
-  T* d_y;
+  Y* d_y;
   A* partial;  // [kMaxColumnSums][row blocks][cols]: d_scale, d_bias, d_y_sum
 
   __device__ PhiloxState philox() const {
@@ -68,14 +70,20 @@ struct Kernel {
   }
 };
 
-// Starts a copy of 16 bytes, or of zeros if there is nothing to copy, into the thread's own shared memory.
+// Starts a copy of 16 or 8 bytes, or of zeros if there is nothing to copy, into the thread's own shared memory.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
+  static_assert(kBytes == 16 || kBytes == 8, "a vector of 16 bytes, or of as many numbers of half the size");
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(exists ? 16 : 0)
-               : "memory");
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(exists ? 16 : 0) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(exists ? 8 : 0) : "memory");
+  }
 #else
-  *static_cast<uint4*>(shared) = exists ? *static_cast<const uint4*>(global) : uint4{};
+  using Bytes = std::conditional_t<kBytes == 16, uint4, uint2>;
+  *static_cast<Bytes*>(shared) = exists ? *static_cast<const Bytes*>(global) : Bytes{};
 #endif
 }
 
@@ -121,8 +129,8 @@ constexpr size_t kStaticBytes = 4 * kMaxWarps * sizeof(Accumulator<T>);
 template <class T>
 constexpr int kPadding = 128 / sizeof(Accumulator<T>) / kVectorSize<T>;
 
-template <class T, class P, Kind kKind>
-__global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P> k) {
+template <class T, class P, class G, class Y, Kind kKind>
+__global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(const Kernel<T, P, G, Y> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
   constexpr int kItems = cuda::kItems<T>;
@@ -130,6 +138,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   constexpr bool kHasNorm = kKind != Kind::kDropout;
   constexpr bool kGivesNormal = kKind == Kind::kNormDropout;  // z holds n
   constexpr bool kHasDropout = kGivesNormal || kKind == Kind::kDropout;
+  constexpr bool kNarrows = kKind == Kind::kNormSum && !std::is_same_v<T, Y>;  // d_y is d_z rounded
   extern __shared__ uint4 shared[];
   __shared__ A slots[2][2 * kMaxWarps];
   static_assert(sizeof(slots) == kStaticBytes<T>, "shared memory beside the dynamic");
@@ -147,12 +156,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   const int turns = turns_from(first);
   const int own_turns = turns_from(first + threadIdx.y);
 
-  // Places in a matrix are counted in bytes.
+  // Places in a matrix are counted in bytes of T.
   const int64_t stride = static_cast<int64_t>(step) * vectors * 16;
   int64_t place = ((first + threadIdx.y) * vectors + threadIdx.x) * 16;
   const auto at = [&](auto* matrix, int64_t from, int item) {
     using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(matrix)>>, const char, char>;
-    return reinterpret_cast<decltype(matrix)>(reinterpret_cast<Byte*>(matrix) + from) +
+    constexpr int kShare = sizeof(T) / sizeof(*matrix);
+    return reinterpret_cast<decltype(matrix)>(reinterpret_cast<Byte*>(matrix) + from / kShare) +
            static_cast<int>(item * blockDim.x) * kVec;
   };
   // A warp's copies lie together.
@@ -166,10 +176,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       const bool exists = turn < own_turns && in_row(item);
-      copy_async(slot(stage_slot, 0, item), at(k.d_out, from, item), exists);
-      if constexpr (kHasNorm) copy_async(slot(stage_slot, 1, item), at(k.z, from, item), exists);
+      copy_async<kVec * sizeof(G)>(slot(stage_slot, 0, item), at(k.d_out, from, item), exists);
+      if constexpr (kHasNorm) copy_async<16>(slot(stage_slot, 1, item), at(k.z, from, item), exists);
       if constexpr (kKind == Kind::kNorm) {
-        if (k.d_added) copy_async(slot(stage_slot, 2, item), at(k.d_added, from, item), exists);
+        if (k.d_added) copy_async<16>(slot(stage_slot, 2, item), at(k.d_added, from, item), exists);
       }
     }
     end_copies();
@@ -225,7 +235,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
       for (int item = 0; item < kItems; ++item) {
         A g[kVec], z[kVec], factor[kVec];
         load(factors + static_cast<int>(item * blockDim.x) * kVec, factor);
-        load(reinterpret_cast<const T*>(slot(stage_slot, 0, item)), g);
+        load(reinterpret_cast<const G*>(slot(stage_slot, 0, item)), g);
         load(reinterpret_cast<const T*>(slot(stage_slot, 1, item)), z);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
@@ -247,7 +257,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
     for (int item = 0; item < kItems; ++item) {
       const bool exists = turn < own_turns && in_row(item);
       A d[kVec];
-      load(reinterpret_cast<const T*>(slot(stage_slot, 0, item)), d);
+      load(reinterpret_cast<const G*>(slot(stage_slot, 0, item)), d);
       if constexpr (kHasNorm) {
         A z[kVec], factor[kVec];
         load(factors + static_cast<int>(item * blockDim.x) * kVec, factor);
@@ -263,6 +273,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
           }
         }
         if (k.d_z && exists) store(at(k.d_z, place, item), d);
+        if constexpr (kNarrows) {
+          if (k.d_y && exists) store(at(k.d_y, place, item), d);
+        }
       }
       if constexpr (kHasDropout) {
         const int64_t index = (place / 16 + static_cast<int>(item * blockDim.x)) * kVec;
@@ -307,13 +320,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   }
 }
 
-template <class T, class P>
-__global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(const Kernel<T, P> k) {
+template <class T, class P, class G, class Y>
+__global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(const Kernel<T, P, G, Y> k) {
   using A = Accumulator<T>;
   __shared__ A slots[2 * kMaxWarps];
   const int64_t row = blockIdx.x;
   const PhiloxState state = k.philox();
-  const T* d_out = k.d_out + row * k.cols;
+  const G* d_out = k.d_out + row * k.cols;
   const bool has_norm = k.z != nullptr;
 
   A rstd = 0;
@@ -345,8 +358,8 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_backward_kernel(c
 }
 
 // d_scale and d_bias alone; d_y_sum is a plain column sum.
-template <class T, class P>
-__global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_kernel(const Kernel<T, P> k) {
+template <class T, class P, class G, class Y>
+__global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_kernel(const Kernel<T, P, G, Y> k) {
   using A = Accumulator<T>;
   __shared__ A shared[2][kSumHeight][kSumWidth];
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kSumWidth + threadIdx.x;
@@ -370,8 +383,8 @@ __global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_ker
 }
 
 // Returns how many blocks wrote sums; 0 if the rows do not fit, and nothing was launched.
-template <class T, class P, Kind kKind>
-int64_t launch(Context& context, const Kernel<T, P>& kernel) {
+template <Kind kKind, class T, class P, class G, class Y>
+int64_t launch(Context& context, const Kernel<T, P, G, Y>& kernel) {
   RowShape shape = row_shape(kernel.cols / kVectorSize<T>, kItems<T>, kBlockThreads);
   const auto shared_bytes = [&] {
     const size_t threads = shape.group_threads * shape.groups;
@@ -384,7 +397,7 @@ int64_t launch(Context& context, const Kernel<T, P>& kernel) {
   if (shape.groups == 0 || shape.group_threads > kBlockThreads) return 0;
   const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
   const size_t shared = shared_bytes();
-  const auto function = norm_rows_backward_kernel<T, P, kKind>;
+  const auto function = norm_rows_backward_kernel<T, P, G, Y, kKind>;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "norm_rows_backward_kernel: shared memory");
   function<<<static_cast<unsigned>(blocks), dim3(shape.group_threads, shape.groups), shared, context.stream>>>(kernel);
@@ -392,35 +405,38 @@ int64_t launch(Context& context, const Kernel<T, P>& kernel) {
   return blocks;
 }
 
-template <class T, class P>
+template <class T, class P, class G, class Y>
 void run(Context& context, const NormRowsBackward& args, void* workspace) {
   using A = Accumulator<T>;
-  const Kernel<T, P> kernel = {args.rows,
-                               args.cols,
-                               static_cast<const T*>(args.d_out),
-                               args.has_norm ? static_cast<const T*>(args.z) : nullptr,
-                               static_cast<const A*>(args.mean),
-                               static_cast<const A*>(args.rstd),
-                               static_cast<const P*>(args.scale),
-                               static_cast<const T*>(args.d_added),
-                               args.dropout.threshold,
-                               static_cast<A>(args.dropout.scale),
-                               args.random_state,
-                               static_cast<T*>(args.d_z),
-                               static_cast<T*>(args.d_y),
-                               static_cast<A*>(workspace)};
+  const Kernel<T, P, G, Y> kernel = {args.rows,
+                                     args.cols,
+                                     static_cast<const G*>(args.d_out),
+                                     args.has_norm ? static_cast<const T*>(args.z) : nullptr,
+                                     static_cast<const A*>(args.mean),
+                                     static_cast<const A*>(args.rstd),
+                                     static_cast<const P*>(args.scale),
+                                     static_cast<const T*>(args.d_added),
+                                     args.dropout.threshold,
+                                     static_cast<A>(args.dropout.scale),
+                                     args.random_state,
+                                     static_cast<T*>(args.d_z),
+                                     static_cast<Y*>(args.d_y),
+                                     static_cast<A*>(workspace)};
   const bool by_vectors =
       args.cols % kVectorSize<T> == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
-  const ColumnSum d_y_sum = {args.d_y_sum, args.dtype};
+  const ColumnSum d_y_sum = {args.d_y_sum, args.d_y_dtype};
 
   int64_t blocks = 0;
-  if (by_vectors) {
-    blocks = !args.has_norm ? launch<T, P, Kind::kDropout>(context, kernel)
-             : !args.mean   ? launch<T, P, Kind::kNormDropout>(context, kernel)
-             : args.d_y_sum ? launch<T, P, Kind::kNormSum>(context, kernel)
-                            : launch<T, P, Kind::kNorm>(context, kernel);
+  if constexpr (!std::is_same_v<T, G>) {  // never another kind
+    if (by_vectors) blocks = launch<Kind::kNorm>(context, kernel);
+  } else if (by_vectors) {
+    constexpr Kind kWithoutSum = std::is_same_v<T, Y> ? Kind::kNorm : Kind::kNormSum;
+    blocks = !args.has_norm ? launch<Kind::kDropout>(context, kernel)
+             : !args.mean   ? launch<Kind::kNormDropout>(context, kernel)
+             : args.d_y_sum ? launch<Kind::kNormSum>(context, kernel)
+                            : launch<kWithoutSum>(context, kernel);
   }
   if (blocks) {
     add_row_blocks(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});
@@ -431,15 +447,15 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
   if (args.d_scale || args.d_bias) {
     const int64_t row_blocks = std::min<int64_t>((args.rows + kSumHeight - 1) / kSumHeight, context.num_sms);
     const dim3 grid(static_cast<unsigned>((args.cols + kSumWidth - 1) / kSumWidth), static_cast<unsigned>(row_blocks));
-    norm_long_rows_sums_kernel<T, P><<<grid, dim3(kSumWidth, kSumHeight), 0, context.stream>>>(kernel);
+    norm_long_rows_sums_kernel<<<grid, dim3(kSumWidth, kSumHeight), 0, context.stream>>>(kernel);
     check_launch("norm_long_rows_sums_kernel");
     add_row_blocks(context, accumulator_of(args.dtype), workspace, row_blocks, args.cols, {d_scale, d_bias, {}});
   }
-  norm_long_rows_backward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+  norm_long_rows_backward_kernel<<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
   check_launch("norm_long_rows_backward_kernel");
   if (args.d_y_sum) {
     const void* d_y = args.d_y ? args.d_y : args.d_z ? args.d_z : args.d_out;
-    column_sums(context, args.dtype, d_y, args.rows, args.cols, args.d_y_sum, workspace);
+    column_sums(context, args.d_y_dtype, d_y, args.rows, args.cols, args.d_y_sum, workspace);
   }
 }
 
@@ -448,7 +464,7 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
 void norm_rows_backward(Context& context, const NormRowsBackward& args, void* workspace) {
   if (args.rows == 0) {
     for (const ColumnSum& sum : {ColumnSum{args.d_scale, args.norm_dtype}, ColumnSum{args.d_bias, args.norm_dtype},
-                                 ColumnSum{args.d_y_sum, args.dtype}}) {
+                                 ColumnSum{args.d_y_sum, args.d_y_dtype}}) {
       if (sum.sum) {
         check(cudaMemsetAsync(sum.sum, 0, args.cols * size_of(sum.dtype), context.stream),
               "norm_rows_backward: cudaMemsetAsync");
@@ -456,8 +472,19 @@ void norm_rows_backward(Context& context, const NormRowsBackward& args, void* wo
     }
     return;
   }
+  if (args.d_out_dtype != args.dtype) {
+    return dispatch_narrow(args.dtype, args.norm_dtype, args.d_out_dtype, [&](auto* type) {
+      run<float, float, std::remove_pointer_t<decltype(type)>, float>(context, args, workspace);
+    });
+  }
+  if (args.d_y_dtype != args.dtype) {
+    return dispatch_narrow(args.dtype, args.norm_dtype, args.d_y_dtype, [&](auto* type) {
+      run<float, float, float, std::remove_pointer_t<decltype(type)>>(context, args, workspace);
+    });
+  }
   dispatch_norm(args.dtype, args.norm_dtype, [&](auto* type, auto* norm_type) {
-    run<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(norm_type)>>(context, args, workspace);
+    using T = std::remove_pointer_t<decltype(type)>;
+    run<T, std::remove_pointer_t<decltype(norm_type)>, T, T>(context, args, workspace);
   });
 }
 

@@ -1,9 +1,11 @@
 // Residual sum with dropout, and layer norm, forward (norm_rows.h).
 //
 // A group of threads holds its row in registers, all of it on its way before the first number is used. Rows that no group can hold, or
-// that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the result will be, and reads it again
-// for each step.
+// that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the result will be, unless z is y itself,
+// and reads it again for each step.
 #include "core/cuda/norm_rows.h"
+
+#include <type_traits>
 
 #include "core/cuda/norm_rows.cuh"
 
@@ -18,7 +20,8 @@ constexpr int kLongThreads = 256;
 template <class T>
 constexpr int kFewItems = sizeof(T) == 2 ? 2 : 4;
 
-template <class T, class P>
+// T: the type of y, x, z and n; P: of the parameters; O: of the result.
+template <class T, class P, class O>
 struct Kernel {
   using A = Accumulator<T>;
   int64_t rows;
@@ -30,7 +33,8 @@ struct Kernel {
   const uint64_t* random_state;
   T* z;
   T* normalized;
-  T* out;
+  O* out;
+  T* kept;  // for rows that no group can hold: where z waits; null: z is y
   const P* scale;
   const P* bias;
   A epsilon;
@@ -83,9 +87,9 @@ struct Kernel {
   }
 };
 
-template <class T, class P, int kRowItems>
+template <class T, class P, class O, int kRowItems>
 __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 2 : 1)
-    norm_rows_forward_kernel(const Kernel<T, P> k) {
+    norm_rows_forward_kernel(const Kernel<T, P, O> k) {
   using A = Accumulator<T>;
   constexpr int kVec = kVectorSize<T>;
   __shared__ A slots[2][kMaxWarps];
@@ -143,14 +147,14 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 
   }
 }
 
-// Any number of columns. What a thread reads again it has written itself.
-template <class T, class P>
-__global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(const Kernel<T, P> k) {
+// Any number of columns. What a thread reads again it has written itself, or nobody writes before.
+template <class T, class P, class O>
+__global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(const Kernel<T, P, O> k) {
   using A = Accumulator<T>;
   __shared__ A slots[2][kMaxWarps];
   const int64_t row = blockIdx.x;
   const PhiloxState state = k.philox();
-  T* kept = (!k.out ? k.z : k.normalized ? k.normalized : k.out) + row * k.cols;
+  const T* z_row = (k.kept ? k.kept : k.y) + row * k.cols;
 
   A sum[1] = {0};
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
@@ -159,8 +163,9 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
     if (k.x) x = load_vector<1>(k.x + index);
     A z[1];
     k.form_z(state, index, load_vector<1>(k.y + index), x, z);
-    kept[col] = narrow<T>(z[0]);
-    sum[0] += widen(kept[col]);
+    const T rounded = narrow<T>(z[0]);
+    if (k.kept) k.kept[index] = rounded;
+    sum[0] += widen(rounded);
   }
   if (!k.out) return;
 
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
   const A mean = sum[0] / static_cast<A>(k.cols);
   A squares[1] = {0};
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
-    const A centred = widen(kept[col]) - mean;
+    const A centred = widen(z_row[col]) - mean;
     squares[0] += centred * centred;
   }
   group_sum<true>(squares, slots[1]);
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
     if (k.rstd) k.rstd[row] = rstd;
   }
   for (int64_t col = threadIdx.x; col < k.cols; col += blockDim.x) {
-    A value[1] = {widen(kept[col])};
+    A value[1] = {widen(z_row[col])};
     k.finish(row, col, mean, rstd, value);
   }
 }
@@ -199,24 +204,28 @@ int items_per_thread(int64_t vectors) {
   return best;
 }
 
-template <class T, class P>
+template <class T, class P, class O>
 void run(Context& context, const NormRowsForward& args) {
   using A = Accumulator<T>;
-  const Kernel<T, P> kernel = {args.rows,
-                               args.cols,
-                               static_cast<const T*>(args.y),
-                               static_cast<const T*>(args.x),
-                               args.dropout.threshold,
-                               static_cast<A>(args.dropout.scale),
-                               args.random_state,
-                               static_cast<T*>(args.z),
-                               static_cast<T*>(args.normalized),
-                               static_cast<T*>(args.out),
-                               static_cast<const P*>(args.scale),
-                               static_cast<const P*>(args.bias),
-                               static_cast<A>(args.epsilon),
-                               static_cast<A*>(args.mean),
-                               static_cast<A*>(args.rstd)};
+  const bool is_y = args.out && !args.x && args.dropout.threshold == 0 && args.dropout.scale == 1.0;
+  if (!std::is_same<T, O>::value && !is_y) throw std::runtime_error("norm_rows_forward: z waits where only out may lie");
+  void* kept = is_y ? nullptr : !args.out ? args.z : args.normalized ? args.normalized : args.out;
+  const Kernel<T, P, O> kernel = {args.rows,
+                                  args.cols,
+                                  static_cast<const T*>(args.y),
+                                  static_cast<const T*>(args.x),
+                                  args.dropout.threshold,
+                                  static_cast<A>(args.dropout.scale),
+                                  args.random_state,
+                                  static_cast<T*>(args.z),
+                                  static_cast<T*>(args.normalized),
+                                  static_cast<O*>(args.out),
+                                  static_cast<T*>(kept),
+                                  static_cast<const P*>(args.scale),
+                                  static_cast<const P*>(args.bias),
+                                  static_cast<A>(args.epsilon),
+                                  static_cast<A*>(args.mean),
+                                  static_cast<A*>(args.rstd)};
   constexpr int kVec = kVectorSize<T>;
   const int64_t vectors = args.cols / kVec;
   const bool by_vectors =
@@ -229,15 +238,15 @@ void run(Context& context, const NormRowsForward& args) {
   };
   switch (by_vectors ? items_per_thread<T>(vectors) : 0) {
     case 1:
-      return launch(norm_rows_forward_kernel<T, P, 1>, 1);
+      return launch(norm_rows_forward_kernel<T, P, O, 1>, 1);
     case 2:
-      return launch(norm_rows_forward_kernel<T, P, 2>, 2);
+      return launch(norm_rows_forward_kernel<T, P, O, 2>, 2);
     case 3:
-      return launch(norm_rows_forward_kernel<T, P, 3>, 3);
+      return launch(norm_rows_forward_kernel<T, P, O, 3>, 3);
     case 4:
-      return launch(norm_rows_forward_kernel<T, P, 4>, 4);
+      return launch(norm_rows_forward_kernel<T, P, O, 4>, 4);
     default:
-      norm_long_rows_forward_kernel<T, P><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+      norm_long_rows_forward_kernel<T, P, O><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
       check_launch("norm_long_rows_forward_kernel");
   }
 }
@@ -246,8 +255,14 @@ void run(Context& context, const NormRowsForward& args) {
 
 void norm_rows_forward(Context& context, const NormRowsForward& args) {
   if (args.rows == 0 || args.cols == 0) return;
+  if (args.out_dtype != args.dtype) {
+    return dispatch_narrow(args.dtype, args.norm_dtype, args.out_dtype, [&](auto* out_type) {
+      run<float, float, std::remove_pointer_t<decltype(out_type)>>(context, args);
+    });
+  }
   dispatch_norm(args.dtype, args.norm_dtype, [&](auto* type, auto* norm_type) {
-    run<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(norm_type)>>(context, args);
+    using T = std::remove_pointer_t<decltype(type)>;
+    run<T, std::remove_pointer_t<decltype(norm_type)>, T>(context, args);
   });
 }
 

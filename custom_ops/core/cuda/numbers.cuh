@@ -171,5 +171,18 @@ void dispatch_float(DType dtype, F&& f) {
   }
 }
 
+// The same for a 16-bit one.
+template <class F>
+void dispatch_16bit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(static_cast<__half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      throw std::runtime_error("expected a 16-bit float dtype");
+  }
+}
+
 }  // namespace cuda
 }  // namespace pfa

@@ -7,9 +7,9 @@ namespace pfa {
 namespace cuda {
 
 void residual_forward(Context& context, const Params& p) {
-  if (!residual_has_kernel(p)) return;
+  if (!residual_has_forward_kernel(p)) return;
   NormRowsForward args;
-  args.dtype = p.dtype;
+  args.dtype = args.out_dtype = p.residual_dtype;
   args.norm_dtype = p.norm_dtype;
   args.rows = p.rows();
   args.cols = p.embed_dim;
@@ -36,9 +36,10 @@ void residual_forward(Context& context, const Params& p) {
 }
 
 void residual_backward(Context& context, const Params& p) {
-  if (!residual_has_kernel(p)) return;
+  if (!residual_has_backward_kernel(p)) return;
   NormRowsBackward args;
-  args.dtype = p.dtype;
+  args.dtype = args.d_out_dtype = p.residual_dtype;
+  args.d_y_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
   args.rows = p.rows();
   args.cols = p.embed_dim;
@@ -56,14 +57,14 @@ void residual_backward(Context& context, const Params& p) {
   if (has_output_dropout(p)) {
     args.dropout = p.dropout;
     args.random_state = p.random_state;
-    args.d_y = p.d_linear;
   }
+  if (has_own_d_linear(p)) args.d_y = p.d_linear;
   args.d_y_sum = p.d_linear_bias;
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
 size_t residual_backward_workspace_bytes(const Context& context, const Params& p) {
-  return residual_has_kernel(p) ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
+  return residual_has_backward_kernel(p) ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 
 }  // namespace cuda

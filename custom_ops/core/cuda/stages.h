@@ -1,7 +1,7 @@
 // The stages of block.h on CUDA. Each queues its kernels on the context's stream and returns.
 //
 // What lies between the output projection and the result is shared out: without output dropout the projection adds bias and
-// x itself, and without a final layer norm nothing is left for the residual stage.
+// x itself, and without a final layer norm nothing is left for the residual stage; but backward rounds, where x is of a wider type.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,10 @@
 namespace pfa {
 namespace cuda {
 
-inline bool residual_has_kernel(const Params& p) { return p.final_layer_norm || has_output_dropout(p); }
+inline bool residual_has_forward_kernel(const Params& p) { return p.final_layer_norm || has_output_dropout(p); }
+inline bool residual_has_backward_kernel(const Params& p) { return p.final_layer_norm || has_own_d_linear(p); }
 
+void narrow_x(Context& context, const Params& p);             // x -> hidden
 void layer_norm_forward(Context& context, const Params& p);   // x -> hidden, pre_ln_mean, pre_ln_rstd
 void layer_norm_backward(Context& context, const Params& p);  // d_hidden (+ d_residual) -> d_x, d_pre_ln_scale, d_pre_ln_bias
 size_t layer_norm_backward_workspace_bytes(const Context& context, const Params& p);
