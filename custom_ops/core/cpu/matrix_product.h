@@ -343,6 +343,12 @@ class MatrixProduct {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) return multiply_tiles(depth, a, b, c);
     }
+    multiply_in_registers(depth, a, b, c);
+  }
+
+  // Not inlined: with nothing else around it, all of its sums find a register.
+  __attribute__((noinline)) static void multiply_in_registers(int64_t depth, const P* a, const P* b, TileResult<A> c) {
+    c.scale = A(1);
     micro_block<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
   }
 
