@@ -67,7 +67,9 @@ void check_memory(const paddle::Tensor& tensor, const std::string& name) {
   if (tensor.defined() && !tensor.is_dense_tensor()) {
     throw std::invalid_argument(begin + "TypeError: " + name + ": expected a dense tensor, got " + kind_of(tensor));
   }
-  if (!tensor.defined() || (!tensor.initialized() && tensor.numel() != 0)) {
+  // Where a program's input was never given, Paddle's shape is of rank -1.
+  const bool is_known = tensor.defined() && tensor.dims().size() >= 0;
+  if (!is_known || (!tensor.initialized() && tensor.numel() != 0)) {
     throw std::invalid_argument(begin + "ValueError: " + name + ": expected a tensor with values, got one without memory");
   }
 }
@@ -236,7 +238,8 @@ paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attribut
 std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved, const paddle::Tensor& d_out,
                                             const Attributes& attributes) {
   const paddle::Tensor& x = *tensors[kX];
-  if (!saved.defined()) raise(common::errors::Fatal("%s", kReleased));
+  // Paddle leaves out what it has freed, so that the one tensor that is left stands for all.
+  if (!saved.defined() || saved.impl() == d_out.impl()) raise(common::errors::Fatal("%s", kReleased));
   check(tensors, attributes);
   check_memory(d_out, "Grad(Out)");
   if (d_out.dims() != x.dims() || d_out.dtype() != x.dtype()) {

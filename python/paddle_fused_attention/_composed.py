@@ -10,6 +10,8 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 
+from ._op import TENSOR_ARGUMENTS, check_tensors
+
 
 def additive_mask(mask: Any, dtype: Any) -> Any:
     """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x, which is of `dtype`.
@@ -19,6 +21,7 @@ def additive_mask(mask: Any, dtype: Any) -> Any:
     """
     if mask is None or paddle.is_floating_point(mask):
         return mask
+    check_tensors(("attn_mask",), (mask,))
     return (paddle.cast(mask, "float64" if dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
 
@@ -105,6 +108,8 @@ def attention_with_cache(
     Raises:
         TypeError, ValueError: The packed weight or the cache does not fit x.
     """
+    tensors = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
+    check_tensors((*TENSOR_ARGUMENTS, cache_name, cache_name), (*tensors, cache_k, cache_v))
     embed_dim = x.shape[2]
     _check_like_x("qkv_weight", qkv_weight, [3, "num_heads", "head_dim", embed_dim], x)
     _, num_heads, head_dim, _ = qkv_weight.shape

@@ -181,7 +181,11 @@ def fused_attention(
         op_type = OP_TYPE if paddle.is_grad_enabled() or not in_dynamic_or_pir_mode() else _FORWARD_OP_TYPE
     amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
-        inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
+        try:
+            inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
+        except Exception:
+            check_tensors(TENSOR_ARGUMENTS, inputs)
+            raise
     if tracer is not None:
         return _call_eager(inputs, is_test, switches, constants)
     present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
@@ -223,19 +227,48 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
         return _run_custom_op(op_type, *tensors, is_test, switches, present, needs_grad, *constants)[0]
     except Exception as error:
         _raise_checked(str(error))
+        check_tensors(TENSOR_ARGUMENTS, inputs)
         raise
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses dygraph's tensors in a static graph, except while to_static makes it: there Paddle takes them in as constants."""
-    if in_to_static_mode():
+    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them in
+    as constants."""
+    takes_eager = in_to_static_mode()
+    for name, value in zip(names, values):
+        if value is None:
+            continue
+        if isinstance(value, core.eager.Tensor):
+            if not takes_eager:
+                raise TypeError(
+                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers after "
+                    "paddle.enable_static()"
+                )
+        elif not _is_dense_variable(value):
+            raise TypeError(f"{name}: expected a dense tensor, got {value}")
+
+
+def _is_dense_variable(value: Any) -> bool:
+    if isinstance(value, paddle.static.Variable):
+        return value.type == core.VarDesc.VarType.LOD_TENSOR
+    return value.is_dense_tensor_type() or value.is_dist_dense_tensor_type()
+
+
+def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
+    """Refuses what Paddle's own operators can't be given: they may end the process. The operator itself checks what it gets in dygraph."""
+    if _dygraph_tracer() is None:
+        check_graph(names, values)
         return
     for name, value in zip(names, values):
-        if isinstance(value, core.eager.Tensor):
-            raise TypeError(
-                f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers after "
-                "paddle.enable_static()"
-            )
+        if value is None:
+            continue
+        if not isinstance(value, core.eager.Tensor):
+            raise TypeError(f"{name}: expected a dygraph Tensor, got a variable of a static graph")
+        if value.is_selected_rows() or value.is_sparse():
+            kind = "SelectedRows" if value.is_selected_rows() else "a sparse tensor"
+            raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+        if not value._is_initialized() and 0 not in value.shape:
+            raise ValueError(f"{name}: expected a tensor with values, got one without memory")
 
 
 def _wants_grad_static(inputs: Sequence[Any]) -> bool:
