@@ -1,11 +1,14 @@
 """Who gets a gradient: stop_gradient and no_grad mean for the operator what they mean for Paddle's own, in every graph mode, also where
 they change after a graph was made."""
 
-import contextlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+import paddle_fused_attention
 import pytest
 from paddle import nn
 from paddle.static import InputSpec
@@ -67,6 +70,12 @@ def gradients_of(network):
     return {name: None if p.grad is None else p.grad.numpy() for name, p in network.named_parameters()}
 
 
+def forget_gradients(network):
+    """None, not zeros."""
+    for parameter in network.parameters():
+        parameter.clear_gradient(False)
+
+
 def compare(found, expected, true=None):
     """Each gradient is that of Paddle's operators. Where those give none, so must the block; or, if what every gradient would be is
     given, be right: a graph of Paddle's operators that was traced frozen stays so."""
@@ -98,7 +107,7 @@ def step(network):
     if not (IS_PADDLE_2 and loss.stop_gradient):
         loss.backward()
     found = gradients_of(network)
-    network.clear_gradients(set_to_zero=False)
+    forget_gradients(network)
     return found
 
 
@@ -187,7 +196,7 @@ def test_saved_frozen_and_tuned(names, tmp_path):
                 (name,) = [n for n, p in network.named_parameters() if p.shape == parameter.shape and (p == parameter).all()]
                 found[name] = None if parameter.grad is None else parameter.grad.numpy()
             results.append(found)
-            loaded.clear_gradients(set_to_zero=False)
+            forget_gradients(loaded)
         return results
 
     results = run(FusedMultiHeadAttention), run(Composed)
@@ -250,3 +259,171 @@ def test_stopped_in_the_middle():
     found = run_program(FusedMultiHeadAttention, set(), build)
     assert found["linear.weight"] is None and found["linear.bias"] is None
     compare(found, run_program(Composed, set(), build))
+
+
+def block_of(module):
+    return module.FusedMultiHeadAttention(E, H, 0.0, 0.0)
+
+
+MAKERS = [
+    lambda: block_of(paddle_fused_attention),
+    lambda: block_of(paddle_fused_attention.incubate),
+    lambda: paddle_fused_attention.ParallelFusedMultiHeadAttention(E, H, 0.0, 0.0),
+    lambda: paddle_fused_attention.convert(nn.TransformerEncoderLayer(E, H, 32, 0.0)),
+]
+BLOCKS = pytest.mark.parametrize("make", MAKERS, ids=["block", "incubate", "parallel", "converted"])
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("x_stops", [True, False], ids=["x_stops", "x_wants"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("make", MAKERS[:-1], ids=["block", "incubate", "parallel"])  # models are converted in dygraph
+def test_stop_gradient_of_the_result(make, grad, x_stops, frozen):
+    """In a static program it is that of Linear's result."""
+    with static_mode(), paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+        x = paddle.static.data("x", [BATCH, SEQ_LEN, E])
+        x.stop_gradient = x_stops
+        results = []
+        for layer in (nn.Linear(E, E), make()):
+            for parameter in layer.parameters():
+                parameter.stop_gradient = frozen
+            with paddle.set_grad_enabled(grad) if not IS_PADDLE_2 or grad else paddle.no_grad():
+                results.append(layer(x).stop_gradient)
+    assert results[0] == results[1]
+
+
+class Distillation(nn.Layer):
+    """A teacher that is called under no_grad, in one of its forms."""
+
+    def __init__(self, teacher, form):
+        super().__init__()
+        paddle.seed(3)
+        self.student = nn.Linear(E, E)
+        self.teacher = teacher
+        self.form = form
+
+    @paddle.no_grad()
+    def teach(self, x):
+        return self.teacher(x)
+
+    def forward(self, x):
+        hidden = self.student(x)
+        if self.form == "context":
+            with paddle.no_grad():
+                target = self.teacher(hidden)
+        else:
+            target = self.teach(hidden)
+        return hidden * hidden + target
+
+
+@pytest.mark.skipif(IS_PADDLE_2, reason="Paddle 2.6 has no no_grad in static graphs: its own layers get gradients there")
+@pytest.mark.parametrize("form", ["context", "decorator"])
+@BLOCKS
+def test_teacher_under_no_grad(make, form):
+    """In a full graph it gets no gradient, and the student that of dygraph."""
+    network = Distillation(make(), form)
+    loss_of(network).backward()
+    expected = gradients_of(network)
+    assert expected["student.weight"] is not None and expected["teacher." + next(iter(network.teacher.state_dict()))] is None
+    forget_gradients(network)
+    loss_of(full_graph(network)).backward()
+    compare(gradients_of(network), expected)
+
+
+@BLOCKS
+def test_full_graph_called_under_no_grad(make):
+    """Nothing flows through it. What its result shows is up to Paddle, and the same for Linear."""
+    shown = []
+    for layer in (nn.Linear(E, E), make()):
+        network = full_graph(layer)
+        x = paddle.to_tensor(arrays()[0])
+        network(x).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        forget_gradients(network)
+        with paddle.no_grad():
+            out = network(x)
+        shown.append(out.stop_gradient)
+        if not out.stop_gradient:
+            out.sum().backward()
+        assert all(parameter.grad is None for parameter in network.parameters())
+    assert shown[0] == shown[1]
+
+
+WANTS_MASK = """
+import sys, warnings
+import paddle
+import paddle_fused_attention as pfa
+from paddle import nn
+
+kind, mode = sys.argv[1:]
+static = mode == "static"
+if static:
+    paddle.enable_static()
+layer = {
+    "block": lambda: pfa.FusedMultiHeadAttention(16, 2),
+    "incubate": lambda: pfa.incubate.FusedMultiHeadAttention(16, 2),
+    "converted": lambda: pfa.convert(nn.TransformerEncoderLayer(16, 2, 32)),
+}[kind]()
+x = paddle.static.data("x", [2, 5, 16]) if static else paddle.ones([2, 5, 16])
+mask = paddle.static.data("mask", [5, 5]) if static else paddle.zeros([5, 5])
+call = (lambda: layer(x, mask)) if kind == "converted" else (lambda: layer(x, attn_mask=mask))
+if mode == "full_graph":
+    def forward(x, mask):
+        return layer(x, mask) if kind == "converted" else layer(x, attn_mask=mask)
+    run = paddle.jit.to_static(forward, full_graph=True)
+    call = lambda: run(x, mask)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    call()
+    assert not [w for w in caught if "attn_mask" in str(w.message)]
+    mask.stop_gradient = False
+    if mode == "dygraph":
+        with paddle.no_grad():
+            call()
+        assert not [w for w in caught if "attn_mask" in str(w.message)]
+    call()
+    call()
+    found = [w for w in caught if "attn_mask" in str(w.message)]
+    assert len(found) == 1 and found[0].category is UserWarning, found
+    if kind != "converted":
+        for parameter in layer.parameters():
+            parameter.stop_gradient = True
+        if mode != "full_graph":
+            assert call().stop_gradient
+print("fine")
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, mode",
+    [(kind, mode) for kind in ("block", "incubate", "converted") for mode in ("dygraph", "full_graph", "static")][:-1],
+)
+def test_a_mask_that_wants_a_gradient(kind, mode, tmp_path):
+    """One warning a process, and a result that does not pretend to have a gradient if only the mask wants one."""
+    script = tmp_path / "wants_mask.py"  # of which to_static reads the source
+    script.write_text(WANTS_MASK)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+    result = subprocess.run(
+        [sys.executable, str(script), kind, mode], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and result.stdout.endswith("fine\n"), result.stderr[-3000:]
+
+
+def test_backward_twice():
+    """Paddle's words, which name retain_graph; and with it the gradients double."""
+    network = Network(FusedMultiHeadAttention)
+    x, d_out = map(paddle.to_tensor, arrays())
+    block = network.block
+    for training in (True, False):
+        block.training = training
+        out = block(x)
+        out.backward(d_out)
+        with pytest.raises(Exception, match="retain_graph=True"):
+            out.backward(d_out)
+        forget_gradients(block)
+        out = block(x)
+        out.backward(d_out, retain_graph=True)
+        once = block.qkv_weight.grad.numpy()
+        out.backward(d_out)
+        np.testing.assert_allclose(block.qkv_weight.grad.numpy(), 2 * once)
+        forget_gradients(block)

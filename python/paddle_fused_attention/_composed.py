@@ -111,6 +111,8 @@ def attention_with_cache(
     tensors = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     check_tensors((*TENSOR_ARGUMENTS, cache_name, cache_name), (*tensors, cache_k, cache_v))
     embed_dim = x.shape[2]
+    if embed_dim < 0 and len(qkv_weight.shape) == 4:  # unknown in a static graph, where the weight's is known
+        embed_dim = qkv_weight.shape[3]
     _check_like_x("qkv_weight", qkv_weight, [3, "num_heads", "head_dim", embed_dim], x)
     _, num_heads, head_dim, _ = qkv_weight.shape
     for cache in (cache_k, cache_v):

@@ -17,8 +17,9 @@ __all__ = ["fused_multi_head_attention"]
 def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
     """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed; or one of
     nranks parts of these, with a part of the heads."""
-    # The last size of x may be unknown in a static graph; the weight's is known.
-    embed_dim = x.shape[2] if x.shape[2] >= 0 or len(qkv_weight.shape) != 2 else qkv_weight.shape[0]
+    embed_dim = x.shape[2]
+    if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
+        embed_dim = qkv_weight.shape[0]
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {num_heads!r}")
     if num_heads < 1 or embed_dim % (num_heads * nranks):
