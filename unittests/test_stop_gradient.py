@@ -12,7 +12,7 @@ import paddle_fused_attention
 import pytest
 from paddle import nn
 from paddle.static import InputSpec
-from paddle_fused_attention import FusedMultiHeadAttention
+from paddle_fused_attention import FusedMultiHeadAttention, _op
 from runners import static_mode
 
 IS_PADDLE_2 = paddle.__version__.startswith("2.")
@@ -145,8 +145,8 @@ def test_changed_between_forward_and_backward(names, frozen, graph):
 
 
 def test_an_optimizer_of_what_was_frozen():
-    """Steps after the graph was traced with the block frozen move its weights as they move in dygraph, or not at all, as those of Paddle's
-    operators."""
+    """Steps after the graph was traced with the block frozen move its weights as they move in dygraph, or not at all, as those of
+    Paddle's operators."""
 
     def run(block, graph):
         network = graph(Network(block))
@@ -160,7 +160,9 @@ def test_an_optimizer_of_what_was_frozen():
         return [float(loss_of(network))] + [float(parameter.square().sum()) for parameter in network.parameters()]
 
     found = run(FusedMultiHeadAttention, full_graph)
-    assert any(np.allclose(found, run(Composed, graph), rtol=1e-3, atol=1e-4) for graph in (full_graph, lambda network: network))
+    assert any(
+        np.allclose(found, run(Composed, graph), rtol=1e-3, atol=1e-4) for graph in (full_graph, lambda network: network)
+    )
 
 
 def distinct_network(block):
@@ -427,3 +429,49 @@ def test_backward_twice():
         out.backward(d_out)
         np.testing.assert_allclose(block.qkv_weight.grad.numpy(), 2 * once)
         forget_gradients(block)
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["program", "dygraph"])
+def test_bits_of_a_saved_program(holds):
+    """Programs of earlier versions say which inputs were frozen when they were made; only dygraph's own word is taken for it."""
+    block = Network(FusedMultiHeadAttention).block
+    x, d_out = map(paddle.to_tensor, arrays())
+    out = block(x)
+    out.backward(d_out)
+    expected = gradients_of(block)
+    forget_gradients(block)
+    tensors = (
+        x,
+        block.qkv_weight,
+        block.linear_weight,
+        None,
+        None,
+        block.ln_scale,
+        block.ln_bias,
+        block.qkv_bias,
+        block.linear_bias,
+        None,
+    )
+    present = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
+    switches = _op.FINAL_LAYER_NORM | _op.ADD_RESIDUAL | _op.UPSCALE_IN_TRAIN | _op.SAVE_FOR_BACKWARD
+    only_ln_bias = 1 << _op.TENSOR_ARGUMENTS.index("ln_bias")
+    numbers = _op._float_bits((1e-5, 1e-5, 0.0, 0.0))
+    out = _op._run_custom_op(
+        _op.OP_TYPE,
+        *(_op._absent_eager() if tensor is None else tensor for tensor in tensors),
+        False,
+        switches | (_op.NEEDS_GRAD_HOLDS if holds else 0),
+        present,
+        only_ln_bias,
+        *numbers,
+        0,
+        0,
+        0,
+    )[0]
+    out.backward(d_out)
+    found = gradients_of(block)
+    if holds:
+        for name in found.keys() - {"ln_bias"}:
+            assert found[name].shape == (1,) and found[name] == 0  # nobody's gradient, but zeros
+            expected[name] = found[name]
+    compare(found, expected)

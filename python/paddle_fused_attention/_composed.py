@@ -50,7 +50,9 @@ def _masked(scores: Any, mask: Any) -> Any:
 
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
-    sees_none = paddle.expand_as(scores.max(axis=-1, keepdim=True) == float("-inf"), scores)
+    sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
+    sees_none.stop_gradient = True  # which Paddle 2.6's expand_as asks for
+    sees_none = paddle.expand_as(sees_none, scores)
     zeros = paddle.zeros_like(scores)
     return paddle.where(sees_none, zeros, F.softmax(paddle.where(sees_none, zeros, scores)))
 

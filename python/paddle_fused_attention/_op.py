@@ -169,16 +169,10 @@ def fused_attention(
     `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
     these heads' part of a sum.
     """
-    constants = (*_float_bits(numbers), seed, first_head, total_heads)
     tracer = _dygraph_tracer()  # None while a static graph is built
     if tracer is None:
         check_graph(TENSOR_ARGUMENTS, inputs)
-        drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
-        if drops and not switches & FIXED_SEED:
-            constants = (*constants[:4], next(_calls), first_head, total_heads)
-        wants_grad = _wants_grad_static(inputs)
-        # Paddle 2.6 has no no_grad in static graphs.
-        op_type = OP_TYPE if paddle.is_grad_enabled() or not in_dynamic_or_pir_mode() else _FORWARD_OP_TYPE
+        wants_grad = _wants_grad_static(inputs)  # of what is not cast yet
     amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
         try:
@@ -187,14 +181,17 @@ def fused_attention(
             check_tensors(TENSOR_ARGUMENTS, inputs)
             raise
     if tracer is not None:
-        return _call_eager(inputs, is_test, switches, constants)
+        return _call_eager(inputs, is_test, switches, (*_float_bits(numbers), seed, first_head, total_heads))
+
     present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
     _check_static(inputs, present, first_head, total_heads)
+    drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
+    if drops and not switches & FIXED_SEED:
+        seed = next(_calls)
+    constants = (*_float_bits(numbers), seed, first_head, total_heads)
+    # Every gradient: what is frozen now may be trained when the program runs.
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
-    if in_dynamic_or_pir_mode():
-        out = _call_pir(op_type, inputs, attributes)
-    else:
-        out = _append_to_program(inputs, attributes)
+    out = _call_pir(inputs, attributes) if in_dynamic_or_pir_mode() else _append_to_program(inputs, attributes)
     if not wants_grad:
         out.stop_gradient = True
     return out
@@ -232,8 +229,8 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them in
-    as constants."""
+    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them
+    in as constants."""
     takes_eager = in_to_static_mode()
     for name, value in zip(names, values):
         if value is None:
@@ -255,7 +252,7 @@ def _is_dense_variable(value: Any) -> bool:
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what Paddle's own operators can't be given: they may end the process. The operator itself checks what it gets in dygraph."""
+    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph itself."""
     if _dygraph_tracer() is None:
         check_graph(names, values)
         return
@@ -314,7 +311,7 @@ def _check_static(inputs: Sequence[Any], present: int, first_head: int, total_he
         _raise_checked(message.decode())
 
 
-def _call_pir(op_type: str, inputs: Sequence[Any], attributes: tuple) -> Any:
+def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
     absent = None
     values = []
     for value in inputs:
@@ -324,6 +321,7 @@ def _call_pir(op_type: str, inputs: Sequence[Any], attributes: tuple) -> Any:
                 absent.stop_gradient = True
             value = absent
         values.append(value)
+    op_type = OP_TYPE if paddle.is_grad_enabled() else _FORWARD_OP_TYPE
     return _run_custom_op(op_type, *values, *attributes)[0]
 
 
