@@ -1,12 +1,15 @@
 """Dropout: the masks are those of Philox at the known seed and offset, in both passes; statistics; the random generator."""
 
+import contextlib
+
 import common
 import numpy as np
 import paddle
+import paddle_fused_attention as pfa
 import pytest
 import reference
 from common import Case, Mask
-from runners import call, check_case, check_stored, run_dygraph, to_tensors
+from runners import call, check_case, check_stored, run_dygraph, static_mode, to_tensors
 
 CASE = Case(2, 37, 3, 8, mask=Mask("B11S", "bool")).but(pre_layer_norm=True)
 
@@ -228,3 +231,85 @@ def test_fleet_recompute(place, state):
     direct = run(lambda function, x: function(x))
     for a, b in zip(direct, run(recompute)):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def make_layer(kind, **changes):
+    arguments = dict(dict(embed_dim=16, num_heads=2, dropout_rate=0.5, attn_dropout_rate=0.5), **changes)
+    if kind == "converted":
+        encoder = paddle.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, attn_dropout=0.5, act_dropout=0.0)
+        fused = pfa.convert(encoder)
+        fused.dropout2.p = 0.0  # Paddle's own: only the block's masks are left
+        return fused
+    classes = {
+        "block": pfa.FusedMultiHeadAttention,
+        "incubate": pfa.incubate.FusedMultiHeadAttention,
+        "parallel": pfa.ParallelFusedMultiHeadAttention,
+    }
+    return classes[kind](**arguments)
+
+
+class Twice(paddle.nn.Layer):
+    """Two passes over one input, as SimCSE and R-Drop make them."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x) * 2, self.block(x) * 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout_rate": 0.0}, {"attn_dropout_rate": 0.0}], ids=str)
+@pytest.mark.parametrize("kind", ["block", "incubate", "parallel", "converted"])
+def test_two_passes_in_a_full_graph_have_masks_of_their_own(kind, changes):
+    """Paddle's search for common subexpressions must not make them one."""
+    network = paddle.jit.to_static(Twice(make_layer(kind, **changes)), full_graph=True)
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 5, 16)), dtype="float32")
+    for _ in range(2):
+        first, second = network(x)
+        assert not np.array_equal(first.numpy(), second.numpy())
+    network.eval()
+    first, second = network(x)
+    assert np.array_equal(first.numpy(), second.numpy())
+
+
+class Seeded(Twice):
+    def forward(self, x):
+        weights = (self.block.qkv_weight, self.block.linear_weight)
+        first = pfa.fused_multi_head_attention(x, *weights, seed=1) * 2
+        again = pfa.fused_multi_head_attention(x, *weights, seed=1) * 2
+        return first, again, pfa.fused_multi_head_attention(x, *weights, seed=2) * 2
+
+
+def test_equal_seeds_in_a_full_graph_share_a_mask():
+    network = paddle.jit.to_static(Seeded(make_layer("block")), full_graph=True)
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 5, 16)), dtype="float32")
+    first, again, other = (tensor.numpy() for tensor in network(x))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_full_graph_is_traced_once():
+    """What tells calls apart is no part of what Paddle keeps traced programs by."""
+    network = paddle.jit.to_static(Twice(make_layer("block")), full_graph=True)
+    x = paddle.ones([2, 5, 16])
+    for _ in range(3):
+        network(x)
+    assert len(network.forward.program_cache) == 1
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "default"])
+def test_two_passes_in_a_program(legacy):
+    guard = contextlib.nullcontext
+    if legacy and hasattr(paddle, "pir_utils"):
+        guard = getattr(paddle.pir_utils, "OldIrGuard", guard)
+    arrays = common.stored_inputs(DROP, common.make_inputs(DROP))
+    feed = {name: a for name, a in arrays.items() if name != "d_out"}
+    with guard(), static_mode():
+        main = paddle.static.Program()
+        with paddle.static.program_guard(main, paddle.static.Program()):
+            variables = {name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in feed.items()}
+            outs = [call(variables, DROP.config, seed=None) for _ in range(2)]
+            outs += [call(variables, DROP.config, seed=5) for _ in range(2)]
+        executor = paddle.static.Executor(paddle.CPUPlace())
+        a, b, c, d = executor.run(main, feed=feed, fetch_list=outs)
+        assert not np.array_equal(a, b) and np.array_equal(c, d)

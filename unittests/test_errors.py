@@ -2,6 +2,7 @@
 
 import numpy as np
 import paddle
+import paddle_fused_attention as pfa
 import pytest
 from paddle_fused_attention import fused_multi_head_attention
 from runners import static_mode
@@ -245,3 +246,155 @@ def test_positional_arguments_are_those_of_the_pull_request():
     assert list(out.shape) == [B, S, E]
     with pytest.raises(TypeError):
         fused_multi_head_attention(*t.values(), 1e-5, None, None, None, 0.5, 0.5, 1e-5, "name", True)
+
+
+def sparse(tensor):
+    return tensor.detach().to_sparse_coo(len(tensor.shape))
+
+
+def selected_rows(rows, columns):
+    """The sparse gradient of an embedding."""
+    embedding = paddle.nn.Embedding(rows, columns, sparse=True)
+    embedding(paddle.to_tensor([1, 2])).sum().backward()
+    return embedding.weight.grad
+
+
+def cleared(tensor):
+    tensor = tensor.detach().clone()
+    tensor._clear_data()
+    return tensor
+
+
+def reset(tensor):
+    tensor = tensor.detach().clone()
+    tensor._clear()
+    return tensor
+
+
+NOT_DENSE = {
+    "sparse": (sparse, TypeError, "dense"),
+    "selected_rows": (lambda tensor: selected_rows(E, E), TypeError, "dense"),
+    "cleared": (cleared, ValueError, "memory"),
+    "reset": (reset, ValueError, "memory"),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("argument", ["x", "qkv_weight", "linear_weight", "ln_scale", "qkv_bias", "attn_mask"])
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense_or_have_no_memory(kind, argument, grad):
+    make, error, word = NOT_DENSE[kind]
+    tensors = {name: to_tensor(a) for name, a in dict(good(), attn_mask=zeros(S, S)).items()}
+    tensors[argument] = make(tensors[argument])
+    with paddle.set_grad_enabled(grad), pytest.raises(error) as raised:
+        fused_multi_head_attention(**tensors)
+    check_message(raised, argument, [word])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "cleared", "reset"])
+def test_the_same_under_auto_cast(kind):
+    make, error, word = NOT_DENSE[kind]
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    with paddle.amp.auto_cast(dtype="bfloat16"), pytest.raises(error) as raised:
+        fused_multi_head_attention(**dict(tensors, linear_weight=make(tensors["linear_weight"])))
+    check_message(raised, "linear_weight", [word])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "cleared", "reset"])
+def test_the_same_from_layers(kind):
+    """Also where a mask or a weight goes through Paddle's own operators first."""
+    make, error, word = NOT_DENSE[kind]
+    x = to_tensor(zeros(B, S, E))
+    keep = to_tensor(np.ones((S, S), "int32"))
+    incubate = pfa.incubate.FusedMultiHeadAttention(E, H)
+    encoder = pfa.convert(paddle.nn.TransformerEncoderLayer(E, H, 32))
+    weight, bias = to_tensor(zeros(E, 3 * E)), to_tensor(zeros(3 * E))
+    cache = to_tensor(zeros(2, B, H, 3, D))
+
+    def transposed(weight, bias):
+        return pfa.incubate.functional.fused_multi_head_attention(
+            x, weight, incubate.linear_weight, qkv_bias=bias, num_heads=H, transpose_qkv_wb=True
+        )
+
+    calls = [
+        ("x", lambda: pfa.FusedMultiHeadAttention(E, H)(make(x))),
+        ("x", lambda: pfa.ParallelFusedMultiHeadAttention(E, H)(make(x))),
+        ("x", lambda: incubate(make(x))),
+        ("x", lambda: encoder(make(x))),
+        ("attn_mask", lambda: incubate(x, attn_mask=make(keep))),
+        ("attn_mask", lambda: encoder(x, make(keep))),
+        ("qkv_weight", lambda: transposed(make(weight), bias)),
+        ("qkv_bias", lambda: transposed(weight, make(bias))),
+        ("cache_kv", lambda: incubate(x, cache=make(cache))),
+        ("cache", lambda: encoder(x, None, paddle.nn.MultiHeadAttention.Cache(make(cache[0]), cache[1]))),
+    ]
+    for argument, run in calls:
+        with pytest.raises(error) as raised:
+            run()
+        check_message(raised, argument, [] if kind == "reset" else [word])  # what was reset has no shape either
+
+
+def test_a_sparse_gradient_of_the_result():
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    tensors["x"].stop_gradient = False
+    out = fused_multi_head_attention(**tensors)
+    # Paddle 2.6 raises what comes out of a custom operator's backward as OSError.
+    with pytest.raises((ValueError, OSError), match=r"Grad\(Out\): expected a dense tensor"):
+        out.backward(sparse(out))
+
+
+GIVEN_IN_STATIC_MODE = {
+    "block": lambda: pfa.FusedMultiHeadAttention(E, H),
+    "parallel": lambda: pfa.ParallelFusedMultiHeadAttention(E, H),
+    "incubate": lambda: pfa.incubate.FusedMultiHeadAttention(E, H),
+    "transposed": lambda: pfa.incubate.FusedMultiHeadAttention(E, H, transpose_qkv_wb=True),
+    "converted": lambda: pfa.convert(paddle.nn.TransformerEncoderLayer(E, H, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN_IN_STATIC_MODE)
+def test_dygraph_layers_in_static_mode(kind):
+    layer = GIVEN_IN_STATIC_MODE[kind]()
+    mask = to_tensor(np.ones((S, S), "bool"))
+    with static_mode(), paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+        x = paddle.static.data("x", [B, S, E])
+        with pytest.raises(TypeError) as raised:
+            layer(x)
+        check_message(raised, "qkv_weight", ["static graph", "dygraph"])
+        if kind in ("incubate", "converted"):
+            with pytest.raises(TypeError) as raised:
+                layer(x, None, None, mask) if kind == "incubate" else layer(x, mask)
+            check_message(raised, "attn_mask", ["static graph", "dygraph"])
+
+
+@pytest.mark.parametrize("argument", list(good()))
+def test_one_dygraph_tensor_in_static_mode(argument):
+    tensor = to_tensor(good()[argument])
+    with static_mode(), paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+        variables = {name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in good().items()}
+        with pytest.raises(TypeError) as raised:
+            fused_multi_head_attention(**dict(variables, **{argument: tensor}), pre_layer_norm=True)
+        check_message(raised, argument, ["static graph", "dygraph"])
+
+
+@pytest.mark.parametrize("argument", ["x", "linear_weight", "attn_mask"])
+def test_a_variable_in_dygraph(argument):
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    with static_mode(), paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
+        a = good()[argument]
+        variable = paddle.static.data(argument, a.shape, str(a.dtype))
+        paddle.disable_static()
+        with pytest.raises(TypeError) as raised:
+            fused_multi_head_attention(**dict(tensors, **{argument: variable}))
+    check_message(raised, argument, ["dygraph", "static graph"])
+
+
+def test_a_predictor_that_was_given_nothing(tmp_path):
+    layer = pfa.FusedMultiHeadAttention(E, H)
+    layer.eval()
+    path = str(tmp_path / "layer")
+    paddle.jit.save(layer, path, input_spec=[paddle.static.InputSpec([None, None, E], "float32", "x")])
+    model = path + (".pdmodel" if paddle.__version__.startswith("2.") else ".json")
+    predictor = paddle.inference.create_predictor(paddle.inference.Config(model, path + ".pdiparams"))
+    with pytest.raises(ValueError, match=r"x: expected|tensor \(X\) is not initialized"):  # the latter on Paddle 2.6
+        predictor.run()

@@ -510,3 +510,30 @@ print("ran")
 def test_public_names():
     assert set(paddle_fused_attention.__all__) <= set(dir(paddle_fused_attention))
     assert paddle_fused_attention.incubate.functional.fused_multi_head_attention is fused_multi_head_attention
+
+
+@pytest.mark.parametrize("shape", [[None, None, None], [None, None, 16], [2, 5, None]], ids=str)
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "packed"])
+@pytest.mark.parametrize("with_cache", [False, True], ids=["alone", "cache"])
+def test_saved_with_unknown_sizes(with_cache, transposed, shape, tmp_path):
+    layer = incubate.FusedMultiHeadAttention(16, 2, 0.0, 0.0, transpose_qkv_wb=transposed)
+    layer.eval()
+    spec = paddle.static.InputSpec
+
+    class Network(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, cache=None):
+            out = self.layer(x, cache=cache)
+            return out if cache is None else out[0]
+
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 5, 16)), dtype="float32")
+    cache = paddle.to_tensor(np.random.default_rng(1).standard_normal((2, 2, 2, 3, 8)), dtype="float32")
+    inputs = [x, cache] if with_cache else [x]
+    specs = [spec(shape, "float32", "x")] + [spec([2, None, 2, None, 8], "float32", "cache")] * with_cache
+    expected = Network()(*inputs).numpy()
+    paddle.jit.save(Network(), str(tmp_path / "layer"), input_spec=specs)
+    loaded = paddle.jit.load(str(tmp_path / "layer"))
+    np.testing.assert_allclose(loaded(*inputs).numpy(), expected, rtol=1e-5, atol=1e-6)

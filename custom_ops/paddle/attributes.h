@@ -38,6 +38,9 @@ enum Switch : int64_t {
   kUpscaleInTrain = 16,
   kSaveForBackward = 32,
   kFixedSeed = 64,
+  // Dygraph's: backward runs for the same tensors as forward, so `needs_grad` holds. A program may run with more of them trained than
+  // when it was traced, so there it says nothing.
+  kNeedsGradHolds = 128,
 };
 
 struct Attributes {
@@ -50,14 +53,14 @@ struct Attributes {
   int64_t ln_epsilon;
   int64_t dropout_rate;
   int64_t attn_dropout_rate;
-  int64_t seed;
+  int64_t seed;  // without kFixedSeed only a number that tells this call from others that drop something
   // Where the heads of qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all.
   int64_t first_head;
   int64_t total_heads;
 
   bool has(Switch bit) const { return switches & bit; }
   bool has(Input input) const { return present >> input & 1; }
-  bool wants_gradient(Input input) const { return has(input) && (needs_grad >> input & 1); }
+  bool wants_gradient(Input input) const { return has(input) && (!has(kNeedsGradHolds) || needs_grad >> input & 1); }
   bool saves() const { return has(kSaveForBackward) && !is_test; }
 };
 

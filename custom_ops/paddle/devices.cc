@@ -1,5 +1,7 @@
 #include "devices.h"
 
+#include <cstring>
+
 #ifdef PFA_WITH_CUDA
 #include <dlfcn.h>
 
@@ -25,6 +27,8 @@ namespace pfa::op {
 CpuDevice::CpuDevice() { context.threads = cpu::max_threads(); }
 
 std::pair<uint64_t, uint64_t> CpuDevice::draw() const { return phi::DefaultCPUGenerator()->IncrementOffset(1); }
+
+void CpuDevice::clear(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
 
 #ifdef PFA_WITH_CUDA
 namespace {
@@ -56,6 +60,10 @@ CudaDevice::~CudaDevice() {
 }
 
 std::pair<uint64_t, uint64_t> CudaDevice::draw() const { return phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1); }
+
+void CudaDevice::clear(void* memory, size_t bytes) const {
+  cuda::check(cudaMemsetAsync(memory, 0, bytes, context.stream), "cudaMemsetAsync");
+}
 #endif
 
 }  // namespace pfa::op

@@ -1,6 +1,7 @@
 // The devices that the operator runs on: for each, the core's context from Paddle's state, and Paddle's generator of random numbers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -18,6 +19,7 @@ struct CpuDevice {
 
   CpuDevice();
   std::pair<uint64_t, uint64_t> draw() const;  // seed and offset
+  void clear(void* memory, size_t bytes) const;
 };
 
 #ifdef PFA_WITH_CUDA
@@ -30,6 +32,7 @@ struct CudaDevice {
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
   std::pair<uint64_t, uint64_t> draw() const;
+  void clear(void* memory, size_t bytes) const;
 
  private:
   int previous_;

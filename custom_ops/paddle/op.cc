@@ -56,10 +56,32 @@ Shape shape_of(const paddle::Tensor& tensor) {
   return Shape(dims.Get(), dims.size());
 }
 
+const char* kind_of(const paddle::Tensor& tensor) {
+  if (tensor.is_selected_rows()) return "SelectedRows";
+  return tensor.is_sparse_coo_tensor() || tensor.is_sparse_csr_tensor() ? "a sparse tensor" : "a tensor of another kind";
+}
+
+// Whether the tensor has memory that may be read; `name` is what errors call it.
+void check_memory(const paddle::Tensor& tensor, const std::string& name) {
+  const std::string begin = "[custom_fused_attention] ";
+  if (tensor.defined() && !tensor.is_dense_tensor()) {
+    throw std::invalid_argument(begin + "TypeError: " + name + ": expected a dense tensor, got " + kind_of(tensor));
+  }
+  // Where a program's input was never given, Paddle's shape is of rank -1.
+  const bool is_known = tensor.defined() && tensor.dims().size() >= 0;
+  if (!is_known || (!tensor.initialized() && tensor.numel() != 0)) {
+    throw std::invalid_argument(begin + "ValueError: " + name + ": expected a tensor with values, got one without memory");
+  }
+}
+
 void check(const Tensors& tensors, const Attributes& attributes) {
+  for (int i = 0; i < kInputs; ++i) {
+    if (attributes.has(static_cast<Input>(i))) check_memory(*tensors[i], kInputNames[i]);
+  }
   std::array<Shape, kInputs> shapes;
   std::array<std::string, kInputs> dtypes;
   for (int i = 0; i < kInputs; ++i) {
+    if (!attributes.has(static_cast<Input>(i))) continue;
     shapes[i] = shape_of(*tensors[i]);
     dtypes[i] = phi::DataTypeToString(tensors[i]->dtype());
   }
@@ -197,6 +219,11 @@ auto guarded(F&& f) {
   }
 }
 
+// In dygraph Paddle frees what it keeps for backward once that has run.
+constexpr char kReleased[] =
+    "custom_fused_attention: what its gradient needs has been freed. Backward ran before through the same graph: set "
+    "retain_graph=True in that call.";
+
 // Returns Out; `saved` becomes what backward reads, unless it is null.
 paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attributes, paddle::Tensor* saved) {
   const paddle::Tensor& x = *tensors[kX];
@@ -212,10 +239,10 @@ paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attribut
 std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved, const paddle::Tensor& d_out,
                                             const Attributes& attributes) {
   const paddle::Tensor& x = *tensors[kX];
+  // Paddle leaves out what it has freed, so that the one tensor that is left stands for all.
+  if (!saved.defined() || saved.impl() == d_out.impl()) raise(common::errors::Fatal("%s", kReleased));
   check(tensors, attributes);
-  if (!d_out.defined() || (!d_out.initialized() && x.numel() > 0)) {
-    throw std::invalid_argument("[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out, got none");
-  }
+  check_memory(d_out, "Grad(Out)");
   if (d_out.dims() != x.dims() || d_out.dtype() != x.dtype()) {
     throw std::invalid_argument(
         "[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
@@ -240,19 +267,22 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
                                          &p.d_linear_bias};
   std::vector<paddle::Tensor> gradients;
   gradients.reserve(kGradients);
-  paddle::Tensor unwanted;
+  std::vector<paddle::Tensor> unwanted;
   for (int i = 0; i < kGradients; ++i) {
     if (attributes.wants_gradient(static_cast<Input>(i))) {
       gradients.push_back(allocate(tensors[i]->shape(), tensors[i]->dtype(), x.place()));
       *targets[i] = gradients.back().data();
       continue;
     }
-    // A gradient that nobody reads must still be a tensor; one memory does for all of a dtype.
-    if (!unwanted.defined() || unwanted.dtype() != tensors[i]->dtype())
-      unwanted = allocate({1}, tensors[i]->dtype(), x.place());
-    gradients.push_back(paddle::Tensor(unwanted.impl()));
+    // What nobody reads must still be a tensor: for absent inputs, which are of one element, and in dygraph for those that need none.
+    // One zero does for all of a dtype.
+    if (unwanted.empty() || unwanted.back().dtype() != tensors[i]->dtype()) {
+      unwanted.push_back(allocate({1}, tensors[i]->dtype(), x.place()));
+    }
+    gradients.push_back(paddle::Tensor(unwanted.back().impl()));
   }
   on_device_of(x, [&](auto& device) {
+    for (paddle::Tensor& tensor : unwanted) device.clear(tensor.data(), phi::SizeOf(tensor.dtype()));
     const paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
     Arena arena(const_cast<void*>(workspace.data()));
     plan_backward(device.context, p, arena);

@@ -10,6 +10,8 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 
+from ._op import TENSOR_ARGUMENTS, check_tensors
+
 
 def additive_mask(mask: Any, dtype: Any) -> Any:
     """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x, which is of `dtype`.
@@ -19,6 +21,7 @@ def additive_mask(mask: Any, dtype: Any) -> Any:
     """
     if mask is None or paddle.is_floating_point(mask):
         return mask
+    check_tensors(("attn_mask",), (mask,))
     return (paddle.cast(mask, "float64" if dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
 
@@ -47,7 +50,9 @@ def _masked(scores: Any, mask: Any) -> Any:
 
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
-    sees_none = paddle.expand_as(scores.max(axis=-1, keepdim=True) == float("-inf"), scores)
+    sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
+    sees_none.stop_gradient = True  # which Paddle 2.6's expand_as asks for
+    sees_none = paddle.expand_as(sees_none, scores)
     zeros = paddle.zeros_like(scores)
     return paddle.where(sees_none, zeros, F.softmax(paddle.where(sees_none, zeros, scores)))
 
@@ -105,7 +110,11 @@ def attention_with_cache(
     Raises:
         TypeError, ValueError: The packed weight or the cache does not fit x.
     """
+    tensors = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
+    check_tensors((*TENSOR_ARGUMENTS, cache_name, cache_name), (*tensors, cache_k, cache_v))
     embed_dim = x.shape[2]
+    if embed_dim < 0 and len(qkv_weight.shape) == 4:  # unknown in a static graph, where the weight's is known
+        embed_dim = qkv_weight.shape[3]
     _check_like_x("qkv_weight", qkv_weight, [3, "num_heads", "head_dim", embed_dim], x)
     _, num_heads, head_dim, _ = qkv_weight.shape
     for cache in (cache_k, cache_v):

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import struct
+import warnings
 from glob import glob
 from pathlib import Path
 from typing import Any, Sequence
 
 import paddle
 from paddle.base import core
+from paddle.base.dygraph.base import in_to_static_mode
 from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
 
 OP_TYPE = "custom_fused_attention"
-# The same without a gradient: Paddle records operators that have one even under no_grad.
+# The same without a gradient: Paddle records operators that have one even where none is wanted.
 _FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
 # The operator's inputs, in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
@@ -38,8 +41,22 @@ INPUT_NAMES = (
     "LinearBias",
     "AttnMask",
 )
+# What errors call them.
+TENSOR_ARGUMENTS = (
+    "x",
+    "qkv_weight",
+    "linear_weight",
+    "pre_ln_scale",
+    "pre_ln_bias",
+    "ln_scale",
+    "ln_bias",
+    "qkv_bias",
+    "linear_bias",
+    "attn_mask",
+)
 _NORM_INPUTS = range(INPUT_NAMES.index("PreLnScale"), INPUT_NAMES.index("LnBias") + 1)
 _MASK_INPUT = INPUT_NAMES.index("AttnMask")
+_MASK_BIT = 1 << _MASK_INPUT
 ATTRIBUTE_NAMES = (
     "is_test",
     "switches",
@@ -62,6 +79,11 @@ CAUSAL = 8
 UPSCALE_IN_TRAIN = 16
 SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
+NEEDS_GRAD_HOLDS = 128
+
+# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and attributes
+# for one, and would give both the same dropout masks.
+_calls = itertools.count(1)
 
 _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
@@ -146,19 +168,32 @@ def fused_attention(
     `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
     these heads' part of a sum.
     """
-    constants = (*_float_bits(numbers), seed, first_head, total_heads)
     tracer = _dygraph_tracer()  # None while a static graph is built
-    present, needs_grad = _static_bits(inputs) if tracer is None else (0, 0)
+    if tracer is None:
+        check_graph(TENSOR_ARGUMENTS, inputs)
+        wants_grad = _wants_grad_static(inputs)  # of what is not cast yet
     amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
-        inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
+        try:
+            inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
+        except Exception:
+            check_tensors(TENSOR_ARGUMENTS, inputs)
+            raise
     if tracer is not None:
-        return _call_eager(inputs, is_test, switches, constants)
+        return _call_eager(inputs, is_test, switches, (*_float_bits(numbers), seed, first_head, total_heads))
+
+    present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
     _check_static(inputs, present, first_head, total_heads)
-    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, needs_grad, *constants)
-    if in_dynamic_or_pir_mode():
-        return _call_pir(inputs, attributes)
-    return _append_to_program(inputs, attributes)
+    drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
+    if drops and not switches & FIXED_SEED:
+        seed = next(_calls)
+    constants = (*_float_bits(numbers), seed, first_head, total_heads)
+    # Every gradient: what is frozen now may be trained when the program runs.
+    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
+    out = _call_pir(inputs, attributes) if in_dynamic_or_pir_mode() else _append_to_program(inputs, attributes)
+    if not wants_grad:
+        out.stop_gradient = True
+    return out
 
 
 def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: tuple) -> Any:
@@ -176,27 +211,87 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
             if not tensor.stop_gradient:
                 needs_grad |= bit
         bit <<= 1
-    op_type = OP_TYPE if paddle.is_grad_enabled() else _FORWARD_OP_TYPE
-    if needs_grad and not is_test and op_type == OP_TYPE:
-        switches |= SAVE_FOR_BACKWARD
+    if needs_grad and paddle.is_grad_enabled():
+        if needs_grad & _MASK_BIT:
+            needs_grad ^= _MASK_BIT
+            _warn_of_mask(inputs[_MASK_INPUT])
+        switches |= NEEDS_GRAD_HOLDS if is_test else NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD
+        op_type = OP_TYPE if needs_grad else _FORWARD_OP_TYPE
+    else:
+        op_type = _FORWARD_OP_TYPE
     try:
         return _run_custom_op(op_type, *tensors, is_test, switches, present, needs_grad, *constants)[0]
     except Exception as error:
         _raise_checked(str(error))
+        check_tensors(TENSOR_ARGUMENTS, inputs)
         raise
 
 
-def _static_bits(inputs: Sequence[Any]) -> tuple[int, int]:
-    present = 0
-    needs_grad = 0
-    for i, value in enumerate(inputs):
+def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
+    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them
+    in as constants."""
+    takes_eager = in_to_static_mode()
+    for name, value in zip(names, values):
         if value is None:
             continue
-        present |= 1 << i
-        # Of all that may be differentiated later only a frozen parameter is known not to be.
-        if not (getattr(value, "persistable", False) and value.stop_gradient):
-            needs_grad |= 1 << i
-    return present, needs_grad
+        if isinstance(value, core.eager.Tensor):
+            if not takes_eager:
+                raise TypeError(
+                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers after "
+                    "paddle.enable_static()"
+                )
+        elif not _is_dense_variable(value):
+            raise TypeError(f"{name}: expected a dense tensor, got {value}")
+
+
+def _is_dense_variable(value: Any) -> bool:
+    if isinstance(value, paddle.static.Variable):
+        return value.type == core.VarDesc.VarType.LOD_TENSOR
+    return value.is_dense_tensor_type() or value.is_dist_dense_tensor_type()
+
+
+def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
+    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph itself."""
+    if _dygraph_tracer() is None:
+        check_graph(names, values)
+        return
+    for name, value in zip(names, values):
+        if value is None:
+            continue
+        if not isinstance(value, core.eager.Tensor):
+            raise TypeError(f"{name}: expected a dygraph Tensor, got a variable of a static graph")
+        if value.is_selected_rows() or value.is_sparse():
+            kind = "SelectedRows" if value.is_selected_rows() else "a sparse tensor"
+            raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+        if not value._is_initialized() and 0 not in value.shape:
+            raise ValueError(f"{name}: expected a tensor with values, got one without memory")
+
+
+def _wants_grad_static(inputs: Sequence[Any]) -> bool:
+    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under no_grad too."""
+    wanted = [value is not None and not value.stop_gradient for value in inputs]
+    if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
+        return False
+    if wanted[_MASK_INPUT]:
+        _warn_of_mask(inputs[_MASK_INPUT])
+    return any(wanted[:_MASK_INPUT])
+
+
+def _warn_of_mask(mask: Any) -> None:
+    """Says, once, that a float mask that wants a gradient gets none."""
+    global _has_warned_of_mask
+    if _has_warned_of_mask or not paddle.is_floating_point(mask):
+        return
+    _has_warned_of_mask = True
+    warnings.warn(
+        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it is made of will "
+        "not be trained through it. Set its stop_gradient to True if that is meant.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+_has_warned_of_mask = False
 
 
 def _check_static(inputs: Sequence[Any], present: int, first_head: int, total_heads: int) -> None:
@@ -225,7 +320,8 @@ def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
                 absent.stop_gradient = True
             value = absent
         values.append(value)
-    return _run_custom_op(OP_TYPE, *values, *attributes)[0]
+    op_type = OP_TYPE if paddle.is_grad_enabled() else _FORWARD_OP_TYPE
+    return _run_custom_op(op_type, *values, *attributes)[0]
 
 
 def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:

@@ -25,7 +25,12 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
     Raises:
         NotImplementedError: A tensor of the auto-parallel engine on Paddle 2, whose custom operators take none.
     """
-    if not in_dynamic_mode() or not (x.is_dist() or qkv_weight.is_dist()):
+    if not in_dynamic_mode():
+        return None
+    try:
+        if not (x.is_dist() or qkv_weight.is_dist()):
+            return None
+    except AttributeError:  # a variable of a static graph on Paddle 2, which the operator's call refuses
         return None
     if paddle.__version__.startswith("2."):
         raise NotImplementedError(

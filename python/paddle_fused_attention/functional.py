@@ -7,21 +7,9 @@ from typing import Any, Sequence
 import paddle
 
 from . import _op
+from ._op import TENSOR_ARGUMENTS
 from ._split import attention_over_mesh, mesh_axis_of_heads
 
-# In the order of the operator's inputs; the first three are required.
-TENSOR_ARGUMENTS = (
-    "x",
-    "qkv_weight",
-    "linear_weight",
-    "pre_ln_scale",
-    "pre_ln_bias",
-    "ln_scale",
-    "ln_bias",
-    "qkv_bias",
-    "linear_bias",
-    "attn_mask",
-)
 _INFINITY = float("inf")
 _MODES = ("upscale_in_train", "downscale_in_infer")
 _SEED_RANGE = (-(2**63), 2**63)

@@ -17,6 +17,7 @@ from paddle import nn
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
+from ._op import TENSOR_ARGUMENTS, check_tensors
 from ._split import attention_of_part
 from .functional import check_arguments
 from .layer import FusedMultiHeadAttention
@@ -134,6 +135,8 @@ def parallel_attention(
         )
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
+    if group is not None:
+        check_tensors(TENSOR_ARGUMENTS, inputs)
     if len(qkv_weight.shape) != 4:
         raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
     num_heads = qkv_weight.shape[1]

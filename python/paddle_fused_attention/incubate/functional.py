@@ -6,6 +6,7 @@ from typing import Any
 
 import paddle
 
+from .. import _op
 from .. import functional as fused
 from .._composed import attention_with_cache
 from ..parallel import group_of_ring, parallel_attention
@@ -17,6 +18,8 @@ def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int)
     """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed; or one of
     nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
+    if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
+        embed_dim = qkv_weight.shape[0]
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {num_heads!r}")
     if num_heads < 1 or embed_dim % (num_heads * nranks):
@@ -106,6 +109,11 @@ def fused_multi_head_attention(
         fused._check_tensor(argument, value, required=True)
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
         fused._check_tensor(argument, value)
+    if transpose_qkv_wb or cache_kv is not None:
+        # They go through Paddle's own operators.
+        _op.check_tensors(
+            ("x", "qkv_weight", "linear_weight", "qkv_bias", "cache_kv"), (x, qkv_weight, linear_weight, qkv_bias, cache_kv)
+        )
     if len(x.shape) != 3:
         raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
     if transpose_qkv_wb:
