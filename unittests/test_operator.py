@@ -41,6 +41,15 @@ def test_layer_norm_parameters_in_16_bit(dtype, place):
     check_case(with_dtype(FULL, dtype).but(norm_dtype=dtype), place)
 
 
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("pre, final, residual", list(itertools.product([False, True], repeat=3)))
+def test_float32_x_beside_16_bit_weights(pre, final, residual, dtype, place):
+    """x, the residual sum and the result stay float32; the products and attention are 16-bit."""
+    case = with_dtype(FULL, dtype).but(pre_layer_norm=pre, final_layer_norm=final, add_residual=residual)
+    check_case(case.but(residual_dtype="float32"), place)
+    check_case(case.but(residual_dtype="float32", dropout_rate=0.0), place)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("absent", [(name,) for name in common.OPTIONAL] + [common.OPTIONAL], ids="+".join)
 def test_absent_inputs(absent, dtype, place):

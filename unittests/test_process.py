@@ -16,9 +16,9 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def run_python(code, *arguments, threads=2):
+def run_python(code, *arguments, threads=2, **variables):
     path = os.pathsep.join([HERE, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=path)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=path, **variables)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,
@@ -100,6 +100,164 @@ def test_same_bits_for_any_number_of_threads():
     assert len(outputs[0]) == 2 * 4 * 10
     for other in outputs[1:]:
         assert [line for line in other if line not in outputs[0]] == []
+
+
+def test_same_bits_whatever_ran_before():
+    """Libraries that Paddle loads in its own products, MKL among them, have no say in ours."""
+    outputs = []
+    for before in ("", "import paddle; a = paddle.ones([64, 64], 'float64'); paddle.matmul(a, a)\n"):
+        result = run_python(before + BITS)
+        assert result.returncode == 0, result.stderr[-3000:]
+        outputs.append([line for line in result.stdout.splitlines() if line.startswith(common.DTYPES)])
+    assert outputs[0] == outputs[1]
+
+
+UNDER_SIGNALS = """
+import signal, threading, time
+import numpy as np
+import common, runners, paddle
+from common import Case
+from paddle_fused_attention import FusedMultiHeadAttention
+
+layer = FusedMultiHeadAttention(384, 12)
+layer.eval()
+x = paddle.randn([32, 20, 384])
+with paddle.no_grad():
+    expected = layer(x).numpy()
+
+cases = []
+for dtype in common.DTYPES:
+    for sizes in ((4, 60, 4, 32), (1, 7, 2, 64)):
+        case = Case(*sizes, dtype).but(attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
+        inputs = common.make_inputs(case)
+        arguments = common.stored_inputs(case, inputs), case.config, paddle.CPUPlace()
+        cases.append((arguments, common.differentiable(inputs)))
+
+def results(arguments, wanted):
+    out, gradients = runners.run_dygraph(*arguments, wanted)
+    return [out, *gradients.values()]
+
+alone = [results(*case) for case in cases]
+handled, wrong = [], []
+
+def repeat(end, backward):
+    while time.monotonic() < end:
+        for (arguments, wanted), arrays in zip(cases, alone):
+            found = results(arguments, wanted if backward else [])
+            if not all(map(np.array_equal, found, arrays)):
+                wrong.append(arguments[1])
+        with paddle.no_grad():
+            for _ in range(50):
+                out = layer(x)
+        if not np.array_equal(out.numpy(), expected):
+            wrong.append("layer")
+
+signal.signal(signal.SIGALRM, lambda *_: handled.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+end = time.monotonic() + 6
+other = threading.Thread(target=repeat, args=(end, False))  # two backward passes at a time are more than Paddle bears
+other.start()
+repeat(end, True)
+other.join()
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert not wrong, wrong
+assert len(handled) > 20, len(handled)
+"""
+
+
+def test_signals():
+    """A handler may run at any instruction: of every dtype, forward and backward, in two Python threads."""
+    result = run_python(UNDER_SIGNALS)
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr[-3000:]}"
+
+
+FAILING_ALLOCATIONS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+// The allocation that fails is the one that brings `left` to 0, of those of at least `least` bytes; 0 and less: none.
+static long left = 0;
+static size_t least = 0;
+
+void fail_allocation(long number, size_t bytes) {
+  least = bytes;
+  __atomic_store_n(&left, number, __ATOMIC_SEQ_CST);
+}
+
+long allocations_left(void) { return __atomic_load_n(&left, __ATOMIC_SEQ_CST); }
+
+static int fails(size_t size) { return left > 0 && size >= least && __atomic_sub_fetch(&left, 1, __ATOMIC_SEQ_CST) == 0; }
+
+extern void* __libc_malloc(size_t);
+extern void* __libc_calloc(size_t, size_t);
+extern void* __libc_realloc(void*, size_t);
+extern void* __libc_memalign(size_t, size_t);
+
+void* malloc(size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_malloc(size); }
+void* calloc(size_t count, size_t size) { return fails(count * size) ? (errno = ENOMEM, NULL) : __libc_calloc(count, size); }
+void* realloc(void* old, size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_realloc(old, size); }
+void* aligned_alloc(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
+void* memalign(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
+int posix_memalign(void** result, size_t alignment, size_t size) {
+  void* memory = fails(size) ? NULL : __libc_memalign(alignment, size);
+  if (!memory) return ENOMEM;
+  *result = memory;
+  return 0;
+}
+"""
+
+SHORT_OF_MEMORY = """
+import ctypes, sys
+import numpy as np
+import common, runners, paddle
+from common import Case
+
+hooks = ctypes.CDLL(sys.argv[1])
+hooks.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
+hooks.allocations_left.restype = ctypes.c_long
+paddle.set_flags({"FLAGS_use_system_allocator": True})
+dtype = sys.argv[2]
+case = Case(2, 90, 3, 24, dtype).but(pre_layer_norm=True, attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
+inputs = common.make_inputs(case)
+arguments = common.stored_inputs(case, inputs), case.config, paddle.CPUPlace(), common.differentiable(inputs)
+
+def results():
+    out, gradients = runners.run_dygraph(*arguments)
+    return [out, *gradients.values()]
+
+expected = results()
+errors = 0
+for number in range(1, 10000):
+    hooks.fail_allocation(number, 2048)
+    try:
+        arrays = results()
+    except Exception:
+        errors += 1
+        arrays = None
+    left = hooks.allocations_left()
+    hooks.fail_allocation(0, 0)
+    if arrays is not None and not all(map(np.array_equal, arrays, expected)):
+        sys.exit(f"wrong numbers when allocation {number} failed")
+    if left > 0:
+        break
+print("errors", errors)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="cc, which compiles the allocator that fails, is not installed")
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_each_allocation_may_fail(dtype, tmp_path):
+    """The numbers are right or there is an error, whichever allocation of a forward and backward pass fails."""
+    source, library = tmp_path / "failing.c", tmp_path / "libfailing.so"
+    source.write_text(FAILING_ALLOCATIONS)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", str(source), "-o", str(library)], check=True)
+    result = run_python(SHORT_OF_MEMORY, library, dtype, LD_PRELOAD=str(library))
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout[-500:]}{result.stderr[-3000:]}"
+    assert int(result.stdout.split()[-1]) > 5
 
 
 OTHER_PADDLE = """

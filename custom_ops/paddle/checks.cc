@@ -96,8 +96,14 @@ void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attribut
   }
   const bool is_16bit = is_one_of(dtype, {"float16", "bfloat16"});
   const std::string as_x = dtype + " like x";
-  for (Input input : {kQkvWeight, kLinearWeight, kQkvBias, kLinearBias}) {
-    if (attributes.has(input) && dtypes[input] != dtype) fail("TypeError", input, as_x, dtypes[input]);
+  const std::string& weight = dtypes[kQkvWeight];
+  if (weight != dtype && !(dtype == "float32" && is_one_of(weight, {"float16", "bfloat16"}))) {
+    fail("TypeError", kQkvWeight, dtype == "float32" ? as_x + ", float16 or bfloat16" : as_x, weight);
+  }
+  for (Input input : {kLinearWeight, kQkvBias, kLinearBias}) {
+    if (!attributes.has(input) || dtypes[input] == weight) continue;
+    if (dtypes[input] == dtype) fail("TypeError", kQkvWeight, dtype + " like x and " + kInputNames[input], weight);
+    fail("TypeError", input, weight + " like qkv_weight", dtypes[input]);
   }
   const std::string* norm = nullptr;
   for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {

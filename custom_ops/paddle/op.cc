@@ -129,9 +129,9 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.head_dim = weight[2];
   p.first_head = attributes.first_head;
   p.total_heads = attributes.total_heads;
-  p.dtype = core_dtype(tensors[kX]->dtype());
-  p.residual_dtype = p.dtype;
-  p.norm_dtype = p.dtype;
+  p.dtype = core_dtype(tensors[kQkvWeight]->dtype());
+  p.residual_dtype = core_dtype(tensors[kX]->dtype());
+  p.norm_dtype = p.residual_dtype;
   for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {
     if (attributes.has(input)) p.norm_dtype = core_dtype(tensors[input]->dtype());
   }

@@ -1,8 +1,9 @@
 """What Paddle's auto_cast does to the inputs of its own operators, done for this one: Paddle casts none of custom operators.
 
-The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, x, the weights and
-the biases of the projections go in as the 16-bit dtype. If the user's black list names the operator they go in as float32.
-Layer-norm parameters always stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
+The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, the weights and the biases of
+the projections go in as the 16-bit dtype, and x with them unless it is float32: then the residual sum and the result are float32 too,
+and x is rounded for the products alone. If the user's black list names the operator all go in as float32. Layer-norm parameters always
+stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ def target_dtype(op_type: str, tracer: Any) -> Any:
 
 
 def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
-    """Casts the operator's inputs, which may be None, to `dtype`, those at `norm_indices` to float32."""
+    """Casts the operator's inputs, of which the first is x and which may be None, to `dtype`, those at `norm_indices` to float32; a
+    float32 x remains."""
     cast = list(inputs)
-    if inputs[0].dtype.value not in _CASTABLE:
+    x_dtype = inputs[0].dtype.value
+    if x_dtype not in _CASTABLE:
         return cast
     for_norms, for_others = (paddle.float32, _FLOAT32), (dtype, dtype.value)
     for i, tensor in enumerate(inputs):
-        if tensor is None or i == mask_index:
+        if tensor is None or i == mask_index or (i == 0 and x_dtype == _FLOAT32):
             continue
         wanted, value = for_norms if i in norm_indices else for_others
         found = tensor.dtype.value

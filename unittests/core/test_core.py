@@ -38,6 +38,7 @@ def run(case, arrays, wanted, isa="", **changes):
         num_heads=case.num_heads,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        residual_dtype=case.dtype_of("x"),
         norm_dtype=case.dtype_of("ln_scale"),
     )
     config.update(changes)
@@ -69,6 +70,25 @@ def check_case(case, isa="", wanted=None):
 @pytest.mark.parametrize("pre, final, residual", list(itertools.product([False, True], repeat=3)))
 def test_switches(pre, final, residual, dtype, isa):
     check_case(FULL.but(dtype=dtype, pre_layer_norm=pre, final_layer_norm=final, add_residual=residual), isa)
+
+
+@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("pre, final, residual", list(itertools.product([False, True], repeat=3)))
+def test_float32_residual(pre, final, residual, dtype, isa):
+    case = FULL.but(dtype=dtype, residual_dtype="float32", pre_layer_norm=pre, final_layer_norm=final, add_residual=residual)
+    check_case(case, isa)
+    check_case(case.but(dropout_rate=0.0, seq_len=150), isa)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e8])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_scores(dtype, size, isa):
+    """The probabilities that backward computes add up to one however large the scores are."""
+    case, inputs = common.equal_keys(dtype, size)
+    out, gradients = run(case, common.stored_inputs(case, inputs), common.differentiable(inputs), isa)
+    common.check_equal_keys(
+        case, inputs, common.from_storage(out), {name: common.from_storage(g) for name, g in gradients.items()}
+    )
 
 
 @pytest.mark.parametrize("absent", [(name,) for name in common.OPTIONAL] + [common.OPTIONAL], ids="+".join)

@@ -8,7 +8,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #if __has_include(<avx512bf16intrin.h>)
 extern const Kernels kAvx512Bf16Kernels;
-#if __has_include(<amxbf16intrin.h>)
+#if __has_include(<amxbf16intrin.h>) && defined(__linux__)
 extern const Kernels kAmxKernels;
 #endif
 #endif
@@ -23,7 +23,7 @@ const std::vector<Kernels>& supported_kernels() {
         &kAvx512Kernels,
 #if __has_include(<avx512bf16intrin.h>)
         &kAvx512Bf16Kernels,
-#if __has_include(<amxbf16intrin.h>)
+#if __has_include(<amxbf16intrin.h>) && defined(__linux__)
         &kAmxKernels,
 #endif
 #endif

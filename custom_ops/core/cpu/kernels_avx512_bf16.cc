@@ -3,18 +3,7 @@
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
 #include "core/cpu/system_headers.h"
 
-#if __has_include(<amxbf16intrin.h>)
-PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2")
-#define PFA_TILE_PRODUCTS 1
-#else
-PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
-#endif
-#define PFA_ISA avx512_bf16
-#define PFA_VECTOR_BYTES 64
-#define PFA_BFLOAT16_PRODUCTS
-#include "core/cpu/stages.h"
-
-namespace pfa::cpu {
+// What runs on every processor comes before the instruction set is raised.
 namespace {
 
 // Not all compilers that know avx512f know the names of these.
@@ -28,26 +17,37 @@ bool has_bfloat16_products() {
          __builtin_cpu_supports("avx512vl") && (features(1) >> 5 & 1);
 }
 
-}  // namespace
-
-extern const Kernels kAvx512Bf16Kernels;
-const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", has_bfloat16_products);
-
-#if PFA_TILE_PRODUCTS
-namespace {
+#if __has_include(<amxbf16intrin.h>) && defined(__linux__)
+#define PFA_TILE_PRODUCTS 1
 
 // Linux lets a process use tiles once it has asked, for all its threads.
-bool may_use_tiles() {
+bool has_tile_products() {
   constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long tile_data = 18;
-  constexpr uint64_t tile_instructions = 1ull << (32 + 24) | 1ull << (32 + 22);  // AMX-TILE, AMX-BF16
-  return (features(0) & tile_instructions) == tile_instructions && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  constexpr uint64_t tile_instructions = uint64_t{1} << (32 + 24) | uint64_t{1} << (32 + 22);  // AMX-TILE, AMX-BF16
+  return has_bfloat16_products() && (features(0) & tile_instructions) == tile_instructions &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
+#endif
 
 }  // namespace
 
+#if PFA_TILE_PRODUCTS
+PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2")
+#else
+PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#endif
+#define PFA_ISA avx512_bf16
+#define PFA_VECTOR_BYTES 64
+#define PFA_BFLOAT16_PRODUCTS
+#include "core/cpu/stages.h"
+
+namespace pfa::cpu {
+extern const Kernels kAvx512Bf16Kernels;
+const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", has_bfloat16_products);
+#if PFA_TILE_PRODUCTS
 extern const Kernels kAmxKernels;
-const Kernels kAmxKernels = avx512_bf16::make_kernels("amx", [] { return has_bfloat16_products() && may_use_tiles(); }, true);
+const Kernels kAmxKernels = avx512_bf16::make_kernels("amx", has_tile_products, true);
 #endif
 }  // namespace pfa::cpu
 PFA_END_TARGET

@@ -34,8 +34,8 @@ struct PanelPacker {
   using P = Operand<T>;
   static constexpr int kLanesOfP = kLanes<P>;
 
-  static void pack(const MatrixView<T>& view, int64_t first, int64_t count, int64_t k0, int64_t k_count,
-                   int64_t depth, P* out) {
+  static void pack(const MatrixView<T>& view, int64_t first, int64_t count, int64_t k0, int64_t k_count, int64_t depth,
+                   P* out) {
     const T* source = view.data + first * view.stride + k0 * view.depth_stride;
     const int64_t filled = operands<T>(k_count);
     if (view.depth_stride == 1) {
@@ -138,14 +138,8 @@ class MatrixProduct {
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
   // A run of k such that a panel of b stays in the L1 cache, and a block's panels of a in the L2 cache.
-#ifndef RUN
-#define RUN 256
-#endif
-#ifndef ROWS
-#define ROWS 144
-#endif
-  static constexpr int64_t kMaxRun = RUN * kNumbers<T>;
-  static constexpr int64_t kMaxRows = ROWS;
+  static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 192 : 256) * kNumbers<T>;
+  static constexpr int64_t kMaxRows = 144;
   // Of a block whose sums lie in memory of its own, and of b that a thread packs by itself.
   static constexpr int64_t kMaxOwnColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
@@ -315,7 +309,7 @@ class MatrixProduct {
         for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
           for (int64_t i = 0; i < block.rows; i += panel_rows_) {
             multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, block.rows - i),
-                          std::min(kPanelColumns, writable_columns - j), {sums + i * stride + j, stride, A(1), continues});
+                            std::min(kPanelColumns, writable_columns - j), {sums + i * stride + j, stride, A(1), continues});
           }
         }
       } else {
@@ -343,12 +337,6 @@ class MatrixProduct {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) return multiply_tiles(depth, a, b, c);
     }
-    multiply_in_registers(depth, a, b, c);
-  }
-
-  // Not inlined: with nothing else around it, all of its sums find a register.
-  __attribute__((noinline)) static void multiply_in_registers(int64_t depth, const P* a, const P* b, TileResult<A> c) {
-    c.scale = A(1);
     micro_block<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
   }
 

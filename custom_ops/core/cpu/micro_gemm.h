@@ -42,6 +42,8 @@ inline void micro_block(int64_t k_size, TileOperand<P> a, const P* __restrict b,
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
     }
   }
+  // Else the compiler knows the rows' addresses from before the loop, and keeps them in registers that the sums need.
+  __asm__("" : "+r"(c.row_stride));
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4

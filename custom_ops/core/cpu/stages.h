@@ -109,7 +109,8 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, Pha
   });
 }
 
-inline Kernels make_kernels(const char* name, bool (*supported)(), bool has_tile_products = false) {
+// constexpr: code that fills it in at start would be of this instruction set.
+constexpr Kernels make_kernels(const char* name, bool (*supported)(), bool has_tile_products = false) {
   return {name,
           supported,
           has_tile_products,
