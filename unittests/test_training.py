@@ -135,7 +135,7 @@ def test_auto_cast_of_16_bit_x(amp, dtype):
 @pytest.mark.parametrize("level", ["O1", "O2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_cast_keeps_the_residual_stream(amp, dtype, level):
-    """Through 24 pre-norm layers the error is that of their products, not of a sum that is rounded 24 times; x may be beyond float16."""
+    """Through 24 pre-norm layers the error is that of their products, not of a sum rounded 24 times; x may be beyond float16."""
     paddle.seed(0)
     layers = [FusedMultiHeadAttention(64, 4, 0.0, 0.0, normalize_before=True, final_layer_norm=False) for _ in range(24)]
     # The stream of a deep model is larger than what a layer adds.
