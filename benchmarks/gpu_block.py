@@ -494,7 +494,8 @@ def run_stages(case, copy, products):
     tensors["qkv"], tensors["d_qkv"] = new(m, 3 * e), new(m, 3 * e)
     for name in ("pre_ln_mean", "pre_ln_rstd", "ln_mean", "ln_rstd"):
         tensors[name] = torch.zeros(m, device="cuda") if "mean" in name else torch.ones(m, device="cuda")
-    tensors["log_sum_exp"] = torch.zeros(case.batch, case.num_heads, case.seq_len, device="cuda")
+    for name in ("log_sum_exp", "score_shift"):
+        tensors[name] = torch.zeros(case.batch, case.num_heads, case.seq_len, device="cuda")
     tensors["random_state"] = torch.tensor([1, 2], device="cuda")
     block = pfa_core.CudaBlock(case.config(True))
     arrays = {n: address(t) for n, t in tensors.items()}
