@@ -2,10 +2,10 @@
 //
 // Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for exp.
 //
-// Backward finds the probabilities of forward only if both subtract the same number from the same scores. Where a row's highest score is
-// beyond kLargeScore, the last bit of a score is worth so much that both round every score before they subtract (scaled), and backward
-// subtracts the highest score before the sum of exponentials, beside which that would be lost. Elsewhere a score may be scaled and
-// subtracted from in one operation, and backward subtracts both at once.
+// Backward finds the probabilities of forward only if both subtract the same number from the same scores, rounded alike. Where a row's
+// highest score is beyond kLargeScore, the last bit of a score is worth so much that this counts: both scale a score and subtract from it
+// in one operation, but with a mask, where the masked score is rounded first; and backward subtracts the highest score before the sum of
+// exponentials, beside which that would be lost. Elsewhere backward subtracts both at once.
 #pragma once
 
 #include <cuda_bf16.h>

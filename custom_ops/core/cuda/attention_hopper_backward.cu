@@ -356,11 +356,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (large) {
 #pragma unroll
         for (int i = 0; i < kQueries / 2; ++i) {
-          float score = s[i];
-          if (kMask == kNoMask) score = scaled(score, scale_log2);
-          if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2 % 2]);
           const int query = i / 8 * 16 + lane_column(i % 8);
-          s[i] = fminf(score - shift2[query], lse2[query]);  // at most that, however roundings fall
+          float score = s[i];
+          if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2 % 2]);
+          score = kMask == kNoMask ? fmaf(score, scale_log2, -shift2[query]) : score - shift2[query];
+          s[i] = fminf(score, lse2[query]);  // at most that, however roundings fall
         }
         to_log2 = 1.0f;
         if (kMask == kKeyMask) added_by_mask[0] = added_by_mask[1] = 0.0f;

@@ -154,8 +154,8 @@ __device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* s
 }
 
 // Scores of 64 rows and kKeys keys, times `scale` in units of log2, to probabilities; gives what the sums so far must be multiplied
-// with. kScaled: the scale is 1.
-template <bool kScaled>
+// with. kVotes: the scale may be 1 in some tiles and not in others, so that large scores are rounded before they are subtracted from.
+template <bool kVotes>
 __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, int row0, int col0, Rows& rows,
                                         float (&correction)[2], float (&s)[kKeys / 2]) {
   if (col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > row0)) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, 
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
     highest[half] = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
   }
-  if (!kScaled && __any_sync(0xFFFFFFFFu, fmaxf(fabsf(highest[0]), fabsf(highest[1])) * scale > kLargeScore)) {
+  if (kVotes && __any_sync(0xFFFFFFFFu, fmaxf(fabsf(highest[0]), fabsf(highest[1])) * scale > kLargeScore)) {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) s[i] = scaled(s[i], scale);
 #pragma unroll
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     wgmma_wait<0>();
     pin(s);
     release(&k_empty[0]);
-    softmax<kMask == kFullMask>(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction, s);
+    softmax<kMask == kKeyMask || kMask == kTiledMask>(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction, s);
     probabilities<T, kDrops>(args, philox_key, h.random, strip, tile_of(0) * kKeys, s, p);
     constexpr int kTurn = 1;  // named barriers 1 and 2: the warpgroup's turn at the tensor cores
     if (group == 1 && steps > 0) named_arrive(kTurn, 256);
@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
       wgmma_wait<1>();
       pin(s);
       release(&k_empty[n % kStages]);
-      softmax<kMask == kFullMask>(args, mask_scores(n), strip, col0, rows, correction, s);
+      softmax<kMask == kKeyMask || kMask == kTiledMask>(args, mask_scores(n), strip, col0, rows, correction, s);
       wgmma_wait<0>();
       pin(o);
       release(&v_empty[(n - 1) % kStages]);
@@ -503,7 +503,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
       wgmma_wait<0>();
       pin(s);
       release(&k_empty[stage]);
-      softmax<kMask == kFullMask>(args, mask_scores(n), strip, col0, rows, correction, s);
+      softmax<kMask == kKeyMask || kMask == kTiledMask>(args, mask_scores(n), strip, col0, rows, correction, s);
       if (copies && n < steps) copy_values(n + 1);
       __syncwarp();
       if (n > 0) {

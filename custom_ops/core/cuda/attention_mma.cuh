@@ -258,15 +258,11 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
     for (int m = 0; m < kStrips; ++m) {
       const int strip = row0 + warp_row + 16 * m;
       const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > strip);
+      const float scale = kGeneral && args.mask.data ? 1.0f : scale_log2;  // what scores are still to be multiplied with
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
-        if (kGeneral && args.mask.data) {
-          add_mask<false>(args, mask_offset, strip, col0 + 16 * n, scale_log2, piece);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
-        }
+        if (kGeneral && args.mask.data) add_mask<false>(args, mask_offset, strip, col0 + 16 * n, scale_log2, piece);
         if (edge) {
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
@@ -277,11 +273,12 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = maximum[m][half];
+        float top = -INFINITY;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+        top = fmaxf(maximum[m][half], top * scale);
         const float base = top == -INFINITY ? 0.0f : top;
         const float correction = exp2_of(maximum[m][half] - base);
         maximum[m][half] = top;
@@ -290,7 +287,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
         for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[m][n][e] = exp2_of(s[m][n][e] - base);
+            s[m][n][e] = exp2_of(fmaf(s[m][n][e], scale, -base));
             sum += s[m][n][e];
           }
         }
@@ -363,15 +360,13 @@ __device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t
 #pragma unroll
   for (int n = 0; n < kColumns / 2; ++n) {
     float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[2 * n]);
-    if (masked) {
-      add_mask<kRowsAreKeys>(args, mask_offset, row0, column0 + 16 * n, scale_log2, piece);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) piece[e] = scaled(piece[e], scale_log2);
-    }
+    if (masked) add_mask<kRowsAreKeys>(args, mask_offset, row0, column0 + 16 * n, scale_log2, piece);
     if (large) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) piece[e] -= shift2[kRowsAreKeys ? 16 * n + lane_column(e) : lane_row(e)];
+      for (int e = 0; e < 8; ++e) {
+        const float shift = shift2[kRowsAreKeys ? 16 * n + lane_column(e) : lane_row(e)];
+        piece[e] = masked ? piece[e] - shift : fmaf(piece[e], scale_log2, -shift);
+      }
     }
   }
   return 1.0f;
