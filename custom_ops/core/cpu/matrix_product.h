@@ -307,7 +307,9 @@ class MatrixProduct {
         P* a = packed_a_ + block.thread * thread_a_;
         pack_a(block, k, count, a);
         for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
+          const bool is_last = j + kPanelColumns >= block.columns;
           for (int64_t i = 0; i < block.rows; i += panel_rows_) {
+            if (!is_last) prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, block.rows);
             multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, block.rows - i),
                             std::min(kPanelColumns, writable_columns - j), {sums + i * stride + j, stride, A(1), continues});
           }
@@ -320,6 +322,14 @@ class MatrixProduct {
         }
       }
     }
+  }
+
+  // Of `size` operands those from part first / all on that belong to panel_rows_ of all rows: the next panel comes near while this one is
+  // multiplied.
+  void prefetch_part(const P* panel, int64_t size, int64_t first, int64_t all) const {
+    constexpr int64_t line = 64 / sizeof(P);
+    const int64_t end = size * std::min(first + panel_rows_, all) / all;
+    for (int64_t i = size * first / all / line * line; i < end; i += line) __builtin_prefetch(panel + i, 0, 2);
   }
 
   // c [rows, columns] (+)= a panel of a @ a panel of b, of which so much is there.
