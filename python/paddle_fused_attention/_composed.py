@@ -18,19 +18,25 @@ from paddle.framework import in_dynamic_or_pir_mode
 from . import _amp, _op
 
 
-def additive_mask(mask: Any, dtype: Any) -> Any:
-    """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x, which is of `dtype`.
+@paddle.jit.not_to_static
+def additive_mask(name: str, mask: Any, x: Any) -> Any:
+    """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x; errors call it `name`.
 
     Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike instead of
-    giving zeros. Masks of other dtypes are left as they are. 1e9 needs float32 at least: in float16 Paddle's own product is 0 * inf.
+    giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own product is 0 * inf.
     """
-    if mask is None or _dtype_name(mask) not in _KEEP_DTYPES:
+    if mask is None:
+        return None
+    if not hasattr(mask, "stop_gradient"):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
+    if paddle.is_floating_point(mask):
         return mask
-    return (paddle.cast(mask, "float64" if dtype == paddle.float64 else "float32") - 1.0) * 1e9
+    _check_mask_dtype(name, mask)
+    return (paddle.cast(mask, "float64" if x.dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
 
-_FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
-_KEEP_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64")
+# As the operator takes them.
+_MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 def _dtype_name(tensor: Any) -> str:
@@ -52,6 +58,11 @@ def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_na
         raise TypeError(f"{name}: expected {other_name}'s dtype {_dtype_name(other)}, got {_dtype_name(tensor)}")
 
 
+def _check_mask_dtype(name: str, mask: Any) -> None:
+    if _dtype_name(mask) not in _MASK_DTYPES:
+        raise TypeError(f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}")
+
+
 def _check_mask(mask: Any, scores: Sequence[int]) -> None:
     """Of shapes as the operator's own check; `scores` is [batch, num_heads, queries, keys]."""
     if mask is None:
@@ -61,10 +72,7 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
         raise ValueError(
             f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got {shape}"
         )
-    if _dtype_name(mask) not in (*_FLOAT_DTYPES, *_KEEP_DTYPES):
-        raise TypeError(
-            f"attn_mask: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}"
-        )
+    _check_mask_dtype("attn_mask", mask)
 
 
 def used_inputs(inputs: Sequence[Any], pre_layer_norm: bool, final_layer_norm: bool) -> tuple:
@@ -80,13 +88,18 @@ def _check_block(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 
     _op._check_static(inputs, present, first_head, total_heads)
 
 
+def _where(condition: Any, value: float, tensor: Any) -> Any:
+    """The tensor with a number where the condition, which broadcasts to it, holds."""
+    condition.stop_gradient = True  # legacy programs expand no other bool
+    return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
+
+
 def _masked(scores: Any, mask: Any) -> Any:
     if mask is None:
         return scores
     if paddle.is_floating_point(mask):
         return scores + paddle.cast(mask, scores.dtype)
-    keep = paddle.expand(paddle.cast(mask, "bool"), paddle.shape(scores))
-    return paddle.where(keep, scores, paddle.full_like(scores, float("-inf")))
+    return _where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
 
 
 def _causal_mask(scores: Any) -> Any:
@@ -99,9 +112,8 @@ def _causal_mask(scores: Any) -> Any:
 
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
-    sees_none = paddle.expand_as(scores.max(axis=-1, keepdim=True) == float("-inf"), scores)
-    zeros = paddle.zeros_like(scores)
-    return paddle.where(sees_none, zeros, F.softmax(paddle.where(sees_none, zeros, scores)))
+    sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
+    return _where(sees_none, 0.0, F.softmax(_where(sees_none, 0.0, scores)))
 
 
 def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
@@ -146,13 +158,10 @@ def _project(h: Any, weight: Any, bias: Any) -> Any:
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool, **dropout: Any) -> Any:
     """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim]."""
     num_heads, head_dim = q.shape[1], q.shape[3]
-    if k.shape[2] == 0:  # the largest score of none is not defined
-        o = paddle.zeros_like(q)
-    else:
-        scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), mask)
-        if causal:
-            scores = _masked(scores, _causal_mask(scores))
-        o = paddle.matmul(_dropout(_softmax(scores), **dropout), v)
+    scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), mask)
+    if causal:
+        scores = _masked(scores, _causal_mask(scores))
+    o = paddle.matmul(_dropout(_softmax(scores), **dropout), v)
     return o.transpose([0, 2, 1, 3]).reshape([0, 0, num_heads * head_dim])
 
 
@@ -298,6 +307,11 @@ def attention_part(
         _check_mask(attn_mask, [x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
 
         compute = _compute_dtype(x)
+        if 0 in x.shape:
+            return paddle.zeros(x.shape, compute)
+        if key.shape[1] == 0:  # one that nobody sees stands for none, of which Paddle makes no product
+            key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
+            attn_mask = paddle.zeros([1, 1], "bool")
         weight, bias, linear_weight, *norm = _cast_all((qkv_weight, qkv_bias, linear_weight, pre_ln_scale, pre_ln_bias), compute)
         projected = []
         for i, tensor in enumerate((x, key, value)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
 from ._composed import attention_part, residual_tail, result_dtype, used_inputs, without_auto_cast
@@ -25,18 +26,26 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
         TypeError: key or value is no Tensor.
         NotImplementedError: Other keys or values with tensors of Paddle's auto-parallel engine.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor, required=name == "query")
+    dygraph = in_dynamic_mode()
+    given = {name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"}
+    for name, tensor in given.items():
+        _check_tensor(name, tensor, required=True)
+        if isinstance(tensor, core.eager.Tensor) != dygraph:
+            expected = "a dygraph Tensor" if dygraph else "a variable of the graph that is built"
+            raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
     keys = tuple(query if tensor is None else tensor for tensor in (key, value))
     if all(_is_same(query, tensor) for tensor in keys):
         return None
-    if in_dynamic_mode():
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor is not None and tensor is not query and (tensor.is_dist() or query.is_dist()):
-                raise NotImplementedError(f"{name}: expected None or the query itself with auto-parallel tensors, got another tensor")
-        wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
-        if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in keys):
-            return None
+    if not dygraph:
+        return keys
+    for name, tensor in given.items():
+        if tensor.is_dist():
+            raise NotImplementedError(f"{name}: expected ordinary tensors where keys are not the query itself, got an auto-parallel one")
+        if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
+            raise TypeError(f"{name}: expected a dense Tensor with memory, got one {'without' if tensor.is_dense() else 'that is sparse'}")
+    wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
+    if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in keys):
+        return None
     return keys
 
 
@@ -54,7 +63,7 @@ def _is_same(query: Any, other: Any) -> bool:
 def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
     if other is query:
         return True
-    if other.shape != query.shape or other.dtype != query.dtype or other.place != query.place:
+    if other.shape != query.shape or other.dtype != query.dtype or str(other.place) != str(query.place):
         return False
     if query.size == 0 or (other.data_ptr() == query.data_ptr() and other.is_contiguous() and query.is_contiguous()):
         return True
@@ -104,7 +113,7 @@ def attention_to_keys(
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
     inputs = used_inputs(inputs, pre_layer_norm, final_layer_norm)
     draws = in_dynamic_mode() and training and (numbers[2] > 0.0 or numbers[3] > 0.0)
-    state = _generator_state(x) if draws and seed is None else None
+    state = _generator(x).get_state() if draws else None
     y = attention_part(
         inputs,
         keys,
@@ -115,9 +124,12 @@ def attention_to_keys(
         causal=causal,
         draw=functools.partial(kept_scores, like=x, rate=numbers[3], seed=seed) if draws else None,
     )
-    if state is not None:
-        _set_generator_state(x, state)  # the operator draws once for both
-    keep = _kept_output(x, qkv_weight, numbers, seed) if draws else None
+    if 0 in x.shape:
+        return paddle.cast(y, result_dtype(x))
+    keep = None
+    if draws:
+        _generator(x).set_state(state)  # the operator draws once for both
+        keep = _kept_output(x, qkv_weight, numbers, seed)
     with without_auto_cast():
         return residual_tail(
             x,
@@ -139,16 +151,9 @@ def attention_to_keys(
 _WIDEST_HEAD = 64
 
 
-def _device(x: paddle.Tensor) -> Any:
-    return "cpu" if x.place.is_cpu_place() else None
-
-
-def _generator_state(x: paddle.Tensor) -> Any:
-    return paddle.get_rng_state(_device(x))
-
-
-def _set_generator_state(x: paddle.Tensor, state: Any) -> None:
-    paddle.set_rng_state(state, _device(x))
+def _generator(x: paddle.Tensor) -> Any:
+    """Paddle's generator of a tensor's device, which the operator draws from."""
+    return core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
 
 
 @paddle.no_grad()
@@ -177,14 +182,13 @@ def kept_scores(
     weight, linear_weight = (
         paddle.to_tensor(array, place=like.place) for array in (weight, np.eye(embed_dim, dtype="float32"))
     )
-    state = _generator_state(like)
+    state = _generator(like).get_state()
     parts = []
     for start in range(0, keys, width):
         x = np.zeros((batch, tokens, heads, width), "float32")
         for column in range(min(width, keys - start)):
             x[:, start + column, :, column] = 1.0
-        if seed is None:
-            _set_generator_state(like, state)
+        _generator(like).set_state(state)
         x = paddle.to_tensor(x.reshape(batch, tokens, embed_dim), place=like.place)
         out = _operator(x, weight, linear_weight, dropout_rate=0.0, attn_dropout_rate=rate, seed=seed)
         parts.append((out > 0.0).reshape([batch, tokens, heads, width]))

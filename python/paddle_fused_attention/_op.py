@@ -94,10 +94,11 @@ def _load() -> Any:
     holder = paddle.base.framework.OpProtoHolder.instance()
     if paddle.__version__.startswith("2."):
         holder.update_op_proto()
-        # to_static there resumes wrongly in the middle of functions with keyword-only arguments; they run as they are instead.
-        core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     else:
         holder.update_op_proto(registered)
+    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of functions with
+    # keyword-only arguments, and on 3.3 it never ends over some jumps.
+    core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     return ctypes.CDLL(libraries[0])
 
 

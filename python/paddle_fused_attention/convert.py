@@ -34,7 +34,7 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         _fuse(self)
 
     def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None) -> Any:
-        src_mask = additive_mask(src_mask, src.dtype)
+        src_mask = additive_mask("src_mask", src_mask, src)
         if cache is None:
             return self._feed_forward(self.self_attn(src, attn_mask=src_mask))
         attended, new_cache = self._attend_with_cache(src, src_mask, cache)

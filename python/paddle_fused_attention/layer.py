@@ -156,12 +156,17 @@ class FusedMultiHeadAttention(nn.Layer):
         """
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        itself = (key is None or key is query) and (value is None or value is query)
-        return self._run(query, attn_mask, None if itself else other_keys(query, key, value))
-
-    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple | None) -> paddle.Tensor:
+        if (key is None or key is query) and (value is None or value is query):
+            return self._run(query, attn_mask)
+        keys = other_keys(query, key, value)
         if keys is None:
-            return self._call(fused_multi_head_attention, query, attn_mask)
+            return self._run(query, attn_mask)
+        return self._run_to_keys(query, attn_mask, keys)
+
+    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
+        return self._call(fused_multi_head_attention, query, attn_mask)
+
+    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
         return self._call(attention_to_keys, query, attn_mask, keys=keys)
 
     def _call(self, function: Any, query: paddle.Tensor, attn_mask: paddle.Tensor | None, **arguments: Any) -> paddle.Tensor:

@@ -277,7 +277,10 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
         super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple | None) -> paddle.Tensor:
+    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
+        return self._call(parallel_attention, query, attn_mask, group=self.group)
+
+    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
         return self._call(parallel_attention, query, attn_mask, group=self.group, keys=keys)
 
     def extra_repr(self) -> str:
