@@ -341,7 +341,7 @@ BAD = [
     ("key", (np.zeros((BATCH, SEQ, EMBED), "float32"), None), TypeError, ["Tensor", "ndarray"]),
     ("value", (None, 3), TypeError, ["Tensor", "int"]),
     ("key", (bad(BATCH, SEQ, EMBED).to_sparse_coo(3), None), TypeError, ["dense", "sparse"]),
-    ("value", (None, without_memory()), TypeError, ["dense", "without"]),
+    ("value", (None, without_memory()), TypeError, ["dense", "none"]),
 ]
 
 

@@ -42,7 +42,7 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
         if tensor.is_dist():
             raise NotImplementedError(f"{name}: expected ordinary tensors where keys are not the query itself, got an auto-parallel one")
         if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
-            raise TypeError(f"{name}: expected a dense Tensor with memory, got one {'without' if tensor.is_dense() else 'that is sparse'}")
+            raise TypeError(f"{name}: expected a dense Tensor with memory, got one that is sparse or has none")
     wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
     if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in keys):
         return None

@@ -11,6 +11,7 @@ from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
 from ._keys import attention_to_keys, other_keys
+from ._loading import LoadsAnyFloat
 from .functional import TENSOR_ARGUMENTS, _check_number, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -36,7 +37,7 @@ def _check_count(name: str, value: Any) -> int:
     return value
 
 
-class FusedMultiHeadAttention(nn.Layer):
+class FusedMultiHeadAttention(LoadsAnyFloat):
     """Self-attention with layer norm, projections, dropout and residual as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 

@@ -10,13 +10,14 @@ from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._composed import additive_mask
 from .._keys import attention_to_keys, other_keys
+from .._loading import LoadsAnyFloat
 from ..parallel import group_of_ring, parallel_attention
 from .functional import _packed, fused_multi_head_attention
 
 __all__ = ["FusedMultiHeadAttention"]
 
 
-class FusedMultiHeadAttention(BuiltIn):
+class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
     """The built-in layer, with its parameters and attributes; only the computation is this package's.
 
     As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it: AMP's
