@@ -395,7 +395,7 @@ ERRORS = [
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM]), qkv_weight=np.zeros([3, HEADS, HEAD_DIM, 7])),
         ValueError,
-        r"qkv_weight: expected shape \[3, num_heads, head_dim, 12\]",
+        r"qkv_weight: expected shape \[3, 3, 4, 12\]",
     ),
 ]
 

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 import reference
-from paddle_fused_attention import FusedMultiHeadAttention
+from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, convert, incubate
 from reference import Config
 
 LAYER_NORMS = {"pre_ln_scale": [24], "pre_ln_bias": [24], "ln_scale": [24], "ln_bias": [24]}
@@ -169,6 +169,56 @@ def test_state_dict_round_trip(tmp_path):
     paddle.save(layer.state_dict(), str(tmp_path / "layer.pdparams"))
     other.set_state_dict(paddle.load(str(tmp_path / "layer.pdparams")))
     assert np.array_equal(layer(x).numpy(), other(x).numpy())
+
+
+def encoder_layer():
+    return convert(paddle.nn.TransformerEncoderLayer(24, 4, 32))
+
+
+LOADERS = {
+    "layer": lambda: FusedMultiHeadAttention(24, 4, normalize_before=True),
+    "parallel": lambda: ParallelFusedMultiHeadAttention(24, 4, normalize_before=True),
+    "incubate": lambda: incubate.FusedMultiHeadAttention(24, 4),
+    "converted": lambda: encoder_layer().self_attn,
+}
+
+
+@pytest.mark.parametrize("as_arrays", [False, True], ids=["tensors", "arrays"])
+@pytest.mark.parametrize("nested", [False, True], ids=["itself", "nested"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_state_dicts_of_other_dtypes_are_cast(kind, own, nested, as_arrays):
+    layer = LOADERS[kind]()
+    root = paddle.nn.Sequential(paddle.nn.ReLU(), paddle.nn.Sequential(layer)) if nested else layer
+    root.to(dtype=own)
+    dtypes = {name: p.dtype for name, p in root.state_dict().items()}
+    rng = np.random.default_rng(0)
+    for dtype in common.DTYPES:
+        numbers = {name: reference.round_to(rng.standard_normal(p.shape), "bfloat16") for name, p in root.state_dict().items()}
+        state = {name: paddle.to_tensor(common.to_storage(a, dtype)) for name, a in numbers.items()}
+        if as_arrays:
+            state = {name: value.numpy() for name, value in state.items()}
+        missing, unexpected = root.set_state_dict(state)
+        assert not missing and not unexpected
+        for name, p in root.state_dict().items():
+            assert p.dtype == dtypes[name] and isinstance(p, paddle.Tensor) and not p.stop_gradient
+            assert np.abs(p.astype("float64").numpy() - numbers[name]).max() < 1e-3, (name, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "complex64", "bool"])
+def test_state_dicts_of_numbers_that_are_no_floats_are_refused(dtype):
+    layer = make_layer()
+    before = layer.qkv_weight.numpy()
+    with pytest.raises(Exception, match="dtype"):
+        layer.set_state_dict({name: p.astype(dtype) for name, p in layer.state_dict().items()})
+    assert np.array_equal(layer.qkv_weight.numpy(), before)
+
+
+def test_state_dicts_hold_the_parameters_themselves():
+    layer = make_layer()
+    network = paddle.nn.Sequential(layer)
+    for state in (network.state_dict(), network.state_dict(use_hook=False), network.to_static_state_dict(use_hook=False)):
+        assert state["0.qkv_weight"] is layer.qkv_weight
 
 
 def test_deepcopy():

@@ -1,42 +1,98 @@
-"""Attention out of ordinary Paddle ops, where the operator does not reach: queries that attend to cached keys and values.
+"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone, so queries that
+attend to cached keys and values, or to other tensors, are served here.
 
-The operator takes its keys and values from x alone, so the block with a cache is composed here, for step-by-step generation.
+Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such matrices on the
+CPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Sequence
 
 import paddle
 import paddle.nn.functional as F
+from paddle.base.framework import _dygraph_tracer
+from paddle.framework import in_dynamic_or_pir_mode
 
-from ._op import TENSOR_ARGUMENTS, check_tensors
+from . import _amp, _op
 
 
-def additive_mask(mask: Any, dtype: Any) -> Any:
-    """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x, which is of `dtype`.
+@paddle.jit.not_to_static
+def additive_mask(name: str, mask: Any, x: Any) -> Any:
+    """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x; errors call it `name`.
 
     Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike instead of
     giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own product is 0 * inf.
     """
-    if mask is None or paddle.is_floating_point(mask):
+    if mask is None:
+        return None
+    if not hasattr(mask, "stop_gradient"):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
+    if paddle.is_floating_point(mask):
         return mask
-    check_tensors(("attn_mask",), (mask,))
-    return (paddle.cast(mask, "float64" if dtype == paddle.float64 else "float32") - 1.0) * 1e9
+    _op.check_tensors((name,), (mask,))
+    _check_mask_dtype(name, mask)
+    return (paddle.cast(mask, "float64" if x.dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
 
-def _check_like_x(name: str, tensor: Any, expected: list, x: Any) -> None:
-    """Checks dtype and shape; names in `expected` stand for any size."""
+# As the operator takes them.
+_MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
+
+
+def _dtype_name(tensor: Any) -> str:
+    return str(tensor.dtype).split(".")[-1].lower()
+
+
+def _agrees(wanted: Any, size: int) -> bool:
+    """Whether a size is as expected; names stand for any, and -1 for one that is not known yet."""
+    return isinstance(wanted, str) or wanted == size or -1 in (wanted, size)
+
+
+def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_name: str = "x") -> None:
     shape = list(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(wanted, str) or wanted == size or -1 in (wanted, size) for wanted, size in zip(expected, shape)
-    )
-    if not fits:
+    if len(shape) != len(expected) or not all(map(_agrees, expected, shape)):
         raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, expected))}] for x of shape {list(x.shape)}, got {shape}"
+            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, got {shape}"
         )
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other_name}'s dtype {_dtype_name(other)}, got {_dtype_name(tensor)}")
+
+
+def _check_mask_dtype(name: str, mask: Any) -> None:
+    if _dtype_name(mask) not in _MASK_DTYPES:
+        raise TypeError(f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}")
+
+
+def _check_mask(mask: Any, scores: Sequence[int]) -> None:
+    """Of shapes as the operator's own check; `scores` is [batch, num_heads, queries, keys]."""
+    if mask is None:
+        return
+    shape = list(mask.shape)
+    if len(shape) > 4 or not all(n == 1 or _agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))):
+        raise ValueError(
+            f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got {shape}"
+        )
+    _check_mask_dtype("attn_mask", mask)
+
+
+def used_inputs(inputs: Sequence[Any], pre_layer_norm: bool, final_layer_norm: bool) -> tuple:
+    """The operator's inputs without the parameters of a layer norm that is off."""
+    before, pre_ln, ln, after = inputs[:3], inputs[3:5], inputs[5:7], inputs[7:]
+    return (*before, *(pre_ln if pre_layer_norm else (None, None)), *(ln if final_layer_norm else (None, None)), *after)
+
+
+def _check_block(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 0) -> None:
+    """What the operator checks of its inputs, without the mask, whose shape is another here."""
+    inputs = (*inputs[:-1], None)
+    present = sum(1 << i for i, tensor in enumerate(inputs) if tensor is not None)
+    _op._check_static(inputs, present, first_head, total_heads)
+
+
+def _where(condition: Any, value: float, tensor: Any) -> Any:
+    """The tensor with a number where the condition, which broadcasts to it, holds."""
+    condition.stop_gradient = True  # legacy programs expand no other bool
+    return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
 
 
 def _masked(scores: Any, mask: Any) -> Any:
@@ -44,17 +100,21 @@ def _masked(scores: Any, mask: Any) -> Any:
         return scores
     if paddle.is_floating_point(mask):
         return scores + paddle.cast(mask, scores.dtype)
-    keep = paddle.expand(paddle.cast(mask, "bool"), paddle.shape(scores))
-    return paddle.where(keep, scores, paddle.full_like(scores, float("-inf")))
+    return _where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
+
+
+def _causal_mask(scores: Any) -> Any:
+    """Query i sees the keys up to i + keys - queries."""
+    shape = paddle.shape(scores)
+    queries, keys = (paddle.arange(0, shape[axis], dtype="int64") for axis in (2, 3))
+    ahead = paddle.cast(shape[3] - shape[2], "int64")
+    return (keys.unsqueeze(0) <= queries.unsqueeze(1) + ahead).unsqueeze([0, 1])
 
 
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
     sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
-    sees_none.stop_gradient = True  # which Paddle 2.6's expand_as asks for
-    sees_none = paddle.expand_as(sees_none, scores)
-    zeros = paddle.zeros_like(scores)
-    return paddle.where(sees_none, zeros, F.softmax(paddle.where(sees_none, zeros, scores)))
+    return _where(sees_none, 0.0, F.softmax(_where(sees_none, 0.0, scores)))
 
 
 def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
@@ -65,41 +125,98 @@ def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
     return out if bias is None else out + bias
 
 
+def _dropout(tensor: Any, rate: float, training: bool, mode: str, keep: Any) -> Any:
+    """Paddle's dropout, or with a mask of what is kept that dropout."""
+    if keep is None:
+        return F.dropout(tensor, rate, training=training, mode=mode)
+    scaled = tensor / (1.0 - rate) if mode == "upscale_in_train" and rate < 1.0 else tensor
+    return paddle.where(keep, scaled, paddle.zeros_like(scaled))
+
+
+def without_auto_cast() -> Any:
+    # Legacy programs have no auto_cast.
+    return paddle.amp.auto_cast(enable=False) if in_dynamic_or_pir_mode() else nullcontext()
+
+
+def _cast_all(tensors: Sequence[Any], dtype: str) -> list:
+    return [None if tensor is None else paddle.cast(tensor, dtype) for tensor in tensors]
+
+
+def _compute_dtype(x: Any) -> str:
+    return "float64" if x.dtype == paddle.float64 else "float32"
+
+
+def _project(h: Any, weight: Any, bias: Any) -> Any:
+    """[batch, tokens, embed_dim] by [n, num_heads, head_dim, embed_dim] to [n, batch, num_heads, tokens, head_dim]."""
+    n, num_heads, head_dim, embed_dim = weight.shape
+    width = n * num_heads * head_dim
+    out = paddle.matmul(h, weight.reshape([width, embed_dim]), transpose_y=True)
+    if bias is not None:
+        out = out + bias.reshape([width])
+    return out.reshape([0, 0, n, num_heads, head_dim]).transpose([2, 0, 3, 1, 4])
+
+
+def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool, **dropout: Any) -> Any:
+    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim]."""
+    num_heads, head_dim = q.shape[1], q.shape[3]
+    scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), mask)
+    if causal:
+        scores = _masked(scores, _causal_mask(scores))
+    o = paddle.matmul(_dropout(_softmax(scores), **dropout), v)
+    return o.transpose([0, 2, 1, 3]).reshape([0, 0, num_heads * head_dim])
+
+
+def residual_tail(
+    x: Any,
+    y: Any,
+    linear_bias: Any,
+    ln_scale: Any,
+    ln_bias: Any,
+    ln_epsilon: float,
+    *,
+    dropout_rate: float,
+    training: bool,
+    mode: str,
+    add_residual: bool,
+    final_layer_norm: bool,
+    dtype: Any,
+    keep: Any = None,
+) -> Any:
+    """What comes after the output projection, at least in float32 as in the operator; the result is of `dtype`. `keep` says what dropout
+    keeps, if not Paddle's own generator."""
+    x, y, linear_bias, ln_scale, ln_bias = _cast_all((x, y, linear_bias, ln_scale, ln_bias), _compute_dtype(x))
+    if linear_bias is not None:
+        y = y + linear_bias
+    z = _dropout(y, dropout_rate, training, mode, keep)
+    if add_residual:
+        z = x + z
+    if final_layer_norm:
+        z = _layer_norm(z, ln_scale, ln_bias, ln_epsilon)
+    return paddle.cast(z, dtype)
+
+
 @paddle.jit.not_to_static
 def attention_with_cache(
-    x: Any,
-    qkv_weight: Any,
-    linear_weight: Any,
+    inputs: Sequence[Any],
     cache_k: Any,
     cache_v: Any,
     *,
+    numbers: tuple[float, float, float, float],
     pre_layer_norm: bool,
     final_layer_norm: bool,
-    pre_ln_scale: Any = None,
-    pre_ln_bias: Any = None,
-    ln_scale: Any = None,
-    ln_bias: Any = None,
-    pre_ln_epsilon: float = 1e-5,
-    ln_epsilon: float = 1e-5,
-    qkv_bias: Any = None,
-    linear_bias: Any = None,
-    attn_mask: Any = None,
-    dropout_rate: float = 0.0,
-    attn_dropout_rate: float = 0.0,
-    training: bool = False,
+    training: bool,
     mode: str = "upscale_in_train",
     add_residual: bool = True,
     cache_name: str = "cache",
 ) -> tuple:
     """The block, in which every query attends to the cached keys and values and, after them, to those of x itself.
 
-    For inference: the scores are stored and nothing is fused; 16-bit tensors are computed in float32, since Paddle multiplies
-    no such matrices on the CPU. Among themselves the queries are masked by `attn_mask` alone, as in Paddle.
+    For inference. Among themselves the queries are masked by the mask alone, as in Paddle.
 
     Args:
-        x: ``[batch, seq_len, embed_dim]``.
+        inputs: Those of the operator; the mask broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``.
         cache_k, cache_v: ``[batch, num_heads, cached_len, head_dim]``, dtype of x; cached_len may be 0.
-        attn_mask: Broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``.
+        numbers: What ``check_arguments`` returns.
         cache_name: What errors call the cache.
         The rest: as in :func:`paddle_fused_attention.fused_multi_head_attention`.
 
@@ -108,43 +225,108 @@ def attention_with_cache(
         ``[batch, num_heads, cached_len + seq_len, head_dim]``.
 
     Raises:
-        TypeError, ValueError: The packed weight or the cache does not fit x.
+        TypeError, ValueError: A tensor does not fit the others.
     """
-    tensors = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
-    check_tensors((*TENSOR_ARGUMENTS, cache_name, cache_name), (*tensors, cache_k, cache_v))
-    embed_dim = x.shape[2]
-    if embed_dim < 0 and len(qkv_weight.shape) == 4:  # unknown in a static graph, where the weight's is known
-        embed_dim = qkv_weight.shape[3]
-    _check_like_x("qkv_weight", qkv_weight, [3, "num_heads", "head_dim", embed_dim], x)
+    inputs = used_inputs(inputs, pre_layer_norm, final_layer_norm)
+    _op.check_tensors((*_op.TENSOR_ARGUMENTS, cache_name, cache_name), (*inputs, cache_k, cache_v))
+    x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask = inputs
+    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = numbers
+    _check_block(inputs)
+    batch, seq_len, _ = x.shape
     _, num_heads, head_dim, _ = qkv_weight.shape
-    for cache in (cache_k, cache_v):
-        _check_like_x(cache_name, cache, [x.shape[0], num_heads, "cached_len", head_dim], x)
-    dtype = x.dtype
-    compute = "float64" if dtype == paddle.float64 else "float32"
+    _check_like(cache_name, cache_k, [batch, num_heads, "cached_len", head_dim], x)
+    _check_like(cache_name, cache_v, [batch, num_heads, cache_k.shape[2], head_dim], x)
+    cached_len = cache_k.shape[2]
+    keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
+    _check_mask(attn_mask, [batch, num_heads, seq_len, keys])
 
-    def cast(*tensors: Any) -> Any:
-        return [None if tensor is None else paddle.cast(tensor, compute) for tensor in tensors]
+    dtype, compute = x.dtype, _compute_dtype(x)
+    with without_auto_cast():
+        h, weight, bias, linear_weight = _cast_all((x, qkv_weight, qkv_bias, linear_weight), compute)
+        if pre_layer_norm:
+            h = _layer_norm(h, *_cast_all((pre_ln_scale, pre_ln_bias), compute), pre_ln_epsilon)
+        q, k, v = paddle.unbind(_project(h, weight, bias))
+        k, v = (paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v)))
+        o = _attend(q, k, v, attn_mask, False, rate=attn_dropout_rate, training=training, mode=mode, keep=None)
+        out = residual_tail(
+            x,
+            paddle.matmul(o, linear_weight),
+            linear_bias,
+            ln_scale,
+            ln_bias,
+            ln_epsilon,
+            dropout_rate=dropout_rate,
+            training=training,
+            mode=mode,
+            add_residual=add_residual,
+            final_layer_norm=final_layer_norm,
+            dtype=dtype,
+        )
+        return out, paddle.cast(k, dtype), paddle.cast(v, dtype)
 
-    residual, weight, linear_weight, qkv_bias, linear_bias = cast(x, qkv_weight, linear_weight, qkv_bias, linear_bias)
-    h = residual
-    if pre_layer_norm:
-        h = _layer_norm(h, *cast(pre_ln_scale, pre_ln_bias), pre_ln_epsilon)
-    qkv = paddle.matmul(h, weight.reshape([3 * embed_dim, embed_dim]), transpose_y=True)
-    if qkv_bias is not None:
-        qkv = qkv + qkv_bias.reshape([3 * embed_dim])
-    q, k, v = paddle.unbind(qkv.reshape([0, 0, 3, num_heads, head_dim]).transpose([2, 0, 3, 1, 4]))
-    k = paddle.concat([*cast(cache_k), k], axis=2)
-    v = paddle.concat([*cast(cache_v), v], axis=2)
 
-    scores = paddle.matmul(q * head_dim**-0.5, k, transpose_y=True)
-    p = F.dropout(_softmax(_masked(scores, attn_mask)), attn_dropout_rate, training=training, mode=mode)
-    o = paddle.matmul(p, v).transpose([0, 2, 1, 3]).reshape([0, 0, embed_dim])
-    y = paddle.matmul(o, linear_weight)
-    if linear_bias is not None:
-        y = y + linear_bias
-    z = F.dropout(y, dropout_rate, training=training, mode=mode)
-    if add_residual:
-        z = residual + z
-    if final_layer_norm:
-        z = _layer_norm(z, *cast(ln_scale, ln_bias), ln_epsilon)
-    return paddle.cast(z, dtype), paddle.cast(k, dtype), paddle.cast(v, dtype)
+def result_dtype(x: Any) -> Any:
+    """The dtype that the operator gives a result for x, auto_cast considered."""
+    dtype = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer())
+    return x.dtype if dtype is None or x.dtype in (paddle.float64, paddle.float32) else dtype
+
+
+@paddle.jit.not_to_static
+def attention_part(
+    inputs: Sequence[Any],
+    keys: tuple,
+    *,
+    pre_layer_norm: bool,
+    numbers: tuple[float, float, float, float],
+    training: bool,
+    mode: str,
+    causal: bool,
+    draw: Any = None,
+    first_head: int = 0,
+    total_heads: int = 0,
+) -> Any:
+    """The block up to the output projection, where the queries come from x and the keys and values from the two tensors in `keys`, which
+    the first layer norm normalises as it does x. float32 at least.
+
+    Args:
+        inputs: Those of the operator; the mask broadcasts to ``[batch, num_heads, queries, keys]``.
+        keys: Two tensors ``[batch, keys, embed_dim]``.
+        draw: Gives for the shape of the scores what dropout keeps; None: Paddle's own dropout.
+        first_head, total_heads: As for the operator.
+
+    Raises:
+        TypeError, ValueError: A tensor does not fit the others.
+    """
+    auto_cast = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer()) is not None
+    with without_auto_cast():
+        if auto_cast:  # takes float tensors of several dtypes
+            inputs, keys = [*map(_as_float32, inputs[:-1]), inputs[-1]], tuple(map(_as_float32, keys))
+        _check_block(inputs, first_head, total_heads)
+        x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, _, _, qkv_bias, _, attn_mask = inputs
+        key, value = keys
+        _check_like("key", key, [x.shape[0], "keys", x.shape[2]], x, "query")
+        _check_like("value", value, list(key.shape), key, "key")
+        _check_mask(attn_mask, [x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
+
+        compute = _compute_dtype(x)
+        if 0 in x.shape:
+            return paddle.zeros(x.shape, compute)
+        if key.shape[1] == 0:  # one that nobody sees stands for none, of which Paddle makes no product
+            key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
+            attn_mask = paddle.zeros([1, 1], "bool")
+        weight, bias, linear_weight, *norm = _cast_all((qkv_weight, qkv_bias, linear_weight, pre_ln_scale, pre_ln_bias), compute)
+        projected = []
+        for i, tensor in enumerate((x, key, value)):
+            h = paddle.cast(tensor, compute)
+            if pre_layer_norm:
+                h = _layer_norm(h, *norm, numbers[0])
+            projected.append(_project(h, weight[i : i + 1], None if bias is None else bias[i : i + 1])[0])
+        keep = None if draw is None else draw([x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
+        o = _attend(*projected, attn_mask, causal, rate=numbers[3], training=training, mode=mode, keep=keep)
+        return paddle.matmul(o, linear_weight)
+
+
+def _as_float32(tensor: Any) -> Any:
+    if tensor is None or _dtype_name(tensor) not in ("float32", "float16", "bfloat16"):
+        return tensor
+    return paddle.cast(tensor, "float32")

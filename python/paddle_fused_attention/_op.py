@@ -116,9 +116,9 @@ def _load() -> Any:
     # Since Paddle 3.2 the names of the new operators are handed on.
     names = () if registered is None else (registered,)
     paddle.base.framework.OpProtoHolder.instance().update_op_proto(*names)
-    if paddle.__version__.startswith("2."):
-        # to_static there resumes wrongly in the middle of functions with keyword-only arguments; they run as they are instead.
-        core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
+    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of functions with
+    # keyword-only arguments, and on 3.3 it never ends over some jumps.
+    core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     return ctypes.CDLL(libraries[0])
 
 

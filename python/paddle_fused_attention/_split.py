@@ -6,17 +6,15 @@ The processes are those of a communication group, or of one dimension of a mesh 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Sequence
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-import paddle.nn.functional as F
-from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+from paddle.framework import in_dynamic_mode
 
 from . import _op
-from ._composed import _layer_norm
+from ._composed import attention_part, residual_tail, result_dtype, without_auto_cast
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
@@ -72,6 +70,8 @@ def attention_of_part(
     total_heads: int,
     add_up: Any,
     share: Any = None,
+    keys: tuple | None = None,
+    draw: Any = None,
     pre_layer_norm: bool,
     numbers: tuple[float, float, float, float],
     training: bool,
@@ -85,7 +85,7 @@ def attention_of_part(
 
     `inputs` are those of the operator, the mask that of these heads; `numbers` what check_arguments returns. `add_up` sums what the
     processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads. `seed` fixes the masks of
-    the attention.
+    the attention. `keys` are a key and a value other than x, which the operator does not serve, and `draw` as for ``attention_part``.
     """
     x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask = inputs
     pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = numbers
@@ -100,31 +100,44 @@ def attention_of_part(
     if seed is not None:
         switches |= _op.FIXED_SEED
     # Not in the operator: bias, dropout, residual and final layer norm come once, after the sum.
-    y = _op.fused_attention(
-        (used[0], qkv_weight, linear_weight, used[1], used[2], None, None, qkv_bias, None, attn_mask),
-        is_test=not training,
-        switches=switches,
-        numbers=(pre_ln_epsilon, ln_epsilon, 0.0, attn_dropout_rate),
-        seed=0 if seed is None else int(seed),
-        first_head=first_head,
-        total_heads=total_heads,
-    )
-    y = add_up(y)
-    # At least in float32, as in the operator.
-    dtype = y.dtype
-    compute = "float64" if dtype == paddle.float64 else "float32"
-
-    def cast(tensor: Any) -> Any:
-        return None if tensor is None else paddle.cast(tensor, compute)
-
-    # Legacy programs have no auto_cast.
-    with paddle.amp.auto_cast(enable=False) if in_dynamic_or_pir_mode() else nullcontext():
-        z = cast(y)
-        if linear_bias is not None:
-            z = z + cast(linear_bias)
-        z = F.dropout(z, dropout_rate, training=training, mode=mode)
-        if add_residual:
-            z = cast(x) + z
-        if final_layer_norm:
-            z = _layer_norm(z, cast(ln_scale), cast(ln_bias), ln_epsilon)
-        return paddle.cast(z, dtype)
+    part = (used[0], qkv_weight, linear_weight, used[1], used[2], None, None, qkv_bias, None, attn_mask)
+    if keys is None:
+        y = _op.fused_attention(
+            part,
+            is_test=not training,
+            switches=switches,
+            numbers=(pre_ln_epsilon, ln_epsilon, 0.0, attn_dropout_rate),
+            seed=0 if seed is None else int(seed),
+            first_head=first_head,
+            total_heads=total_heads,
+        )
+        dtype = y.dtype
+    else:
+        y = attention_part(
+            part,
+            keys if share is None else tuple(map(share, keys)),
+            pre_layer_norm=pre_layer_norm,
+            numbers=numbers,
+            training=training,
+            mode=mode,
+            causal=causal,
+            draw=draw,
+            first_head=first_head,
+            total_heads=total_heads,
+        )
+        dtype = result_dtype(x)
+    with without_auto_cast():
+        return residual_tail(
+            x,
+            add_up(y),
+            linear_bias,
+            ln_scale,
+            ln_bias,
+            ln_epsilon,
+            dropout_rate=dropout_rate,
+            training=training,
+            mode=mode,
+            add_residual=add_residual,
+            final_layer_norm=final_layer_norm,
+            dtype=dtype,
+        )

@@ -14,6 +14,7 @@ import paddle
 from paddle import nn
 
 from ._composed import additive_mask, attention_with_cache
+from .functional import TENSOR_ARGUMENTS
 from .layer import FusedMultiHeadAttention
 from .report import Report
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
@@ -33,7 +34,7 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         _fuse(self)
 
     def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None) -> Any:
-        src_mask = additive_mask(src_mask, src.dtype)
+        src_mask = additive_mask("src_mask", src_mask, src)
         if cache is None:
             return self._feed_forward(self.self_attn(src, attn_mask=src_mask))
         attended, new_cache = self._attend_with_cache(src, src_mask, cache)
@@ -51,25 +52,14 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
                 f"cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got {type(cache).__name__}"
             )
         fused = self.self_attn
+        inputs = (src, *(getattr(fused, name) for name in TENSOR_ARGUMENTS[1:-1]), src_mask)
         out, k, v = attention_with_cache(
-            src,
-            fused.qkv_weight,
-            fused.linear_weight,
+            inputs,
             cache.k,
             cache.v,
+            numbers=(fused.epsilon, fused.epsilon, fused.dropout_rate, fused.attn_dropout_rate),
             pre_layer_norm=fused.normalize_before,
             final_layer_norm=fused.final_layer_norm,
-            pre_ln_scale=fused.pre_ln_scale,
-            pre_ln_bias=fused.pre_ln_bias,
-            ln_scale=fused.ln_scale,
-            ln_bias=fused.ln_bias,
-            pre_ln_epsilon=fused.epsilon,
-            ln_epsilon=fused.epsilon,
-            qkv_bias=fused.qkv_bias,
-            linear_bias=fused.linear_bias,
-            attn_mask=src_mask,
-            dropout_rate=fused.dropout_rate,
-            attn_dropout_rate=fused.attn_dropout_rate,
             training=fused.training,
         )
         return out, nn.MultiHeadAttention.Cache(k, v)

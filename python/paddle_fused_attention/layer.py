@@ -10,6 +10,8 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
+from ._keys import attention_to_keys, other_keys
+from ._loading import LoadsAnyFloat
 from .functional import TENSOR_ARGUMENTS, _check_number, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -35,7 +37,7 @@ def _check_count(name: str, value: Any) -> int:
     return value
 
 
-class FusedMultiHeadAttention(nn.Layer):
+class FusedMultiHeadAttention(LoadsAnyFloat):
     """Self-attention with layer norm, projections, dropout and residual as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 
@@ -139,29 +141,34 @@ class FusedMultiHeadAttention(nn.Layer):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype.
-            key, value: None or the query itself.
-            attn_mask: As in :func:`fused_multi_head_attention`.
+            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs where both are the query: the
+                same tensor, or, in dygraph where no gradient is wanted of the three, one of the same contents. Others are served by
+                ordinary ops, which store the scores, with the same meaning, gradients and, in dygraph, dropout; ``causal`` is
+                aligned at the end, and ``normalize_before`` normalises all three.
+            attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``.
             cache: Must be None.
 
         Returns:
             ``[batch, seq_len, embed_dim]``.
 
         Raises:
-            NotImplementedError: key or value is not the query, or there is a cache.
+            NotImplementedError: There is a cache, or other keys are auto-parallel tensors.
             TypeError, ValueError: See :func:`fused_multi_head_attention`.
         """
-        for argument, tensor in (("key", key), ("value", value)):
-            if tensor is not None and tensor is not query:
-                raise NotImplementedError(
-                    f"{argument}: expected None or the query itself, of shape {list(query.shape)}, since only self-attention is "
-                    f"fused, got another tensor, of shape {list(getattr(tensor, 'shape', []))}"
-                )
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        return self._run(query, attn_mask)
+        if (key is None or key is query) and (value is None or value is query):
+            return self._run(query, attn_mask)
+        keys = other_keys(query, key, value)
+        if keys is None:
+            return self._run(query, attn_mask)
+        return self._run_to_keys(query, attn_mask, keys)
 
     def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
         return self._call(fused_multi_head_attention, query, attn_mask)
+
+    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
+        return self._call(attention_to_keys, query, attn_mask, keys=keys)
 
     def _call(self, function: Any, query: paddle.Tensor, attn_mask: paddle.Tensor | None, **arguments: Any) -> paddle.Tensor:
         # Reading them as attributes costs several microseconds: Paddle looks for each in Python.

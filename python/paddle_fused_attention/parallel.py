@@ -8,6 +8,7 @@ whole layer whatever the number of processes, since all draw from generators wit
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from paddle import nn
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
+from ._keys import kept_scores
 from ._op import TENSOR_ARGUMENTS, check_tensors
 from ._split import attention_of_part
 from .functional import check_arguments
@@ -116,6 +118,7 @@ def parallel_attention(
     ln_epsilon: float = 1e-5,
     *,
     group: Any,
+    keys: tuple | None = None,
     training: bool = True,
     mode: str = "upscale_in_train",
     final_layer_norm: bool = True,
@@ -127,7 +130,8 @@ def parallel_attention(
 
     With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
     ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every process, ``attn_mask`` included.
-    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention.
+    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention. `keys` are a key and a
+    value other than x, as for :func:`attention_to_keys`.
     """
     if group is not None and not in_dynamic_mode():
         raise NotImplementedError(
@@ -142,8 +146,15 @@ def parallel_attention(
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
+    draws = keys is not None and in_dynamic_mode() and training
     return attention_of_part(
         (*inputs[:-1], _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)),
+        keys=keys,
+        draw=functools.partial(
+            kept_scores, like=x, rate=numbers[3], seed=seed, first_head=first_head, total_heads=total_heads
+        )
+        if draws
+        else None,
         first_head=first_head,
         total_heads=total_heads,
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
@@ -271,6 +282,9 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
 
     def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
         return self._call(parallel_attention, query, attn_mask, group=self.group)
+
+    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
+        return self._call(parallel_attention, query, attn_mask, group=self.group, keys=keys)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"

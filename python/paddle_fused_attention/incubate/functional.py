@@ -143,8 +143,21 @@ def fused_multi_head_attention(
         return fused.fused_multi_head_attention(x, qkv_weight, linear_weight, **arguments, seed=seed or None)
     if group is not None:
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
+    inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
+    numbers = fused.check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, None)
     if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
         raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
     cache_k, cache_v = paddle.unbind(cache_kv)
-    out, k, v = attention_with_cache(x, qkv_weight, linear_weight, cache_k, cache_v, **arguments, cache_name="cache_kv[0]")
+    out, k, v = attention_with_cache(
+        inputs,
+        cache_k,
+        cache_v,
+        numbers=numbers,
+        pre_layer_norm=pre_layer_norm,
+        final_layer_norm=not pre_layer_norm,
+        training=training,
+        mode=mode,
+        add_residual=add_residual,
+        cache_name="cache_kv[0]",
+    )
     return out, paddle.stack([k, v])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._composed import additive_mask
-from ..parallel import group_of_ring
-from .functional import fused_multi_head_attention
+from .._keys import attention_to_keys, other_keys
+from .._loading import LoadsAnyFloat
+from ..parallel import group_of_ring, parallel_attention
+from .functional import _packed, fused_multi_head_attention
 
 __all__ = ["FusedMultiHeadAttention"]
 
 
-class FusedMultiHeadAttention(BuiltIn):
+class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
     """The built-in layer, with its parameters and attributes; only the computation is this package's.
 
     As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it: AMP's
@@ -113,14 +116,28 @@ class FusedMultiHeadAttention(BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: Unused, as in Paddle: keys and values are the query's.
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever they are; here others
+                than the query are computed as what they are, by ordinary ops: see
+                :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
             attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and integer
                 masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
             cache: ``cache_kv`` of the function, or None.
 
         Returns:
             ``[batch, seq_len, embed_dim]``, with a cache a tuple of that and the new cache.
+
+        Raises:
+            TypeError, ValueError: See the function.
+            NotImplementedError: key or value is not the query, and there is a cache.
         """
+        if (key is None or key is query) and (value is None or value is query):
+            return self._attend_to_itself(query, attn_mask, cache)
+        keys = other_keys(query, key, value)
+        if keys is None:
+            return self._attend_to_itself(query, attn_mask, cache)
+        return self._attend_to_keys(query, attn_mask, cache, keys)
+
+    def _attend_to_itself(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None) -> Any:
         return fused_multi_head_attention(
             query,
             self.qkv_weight,
@@ -134,7 +151,7 @@ class FusedMultiHeadAttention(BuiltIn):
             self.qkv_bias,
             self.linear_bias,
             cache,
-            additive_mask(attn_mask, query.dtype),
+            additive_mask("attn_mask", attn_mask, query),
             self.dropout_rate,
             self.attn_dropout_rate,
             self._epsilon,
@@ -143,4 +160,38 @@ class FusedMultiHeadAttention(BuiltIn):
             num_heads=self.num_heads,
             transpose_qkv_wb=self.transpose_qkv_wb,
             name=self.name,
+        )
+
+    def _attend_to_keys(
+        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
+    ) -> paddle.Tensor:
+        if cache is not None:
+            raise NotImplementedError(f"cache: expected None with a key or a value other than query, got {type(cache).__name__}")
+        if len(query.shape) != 3:
+            raise ValueError(f"query: expected shape [batch, seq_len, embed_dim], got {list(query.shape)}")
+        group = group_of_ring(self._ring_id)
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if self.transpose_qkv_wb:
+            weight, bias = _packed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
+        function = attention_to_keys if group is None else functools.partial(parallel_attention, group=group)
+        return function(
+            query,
+            weight,
+            self.linear_weight,
+            self.normalize_before,
+            self.pre_ln_scale,
+            self.pre_ln_bias,
+            self.ln_scale,
+            self.ln_bias,
+            self._epsilon,
+            bias,
+            self.linear_bias,
+            additive_mask("attn_mask", attn_mask, query),
+            self.dropout_rate,
+            self.attn_dropout_rate,
+            self._epsilon,
+            keys=keys,
+            training=self.training,
+            final_layer_norm=not self.normalize_before,
+            seed=paddle.static.default_main_program().random_seed or None,
         )

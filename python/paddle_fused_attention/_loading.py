@@ -1,0 +1,70 @@
+"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading starts from."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.framework import in_dynamic_mode
+
+_FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)
+
+
+class LoadsAnyFloat(nn.Layer):
+    """A layer whose parameters ``set_state_dict`` casts to, be it called on the layer or on one that holds it; Paddle's own refuse every
+    dtype but their own. After ``to(dtype="bfloat16")`` layer-norm parameters are float32, and checkpoints may be bfloat16 as a whole."""
+
+    def _state_dict_impl(
+        self,
+        destination: Any = None,
+        include_sublayers: bool = True,
+        structured_name_prefix: str = "",
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
+        if in_dynamic_mode() and _is_loading():
+            for name, parameter in self._parameters.items():
+                if parameter is not None:
+                    state[structured_name_prefix + name] = _Target(parameter)
+        return state
+
+
+def _is_loading() -> bool:
+    """Whether it is set_state_dict that asks for the state dict, the layers in between aside. Paddle tells layers in no other way."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name == "_state_dict_impl":
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "set_state_dict"
+
+
+class _Target:
+    """A parameter for set_state_dict, with a set_value that casts."""
+
+    def __init__(self, parameter: paddle.Tensor) -> None:
+        self._parameter = parameter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parameter, name)
+
+    def __len__(self) -> int:
+        return len(self._parameter)
+
+    def set_value(self, value: Any) -> None:
+        self._parameter.set_value(_cast(value, self._parameter.dtype))
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in NumPy."""
+    if isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype == np.uint16):
+        tensor = paddle.to_tensor(value, place=paddle.CPUPlace())
+    elif isinstance(value, paddle.Tensor):
+        tensor = value
+    else:
+        return value
+    if tensor.dtype == dtype or tensor.dtype not in _FLOAT_DTYPES or dtype not in _FLOAT_DTYPES:
+        return value
+    return paddle.cast(tensor.detach(), dtype)
