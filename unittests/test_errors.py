@@ -322,7 +322,7 @@ def test_the_same_from_layers(kind):
         ("x", lambda: incubate(make(x))),
         ("x", lambda: encoder(make(x))),
         ("attn_mask", lambda: incubate(x, attn_mask=make(keep))),
-        ("attn_mask", lambda: encoder(x, make(keep))),
+        ("src_mask", lambda: encoder(x, make(keep))),
         ("qkv_weight", lambda: transposed(make(weight), bias)),
         ("qkv_bias", lambda: transposed(weight, make(bias))),
         ("cache_kv", lambda: incubate(x, cache=make(cache))),
@@ -364,7 +364,8 @@ def test_dygraph_layers_in_static_mode(kind):
         if kind in ("incubate", "converted"):
             with pytest.raises(TypeError) as raised:
                 layer(x, None, None, mask) if kind == "incubate" else layer(x, mask)
-            check_message(raised, "attn_mask", ["static graph", "dygraph"])
+            name = "attn_mask" if kind == "incubate" else "src_mask"
+            check_message(raised, name, ["static graph", "dygraph"])
 
 
 @pytest.mark.parametrize("argument", list(good()))

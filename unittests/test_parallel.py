@@ -192,8 +192,8 @@ def test_one_process():
     x = paddle.to_tensor(worker.make_batch(1)[0])
     np.testing.assert_allclose(layer(x).numpy(), single(x).numpy(), rtol=0, atol=1e-5)
     assert layer.degree == 1 and "degree=1" in repr(layer)
-    with pytest.raises(NotImplementedError, match="key: expected None or the query itself"):
-        layer(x, key=x + 1)
+    keys = dict(key=x + 1, value=x * 2)
+    np.testing.assert_allclose(layer(x, **keys).numpy(), single(x, **keys).numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("full_graph", [True, False])
