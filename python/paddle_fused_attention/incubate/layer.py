@@ -36,7 +36,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         normalize_before: Whether the input is layer-normalised (True) or the output (False).
         need_weights: False.
         qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
-            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out.
+            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are applied to the
+            parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for that of a convolution.
         epsilon: Of the layer norm.
         nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``, which divides
             num_heads, and its id: see the function. 1 and -1: none.
