@@ -391,6 +391,14 @@ BAD_ARGUMENTS = [
     (dict(embed_dim=24, num_heads=4, attn_dropout_rate=-0.5), ValueError, ["attn_dropout_rate", "-0.5"]),
     (dict(embed_dim=24, num_heads=4, kdim=32), (ValueError, NotImplementedError), ["kdim", "24", "32"]),
     (dict(embed_dim=24, num_heads=4, vdim=32), (ValueError, NotImplementedError), ["vdim", "24", "32"]),
+    (dict(embed_dim=24.0, num_heads=4), TypeError, ["embed_dim", "int", "24.0"]),
+    (dict(embed_dim=10**400, num_heads=4), ValueError, ["embed_dim", "2^31"]),
+    (dict(embed_dim=24, num_heads=np.bool_(True)), TypeError, ["num_heads", "int", "True"]),
+    (dict(embed_dim=24, num_heads="4"), TypeError, ["num_heads", "int", "'4'"]),
+    (dict(embed_dim=24, num_heads=4, dropout_rate=np.str_("0.1")), TypeError, ["dropout_rate", "0.1"]),
+    (dict(embed_dim=24, num_heads=4, epsilon=10**400), ValueError, ["epsilon", "1000"]),
+    (dict(embed_dim=24, num_heads=4, causal="False"), TypeError, ["causal", "bool", "'False'"]),
+    (dict(embed_dim=24, num_heads=4, normalize_before=None), TypeError, ["normalize_before", "bool", "None"]),
     (dict(embed_dim=24, num_heads=4, need_weights=True), NotImplementedError, ["need_weights", "False", "True"]),
 ]
 
@@ -403,12 +411,17 @@ def test_bad_arguments(arguments, error, words):
         assert word in str(raised.value), str(raised.value)
 
 
+def test_sizes_of_numpy_are_welcome():
+    layer = FusedMultiHeadAttention(np.int64(24), np.int32(4), np.float32(0.5), final_layer_norm=np.bool_(False))
+    assert type(layer.embed_dim) is type(layer.head_dim) is int and layer.dropout_rate == 0.5 and layer.ln_scale is None
+
+
 def test_kdim_and_vdim_may_be_the_embed_dim():
     FusedMultiHeadAttention(24, 4, kdim=24, vdim=24)
 
 
 @pytest.mark.parametrize("argument", ["key", "value", "cache"])
-def test_cross_attention_is_refused(argument):
+def test_keys_and_values_of_two_lengths_and_caches_are_refused(argument):
     layer = make_layer()
     x = paddle.to_tensor(make_x())
     other = paddle.to_tensor(make_x(seq_len=9))

@@ -12,20 +12,12 @@ from paddle.framework import in_dynamic_mode
 from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
-from .functional import TENSOR_ARGUMENTS, _check_number, fused_multi_head_attention
+from .functional import TENSOR_ARGUMENTS, _check_number, check_count, check_switches, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 _PARAMETERS = TENSOR_ARGUMENTS[1:-1]  # all but x and the mask
 _NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 _SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
 
 
 class FusedMultiHeadAttention(LoadsAnyFloat):
@@ -79,8 +71,15 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         add_residual: bool = True,
     ) -> None:
         super().__init__(name_scope=name)
-        self.embed_dim = _check_count("embed_dim", embed_dim)
-        self.num_heads = _check_count("num_heads", num_heads)
+        self.embed_dim = embed_dim = check_count("embed_dim", embed_dim)
+        self.num_heads = num_heads = check_count("num_heads", num_heads)
+        check_switches(
+            normalize_before=normalize_before,
+            need_weights=need_weights,
+            final_layer_norm=final_layer_norm,
+            causal=causal,
+            add_residual=add_residual,
+        )
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
         self.head_dim = embed_dim // num_heads
@@ -263,6 +262,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         biases = [projection.bias for projection in projections]
         if any((bias is None) != (biases[0] is None) for bias in biases):
             raise ValueError("mha: expected biases in all four projections or in none")
+        check_switches(normalize_before=normalize_before)
         normalize_before = bool(normalize_before) and norm is not None
         layer = cls(
             mha.embed_dim,
