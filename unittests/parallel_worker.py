@@ -90,6 +90,21 @@ def gradients():
     return {"x": x.grad.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()}}
 
 
+def gradients_with_keys(key_len):
+    """Of a layer whose keys and values are other tensors; where they are as long as the query they are its copies."""
+    layer = make_network().second
+    query = make_batch(0)[0]
+    rng = np.random.default_rng(7)
+    arrays = [query, *(query if key_len == SEQ_LEN else rng.standard_normal((BATCH, key_len, EMBED_DIM)) for _ in range(2))]
+    tensors = [paddle.to_tensor(a.astype("float32"), stop_gradient=False) for a in arrays]
+    mask = paddle.to_tensor(np.random.default_rng(9).random((BATCH, NUM_HEADS, SEQ_LEN, key_len)) > 0.3)
+    paddle.seed(12)
+    out = layer(*tensors, mask)
+    (out * paddle.arange(EMBED_DIM, dtype="float32")).square().mean().backward()
+    found = {"out": out.numpy(), **{name: t.grad.numpy() for name, t in zip(("query", "key", "value"), tensors)}}
+    return {**found, **{name: p.grad.numpy() for name, p in layer.named_parameters()}}
+
+
 def evaluate(dtype):
     """The second block's result in evaluation mode."""
     layer = make_network().second
@@ -129,6 +144,9 @@ def run_both(directory):
     results["clipped"] = train(make_network(), range(5), ParallelClipGradByGlobalNorm(0.1))
     for name, gradient in gradients().items():
         results[f"gradient/{name}"] = gradient
+    for key_len in (SEQ_LEN, 10):
+        for name, array in gradients_with_keys(key_len).items():
+            results[f"keys {key_len}/{name}"] = array
     for dtype in ("float32", "float16", "bfloat16"):
         results[f"evaluated/{dtype}"] = evaluate(dtype)
     return results
@@ -229,18 +247,20 @@ def run_ring():
             for name, parameter in whole.named_parameters():
                 getattr(part, name).set_value(np.ascontiguousarray(share_of(name, parameter.numpy(), transposed)))
             gradients = []
-            for layer in (whole, part):
+            for layer, copies in ((whole, False), (part, False), (part, True)):
                 paddle.seed(8)
+                layer.clear_gradients()
                 inputs = x.clone().detach()
                 inputs.stop_gradient = False
-                out = layer(inputs, attn_mask=mask)
+                out = layer(inputs, inputs * 1.0, inputs * 1.0, mask) if copies else layer(inputs, attn_mask=mask)
                 (out**2).mean().backward()
                 gradients.append({"out": out.numpy(), "x": inputs.grad.numpy()})
                 gradients[-1].update({name: p.grad.numpy() for name, p in layer.named_parameters()})
             for name, value in gradients[0].items():
                 scale = np.abs(value).max() + 1e-3
                 expected = share_of(name, value, transposed) if name in dict(whole.named_parameters()) else value
-                results[f"ring/{transposed}/{pre}/{name}"] = np.abs(gradients[1][name] - expected).max() / scale
+                for kind, found in zip(("itself", "copies"), gradients[1:]):
+                    results[f"ring/{transposed}/{pre}/{kind}/{name}"] = np.abs(found[name] - expected).max() / scale
     part_of = functools.partial(incubate.FusedMultiHeadAttention, EMBED_DIM, NUM_HEADS, ring_id=0)
     cache = paddle.zeros([2, BATCH, NUM_HEADS // degree, 1, EMBED_DIM // NUM_HEADS])
     results["error/ring size"] = error_of(lambda: part_of(nranks=4))

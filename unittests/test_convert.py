@@ -467,3 +467,28 @@ def test_to_static():
         static.set_state_dict(model.state_dict())
         static.eval()
         check("out", static(x, mask).numpy(), expected, "float32")
+
+
+def test_masks_that_are_none():
+    layer = convert(encoder_layer())
+    cache = layer.gen_cache(make_x())
+    for mask, word in ((paddle.ones([SEQ, SEQ], "complex64"), "complex64"), (np.ones((SEQ, SEQ)), "ndarray")):
+        for arguments in ((), (cache,)):
+            with pytest.raises(TypeError) as raised:
+                layer(make_x(), mask, *arguments)
+            assert str(raised.value).startswith("src_mask:") and word in str(raised.value)
+
+
+def test_inputs_and_caches_that_do_not_fit():
+    layer = convert(encoder_layer())
+    cache = layer.gen_cache(make_x())
+    for arguments, error, start in (
+        ((np.ones((BATCH, SEQ, EMBED)),), TypeError, "src:"),
+        ((make_x(), None, cache._replace(k=cache.k[:, :1])), ValueError, "cache:"),
+        ((make_x(), None, cache._replace(v=paddle.zeros([BATCH, HEADS, 1, EMBED // HEADS]))), ValueError, "cache:"),
+        ((make_x(), None, cache._replace(k=cache.k.astype("float64"))), TypeError, "cache:"),
+        ((make_x(), None, cache._replace(v=None)), TypeError, "cache.v:"),
+    ):
+        with pytest.raises(error) as raised:
+            layer(*arguments)
+        assert str(raised.value).startswith(start), raised.value

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import paddle_fused_attention as pfa
 import pytest
-from paddle_fused_attention import fused_multi_head_attention
+from paddle_fused_attention import full_state_dict, fused_multi_head_attention, incubate, load_full_state_dict
 from runners import static_mode
 
 B, S, H, D = 2, 5, 4, 6
@@ -115,6 +115,36 @@ BAD_SWITCHES = [
     ("ln_epsilon", "small", TypeError, ["'small'"]),
     ("seed", 1.5, TypeError, ["int", "1.5"]),
     ("seed", "one", TypeError, ["int", "'one'"]),
+    ("dropout_rate", 10**400, ValueError, ["[0, 1]", "1000"]),
+    ("dropout_rate", 10**5000, ValueError, ["[0, 1]", "bits"]),
+    ("dropout_rate", -(10**400), ValueError, ["[0, 1]", "-1000"]),
+    ("dropout_rate", np.str_("0.1"), TypeError, ["[0, 1]", "0.1"]),
+    ("dropout_rate", np.bool_(True), TypeError, ["[0, 1]", "True"]),
+    ("dropout_rate", np.complex64(0.1), TypeError, ["[0, 1]", "0.1"]),
+    ("dropout_rate", 0.1j, TypeError, ["[0, 1]", "0.1j"]),
+    ("dropout_rate", np.array([0.1]), TypeError, ["[0, 1]", "0.1"]),
+    ("dropout_rate", np.float32("nan"), ValueError, ["[0, 1]", "nan"]),
+    ("attn_dropout_rate", paddle.to_tensor(0.5), TypeError, ["[0, 1]", "Tensor"]),
+    ("attn_dropout_rate", np.bytes_(b"0.5"), TypeError, ["[0, 1]", "0.5"]),
+    ("ln_epsilon", 10**400, ValueError, ["at least 0", "1000"]),
+    ("ln_epsilon", np.str_("1e-5"), TypeError, ["at least 0", "1e-5"]),
+    ("pre_ln_epsilon", np.bool_(False), TypeError, ["at least 0", "False"]),
+    ("pre_ln_epsilon", np.complex128(1), TypeError, ["at least 0", "1"]),
+    ("mode", ["upscale_in_train"], ValueError, ["upscale_in_train", "downscale_in_infer"]),
+    ("mode", np.array(["upscale_in_train", "x"]), ValueError, ["upscale_in_train", "downscale_in_infer"]),
+    ("mode", 0, ValueError, ["upscale_in_train", "0"]),
+    ("seed", paddle.to_tensor(3), TypeError, ["int", "Tensor"]),
+    ("seed", np.array(1.5), TypeError, ["int", "1.5"]),
+    ("seed", np.array(3), TypeError, ["int", "3"]),
+    ("seed", np.float64(3), TypeError, ["int", "3"]),
+    ("seed", np.bool_(True), TypeError, ["int", "True"]),
+    ("seed", 10**5000, ValueError, ["64 bits"]),
+    ("causal", "False", TypeError, ["bool", "'False'"]),
+    ("training", paddle.to_tensor(True), TypeError, ["bool", "Tensor"]),
+    ("training", None, TypeError, ["bool", "None"]),
+    ("pre_layer_norm", 2, TypeError, ["bool", "2"]),
+    ("final_layer_norm", np.array([True, False]), TypeError, ["bool"]),
+    ("add_residual", 1.0, TypeError, ["bool", "1.0"]),
     ("seed", 2**63, ValueError, ["64 bits", str(2**63)]),
     ("seed", -(2**63) - 1, ValueError, ["64 bits", str(2**63 + 1)]),
 ]
@@ -122,6 +152,10 @@ BAD_SWITCHES = [
 
 def labels(table):
     def text(value):
+        if isinstance(value, int) and abs(value) > 2**64:
+            return f"of_{value.bit_length()}_bits"
+        if isinstance(value, paddle.Tensor):
+            return "Tensor"
         if isinstance(value, np.ndarray):
             return "x".join(map(str, value.shape)) + "_" + str(value.dtype)
         return repr(value)
@@ -194,6 +228,51 @@ def test_bad_switches(argument, value, error, words):
     check_message(raised, argument, words)
 
 
+OF_INCUBATE = [row for row in BAD_SWITCHES if row[0] not in ("seed", "causal", "final_layer_norm")]
+
+
+@pytest.mark.parametrize("argument, value, error, words", OF_INCUBATE, ids=labels(OF_INCUBATE))
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+def test_bad_switches_of_incubate(cached, argument, value, error, words):
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    cache = to_tensor(zeros(2, B, H, 0, D)) if cached else None
+    with pytest.raises(error) as raised:
+        incubate.functional.fused_multi_head_attention(**tensors, cache_kv=cache, **{argument: value})
+    check_message(raised, argument, words)
+
+
+def test_numbers_of_numpy_are_welcome():
+    tensors = {name: to_tensor(a) for name, a in good().items()}
+    more = dict(training=np.bool_(True), causal=1, seed=np.int64(3), ln_epsilon=np.float32(1e-5), dropout_rate=np.float64(0.5))
+    out = fused_multi_head_attention(**tensors, **more, attn_dropout_rate=np.int32(0))
+    more = dict(training=True, causal=True, seed=3, ln_epsilon=float(np.float32(1e-5)), dropout_rate=0.5)
+    assert np.array_equal(out.numpy(), fused_multi_head_attention(**tensors, **more, attn_dropout_rate=0.0).numpy())
+
+
+BAD_WITH_CACHE = [row for row in BAD_TENSORS if row[0] not in ("x", "attn_mask")] + [
+    ("attn_mask", zeros(S, 4), ValueError, ["[2, 4, 5, 8]", "[5, 4]"]),
+    ("attn_mask", zeros(B, 1, S, S), ValueError, ["[2, 4, 5, 8]", "[2, 1, 5, 5]"]),
+    ("attn_mask", zeros(1, B, H, S, S + 3), ValueError, ["[2, 4, 5, 8]", "[1, 2, 4, 5, 8]"]),
+    ("attn_mask", zeros(B, 1, S, S + 3, dtype="complex64"), TypeError, ["complex64"]),
+    ("x", zeros(B, S, E, dtype="int32"), TypeError, ["int32", "float"]),
+    ("x", zeros(B, S, E, dtype="complex64"), TypeError, ["complex64", "float"]),
+]
+
+
+@pytest.mark.parametrize("argument, value, error, words", BAD_WITH_CACHE, ids=labels(BAD_WITH_CACHE))
+def test_bad_tensors_with_a_cache(argument, value, error, words):
+    """The way of ordinary ops checks what the operator does."""
+    arrays = {**good(), "attn_mask": np.ones((B, 1, S, S + 3), "bool"), argument: value}
+    if argument.startswith("pre_"):
+        arrays = {name: a for name, a in arrays.items() if not name.startswith("ln_")}
+    tensors = {name: to_tensor(a) for name, a in arrays.items()}
+    with pytest.raises(error) as raised:
+        incubate.functional.fused_multi_head_attention(
+            **tensors, cache_kv=to_tensor(zeros(2, B, H, 3, D)), pre_layer_norm=argument.startswith("pre_")
+        )
+    check_message(raised, argument, words)
+
+
 def test_16_bit_x():
     """float32 layer-norm parameters are welcome with it; other dtypes are not, nor float32 biases."""
     tensors = {name: to_tensor(a) for name, a in good().items()}
@@ -204,6 +283,17 @@ def test_16_bit_x():
         with pytest.raises(TypeError) as raised:
             fused_multi_head_attention(**dict(tensors, **{name: to_tensor(good()[name].astype(dtype))}))
         check_message(raised, name, ["float16", "bfloat16" if dtype == "uint16" else dtype])
+
+
+@pytest.mark.parametrize("model", [None, {}, np.zeros(3), "model"], ids=str)
+def test_full_state_dicts_of_no_layer(model):
+    for call in (full_state_dict, lambda model: load_full_state_dict(model, {})):
+        with pytest.raises(TypeError) as raised:
+            call(model)
+        check_message(raised, "model", ["paddle.nn.Layer", type(model).__name__])
+    with pytest.raises(TypeError) as raised:
+        load_full_state_dict(paddle.nn.Linear(2, 2), [("weight", 1)])
+    check_message(raised, "state_dict", ["dict", "list"])
 
 
 def test_layer_norm_parameters_share_a_dtype():

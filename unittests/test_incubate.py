@@ -537,3 +537,37 @@ def test_saved_with_unknown_sizes(with_cache, transposed, shape, tmp_path):
     paddle.jit.save(Network(), str(tmp_path / "layer"), input_spec=specs)
     loaded = paddle.jit.load(str(tmp_path / "layer"))
     np.testing.assert_allclose(loaded(*inputs).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_refuses_what_is_no_mask_or_no_query():
+    layer = incubate.FusedMultiHeadAttention(EMBED, HEADS)
+    x = paddle.to_tensor(draw_arrays("float32")["x"])
+    cache = paddle.zeros([2, BATCH, HEADS, 0, HEAD_DIM])
+    for mask, word in ((paddle.ones([SEQ, SEQ], "complex64"), "complex64"), (np.ones((SEQ, SEQ)), "ndarray")):
+        for more in ({}, {"cache": cache}, {"key": x + 1, "value": x + 1}):
+            with pytest.raises(TypeError, match=f"^attn_mask: .*{word}"):
+                layer(x, attn_mask=mask, **more)
+    with pytest.raises(TypeError, match="^query: .*ndarray"):
+        layer(x.numpy(), attn_mask=paddle.ones([SEQ, SEQ], "bool"))
+
+
+@pytest.mark.parametrize(
+    "argument, value, error",
+    [
+        ("embed_dim", "12", TypeError),
+        ("num_heads", 3.0, TypeError),
+        ("dropout_rate", np.str_("0.1"), TypeError),
+        ("attn_dropout_rate", 10**400, ValueError),
+        ("epsilon", np.complex64(1), TypeError),
+        ("epsilon", float("nan"), ValueError),
+        ("normalize_before", "False", TypeError),
+        ("transpose_qkv_wb", None, TypeError),
+        ("nranks", 1.0, TypeError),
+        ("ring_id", "0", TypeError),
+        ("ring_id", None, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_layer(argument, value, error):
+    with pytest.raises(error, match=f"^{argument}: expected .*, got "):
+        incubate.FusedMultiHeadAttention(**{**dict(embed_dim=EMBED, num_heads=HEADS), argument: value})

@@ -7,8 +7,10 @@ import numpy as np
 import paddle
 import pytest
 import reference
+from paddle.nn import initializer
 from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, convert, incubate
 from reference import Config
+from runners import static_mode
 
 LAYER_NORMS = {"pre_ln_scale": [24], "pre_ln_bias": [24], "ln_scale": [24], "ln_bias": [24]}
 SHAPES = {
@@ -69,6 +71,128 @@ def test_initial_weights_spread_like_those_of_separate_projections():
     for name in ("qkv_weight", "linear_weight"):
         values = np.abs(getattr(layer, name).numpy())
         assert 0.5 * bound < values.max() < 2 * bound, name
+
+
+class Counting(initializer.Initializer):
+    """A user's own: element (i, o) of a weight [in, out] is i * out + o."""
+
+    def __call__(self, param, block=None):
+        shape = list(param.shape)
+        return initializer.Assign(np.arange(np.prod(shape), dtype="float32").reshape(shape))(param, block)
+
+
+def by_argument(make):
+    return FusedMultiHeadAttention(64, 4, weight_attr=make())
+
+
+def by_global_initializer(make):
+    initializer.set_global_initializer(make())
+    try:
+        return FusedMultiHeadAttention(64, 4)
+    finally:
+        initializer.set_global_initializer(None)
+
+
+def parallel_by_argument(make):
+    return ParallelFusedMultiHeadAttention(64, 4, weight_attr=paddle.ParamAttr(initializer=make()))
+
+
+def lazily(make):
+    with paddle.LazyGuard():
+        layer = by_argument(make)
+    for parameter in layer.parameters():
+        parameter.initialize()
+    return layer
+
+
+def initial_values(way, make, static):
+    """qkv_weight as three [in, out], and linear_weight."""
+    if not static:
+        layer = way(make)
+        weights = layer.qkv_weight.numpy(), layer.linear_weight.numpy()
+    else:
+        main, startup, scope = paddle.static.Program(), paddle.static.Program(), paddle.static.Scope()
+        with static_mode(), paddle.static.program_guard(main, startup), paddle.static.scope_guard(scope):
+            layer = way(make)
+            executor = paddle.static.Executor(paddle.CPUPlace())
+            executor.run(startup)
+            weights = executor.run(main, fetch_list=[layer.qkv_weight, layer.linear_weight])
+    return [part.reshape(64, 64).T for part in weights[0]], weights[1]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dygraph", "static"])
+@pytest.mark.parametrize("way", [by_argument, by_global_initializer, parallel_by_argument])
+@pytest.mark.parametrize("name", ["XavierNormal", "XavierUniform", "KaimingNormal", "KaimingUniform"])
+def test_initializers_see_the_fans_of_separate_projections(name, way, static):
+    paddle.seed(3)
+    parts, linear = initial_values(way, getattr(initializer, name), static)
+    deviation = np.sqrt(2 / (64 + 64) if name.startswith("Xavier") else 2 / 64)
+    for part in (*parts, linear):
+        assert abs(part.std() / deviation - 1) < 0.1
+    assert not np.array_equal(parts[0], parts[1]) and not np.array_equal(parts[1], parts[2])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dygraph", "static"])
+@pytest.mark.parametrize("way", [by_argument, by_global_initializer, parallel_by_argument])
+def test_each_projection_is_orthogonal(way, static):
+    parts, linear = initial_values(way, initializer.Orthogonal, static)
+    for part in (*parts, linear):
+        np.testing.assert_allclose(part @ part.T, np.eye(64), atol=1e-5)
+    assert not np.array_equal(parts[0], parts[1]) and not np.array_equal(parts[1], parts[2])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dygraph", "static"])
+@pytest.mark.parametrize("make", [Counting, lambda: initializer.Assign(np.arange(64.0 * 64).reshape(64, 64))], ids=["own", "Assign"])
+def test_what_is_named_for_one_projection_is_for_each(make, static):
+    parts, linear = initial_values(by_argument, make, static)
+    for part in (*parts, linear):
+        np.testing.assert_array_equal(part, np.arange(64.0 * 64).reshape(64, 64))
+
+
+@pytest.mark.parametrize("make", [initializer.XavierNormal, Counting, initializer.Normal], ids=["XavierNormal", "own", "Normal"])
+def test_lazy_initialization(make):
+    parts, _ = initial_values(lazily, make, False)
+    if make is Counting:
+        np.testing.assert_array_equal(parts[1], np.arange(64.0 * 64).reshape(64, 64))
+    else:
+        assert abs(parts[1].std() / (1.0 if make is initializer.Normal else 0.125) - 1) < 0.1
+
+
+def test_initializers_of_biases():
+    layer = FusedMultiHeadAttention(24, 4, bias_attr=Counting())
+    np.testing.assert_array_equal(layer.qkv_bias.numpy().reshape(3, 24), [np.arange(24)] * 3)
+    np.testing.assert_array_equal(layer.linear_bias.numpy(), np.arange(24))
+    deviation = FusedMultiHeadAttention(1024, 4, bias_attr=initializer.XavierNormal()).qkv_bias.numpy().std()
+    assert abs(deviation / np.sqrt(2 / 2048) - 1) < 0.1
+
+
+@pytest.mark.parametrize("name, make", [("Normal", lambda: initializer.Normal(1.0, 0.5)), ("Uniform", initializer.Uniform)])
+def test_initializers_of_each_element_draw_the_parameter_at_once(name, make):
+    paddle.seed(9)
+    expected = paddle.create_parameter([3, 4, 16, 64], "float32", attr=paddle.ParamAttr(initializer=make()))
+    paddle.seed(9)
+    assert np.array_equal(by_argument(make).qkv_weight.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "argument, value, error, words",
+    [
+        ("weight_attr", False, ValueError, ["False"]),
+        ("weight_attr", 3, TypeError, ["ParamAttr", "int"]),
+        ("weight_attr", [None], TypeError, ["ParamAttr", "list"]),
+        ("bias_attr", 0.5, TypeError, ["ParamAttr", "float"]),
+        ("weight_attr", initializer.Assign(np.zeros((3, 24, 24))), ValueError, ["[24, 24]", "[3, 24, 24]"]),
+        ("weight_attr", initializer.Assign(np.zeros((3, 4, 6, 24))), ValueError, ["[24, 24]", "[3, 4, 6, 24]", "linear_weight"]),
+        ("bias_attr", initializer.Assign(np.zeros(72)), ValueError, ["[24]", "[72]"]),
+    ],
+    ids=str,
+)
+def test_bad_attributes(argument, value, error, words):
+    with pytest.raises(error) as raised:
+        FusedMultiHeadAttention(24, 4, **{argument: value})
+    assert str(raised.value).startswith(f"{argument}:")
+    for word in words:
+        assert word in str(raised.value), raised.value
 
 
 def test_attributes_and_initializers():
@@ -267,6 +391,14 @@ BAD_ARGUMENTS = [
     (dict(embed_dim=24, num_heads=4, attn_dropout_rate=-0.5), ValueError, ["attn_dropout_rate", "-0.5"]),
     (dict(embed_dim=24, num_heads=4, kdim=32), (ValueError, NotImplementedError), ["kdim", "24", "32"]),
     (dict(embed_dim=24, num_heads=4, vdim=32), (ValueError, NotImplementedError), ["vdim", "24", "32"]),
+    (dict(embed_dim=24.0, num_heads=4), TypeError, ["embed_dim", "int", "24.0"]),
+    (dict(embed_dim=10**400, num_heads=4), ValueError, ["embed_dim", "2^31"]),
+    (dict(embed_dim=24, num_heads=np.bool_(True)), TypeError, ["num_heads", "int", "True"]),
+    (dict(embed_dim=24, num_heads="4"), TypeError, ["num_heads", "int", "'4'"]),
+    (dict(embed_dim=24, num_heads=4, dropout_rate=np.str_("0.1")), TypeError, ["dropout_rate", "0.1"]),
+    (dict(embed_dim=24, num_heads=4, epsilon=10**400), ValueError, ["epsilon", "1000"]),
+    (dict(embed_dim=24, num_heads=4, causal="False"), TypeError, ["causal", "bool", "'False'"]),
+    (dict(embed_dim=24, num_heads=4, normalize_before=None), TypeError, ["normalize_before", "bool", "None"]),
     (dict(embed_dim=24, num_heads=4, need_weights=True), NotImplementedError, ["need_weights", "False", "True"]),
 ]
 
@@ -279,12 +411,17 @@ def test_bad_arguments(arguments, error, words):
         assert word in str(raised.value), str(raised.value)
 
 
+def test_sizes_of_numpy_are_welcome():
+    layer = FusedMultiHeadAttention(np.int64(24), np.int32(4), np.float32(0.5), final_layer_norm=np.bool_(False))
+    assert type(layer.embed_dim) is type(layer.head_dim) is int and layer.dropout_rate == 0.5 and layer.ln_scale is None
+
+
 def test_kdim_and_vdim_may_be_the_embed_dim():
     FusedMultiHeadAttention(24, 4, kdim=24, vdim=24)
 
 
 @pytest.mark.parametrize("argument", ["key", "value", "cache"])
-def test_cross_attention_is_refused(argument):
+def test_keys_and_values_of_two_lengths_and_caches_are_refused(argument):
     layer = make_layer()
     x = paddle.to_tensor(make_x())
     other = paddle.to_tensor(make_x(seq_len=9))

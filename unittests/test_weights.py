@@ -5,8 +5,10 @@ import paddle
 import pytest
 from paddle_fused_attention import (
     FusedMultiHeadAttention,
+    convert,
     pack_qkv_bias,
     pack_qkv_weight,
+    revert,
     unpack_qkv_bias,
     unpack_qkv_weight,
 )
@@ -60,6 +62,41 @@ def test_the_packed_weight_is_a_copy():
     before = packed.copy()
     separate[0][:] = 0
     assert np.array_equal(packed, before) and packed.flags.c_contiguous
+
+
+@pytest.mark.parametrize("wrap", [lambda a: a, paddle.to_tensor], ids=["numpy", "tensor"])
+def test_what_is_unpacked_is_contiguous_and_a_copy(wrap):
+    """Writers of files take the memory as it lies."""
+    packed = [wrap(a) for a in (*matrices(1, (3, HEADS, DIM, EMBED)), *matrices(1, (3, HEADS, DIM)))]
+    parts = [*unpack_qkv_weight(packed[0]), *unpack_qkv_bias(packed[1])]
+    assert all(part.flags.c_contiguous if isinstance(part, np.ndarray) else part.is_contiguous() for part in parts)
+    before = [np.array(part) for part in parts]
+    for whole in packed:
+        if isinstance(whole, np.ndarray):
+            whole[...] = 0
+        else:
+            whole.zero_()
+    for part, wanted in zip(parts, before):
+        assert np.array_equal(np.asarray(part), wanted)
+
+
+def test_unpacking_passes_gradients_on():
+    weight = paddle.to_tensor(matrices(1, (3, HEADS, DIM, EMBED))[0], stop_gradient=False)
+    unpack_qkv_weight(weight)[1][:, 0].sum().backward()
+    wanted = np.zeros(weight.shape)
+    wanted[1, 0, 0] = 1
+    assert np.array_equal(weight.grad.numpy(), wanted)
+
+
+def test_all_parameters_that_are_handed_out_are_contiguous():
+    layers = [FusedMultiHeadAttention(EMBED, HEADS)]
+    layers += layers[0].to_multi_head_attention()
+    layers.append(FusedMultiHeadAttention.from_multi_head_attention(*layers[1:]))
+    encoder = convert(paddle.nn.TransformerEncoderLayer(EMBED, HEADS, 8))
+    layers += [encoder, revert(encoder)]
+    for layer in layers:
+        for name, value in layer.state_dict().items():
+            assert value.is_contiguous(), name
 
 
 def square(*shape):

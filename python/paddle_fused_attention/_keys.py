@@ -12,7 +12,7 @@ from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
 from ._composed import attention_part, residual_tail, result_dtype, used_inputs, without_auto_cast
-from .functional import _check_tensor, check_arguments, fused_multi_head_attention
+from .functional import _check_tensor, check_arguments, check_switches, fused_multi_head_attention
 
 
 @paddle.jit.not_to_static
@@ -111,6 +111,13 @@ def attention_to_keys(
     """
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
+    check_switches(
+        pre_layer_norm=pre_layer_norm,
+        training=training,
+        final_layer_norm=final_layer_norm,
+        add_residual=add_residual,
+        causal=causal,
+    )
     inputs = used_inputs(inputs, pre_layer_norm, final_layer_norm)
     draws = in_dynamic_mode() and training and (numbers[2] > 0.0 or numbers[3] > 0.0)
     state = _generator(x).get_state() if draws else None

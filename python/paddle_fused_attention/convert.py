@@ -14,7 +14,7 @@ import paddle
 from paddle import nn
 
 from ._composed import additive_mask, attention_with_cache
-from .functional import TENSOR_ARGUMENTS
+from .functional import TENSOR_ARGUMENTS, _check_tensor
 from .layer import FusedMultiHeadAttention
 from .report import Report
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
@@ -34,6 +34,7 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         _fuse(self)
 
     def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None) -> Any:
+        _check_tensor("src", src, required=True)
         src_mask = additive_mask("src_mask", src_mask, src)
         if cache is None:
             return self._feed_forward(self.self_attn(src, attn_mask=src_mask))
@@ -51,6 +52,8 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
             raise NotImplementedError(
                 f"cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got {type(cache).__name__}"
             )
+        for name in ("k", "v"):
+            _check_tensor(f"cache.{name}", getattr(cache, name), required=True)
         fused = self.self_attn
         inputs = (src, *(getattr(fused, name) for name in TENSOR_ARGUMENTS[1:-1]), src_mask)
         out, k, v = attention_with_cache(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, Sequence
 
+import numpy as np
 import paddle
 
 from . import _op
@@ -36,16 +38,45 @@ _TENSOR_TYPES = _tensor_types()
 _OPTIONAL_TENSOR_TYPES = (type(None), *_TENSOR_TYPES)
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, _TENSOR_TYPES):
+        return f"a {type(value).__name__}"
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no int of thousands of digits
+        return f"an int of {value.bit_length()} bits"
+
+
 def _check_number(name: str, value: Any, low: float, high: float) -> float:
     if type(value) is float and low <= value <= high and value != _INFINITY:
         return value
     expected = f"a number in [{low:g}, {high:g}]" if high != _INFINITY else f"a number of at least {low:g}"
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    number = float(value)
+    # Strings, bools, complex numbers and arrays of NumPy have a __float__ too.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = _INFINITY
     if not low <= number <= high or number == _INFINITY:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
     return number
+
+
+def check_count(name: str, value: Any) -> int:
+    """A size as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {_shown(value)}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}")
+    return int(value)
+
+
+def check_switches(**switches: Any) -> None:
+    """What is to be True or False; 1 and 0 are welcome."""
+    for name, value in switches.items():
+        if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
+            raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
 
 
 def check_arguments(
@@ -67,13 +98,13 @@ def check_arguments(
         _check_number("dropout_rate", dropout_rate, 0.0, 1.0),
         _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0),
     )
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise ValueError(f"mode: expected {_MODES[0]!r} or {_MODES[1]!r}, got {mode!r}")
     if seed is not None:
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise TypeError(f"seed: expected an int or None, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise TypeError(f"seed: expected an int or None, got {_shown(seed)}")
         if not _SEED_RANGE[0] <= seed < _SEED_RANGE[1]:
-            raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+            raise ValueError(f"seed: expected an int of 64 bits, got {_shown(seed)}")
     return numbers
 
 
@@ -149,6 +180,14 @@ def fused_multi_head_attention(
     """
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
+    if not (type(pre_layer_norm) is type(training) is type(final_layer_norm) is type(add_residual) is type(causal) is bool):
+        check_switches(
+            pre_layer_norm=pre_layer_norm,
+            training=training,
+            final_layer_norm=final_layer_norm,
+            add_residual=add_residual,
+            causal=causal,
+        )
 
     mesh_axis = mesh_axis_of_heads(x, qkv_weight)
     if mesh_axis is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import paddle
@@ -10,31 +9,15 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
+from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
-from .functional import TENSOR_ARGUMENTS, _check_number, fused_multi_head_attention
+from .functional import TENSOR_ARGUMENTS, _check_number, check_count, check_switches, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 _PARAMETERS = TENSOR_ARGUMENTS[1:-1]  # all but x and the mask
 _NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 _SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
-
-
-def _named(attr: Any, suffix: str) -> Any:
-    """The attribute for one of several parameters: a name of the user's, which must be unique, gets a suffix."""
-    if not isinstance(attr, paddle.ParamAttr) or attr.name is None:
-        return attr
-    attr = copy.copy(attr)
-    attr.name = f"{attr.name}.{suffix}"
-    return attr
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
 
 
 class FusedMultiHeadAttention(LoadsAnyFloat):
@@ -53,9 +36,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         kdim, vdim: None or embed_dim: only self-attention is fused.
         normalize_before: Whether the input is layer-normalised before the QKV projection.
         need_weights: Must be False: the attention weights are never stored.
-        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation, as for separate
-            projections. Layer-norm scales begin at one whatever it says.
-        bias_attr: ParamAttr of every bias, those of the layer norms included; False: no biases.
+        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An initializer, also one
+            of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate projections: ``qkv_weight`` becomes what three
+            weights [embed_dim, embed_dim] (in, out) would be, packed. Layer-norm scales begin at one whatever these say.
+        bias_attr: ParamAttr of every bias, those of the layer norms included, read likewise; False: no biases.
         name: Prefix of the parameters' names.
         epsilon: Of both layer norms.
         final_layer_norm: Whether the sum with the residual is layer-normalised.
@@ -87,8 +71,15 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         add_residual: bool = True,
     ) -> None:
         super().__init__(name_scope=name)
-        self.embed_dim = _check_count("embed_dim", embed_dim)
-        self.num_heads = _check_count("num_heads", num_heads)
+        self.embed_dim = embed_dim = check_count("embed_dim", embed_dim)
+        self.num_heads = num_heads = check_count("num_heads", num_heads)
+        check_switches(
+            normalize_before=normalize_before,
+            need_weights=need_weights,
+            final_layer_norm=final_layer_norm,
+            causal=causal,
+            add_residual=add_residual,
+        )
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
         self.head_dim = embed_dim // num_heads
@@ -109,25 +100,28 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
 
         # The packed weight is three projections of [embed_dim, embed_dim]; its own four dimensions would give another fan.
         xavier = nn.initializer.XavierUniform(fan_in=embed_dim, fan_out=embed_dim)
-        qkv_shape = [3, num_heads, self.head_dim, embed_dim]
-        self.qkv_weight = self.create_parameter(qkv_shape, _named(weight_attr, "qkv_weight"), default_initializer=xavier)
-        self.qkv_bias = self._create_bias(qkv_shape[:3], bias_attr, "qkv_bias")
-        self.linear_weight = self.create_parameter(
-            [embed_dim, embed_dim], _named(weight_attr, "linear_weight"), default_initializer=xavier
-        )
-        self.linear_bias = self._create_bias([embed_dim], bias_attr, "linear_bias")
-        self.pre_ln_scale = self._create_scale() if self.normalize_before else None
-        self.pre_ln_bias = self._create_bias([embed_dim], bias_attr, "pre_ln_bias") if self.normalize_before else None
-        self.ln_scale = self._create_scale() if self.final_layer_norm else None
-        self.ln_bias = self._create_bias([embed_dim], bias_attr, "ln_bias") if self.final_layer_norm else None
+        shape = [3, num_heads, self.head_dim, embed_dim]
 
-    def _create_bias(self, shape: list[int], bias_attr: Any, suffix: str) -> Any:
-        if bias_attr is False:
-            return None
-        return self.create_parameter(shape, _named(bias_attr, suffix), is_bias=True)
+        def weight(parameter_name: str, shape: list[int]) -> Any:
+            attr = attribute_of("weight_attr", weight_attr, parameter_name, shape)
+            return self.create_parameter(shape, attr, default_initializer=xavier)
 
-    def _create_scale(self) -> Any:
-        return self.create_parameter([self.embed_dim], default_initializer=nn.initializer.Constant(1.0))
+        def bias(parameter_name: str, shape: list[int]) -> Any:
+            attr = attribute_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
+            return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
+
+        def scale() -> Any:
+            ones = paddle.ParamAttr(initializer=nn.initializer.Constant(1.0))  # a default would give way to a global initializer
+            return self.create_parameter([embed_dim], ones)
+
+        self.qkv_weight = weight("qkv_weight", shape)
+        self.qkv_bias = bias("qkv_bias", shape[:3])
+        self.linear_weight = weight("linear_weight", [embed_dim, embed_dim])
+        self.linear_bias = bias("linear_bias", [embed_dim])
+        self.pre_ln_scale = scale() if self.normalize_before else None
+        self.pre_ln_bias = bias("pre_ln_bias", [embed_dim]) if self.normalize_before else None
+        self.ln_scale = scale() if self.final_layer_norm else None
+        self.ln_bias = bias("ln_bias", [embed_dim]) if self.final_layer_norm else None
 
     def forward(
         self,
@@ -268,6 +262,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         biases = [projection.bias for projection in projections]
         if any((bias is None) != (biases[0] is None) for bias in biases):
             raise ValueError("mha: expected biases in all four projections or in none")
+        check_switches(normalize_before=normalize_before)
         normalize_before = bool(normalize_before) and norm is not None
         layer = cls(
             mha.embed_dim,

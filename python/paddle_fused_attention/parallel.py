@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import nn
@@ -21,7 +23,7 @@ from paddle.framework import in_dynamic_mode
 from ._keys import kept_scores
 from ._op import TENSOR_ARGUMENTS, check_tensors
 from ._split import attention_of_part
-from .functional import check_arguments
+from .functional import _check_number, check_arguments, check_switches
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -48,8 +50,12 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
     """The group that Paddle's ``ring_id`` stands for; None for -1, or if there is nobody to talk to.
 
     Raises:
+        TypeError: ring_id or nranks is not an int.
         ValueError: There is no such group, this process is not in it, or it does not have `nranks` processes.
     """
+    for name, value in (("ring_id", ring_id), ("nranks", 1 if nranks is None else nranks)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
     group = None
     if ring_id != -1:
         with warnings.catch_warnings():
@@ -139,6 +145,13 @@ def parallel_attention(
         )
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
+    check_switches(
+        pre_layer_norm=pre_layer_norm,
+        training=training,
+        final_layer_norm=final_layer_norm,
+        add_residual=add_residual,
+        causal=causal,
+    )
     if group is not None:
         check_tensors(TENSOR_ARGUMENTS, inputs)
     if len(qkv_weight.shape) != 4:
@@ -381,7 +394,7 @@ class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
     """
 
     def __init__(self, clip_norm: float, group: Any = None) -> None:
-        super().__init__(clip_norm)
+        super().__init__(_check_number("clip_norm", clip_norm, 0.0, float("inf")))
         group = _resolve_group(group)
         self._group_id = None if group is None else group.id
 
@@ -410,12 +423,21 @@ def _split_parameters(model: nn.Layer) -> dict[str, tuple[ParallelFusedMultiHead
     return found
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Layer):
+        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+
+
 def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     """The state dict that a model would have with all its :class:`ParallelFusedMultiHeadAttention` on one process.
 
     It fits a model of any number of processes through :func:`load_full_state_dict`, and one with :class:`FusedMultiHeadAttention`
     instead. All processes of the layers' groups must call it, and each gets the whole.
+
+    Raises:
+        TypeError: model is not a layer.
     """
+    _check_model(model)
     state = model.state_dict()
     for key, (layer, name) in _split_parameters(model).items():
         if key not in state:
@@ -434,12 +456,18 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
         What ``model.set_state_dict`` does: the missing and the unexpected names.
 
     Raises:
+        TypeError: model is not a layer, or state_dict is not a dict of tensors or arrays.
         ValueError: A parameter that is to be split does not have the whole layer's shape.
     """
+    _check_model(model)
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
     state = dict(state_dict)
     for key, (layer, name) in _split_parameters(model).items():
         if key not in state or getattr(layer, name) is None:
             continue
+        if not isinstance(state[key], (paddle.Tensor, np.ndarray)):
+            raise TypeError(f"{key}: expected a Tensor or a NumPy array, got {type(state[key]).__name__}")
         expected = list(getattr(layer, name).shape)
         expected[_HEAD_AXES[name]] *= layer.degree
         if list(state[key].shape) != expected:

@@ -15,6 +15,11 @@ def _stack(arrays: list) -> Array:
     return np.ascontiguousarray(np.stack(arrays)) if isinstance(arrays[0], np.ndarray) else paddle.stack(arrays)
 
 
+def _copy(array: Array) -> Array:
+    """Dense in memory and with a memory of its own, as files of tensors want it."""
+    return np.array(array, order="C") if isinstance(array, np.ndarray) else array.clone()
+
+
 def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: str) -> int:
     """Checks three arrays of one kind, dtype and shape, [embed_dim] or [embed_dim, embed_dim]; returns embed_dim."""
     kind = np.ndarray if isinstance(arrays[0], np.ndarray) else paddle.Tensor
@@ -74,10 +79,11 @@ def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
 
 
 def unpack_qkv_weight(qkv_weight: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three ``[embed_dim, embed_dim]``."""
+    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three ``[embed_dim, embed_dim]``, contiguous
+    copies."""
     _check_packed("qkv_weight", qkv_weight, 4, "[3, num_heads, head_dim, num_heads * head_dim]")
     embed_dim = qkv_weight.shape[3]
-    wq, wk, wv = (qkv_weight[i].reshape([embed_dim, embed_dim]).T for i in range(3))
+    wq, wk, wv = (_copy(qkv_weight[i].reshape([embed_dim, embed_dim]).T) for i in range(3))
     return wq, wk, wv
 
 
@@ -93,7 +99,7 @@ def pack_qkv_bias(bq: Array, bk: Array, bv: Array, num_heads: int) -> Array:
 
 
 def unpack_qkv_bias(qkv_bias: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_bias`: ``[3, num_heads, head_dim]`` to three ``[embed_dim]``."""
+    """The inverse of :func:`pack_qkv_bias`: ``[3, num_heads, head_dim]`` to three ``[embed_dim]``, copies."""
     _check_packed("qkv_bias", qkv_bias, 3, "[3, num_heads, head_dim]")
-    bq, bk, bv = (qkv_bias[i].reshape([-1]) for i in range(3))
+    bq, bk, bv = (_copy(qkv_bias[i].reshape([-1])) for i in range(3))
     return bq, bk, bv

@@ -105,6 +105,7 @@ def fused_multi_head_attention(
         NotImplementedError: Tensor parallelism with ``cache_kv`` or in a static graph.
     """
     group = group_of_ring(ring_id)
+    fused.check_switches(transpose_qkv_wb=transpose_qkv_wb)
     for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
         fused._check_tensor(argument, value, required=True)
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
@@ -145,6 +146,7 @@ def fused_multi_head_attention(
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = fused.check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, None)
+    fused.check_switches(pre_layer_norm=pre_layer_norm, training=training, add_residual=add_residual)
     if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
         raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
     cache_k, cache_v = paddle.unbind(cache_kv)

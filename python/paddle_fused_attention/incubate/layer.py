@@ -11,6 +11,7 @@ from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 from .._composed import additive_mask
 from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
+from ..functional import _check_number, _check_tensor, check_count, check_switches
 from ..parallel import group_of_ring, parallel_attention
 from .functional import _packed, fused_multi_head_attention
 
@@ -36,7 +37,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         normalize_before: Whether the input is layer-normalised (True) or the output (False).
         need_weights: False.
         qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
-            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out.
+            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are applied to the
+            parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for that of a convolution.
         epsilon: Of the layer norm.
         nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``, which divides
             num_heads, and its id: see the function. 1 and -1: none.
@@ -44,7 +46,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         name: Shown by ``repr``.
 
     Raises:
-        ValueError: embed_dim, num_heads, nranks or ring_id does not fit, or ``need_weights``.
+        TypeError: An argument is of the wrong type.
+        ValueError: embed_dim, num_heads, a rate, epsilon, nranks or ring_id does not fit, or ``need_weights``.
     """
 
     def __init__(
@@ -71,12 +74,15 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         transpose_qkv_wb: bool = False,
         name: str | None = None,
     ) -> None:
-        if embed_dim <= 0:
-            raise ValueError(f"embed_dim: expected at least 1, got {embed_dim}")
-        if num_heads <= 0 or embed_dim % num_heads:
+        embed_dim, num_heads = check_count("embed_dim", embed_dim), check_count("num_heads", num_heads)
+        if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        check_switches(normalize_before=normalize_before, need_weights=need_weights, transpose_qkv_wb=transpose_qkv_wb)
         if need_weights:
             raise ValueError("need_weights: expected False, since the attention weights are never stored, got True")
+        dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
+        attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
+        epsilon = _check_number("epsilon", epsilon, 0.0, float("inf"))
         group_of_ring(ring_id, nranks)
         if num_heads % nranks:
             raise ValueError(f"num_heads: expected a multiple of nranks {nranks}, got {num_heads}")
@@ -130,6 +136,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             TypeError, ValueError: See the function.
             NotImplementedError: key or value is not the query, and there is a cache.
         """
+        _check_tensor("query", query, required=True)
         if (key is None or key is query) and (value is None or value is query):
             return self._attend_to_itself(query, attn_mask, cache)
         keys = other_keys(query, key, value)

@@ -1,0 +1,107 @@
+"""What an initializer that the user names means for parameters that pack three projections: what it means for three of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Sequence
+
+import paddle
+from paddle.base import framework, unique_name
+from paddle.base.initializer import _global_bias_initializer, _global_weight_initializer
+from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+from paddle.nn.initializer.assign import NumpyArrayInitializer
+from paddle.nn.initializer.constant import ConstantInitializer
+from paddle.nn.initializer.initializer import Initializer
+from paddle.nn.initializer.kaiming import MSRAInitializer
+from paddle.nn.initializer.normal import NormalInitializer, TruncatedNormalInitializer
+from paddle.nn.initializer.uniform import UniformInitializer
+from paddle.nn.initializer.xavier import XavierInitializer
+
+_FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
+
+
+def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
+    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False for no parameter.
+
+    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one included, is applied
+    to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out, or [embed_dim].
+
+    Raises:
+        TypeError, ValueError: `attr` is none, or assigns an array of another shape; errors call it `argument`.
+    """
+    if isinstance(attr, (list, tuple)):
+        raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}")
+    try:
+        attr = paddle.ParamAttr._to_attr(attr)
+    except TypeError:
+        raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}") from None
+    if attr is False:
+        if is_bias:
+            return False
+        raise ValueError(f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed")
+    attr = copy.copy(attr)
+    if attr.name is not None:
+        attr.name = f"{attr.name}.{name}"
+    initializer = attr.initializer or (_global_bias_initializer() if is_bias else _global_weight_initializer())
+    packed = name in ("qkv_weight", "qkv_bias")
+    size = shape[1] * shape[2] if packed else shape[0]
+    separate = [size] if is_bias else [size, size]
+    if isinstance(initializer, NumpyArrayInitializer):
+        found = list(initializer._value.shape)
+        if found not in (list(shape), separate):
+            raise ValueError(f"{argument}: expected an array of shape {separate} to assign to {name}, got {found}")
+        packed = packed and found == separate
+    if packed and initializer is not None:
+        initializer = _for_three(initializer, separate)
+    attr.initializer = initializer
+    return attr
+
+
+def _for_three(initializer: Any, shape: list[int]) -> Any:
+    own = type(initializer).__module__.startswith("paddle.")
+    if own and isinstance(initializer, (XavierInitializer, MSRAInitializer)):
+        initializer = copy.copy(initializer)
+        initializer._compute_fans = lambda _: (shape[0], shape[0])
+        return initializer
+    if own and isinstance(initializer, _FOR_EACH_ELEMENT) and not getattr(initializer, "_diag_num", 0):
+        return initializer
+    return _ForThree(initializer, shape)
+
+
+class _ForThree(Initializer):
+    """Applies an initializer to three parameters of `shape` and packs them."""
+
+    def __init__(self, initializer: Any, shape: list[int]) -> None:
+        super().__init__()
+        self._initializer = initializer
+        self._shape = shape
+
+    def forward(self, param: Any, block: Any = None) -> Any:
+        block = self._check_block(block)
+        if not in_dynamic_or_pir_mode():
+            with paddle.static.program_guard(block.program):
+                paddle.assign(self._packed([self._variable(param.dtype, block) for _ in range(3)], param.shape), param)
+            return None
+        if not in_dynamic_mode():
+            meta = type(param)(self._shape, param.dtype)
+            return self._packed([self._initializer(meta, block) for _ in range(3)], param.shape)
+        with paddle.no_grad():
+            parts = [framework.EagerParamBase(shape=self._shape, dtype=param.dtype) for _ in range(3)]
+            for part in parts:
+                self._initializer(part, block)
+            self._packed(parts, param.shape)._share_underline_tensor_to(param)
+        return None
+
+    def _variable(self, dtype: Any, block: Any) -> Any:
+        """Of a legacy startup program. Initializers ask for a parameter; what no scope shall keep must not be one."""
+        name = unique_name.generate("packed_part")
+        parameter = framework.Parameter(block, self._shape, dtype, name=name)
+        self._initializer(parameter, block)
+        parameter.desc.set_is_parameter(False)
+        parameter.persistable = False
+        return framework.Variable(block, name=name, shape=self._shape, dtype=dtype, persistable=False)
+
+    def _packed(self, parts: list, shape: Sequence[int]) -> Any:
+        # [in, out] as paddle.nn.Linear has it, packed as [out, in]
+        parts = [paddle.transpose(part, [1, 0]) if len(self._shape) == 2 else part for part in parts]
+        return paddle.reshape(paddle.stack(parts), list(shape))
