@@ -149,15 +149,16 @@ def fused_multi_head_attention(
 
     Args:
         x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
-        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x.
-        linear_weight: ``[embed_dim, embed_dim]``, dtype of x.
+        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x; beside a float32 x
+            also float16 or bfloat16: then the products and attention are in that dtype, all else in float32.
+        linear_weight: ``[embed_dim, embed_dim]``, dtype of qkv_weight.
         pre_layer_norm: Whether x is layer-normalised before the QKV projection.
         pre_ln_scale, pre_ln_bias: ``[embed_dim]``, dtype of x, or float32 for a 16-bit x. None: 1 and 0. Unused without
             ``pre_layer_norm``.
         ln_scale, ln_bias: The same for the final layer norm. Unused without ``final_layer_norm``.
         pre_ln_epsilon, ln_epsilon: Added to the variance.
-        qkv_bias: ``[3, num_heads, head_dim]``, dtype of x, or None.
-        linear_bias: ``[embed_dim]``, dtype of x, or None.
+        qkv_bias: ``[3, num_heads, head_dim]``, dtype of qkv_weight, or None.
+        linear_bias: ``[embed_dim]``, dtype of qkv_weight, or None.
         attn_mask: Any shape that broadcasts to ``[batch, num_heads, seq_len, seq_len]``, read in place. A float mask, of any float
             dtype, is added to the scores; True or a nonzero integer keeps a key and False or 0 hides it, as -inf does. A query that
             may see no key gives zeros. The mask gets no gradient.

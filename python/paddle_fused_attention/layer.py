@@ -134,7 +134,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         """Applies the block to ``query``.
 
         Args:
-            query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype.
+            query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections.
             key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs where both are the query: the
                 same tensor, or, in dygraph where no gradient is wanted of the three, one of the same contents. Others are served by
                 ordinary ops, which store the scores, with the same meaning, gradients and, in dygraph, dropout; ``causal`` is
