@@ -1,4 +1,4 @@
-"""Layers that are given a key and a value: self-attention in whatever form it comes, and other keys and values, against Paddle's layers."""
+"""Layers that are given a key and a value: self-attention in whatever form it comes, and other keys and values."""
 
 import common
 import numpy as np
@@ -179,7 +179,9 @@ def test_other_keys_and_values(normalize_before, kind, dtype):
         found.append([out.numpy(), *(t.grad.numpy() for t in tensors)])
     for name, actual, expected in zip(("out", "query", "key", "value"), *found):
         close(name, actual, expected, dtype)
-    weights = [p.weight.grad.numpy().T.reshape(HEADS, -1, EMBED) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    weights = [
+        p.weight.grad.numpy().T.reshape(HEADS, -1, EMBED) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
     close("qkv_weight", layer.qkv_weight.grad.numpy(), np.stack(weights), dtype)
     close("linear_weight", layer.linear_weight.grad.numpy(), attention.out_proj.weight.grad.numpy(), dtype)
     scale = layer.pre_ln_scale if normalize_before else layer.ln_scale
@@ -378,7 +380,11 @@ def test_bad_masks(shape, dtype):
 
 def test_a_cache_and_another_key():
     cache = paddle.zeros([2, BATCH, HEADS, 1, EMBED // HEADS])
-    layer, x, key = make_layer("incubate"), paddle.to_tensor(draw(BATCH, SEQ, EMBED)), paddle.to_tensor(draw(BATCH, KEYS, EMBED))
+    layer, x, key = (
+        make_layer("incubate"),
+        paddle.to_tensor(draw(BATCH, SEQ, EMBED)),
+        paddle.to_tensor(draw(BATCH, KEYS, EMBED)),
+    )
     with pytest.raises(NotImplementedError) as raised:
         layer(x, key, key, cache=cache)
     assert str(raised.value).startswith("cache:")

@@ -142,14 +142,18 @@ def test_each_projection_is_orthogonal(way, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dygraph", "static"])
-@pytest.mark.parametrize("make", [Counting, lambda: initializer.Assign(np.arange(64.0 * 64).reshape(64, 64))], ids=["own", "Assign"])
+@pytest.mark.parametrize(
+    "make", [Counting, lambda: initializer.Assign(np.arange(64.0 * 64).reshape(64, 64))], ids=["own", "Assign"]
+)
 def test_what_is_named_for_one_projection_is_for_each(make, static):
     parts, linear = initial_values(by_argument, make, static)
     for part in (*parts, linear):
         np.testing.assert_array_equal(part, np.arange(64.0 * 64).reshape(64, 64))
 
 
-@pytest.mark.parametrize("make", [initializer.XavierNormal, Counting, initializer.Normal], ids=["XavierNormal", "own", "Normal"])
+@pytest.mark.parametrize(
+    "make", [initializer.XavierNormal, Counting, initializer.Normal], ids=["XavierNormal", "own", "Normal"]
+)
 def test_lazy_initialization(make):
     parts, _ = initial_values(lazily, make, False)
     if make is Counting:
@@ -182,7 +186,12 @@ def test_initializers_of_each_element_draw_the_parameter_at_once(name, make):
         ("weight_attr", [None], TypeError, ["ParamAttr", "list"]),
         ("bias_attr", 0.5, TypeError, ["ParamAttr", "float"]),
         ("weight_attr", initializer.Assign(np.zeros((3, 24, 24))), ValueError, ["[24, 24]", "[3, 24, 24]"]),
-        ("weight_attr", initializer.Assign(np.zeros((3, 4, 6, 24))), ValueError, ["[24, 24]", "[3, 4, 6, 24]", "linear_weight"]),
+        (
+            "weight_attr",
+            initializer.Assign(np.zeros((3, 4, 6, 24))),
+            ValueError,
+            ["[24, 24]", "[3, 4, 6, 24]", "linear_weight"],
+        ),
         ("bias_attr", initializer.Assign(np.zeros(72)), ValueError, ["[24]", "[72]"]),
     ],
     ids=str,

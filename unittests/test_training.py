@@ -325,6 +325,26 @@ def test_recompute_under_auto_cast(amp, dtype):
         assert np.array_equal(result, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recompute_of_key_and_value_under_auto_cast(amp, dtype):
+    """The second pass, of three tensors with gradients of their own, is of ordinary ops: up to the rounding of 16 bits the same."""
+    layer = make_layer(0.3)
+    results = []
+    for call in (lambda net, x: net(x), lambda net, x: recompute(net, x, x, x), lambda net, x: net(x * 1.0, x * 1.0, x * 1.0)):
+        paddle.seed(5)
+        x = paddle.to_tensor(make_x(), stop_gradient=False)
+        with amp.auto_cast(dtype=dtype):
+            out = call(layer, x)
+        results.append([out.dtype])
+        out.astype("float32").square().mean().backward()
+        results[-1] += [as_float(out), x.grad.numpy(), *gradients(layer).values()]
+        layer.clear_gradients()
+    for found in results[1:]:
+        assert found[0] == results[0][0]
+        for result, wanted in zip(found[1:], results[0][1:]):
+            assert np.abs(result - wanted).max() < (0.01 if dtype == "float16" else 0.06) * np.abs(wanted).max()
+
+
 def test_gradient_accumulation():
     """Two halves of a batch give the gradients of the whole."""
     layer, x = make_layer(), make_x()

@@ -182,8 +182,10 @@ def residual_tail(
     dtype: Any,
     keep: Any = None,
 ) -> Any:
-    """What comes after the output projection, at least in float32 as in the operator; the result is of `dtype`. `keep` says what dropout
-    keeps, if not Paddle's own generator."""
+    """What comes after the output projection, at least in float32 as in the operator; the result is of `dtype`.
+
+    `keep` says what dropout keeps; None: what Paddle's own does.
+    """
     x, y, linear_bias, ln_scale, ln_bias = _cast_all((x, y, linear_bias, ln_scale, ln_bias), _compute_dtype(x))
     if linear_bias is not None:
         y = y + linear_bias
@@ -285,8 +287,8 @@ def attention_part(
     first_head: int = 0,
     total_heads: int = 0,
 ) -> Any:
-    """The block up to the output projection, where the queries come from x and the keys and values from the two tensors in `keys`, which
-    the first layer norm normalises as it does x. float32 at least.
+    """The block up to the output projection, in float32 at least, where the queries come from x and the keys and values from the two
+    tensors in `keys`, which the first layer norm normalises as it does x.
 
     Args:
         inputs: Those of the operator; the mask broadcasts to ``[batch, num_heads, queries, keys]``.
@@ -314,7 +316,9 @@ def attention_part(
         if key.shape[1] == 0:  # one that nobody sees stands for none, of which Paddle makes no product
             key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
             attn_mask = paddle.zeros([1, 1], "bool")
-        weight, bias, linear_weight, *norm = _cast_all((qkv_weight, qkv_bias, linear_weight, pre_ln_scale, pre_ln_bias), compute)
+        weight, bias, linear_weight, *norm = _cast_all(
+            (qkv_weight, qkv_bias, linear_weight, pre_ln_scale, pre_ln_bias), compute
+        )
         projected = []
         for i, tensor in enumerate((x, key, value)):
             h = paddle.cast(tensor, compute)

@@ -23,8 +23,8 @@ _FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInit
 def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
     """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False for no parameter.
 
-    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one included, is applied
-    to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out, or [embed_dim].
+    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one included, is
+    applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out, or [embed_dim].
 
     Raises:
         TypeError, ValueError: `attr` is none, or assigns an array of another shape; errors call it `argument`.

@@ -1,5 +1,5 @@
-"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes one input for all
-three, computes what was asked for; and the block of ordinary ops where they are not."""
+"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes one input
+for all three, computes what was asked for; and the block of ordinary ops where they are not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .functional import _check_tensor, check_arguments, check_switches, fused_mu
 def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     """The key and the value, each the query where it is None; None if both are the query itself.
 
-    In dygraph that is decided by memory and contents, but only where no gradient is wanted: tensors of equal contents each have their own.
-    While a graph is built nothing but the name of a value is known.
+    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal contents have one
+    each. While a graph is built nothing but the name of a value is known.
 
     Raises:
         TypeError: key or value is no Tensor.
@@ -40,7 +40,9 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
         return keys
     for name, tensor in given.items():
         if tensor.is_dist():
-            raise NotImplementedError(f"{name}: expected ordinary tensors where keys are not the query itself, got an auto-parallel one")
+            raise NotImplementedError(
+                f"{name}: expected ordinary tensors where keys are not the query itself, got an auto-parallel one"
+            )
         if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
             raise TypeError(f"{name}: expected a dense Tensor with memory, got one that is sparse or has none")
     wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
@@ -131,8 +133,9 @@ def attention_to_keys(
         causal=causal,
         draw=functools.partial(kept_scores, like=x, rate=numbers[3], seed=seed) if draws else None,
     )
+    dtype = result_dtype(x)
     if 0 in x.shape:
-        return paddle.cast(y, result_dtype(x))
+        return paddle.cast(y, dtype)
     keep = None
     if draws:
         _generator(x).set_state(state)  # the operator draws once for both
@@ -150,7 +153,7 @@ def attention_to_keys(
             mode=mode,
             add_residual=add_residual,
             final_layer_norm=final_layer_norm,
-            dtype=result_dtype(x),
+            dtype=dtype,
             keep=keep,
         )
 
@@ -172,10 +175,10 @@ def _operator(*arguments: Any, **more: Any) -> paddle.Tensor:
 def kept_scores(
     shape: list[int], like: paddle.Tensor, rate: float, seed: int | None, first_head: int = 0, total_heads: int = 0
 ) -> paddle.Tensor | None:
-    """Which elements of the probabilities, of shape [batch, num_heads, queries, keys], the operator's dropout keeps, as bool. The heads are
-    those from `first_head` on of `total_heads`. The generator moves on as by one call.
+    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries, keys].
 
-    The operator itself is asked: with equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
+    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator itself is asked: with
+    equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
     """
     if rate == 0.0 or 0 in shape:
         return None
@@ -209,7 +212,5 @@ def _kept_output(x: paddle.Tensor, qkv_weight: paddle.Tensor, numbers: tuple, se
     embed_dim = x.shape[-1]
     linear_weight, linear_bias = paddle.zeros([embed_dim, embed_dim]), paddle.ones([embed_dim])
     tensors = [t._copy_to(x.place, True) for t in (*zeros, linear_weight, linear_bias)]
-    out = _operator(
-        *tensors[:3], linear_bias=tensors[3], dropout_rate=numbers[2], attn_dropout_rate=numbers[3], seed=seed
-    )
+    out = _operator(*tensors[:3], linear_bias=tensors[3], dropout_rate=numbers[2], attn_dropout_rate=numbers[3], seed=seed)
     return out > 0.0

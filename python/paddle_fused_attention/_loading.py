@@ -14,8 +14,11 @@ _FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16
 
 
 class LoadsAnyFloat(nn.Layer):
-    """A layer whose parameters ``set_state_dict`` casts to, be it called on the layer or on one that holds it; Paddle's own refuse every
-    dtype but their own. After ``to(dtype="bfloat16")`` layer-norm parameters are float32, and checkpoints may be bfloat16 as a whole."""
+    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in dygraph.
+
+    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are float32, and
+    checkpoints may be bfloat16 as a whole.
+    """
 
     def _state_dict_impl(
         self,

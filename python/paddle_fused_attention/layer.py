@@ -36,9 +36,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         kdim, vdim: None or embed_dim: only self-attention is fused.
         normalize_before: Whether the input is layer-normalised before the QKV projection.
         need_weights: Must be False: the attention weights are never stored.
-        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An initializer, also one
-            of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate projections: ``qkv_weight`` becomes what three
-            weights [embed_dim, embed_dim] (in, out) would be, packed. Layer-norm scales begin at one whatever these say.
+        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An initializer,
+            also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate projections: ``qkv_weight``
+            becomes what three weights [embed_dim, embed_dim] (in, out) would be, packed. Layer-norm scales begin at one always.
         bias_attr: ParamAttr of every bias, those of the layer norms included, read likewise; False: no biases.
         name: Prefix of the parameters' names.
         epsilon: Of both layer norms.
@@ -111,7 +111,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
         def scale() -> Any:
-            ones = paddle.ParamAttr(initializer=nn.initializer.Constant(1.0))  # a default would give way to a global initializer
+            ones = paddle.ParamAttr(
+                initializer=nn.initializer.Constant(1.0)
+            )  # a default would give way to a global initializer
             return self.create_parameter([embed_dim], ones)
 
         self.qkv_weight = weight("qkv_weight", shape)

@@ -136,8 +136,8 @@ def parallel_attention(
 
     With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
     ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every process, ``attn_mask`` included.
-    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention. `keys` are a key and a
-    value other than x, as for :func:`attention_to_keys`.
+    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention. `keys` are a key
+    and a value other than x, as for :func:`attention_to_keys`.
     """
     if group is not None and not in_dynamic_mode():
         raise NotImplementedError(
@@ -163,9 +163,7 @@ def parallel_attention(
     return attention_of_part(
         (*inputs[:-1], _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)),
         keys=keys,
-        draw=functools.partial(
-            kept_scores, like=x, rate=numbers[3], seed=seed, first_head=first_head, total_heads=total_heads
-        )
+        draw=functools.partial(kept_scores, like=x, rate=numbers[3], seed=seed, first_head=first_head, total_heads=total_heads)
         if draws
         else None,
         first_head=first_head,

@@ -122,8 +122,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever they are; here others
-                than the query are computed as what they are, by ordinary ops: see
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever they are;
+                here others than the query are computed as what they are, by ordinary ops: see
                 :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
             attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and integer
                 masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
@@ -173,7 +173,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
     ) -> paddle.Tensor:
         if cache is not None:
-            raise NotImplementedError(f"cache: expected None with a key or a value other than query, got {type(cache).__name__}")
+            raise NotImplementedError(
+                f"cache: expected None with a key or a value other than query, got {type(cache).__name__}"
+            )
         if len(query.shape) != 3:
             raise ValueError(f"query: expected shape [batch, seq_len, embed_dim], got {list(query.shape)}")
         group = group_of_ring(self._ring_id)
