@@ -332,18 +332,18 @@ def without_memory():
 
 
 BAD = [
-    ("key", (bad(BATCH, KEYS, EMBED + 1), None), ValueError, ["[2, keys, 24]", "[2, 9, 25]"]),
-    ("key", (bad(BATCH + 1, KEYS, EMBED), None), ValueError, ["[2, keys, 24]", "[3, 9, 24]"]),
-    ("key", (bad(KEYS, EMBED), None), ValueError, ["[2, keys, 24]", "[9, 24]"]),
-    ("value", (bad(BATCH, KEYS, EMBED), None), ValueError, ["key", "[2, 9, 24]", "[2, 5, 24]"]),
-    ("value", (None, bad(BATCH, KEYS, EMBED)), ValueError, ["key", "[2, 5, 24]", "[2, 9, 24]"]),
-    ("key", (bad(BATCH, KEYS, EMBED, dtype="float64"), None), TypeError, ["float32", "float64"]),
-    ("key", (bad(BATCH, SEQ, EMBED, dtype="int64"), None), TypeError, ["float32", "int64"]),
-    ("value", (bad(BATCH, KEYS, EMBED), bad(BATCH, KEYS, EMBED, dtype="float16")), TypeError, ["float32", "float16"]),
-    ("key", (np.zeros((BATCH, SEQ, EMBED), "float32"), None), TypeError, ["Tensor", "ndarray"]),
-    ("value", (None, 3), TypeError, ["Tensor", "int"]),
-    ("key", (bad(BATCH, SEQ, EMBED).to_sparse_coo(3), None), TypeError, ["dense", "sparse"]),
-    ("value", (None, without_memory()), TypeError, ["dense", "none"]),
+    ("key", lambda: (bad(BATCH, KEYS, EMBED + 1), None), ValueError, ["[2, keys, 24]", "[2, 9, 25]"]),
+    ("key", lambda: (bad(BATCH + 1, KEYS, EMBED), None), ValueError, ["[2, keys, 24]", "[3, 9, 24]"]),
+    ("key", lambda: (bad(KEYS, EMBED), None), ValueError, ["[2, keys, 24]", "[9, 24]"]),
+    ("value", lambda: (bad(BATCH, KEYS, EMBED), None), ValueError, ["key", "[2, 9, 24]", "[2, 5, 24]"]),
+    ("value", lambda: (None, bad(BATCH, KEYS, EMBED)), ValueError, ["key", "[2, 5, 24]", "[2, 9, 24]"]),
+    ("key", lambda: (bad(BATCH, KEYS, EMBED, dtype="float64"), None), TypeError, ["float32", "float64"]),
+    ("key", lambda: (bad(BATCH, SEQ, EMBED, dtype="int64"), None), TypeError, ["float32", "int64"]),
+    ("value", lambda: (bad(BATCH, KEYS, EMBED), bad(BATCH, KEYS, EMBED, dtype="float16")), TypeError, ["float32", "float16"]),
+    ("key", lambda: (np.zeros((BATCH, SEQ, EMBED), "float32"), None), TypeError, ["Tensor", "ndarray"]),
+    ("value", lambda: (None, 3), TypeError, ["Tensor", "int"]),
+    ("key", lambda: (bad(BATCH, SEQ, EMBED).to_sparse_coo(3), None), TypeError, ["dense", "sparse"]),
+    ("value", lambda: (None, without_memory()), TypeError, ["dense", "none"]),
 ]
 
 
@@ -352,7 +352,7 @@ BAD = [
 def test_bad_keys(argument, others, error, words, kind):
     layer = make_layer(kind)
     with pytest.raises(error) as raised:
-        layer(paddle.to_tensor(draw(BATCH, SEQ, EMBED)), *others)
+        layer(paddle.to_tensor(draw(BATCH, SEQ, EMBED)), *others())
     assert str(raised.value).startswith(f"{argument}:"), raised.value
     for word in words:
         assert word in str(raised.value), raised.value
