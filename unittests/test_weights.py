@@ -92,10 +92,11 @@ def test_all_parameters_that_are_handed_out_are_contiguous():
     layers = [FusedMultiHeadAttention(EMBED, HEADS)]
     layers += layers[0].to_multi_head_attention()
     layers.append(FusedMultiHeadAttention.from_multi_head_attention(*layers[1:]))
+    states = [layer.state_dict() for layer in layers]
     encoder = convert(paddle.nn.TransformerEncoderLayer(EMBED, HEADS, 8))
-    layers += [encoder, revert(encoder)]
-    for layer in layers:
-        for name, value in layer.state_dict().items():
+    states += [encoder.state_dict(), revert(encoder).state_dict()]
+    for state in states:
+        for name, value in state.items():
             assert value.is_contiguous(), name
 
 
