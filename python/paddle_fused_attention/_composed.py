@@ -29,9 +29,9 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
         return None
     if not hasattr(mask, "stop_gradient"):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
+    _op.check_tensors((name,), (mask,))
     if paddle.is_floating_point(mask):
         return mask
-    _op.check_tensors((name,), (mask,))
     _check_mask_dtype(name, mask)
     return (paddle.cast(mask, "float64" if x.dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
