@@ -111,9 +111,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
         def scale() -> Any:
-            ones = paddle.ParamAttr(
-                initializer=nn.initializer.Constant(1.0)
-            )  # a default would give way to a global initializer
+            # As an attribute: a default would give way to a global initializer.
+            ones = paddle.ParamAttr(initializer=nn.initializer.Constant(1.0))
             return self.create_parameter([embed_dim], ones)
 
         self.qkv_weight = weight("qkv_weight", shape)
