@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
-from paddle_fused_attention import FusedMultiHeadAttention, checkpoint_files, convert
+from paddle_fused_attention import FusedMultiHeadAttention, checkpoint, checkpoint_files, convert
 from paddle_fused_attention.__main__ import main
 
 HEADS, EMBED = 4, 16
@@ -424,3 +424,11 @@ def test_progress_bar(capsys, monkeypatch, tmp_path):
     assert main(arguments) == 0
     error = capsys.readouterr().err
     assert error.endswith(f"\rconvert [{'#' * 30}] 2/2\n") and f"\rconvert [{'#' * 15}{'.' * 15}] 1/2" in error
+
+
+def test_packed_and_unpacked_arrays_are_contiguous():
+    sliced = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in paddle_block("layer.").items()}
+    packed, _ = checkpoint.pack(sliced, HEADS)
+    unpacked, _ = checkpoint.unpack(packed)
+    converted = {name: array for arrays in (packed, unpacked) for name, array in arrays.items() if "attn" in name}
+    assert converted and all(array.flags["C_CONTIGUOUS"] for array in converted.values())

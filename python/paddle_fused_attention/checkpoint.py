@@ -253,7 +253,8 @@ def _pack_block(
     }
     ours = {prefix + part for suffix in ("weight", "bias") for part in _parts(naming, suffix)}
     old = [name for name in arrays if name in ours]
-    return old, {f"{prefix}{naming.packed}.{part}": array for part, array in new.items() if array is not None}
+    packed = {part: np.ascontiguousarray(array) for part, array in new.items() if array is not None}
+    return old, {f"{prefix}{naming.packed}.{part}": array for part, array in packed.items()}
 
 
 def _naming_of_packed(arrays: dict[str, Any], block: str) -> Naming | None:
