@@ -9,7 +9,7 @@ PFA_BEGIN_TARGET("avx2,fma,f16c,bmi2")
 
 namespace pfa::cpu {
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels =
+constexpr Kernels kAvx2Kernels =
     avx2::make_kernels("avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); });
 }  // namespace pfa::cpu
 PFA_END_TARGET

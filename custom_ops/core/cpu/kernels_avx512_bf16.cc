@@ -44,10 +44,10 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f1
 
 namespace pfa::cpu {
 extern const Kernels kAvx512Bf16Kernels;
-const Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", has_bfloat16_products);
+constexpr Kernels kAvx512Bf16Kernels = avx512_bf16::make_kernels("avx512_bf16", has_bfloat16_products);
 #if PFA_TILE_PRODUCTS
 extern const Kernels kAmxKernels;
-const Kernels kAmxKernels = avx512_bf16::make_kernels("amx", has_tile_products, true);
+constexpr Kernels kAmxKernels = avx512_bf16::make_kernels("amx", has_tile_products, true);
 #endif
 }  // namespace pfa::cpu
 PFA_END_TARGET

@@ -7,5 +7,5 @@
 
 namespace pfa::cpu {
 extern const Kernels kBaselineKernels;
-const Kernels kBaselineKernels = baseline::make_kernels("baseline", [] { return true; });
+constexpr Kernels kBaselineKernels = baseline::make_kernels("baseline", [] { return true; });
 }  // namespace pfa::cpu

@@ -10,9 +10,7 @@ namespace pfa::cpu {
 int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 void run_parallel(int64_t count, int threads, LoopBody body, void* closure) {
-  // Two threads for a single index too: outside a parallel region a library's matrix product would start threads of its own, and
-  // its sums depend on how many.
-  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(count, 2)));
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) body(closure, i, 0);
     return;

@@ -109,7 +109,7 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, Pha
   });
 }
 
-// constexpr: code that fills it in at start would be of this instruction set.
+// constexpr, and so is what it gives: code that filled that in at start would be of this instruction set.
 constexpr Kernels make_kernels(const char* name, bool (*supported)(), bool has_tile_products = false) {
   return {name,
           supported,
