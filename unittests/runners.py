@@ -12,7 +12,7 @@ import common
 import numpy as np
 import paddle
 import reference
-from paddle_fused_attention import fused_multi_head_attention
+from paddle_fused_attention import _op, fused_multi_head_attention
 
 
 def call(tensors, config, **changes):
@@ -99,3 +99,19 @@ def check_stored(case, expected, out, gradients):
         dtype = case.dtype_of("x" if name == "out" else name)
         assert a.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype)), f"{name}: {a.dtype}"
     common.check(case, expected, common.from_storage(out), {name: common.from_storage(g) for name, g in gradients.items()})
+
+
+@contextlib.contextmanager
+def operator_calls():
+    """Collects the keyword arguments of the calls of the operator, dygraph's and those of graphs as they are built."""
+    calls, call = [], _op.fused_attention
+
+    def counted(inputs, **arguments):
+        calls.append(arguments)
+        return call(inputs, **arguments)
+
+    _op.fused_attention = counted
+    try:
+        yield calls
+    finally:
+        _op.fused_attention = call

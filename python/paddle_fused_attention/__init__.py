@@ -8,16 +8,18 @@ operator's own, calling it is a segmentation fault.
 
 from . import incubate
 from ._flops import count_flops
-from .convert import convert, revert
+from .conversion import AttentionAdapter, convert, register_adapter, revert
 from .functional import fused_multi_head_attention
 from .layer import FusedMultiHeadAttention
 from .parallel import ParallelClipGradByGlobalNorm, ParallelFusedMultiHeadAttention, full_state_dict, load_full_state_dict
 from .patching import patch, unpatch
+from .state_dicts import pack_optimizer_state, separate_optimizer_state, separate_state_dict
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionAdapter",
     "FusedMultiHeadAttention",
     "ParallelClipGradByGlobalNorm",
     "ParallelFusedMultiHeadAttention",
@@ -27,10 +29,14 @@ __all__ = [
     "fused_multi_head_attention",
     "incubate",
     "load_full_state_dict",
+    "pack_optimizer_state",
     "pack_qkv_bias",
     "pack_qkv_weight",
     "patch",
+    "register_adapter",
     "revert",
+    "separate_optimizer_state",
+    "separate_state_dict",
     "unpack_qkv_bias",
     "unpack_qkv_weight",
     "unpatch",

@@ -10,6 +10,8 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
+# What stands between set_state_dict and the layer that is asked.
+_ON_THE_WAY = ("_state_dict_impl", "state_dict", "state_being_loaded", "translate_state_dict", "take_old_names")
 _FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)
 
 
@@ -29,22 +31,27 @@ class LoadsAnyFloat(nn.Layer):
         **more: Any,
     ) -> Any:
         state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
-        if in_dynamic_mode() and _is_loading():
+        if state_being_loaded() is not None:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    state[structured_name_prefix + name] = _Target(parameter)
+                    state[structured_name_prefix + name] = Target(parameter)
         return state
 
 
-def _is_loading() -> bool:
-    """Whether it is set_state_dict that asks for the state dict, the layers in between aside. Paddle tells layers in no other way."""
+def state_being_loaded() -> dict | None:
+    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in dygraph. Paddle tells
+    layers in no other way."""
+    if not in_dynamic_mode():
+        return None
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name == "_state_dict_impl":
+    while frame is not None and frame.f_code.co_name != "set_state_dict":
+        if frame.f_code.co_name not in _ON_THE_WAY:
+            return None
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "set_state_dict"
+    return None if frame is None else frame.f_locals.get("state_dict")
 
 
-class _Target:
+class Target:
     """A parameter for set_state_dict, with a set_value that casts."""
 
     def __init__(self, parameter: paddle.Tensor) -> None:
@@ -57,10 +64,10 @@ class _Target:
         return len(self._parameter)
 
     def set_value(self, value: Any) -> None:
-        self._parameter.set_value(_cast(value, self._parameter.dtype))
+        self._parameter.set_value(cast(value, self._parameter.dtype))
 
 
-def _cast(value: Any, dtype: Any) -> Any:
+def cast(value: Any, dtype: Any) -> Any:
     """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in NumPy."""
     if isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype == np.uint16):
         tensor = paddle.to_tensor(value, place=paddle.CPUPlace())

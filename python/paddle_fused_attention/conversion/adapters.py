@@ -1,0 +1,173 @@
+"""How the operator serves attention classes that it does not know by itself: one adapter a class.
+
+:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An adapter says where
+the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import nn
+from paddle.framework import in_dynamic_mode
+
+from .._composed import additive_mask
+
+
+class AttentionAdapter:
+    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call :func:`register_adapter`.
+
+    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)`` of projections
+    q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a ``paddle.nn.Linear`` after them. A layer that
+    has parameters, buffers or sublayers beside those that the adapter names is left alone, as is one whose forward gives other numbers
+    than the operator when :func:`convert` tries both, or whose class is only derived from the registered one.
+
+    Attributes:
+        projections: The names of the three projections of query, key and value, or of the one that has the columns of all three in turn.
+        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and not for all
+            heads, [3, num_heads, head_dim].
+        output: The name of the projection after attention.
+        attn_dropout: The name of the ``paddle.nn.Dropout`` of the attention's weights; None: there is none, or
+            :meth:`attn_dropout_rate` tells.
+        dropout: The name of the ``paddle.nn.Dropout`` after the output projection, or None.
+        ignored: Names of sublayers that compute nothing that counts, such as a ``paddle.nn.Softmax``.
+    """
+
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    interleaved: bool = False
+    output: str = "out_proj"
+    attn_dropout: str | None = None
+    dropout: str | None = None
+    ignored: tuple[str, ...] = ()
+
+    def reason_against(self, attention: nn.Layer) -> str | None:
+        """Why the operator does not serve this layer of the class; None if it does."""
+        return None
+
+    def layout(self, attention: nn.Layer) -> tuple[tuple[str, ...], bool]:
+        """The names of the projections and whether they are interleaved, where that differs from layer to layer."""
+        return self.projections, self.interleaved
+
+    def num_heads(self, attention: nn.Layer) -> int:
+        """The number of heads."""
+        return attention.num_heads
+
+    def scale(self, attention: nn.Layer) -> float | None:
+        """What the products of queries and keys are multiplied by; None: head_dim ** -0.5."""
+        return None
+
+    def attn_dropout_rate(self, attention: nn.Layer) -> float:
+        """The rate at which the attention's weights are dropped in the mode that the layer is in."""
+        if self.attn_dropout is None:
+            return 0.0
+        layer = getattr(attention, self.attn_dropout)
+        return layer.p if layer.training else 0.0
+
+    def inputs(self, attention: nn.Layer, *args: Any, **kwargs: Any) -> tuple[Any, Any, bool] | None:
+        """What a call of the layer with these arguments means.
+
+        Returns:
+            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal; None: the operator
+            does not serve such a call, and the class's own forward runs.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.inputs: expected a method of the adapter's own, found none")
+
+    def result(self, attention: nn.Layer, out: Any) -> Any:
+        """What the layer returns, from the result ``[batch, seq_len, embed_dim]``."""
+        return out
+
+    def example(self, x: Any) -> tuple:
+        """Arguments of a call with x alone, for trying the layer."""
+        return (x,)
+
+    def dropouts(self) -> list[str]:
+        return [name for name in (self.attn_dropout, self.dropout) if name is not None]
+
+
+def wants_gradient(mask: Any) -> bool:
+    """Whether a mask wants the gradient that the operator does not give."""
+    return (
+        in_dynamic_mode()
+        and mask is not None
+        and not mask.stop_gradient
+        and paddle.is_grad_enabled()
+        and paddle.is_floating_point(mask)
+    )
+
+
+class PaddleAdapter(AttentionAdapter):
+    """``paddle.nn.MultiHeadAttention`` as self-attention."""
+
+    def attn_dropout_rate(self, attention: nn.Layer) -> float:
+        return (attention.dropout or 0.0) if attention.training else 0.0
+
+    def inputs(
+        self, attention: Any, query: Any, key: Any = None, value: Any = None, attn_mask: Any = None, cache: Any = None
+    ) -> tuple[Any, Any, bool] | None:
+        is_self_attention = (key is None or key is query) and (value is None or value is query)
+        if not is_self_attention or cache is not None or attention.need_weights or wants_gradient(attn_mask):
+            return None
+        return query, additive_mask("attn_mask", attn_mask, query), False
+
+
+class VisionTransformerAdapter(AttentionAdapter):
+    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``, ``proj_drop``, ``scale``."""
+
+    projections = ("qkv",)
+    output = "proj"
+    attn_dropout = "attn_drop"
+    dropout = "proj_drop"
+
+    def scale(self, attention: Any) -> float | None:
+        return attention.scale
+
+    def inputs(self, attention: Any, x: Any) -> tuple[Any, Any, bool] | None:
+        return x, None, False
+
+
+class PaddleNLPGPTAdapter(AttentionAdapter):
+    """The causal attention of PaddleNLP's GPT."""
+
+    def reason_against(self, attention: Any) -> str | None:
+        config = attention.config
+        for name in ("sequence_parallel", "use_flash_attention"):
+            if getattr(config, name, False):
+                return f"its config has {name}=True"
+        return None
+
+    def layout(self, attention: Any) -> tuple[tuple[str, ...], bool]:
+        return (("qkv_proj",), True) if attention.config.fuse_attention_qkv else (self.projections, False)
+
+    def num_heads(self, attention: Any) -> int:
+        return attention.num_attention_heads
+
+    def scale(self, attention: Any) -> float | None:
+        coefficient = attention.config.scale_qk_coeff
+        return None if coefficient == 1.0 else (coefficient / attention.head_dim) ** 0.5
+
+    def attn_dropout_rate(self, attention: Any) -> float:
+        return (attention.config.attention_probs_dropout_prob or 0.0) if attention.training else 0.0
+
+    def inputs(
+        self,
+        attention: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any = None,
+        use_cache: bool = False,
+        past_key_value: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Any, Any, bool] | None:
+        is_self_attention = (key is None or key is query) and (value is None or value is query)
+        if not is_self_attention or use_cache or past_key_value is not None or output_attentions or wants_gradient(attention_mask):
+            return None
+        # Its masks are added as numbers, whatever their dtype, and hide what comes later themselves.
+        mask = attention_mask
+        if mask is not None and not paddle.is_floating_point(mask):
+            mask = paddle.cast(mask, query.dtype)
+        return query, mask, mask is None
+
+    def example(self, x: Any) -> tuple:
+        return (x, None, None)

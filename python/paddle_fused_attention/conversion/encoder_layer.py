@@ -1,0 +1,211 @@
+"""``paddle.nn.TransformerEncoderLayer`` with its attention, norm1, dropout1 and the first residual as one operator.
+
+All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A call whose
+parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization, attention weights that are asked
+for) the parts are called one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from .._composed import additive_mask, attention_with_cache
+from ..functional import _check_tensor, fused_multi_head_attention
+from ..state_dicts import take_old_names
+from .adapters import wants_gradient
+from .packed import PackedAttention, is_plain, is_plain_dropout, pack, packed_class, packed_parts, rate_of, separate
+from .registry import PADDLE_ADAPTER, reason_against
+
+PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
+# Libraries that give Paddle's classes a forward which ConvertedEncoderLayer.forward stands for.
+_KNOWN_FORWARDS = ("paddle.", "paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
+
+
+class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
+    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base class, and of what
+    PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where ``self_attn.need_weights`` is set, the result is a tuple
+    that ends with the attention's weights, ``[batch, num_heads, seq_len, keys]``, by ordinary ops."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse(self)
+
+    def forward(
+        self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None, output_attentions: bool = False
+    ) -> Any:
+        _check_tensor("src", src, required=True)
+        src_mask = additive_mask("src_mask", src_mask, src)
+        if output_attentions or not self._is_untouched(src_mask):
+            attended, more = self._attend_by_parts(src, src_mask, cache, output_attentions)
+        elif cache is None:
+            attended, more = self._attend(src, src_mask), ()
+        else:
+            attended, *more = self._attend_with_cache(src, src_mask, cache)
+        out = self._feed_forward(attended)
+        return (out, *more) if more else out
+
+    def _feed_forward(self, src: paddle.Tensor) -> paddle.Tensor:
+        hidden = self.norm2(src) if self.normalize_before else src
+        hidden = self.linear2(self.dropout(self.activation(self.linear1(hidden))))
+        out = src + self.dropout2(hidden)
+        return out if self.normalize_before else self.norm2(out)
+
+    @paddle.jit.not_to_static
+    def _is_untouched(self, mask: Any) -> bool:
+        """Whether the operator may compute what the parts would."""
+        parts = self._sub_layers
+        attention = parts.get("self_attn")
+        return (
+            is_plain(attention, PackedMultiHeadAttention)
+            and attention._is_untouched()
+            and not attention.need_weights
+            and is_plain(parts.get("norm1"), nn.LayerNorm)
+            and is_plain_dropout(parts.get("dropout1"))
+            and not wants_gradient(mask)
+        )
+
+    def _attend_by_parts(self, src: Any, mask: Any, cache: Any, output_attentions: bool) -> tuple:
+        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if they are wanted."""
+        attention = self.self_attn
+        _check_not_half_quantized(attention)
+        hidden = self.norm1(src) if self.normalize_before else src
+        needed_weights = getattr(attention, "need_weights", False)
+        if output_attentions:
+            attention.need_weights = True
+        try:
+            found = attention(hidden, hidden, hidden, mask, cache) if cache is not None else attention(hidden, hidden, hidden, mask)
+        finally:
+            if output_attentions:
+                attention.need_weights = needed_weights
+        hidden, *more = found if isinstance(found, (tuple, list)) else (found,)
+        hidden = src + self.dropout1(hidden)
+        return (hidden if self.normalize_before else self.norm1(hidden)), tuple(reversed(more))
+
+    @paddle.jit.not_to_static
+    def _attend(self, src: Any, mask: Any) -> Any:
+        parts = self._sub_layers
+        attention, norm, dropout = parts["self_attn"], parts["norm1"], parts["dropout1"]
+        out_proj, before = attention._sub_layers["out_proj"], self.normalize_before
+        qkv_weight, qkv_bias = attention._packed_parameters()
+        scale, bias = norm.weight, norm.bias
+        return fused_multi_head_attention(
+            src,
+            qkv_weight,
+            out_proj.weight,
+            bool(before),
+            *((scale, bias, None, None) if before else (None, None, scale, bias)),
+            norm._epsilon,
+            qkv_bias,
+            out_proj.bias,
+            mask,
+            rate_of(dropout),
+            PADDLE_ADAPTER.attn_dropout_rate(attention),
+            norm._epsilon,
+            training=attention.training or dropout.training,
+            final_layer_norm=not before,
+        )
+
+    def _attend_with_cache(self, src: Any, mask: Any, cache: Any) -> tuple:
+        if not isinstance(cache, nn.MultiHeadAttention.Cache):
+            raise NotImplementedError(
+                f"cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got {type(cache).__name__}"
+            )
+        for name in ("k", "v"):
+            _check_tensor(f"cache.{name}", getattr(cache, name), required=True)
+        attention, norm, dropout = self.self_attn, self.norm1, self.dropout1
+        before, norm_parameters = self.normalize_before, (norm.weight, norm.bias)
+        out, k, v = attention_with_cache(
+            (
+                *(src, attention.qkv_weight, attention.out_proj.weight),
+                *(norm_parameters if before else (None, None)),
+                *((None, None) if before else norm_parameters),
+                *(attention.qkv_bias, attention.out_proj.bias, mask),
+            ),
+            cache.k,
+            cache.v,
+            numbers=(norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention)),
+            pre_layer_norm=before,
+            final_layer_norm=not before,
+            training=attention.training or dropout.training,
+        )
+        return out, nn.MultiHeadAttention.Cache(k, v)
+
+    def _state_dict_impl(
+        self,
+        destination: Any = None,
+        include_sublayers: bool = True,
+        structured_name_prefix: str = "",
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
+        take_old_names(state, structured_name_prefix)
+        return state
+
+
+def _check_not_half_quantized(attention: Any) -> None:
+    """A quantization that is asked for by the type paddle.nn.Linear finds the output projection only."""
+    output = attention._sub_layers.get("out_proj")
+    if isinstance(attention, PackedAttention) and type(output).__module__.startswith("paddle.nn.quant"):
+        if any(True for _ in packed_parts(attention)):
+            raise RuntimeError(
+                "self_attn: expected all four projections quantized or none, got packed query, key and value projections beside a "
+                f"{type(output).__name__}; paddle_fused_attention.revert(model) before it is quantized"
+            )
+
+
+def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
+    """Why an encoder layer can't be converted; None if it can."""
+    if type(layer) is not nn.TransformerEncoderLayer:
+        return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
+    for kind in (nn.TransformerEncoderLayer, nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout, nn.Linear):
+        origin = _origin_of_forward(kind)
+        if not origin.startswith(_KNOWN_FORWARDS):
+            return f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    attention, norm, dropout = layer.self_attn, layer.norm1, layer.dropout1
+    for name, kind in (("self_attn", nn.MultiHeadAttention), ("norm1", nn.LayerNorm), ("dropout1", nn.Dropout)):
+        part = getattr(layer, name)
+        if type(part) is not kind:
+            return f"its {name} is a {type(part).__name__}, not a paddle.nn.{kind.__name__}"
+        if not is_plain(part, kind):
+            return f"its {name} has hooks or a forward of its own"
+    if attention.need_weights and _is_paddles_own_forward():
+        return "its self_attn has need_weights=True"
+    for name in ("kdim", "vdim"):
+        if getattr(attention, name) != attention.embed_dim:
+            return f"its self_attn has {name}={getattr(attention, name)}, other than embed_dim {attention.embed_dim}"
+    if list(norm._normalized_shape) != [attention.embed_dim]:
+        return f"its norm1 is over {list(norm._normalized_shape)}, other than embed_dim {attention.embed_dim}"
+    if not is_plain_dropout(dropout):
+        return f"its dropout1 has mode={dropout.mode!r} and axis={dropout.axis}"
+    return reason_against(attention, PADDLE_ADAPTER, owners, "self_attn.")
+
+
+def _is_paddles_own_forward() -> bool:
+    """If not, the libraries' sets need_weights in every call, as its argument says, and leaves it so."""
+    return _origin_of_forward(nn.TransformerEncoderLayer).startswith("paddle.")
+
+
+def _origin_of_forward(kind: type) -> str:
+    """The module that a class's forward was written in."""
+    forward: Any = kind.forward
+    return str(getattr(forward, "__globals__", {}).get("__name__") or f"a {type(forward).__name__}")
+
+
+def fuse(layer: nn.TransformerEncoderLayer) -> None:
+    """Converts an encoder layer in place."""
+    pack(layer.self_attn, PADDLE_ADAPTER)
+    layer.self_attn.need_weights = False
+    layer.__class__ = ConvertedEncoderLayer
+
+
+def unfuse(layer: ConvertedEncoderLayer) -> None:
+    """The inverse of :func:`fuse`."""
+    if isinstance(layer.self_attn, PackedAttention):
+        separate(layer.self_attn)
+    layer.__class__ = nn.TransformerEncoderLayer

@@ -1,0 +1,227 @@
+"""Whole models: every attention that the operator can serve, and back."""
+
+from __future__ import annotations
+
+import gc
+import re
+import warnings
+from typing import Any, Iterable
+
+import paddle
+from paddle import nn
+
+from ..layer import FusedMultiHeadAttention
+from ..report import Report
+from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_layer, unfuse
+from .packed import PackedAttention, pack, separate
+from .registry import adapter_for, full_name, reason_against_adapted
+
+# Names by which attention is known where its class says nothing.
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+_PROJECTIONS = ({"q_proj", "k_proj"}, {"query", "key"}, {"to_q", "to_k"}, {"qkv"}, {"qkv_proj"}, {"c_attn"}, {"query_key_value"})
+
+
+def convert(model: nn.Layer, return_report: bool = False) -> Any:
+    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``, of either norm order,
+    with its layer norm, dropout and residual, and the layers whose class has an adapter (:func:`register_adapter`). Outputs and gradients
+    are the same, up to rounding; dropout draws other masks.
+
+    The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value projections become
+    ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all else stays the object that it was: other
+    parameters, sublayers, modes, hooks. What is changed later is followed: dropout rates, modes, hooks, replaced sublayers, attention weights
+    that are asked for; such a call takes the class's own way where the operator has none. Of the packed projections, which remain as
+    sublayers, ``weight`` and ``bias`` can't be reached. Gradient hooks (``Tensor.register_hook``) of their parameters are lost; Paddle does
+    not tell of them.
+
+    Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and ``paddle.jit.to_static``. Checkpoints
+    of either naming load; :func:`separate_state_dict` gives one under the names from before.
+
+    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all alike.
+
+    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``, ``need_weights``; parts that
+    were replaced, have hooks or a forward of their own, or share parameters with others; classes whose forward was replaced by anything but
+    PaddleNLP and PaddleFormers.
+
+    Args:
+        model: A layer, of dygraph. A layer that is used several times is converted once.
+        return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if some attention was left
+            alone or none was found.
+
+    Returns:
+        The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts by layer name.
+
+    Raises:
+        TypeError: ``model`` is not a layer.
+        RuntimeError: Static-graph mode is on, or the model is in use already: an optimizer holds a parameter that would be packed, or the
+            model is wrapped for several devices or made static.
+    """
+    _check_model("convert", model)
+    report = Report()
+    encoder_layers, attentions = _find(model, report)
+    _check_unused("convert", model, [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
+    for layer in encoder_layers:
+        fuse(layer)
+    for layer in attentions:
+        adapter = adapter_for(type(layer))
+        assert adapter is not None
+        pack(layer, adapter)
+    if return_report:
+        return model, report
+    if report.left_alone or not report.converted:
+        found = str(Report(left_alone=report.left_alone)) or "found no attention"
+        warnings.warn(f"convert: {found}", stacklevel=2)
+    return model
+
+
+def revert(model: nn.Layer) -> nn.Layer:
+    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the values, the names and
+    Paddle's names (``Parameter.name``) that they had.
+
+    Raises:
+        TypeError: ``model`` is not a layer.
+        RuntimeError: Static-graph mode is on, or the model is wrapped for several devices or made static (:func:`separate_state_dict` saves
+            such a model under the names from before). An optimizer that holds packed parameters is warned of.
+    """
+    _check_model("revert", model)
+    layers = model.sublayers(include_self=True)
+    encoder_layers = [layer for layer in layers if isinstance(layer, ConvertedEncoderLayer)]
+    inside = {id(layer.self_attn) for layer in encoder_layers}
+    attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
+    packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
+    parameters = {id(p): f"{name}" for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
+    _check_unused("revert", model, [*encoder_layers, *attentions], parameters)
+    for layer in encoder_layers:
+        unfuse(layer)
+    for layer in attentions:
+        separate(layer)
+    return model
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Layer):
+        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    if not paddle.in_dynamic_mode():
+        raise RuntimeError(
+            f"{function}: expected dygraph mode, got static-graph mode; {function} the model before the graph is built"
+        )
+
+
+def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
+    """The encoder layers and the attentions to convert; they and what is left alone are reported."""
+    owners = _owners(model)
+    layers = list(model.named_sublayers(include_self=True))
+    encoder_layers, attentions = [], []
+    settled: set = set()  # layers that are reported, or lie in one that is
+    for name, layer in layers:
+        if id(layer) in settled:
+            continue
+        if isinstance(layer, (ConvertedEncoderLayer, PackedAttention, FusedMultiHeadAttention)):
+            settled.update(map(id, layer.sublayers()))
+        elif isinstance(layer, nn.TransformerEncoderLayer):
+            reason = reason_against_encoder_layer(layer, owners)
+            if reason is None:
+                encoder_layers.append(layer)
+                report.converted[name] = f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
+            else:
+                report.left_alone[name] = reason
+            settled.update(map(id, layer.sublayers()))
+        elif _is_attention(layer):
+            adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
+            reason = _without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, owners)
+            if reason is None:
+                attentions.append(layer)
+                report.converted[name] = f"{full_name(type(layer))}"
+            else:
+                report.left_alone[name] = reason
+            settled.update(map(id, layer.sublayers()))
+    return encoder_layers, attentions
+
+
+def _is_attention(layer: nn.Layer) -> bool:
+    kind = type(layer)
+    if adapter_for(kind) is not None:
+        return True
+    if not layer._parameters and not layer._sub_layers:
+        return False
+    return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(names <= set(layer._sub_layers) for names in _PROJECTIONS)
+
+
+def _without_adapter(layer: nn.Layer) -> str:
+    if type(layer) is nn.MultiHeadAttention:
+        return "not part of a paddle.nn.TransformerEncoderLayer"
+    if type(layer).__module__.startswith("paddle.incubate.nn"):
+        return f"a paddle.incubate.nn.{type(layer).__name__}, which paddle_fused_attention.patch() serves"
+    return f"a {full_name(type(layer))}, for which there is no adapter"
+
+
+def _owners(model: nn.Layer) -> dict:
+    """In how many places each sublayer and parameter of the model is."""
+    counts: dict = {}
+    for layer in model.sublayers(include_self=True):
+        for child in (*layer._sub_layers.values(), *layer._parameters.values()):
+            if child is not None:
+                counts[id(child)] = counts.get(id(child), 0) + 1
+    return counts
+
+
+def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
+    """The parameters that would be packed, by id, and their names."""
+    found = {}
+    for attention in (*(layer.self_attn for layer in encoder_layers), *attentions):
+        adapter = adapter_for(type(attention))
+        assert adapter is not None
+        for name in adapter.layout(attention)[0]:
+            for kind, parameter in getattr(attention, name)._parameters.items():
+                if parameter is not None:
+                    found[id(parameter)] = f"{name}.{kind}"
+    return found
+
+
+def _check_unused(function: str, model: nn.Layer, changed: list, parameters: dict) -> None:
+    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that everything alive
+    is looked through."""
+    if not changed:
+        return
+    ours = {id(layer) for layer in changed}
+    for holder in gc.get_objects():
+        kind = type(holder)
+        if issubclass(kind, paddle.optimizer.Optimizer):
+            held = [parameters[id(p)] for p in _parameters_of(holder) if id(p) in parameters]
+            if held and function == "convert":
+                raise RuntimeError(
+                    f"convert: expected a model whose optimizer is still to be made, got one of which a {kind.__name__} holds {held[0]}, "
+                    "which would be replaced; delete that optimizer, and make it after convert"
+                )
+            if held:
+                warnings.warn(
+                    f"revert: a {kind.__name__} holds {held[0]}, which is no longer the model's; make a new optimizer to train it on, with "
+                    "the state that separate_optimizer_state gives before revert",
+                    stacklevel=3,
+                )
+        elif issubclass(kind, nn.Layer) and _is_finished(holder) and not ours.isdisjoint(map(id, _all_sublayers(holder))):
+            what = "wrapped by" if _is_wrapper(holder) else "made static by paddle.jit.to_static in"
+            raise RuntimeError(
+                f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; {function} first, then "
+                "make the optimizer, then paddle.DataParallel or fleet.distributed_model, then paddle.jit.to_static"
+            )
+
+
+def _parameters_of(optimizer: Any) -> Iterable:
+    for entry in getattr(optimizer, "_parameter_list", None) or ():
+        yield from entry["params"] if isinstance(entry, dict) else (entry,)
+
+
+def _all_sublayers(layer: nn.Layer) -> list:
+    return layer.sublayers(include_self=True)
+
+
+def _is_wrapper(layer: nn.Layer) -> bool:
+    return isinstance(layer, paddle.DataParallel) or type(layer).__module__.startswith("paddle.distributed.fleet.meta_parallel")
+
+
+def _is_finished(layer: Any) -> bool:
+    if "_sub_layers" not in layer.__dict__:  # half made
+        return False
+    return _is_wrapper(layer) or bool(layer.__dict__.get("_original_funcs")) or "StaticFunction" in type(
+        layer.__dict__.get("forward")
+    ).__name__

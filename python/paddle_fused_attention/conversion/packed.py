@@ -1,0 +1,325 @@
+"""Attention layers whose query, key and value projections are packed into the operator's parameters.
+
+Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and
+``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear, and compute with their part of
+the packed parameters. All else (output projection, dropouts, attributes, hooks) is left as it is. A call that the operator serves runs
+it; every other call runs the class's own forward. So whatever is done to the parts later is never passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import paddle
+from paddle import nn
+from paddle.framework import in_dynamic_mode
+from paddle.hapi.dynamic_flops import register_hooks
+
+from ..functional import fused_multi_head_attention
+from ..state_dicts import translate_state_dict
+from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from .adapters import AttentionAdapter
+
+_PARAMETERS = ("weight", "bias")
+# What a parameter is trained with, beside its dtype.
+_TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How projections are packed.
+
+    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for each head if
+    ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by projection and "weight" or "bias".
+    """
+
+    projections: tuple[str, ...]
+    interleaved: bool
+    num_heads: int
+    parameter_names: dict[tuple[str, str], str]
+
+    def pack(self, kind: str, values: list) -> Any:
+        """Weights [embed_dim, columns] or biases [columns], one a projection, to the packed parameter."""
+        if len(values) == 3:
+            return (pack_qkv_weight if kind == "weight" else pack_qkv_bias)(*values, self.num_heads)
+        rows = values[0].T if kind == "weight" else values[0]
+        rest = rows.shape[1:]
+        head_dim = rows.shape[0] // (3 * self.num_heads)
+        if not self.interleaved:
+            return rows.reshape([3, self.num_heads, head_dim, *rest])
+        packed = rows.reshape([self.num_heads, 3, head_dim, *rest])
+        return packed.transpose([1, 0, *range(2, len(packed.shape))])
+
+    def separate(self, kind: str, packed: Any) -> list:
+        """The inverse of :meth:`pack`, by copies."""
+        if len(self.projections) == 3:
+            return list((unpack_qkv_weight if kind == "weight" else unpack_qkv_bias)(packed))
+        rows = self.rows(packed)
+        return [rows.T.clone() if kind == "weight" else rows.clone()]
+
+    def rows(self, packed: Any, part: int | None = None) -> Any:
+        """What one projection computes with: [columns, embed_dim] of the weight, [columns] of the bias."""
+        if part is not None:
+            packed = packed[part]
+            return packed.reshape([-1, *packed.shape[2:]])
+        if self.interleaved:
+            packed = packed.transpose([1, 0, *range(2, len(packed.shape))])
+        return packed.reshape([-1, *packed.shape[3:]])
+
+
+class PackedLinear(nn.Linear):
+    """A projection whose parameters are a part of its attention's ``qkv_weight`` and ``qkv_bias``."""
+
+    _packed_in: tuple  # the attention, in a tuple, so that it does not become a sublayer of this one
+    _part: int | None
+
+    def forward(self, input: paddle.Tensor) -> paddle.Tensor:
+        (attention,) = self._packed_in
+        packing = attention._packing
+        out = paddle.matmul(input, packing.rows(attention.qkv_weight, self._part), transpose_y=True)
+        bias = attention.qkv_bias
+        return out if bias is None else out + packing.rows(bias, self._part)
+
+    @property
+    def weight(self) -> paddle.Tensor:
+        raise self._refusal("weight")
+
+    @property
+    def bias(self) -> paddle.Tensor:
+        raise self._refusal("bias")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PARAMETERS:
+            raise self._refusal(name)
+        super().__setattr__(name, value)
+
+    def add_parameter(self, name: str, parameter: Any) -> Any:
+        if name in _PARAMETERS:
+            raise self._refusal(name)
+        return super().add_parameter(name, parameter)
+
+    def _refusal(self, name: str) -> RuntimeError:
+        # No AttributeError: who asks by hasattr() must not take it for a layer without weights.
+        return RuntimeError(
+            f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its attention's "
+            f"qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
+        )
+
+    def extra_repr(self) -> str:
+        return "packed"
+
+
+def is_plain(layer: Any, kind: type) -> bool:
+    """Whether calling a layer does what its class does, and nothing else."""
+    return (
+        type(layer) is kind
+        and not layer._forward_pre_hooks
+        and not layer._forward_post_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def is_plain_dropout(layer: Any) -> bool:
+    return is_plain(layer, nn.Dropout) and layer.mode == "upscale_in_train" and layer.axis is None
+
+
+def rate_of(dropout: Any) -> float:
+    """What a dropout layer drops in the mode it is in."""
+    return dropout.p if dropout.training else 0.0
+
+
+class PackedAttention(nn.Layer):
+    """What is added to an attention's class. ``_adapter`` and ``_original``, the class, belong to the derived class."""
+
+    _adapter: AttentionAdapter
+    _original: type
+    _packing: Packing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._inputs(args, kwargs)
+        if inputs is None:
+            return self._original.forward(self, *args, **kwargs)
+        return self._adapter.result(self, self._run(*inputs))
+
+    @paddle.jit.not_to_static
+    def _inputs(self, args: tuple, kwargs: dict) -> tuple | None:
+        return self._adapter.inputs(self, *args, **kwargs) if self._is_untouched() else None
+
+    @paddle.jit.not_to_static
+    def _run(self, x: Any, mask: Any, causal: bool) -> Any:
+        adapter = self._adapter
+        output = getattr(self, adapter.output)
+        qkv_weight, qkv_bias = self._packed_parameters()
+        scale, usual = adapter.scale(self), qkv_weight.shape[2] ** -0.5
+        if scale is not None and scale != usual:
+            factor = scale / usual
+            qkv_weight = _scale_query(qkv_weight, factor)
+            qkv_bias = None if qkv_bias is None else _scale_query(qkv_bias, factor)
+        return fused_multi_head_attention(
+            x,
+            qkv_weight,
+            output.weight,
+            qkv_bias=qkv_bias,
+            linear_bias=output.bias,
+            attn_mask=mask,
+            dropout_rate=0.0 if adapter.dropout is None else rate_of(getattr(self, adapter.dropout)),
+            attn_dropout_rate=adapter.attn_dropout_rate(self),
+            final_layer_norm=False,
+            add_residual=False,
+            causal=causal,
+        )
+
+    def _packed_parameters(self) -> tuple:
+        if in_dynamic_mode():  # reading them as attributes costs microseconds
+            return self._parameters["qkv_weight"], self._parameters["qkv_bias"]
+        return self.qkv_weight, self.qkv_bias
+
+    def _is_untouched(self) -> bool:
+        """Whether the operator may compute what the parts would."""
+        parts, adapter = self._sub_layers, self._adapter
+        return (
+            all(is_plain(parts.get(name), PackedLinear) for name in self._packing.projections)
+            and is_plain(parts.get(adapter.output), nn.Linear)
+            and all(is_plain_dropout(parts.get(name)) for name in adapter.dropouts())
+        )
+
+    def _state_dict_impl(
+        self,
+        destination: Any = None,
+        include_sublayers: bool = True,
+        structured_name_prefix: str = "",
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
+        translate_state_dict(self, state, structured_name_prefix)
+        return state
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # Python finds no class by name that is made as it runs.
+        return _new_packed, (self._original,), self.__dict__
+
+
+_classes: dict[type, type] = {}
+
+
+def packed_class(original: type, adapter: AttentionAdapter) -> type:
+    """The class of packed layers of a class, always the same while its adapter is."""
+    known = _classes.get(original)
+    if known is None or known._adapter is not adapter:
+        known = type(
+            f"Packed{original.__name__}",
+            (PackedAttention, original),
+            {"_adapter": adapter, "_original": original, "__doc__": f"A {original.__name__} with packed projections."},
+        )
+        _classes[original] = known
+    return known
+
+
+def _new_packed(original: type) -> Any:
+    from .registry import adapter_for
+
+    adapter = adapter_for(original)
+    if adapter is None:
+        raise TypeError(f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none")
+    kind = packed_class(original, adapter)
+    return kind.__new__(kind)
+
+
+def _scale_query(packed: Any, factor: float) -> Any:
+    return paddle.concat([packed[:1] * factor, packed[1:]])
+
+
+def training_of(parameter: Any) -> tuple:
+    """How a parameter is trained; what is packed into one parameter must agree in it."""
+    return (*(getattr(parameter, name) for name in _TRAINING_ATTRIBUTES), parameter.dtype)
+
+
+def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: str | None = None) -> Any:
+    """A parameter of a value, trained as another one."""
+    parameter = owner.create_parameter(
+        value.shape,
+        dtype=like.dtype,
+        is_bias=is_bias,
+        default_initializer=nn.initializer.Constant(0.0),
+    )
+    if name is not None:  # Paddle makes no parameter of a name that was used before
+        parameter.name = name
+    parameter.set_value(value)
+    for attribute in _TRAINING_ATTRIBUTES:
+        setattr(parameter, attribute, getattr(like, attribute))
+    return parameter
+
+
+def packed_parts(layers: Any) -> Iterator[tuple[nn.Layer, str]]:
+    """The projections of an attention, and their names."""
+    for name in layers._packing.projections:
+        part = layers._sub_layers.get(name)
+        if type(part) is PackedLinear:
+            yield part, name
+
+
+def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
+    """Packs a layer that :func:`reason_against` has nothing against, in place."""
+    projections, interleaved = adapter.layout(attention)
+    layers = [getattr(attention, name) for name in projections]
+    names = {
+        (name, kind): getattr(layer, kind).name
+        for name, layer in zip(projections, layers)
+        for kind in _PARAMETERS
+        if getattr(layer, kind) is not None
+    }
+    packing = Packing(tuple(projections), interleaved, adapter.num_heads(attention), names)
+    with paddle.no_grad():
+        packed = {}
+        for kind in _PARAMETERS:
+            values = [getattr(layer, kind) for layer in layers]
+            packed[kind] = None
+            if values[0] is not None:
+                packed[kind] = _new_parameter(attention, packing.pack(kind, values), values[0], kind == "bias")
+    for part, layer in enumerate(layers):
+        for kind in _PARAMETERS:
+            layer._parameters.pop(kind, None)
+        layer.__dict__["_packed_in"] = (attention,)
+        layer.__dict__["_part"] = part if len(layers) == 3 else None
+        layer.__class__ = PackedLinear
+    attention.__dict__["_packing"] = packing
+    attention.__class__ = packed_class(type(attention), adapter)
+    for kind in _PARAMETERS:
+        attention._parameters[f"qkv_{kind}"] = packed[kind]
+
+
+def separate(attention: Any) -> None:
+    """The inverse of :func:`pack`, in place: projections with parameters of their own, of the names that they had."""
+    packing = attention._packing
+    with paddle.no_grad():
+        for kind in _PARAMETERS:
+            packed = attention._parameters.pop(f"qkv_{kind}")
+            values = [None] * len(packing.projections) if packed is None else packing.separate(kind, packed)
+            for (layer, name), value in zip(_with_parts(attention), values):
+                if layer is not None:
+                    layer._parameters[kind] = (
+                        None
+                        if value is None
+                        else _new_parameter(attention, value, packed, kind == "bias", packing.parameter_names[name, kind])
+                    )
+    for layer, _ in packed_parts(attention):
+        layer.__class__ = nn.Linear
+        del layer.__dict__["_packed_in"], layer.__dict__["_part"]
+    attention.__class__ = attention._original
+    del attention.__dict__["_packing"]
+
+
+def _with_parts(attention: Any) -> Iterator[tuple[Any, str]]:
+    for name in attention._packing.projections:
+        part = attention._sub_layers.get(name)
+        yield (part if type(part) is PackedLinear else None), name
+
+
+def _count_flops(layer: Any, inputs: Any, output: Any) -> None:
+    """As paddle.flops counts a Linear."""
+    layer.total_ops += inputs[0].shape[-1] * output.numel()
+
+
+register_hooks[PackedLinear] = _count_flops

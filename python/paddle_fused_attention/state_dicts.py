@@ -1,0 +1,263 @@
+"""The state of converted models under the names that it has without conversion, and back.
+
+A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections. Loading takes
+either names, and those that versions before 0.2 gave; the rest is here: state dicts for the model as it was, and optimizer states.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Iterator
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from ._loading import Target, cast, state_being_loaded
+
+# Their checkpoints are read into models that are not converted.
+_SAVING_LIBRARIES = ("paddlenlp.", "paddleformers.")
+_KINDS = ("weight", "bias")
+
+
+def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and order.
+
+    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one needs nothing:
+    ``model.set_state_dict`` takes these names, too.
+
+    Raises:
+        TypeError: ``model`` is not a layer.
+    """
+    if not isinstance(model, nn.Layer):
+        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    return model.state_dict()
+
+
+def translate_state_dict(attention: Any, state: dict, prefix: str) -> None:
+    """Gives the entries of a packed attention, which begin with `prefix`, the names that whoever asks for them wants."""
+    loaded = state_being_loaded()
+    if loaded is not None:
+        _exchange(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
+    elif _wants_separate():
+        _exchange(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
+
+
+def _exchange(state: dict, attention: Any, prefix: str, replacement: Any) -> None:
+    """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by side."""
+    entries: dict[str, Any] = {}
+    for kind in _KINDS:
+        packed = attention._parameters[f"qkv_{kind}"]
+        if packed is not None:
+            entries.update(replacement(kind, packed))
+    names = [f"{name}.{kind}" for name in attention._packing.projections for kind in _KINDS]
+    names = [name for name in names if name in entries] + [name for name in entries if name not in names]
+    ours = {f"{prefix}qkv_{kind}" for kind in _KINDS}
+    items = list(state.items())
+    state.clear()
+    for name, value in items:
+        if name not in ours:
+            state[name] = value
+            continue
+        for new in names:
+            state.setdefault(prefix + new, entries[new])
+
+
+def _copies(attention: Any, kind: str, packed: Any) -> dict:
+    packing = attention._packing
+    with paddle.no_grad():
+        values = packing.separate(kind, packed)
+    for name, value in zip(packing.projections, values):
+        value.name = packing.parameter_names[name, kind]
+        value.stop_gradient = packed.stop_gradient
+    return {f"{name}.{kind}": value for name, value in zip(packing.projections, values)}
+
+
+def _targets(attention: Any, kind: str, packed: Any, prefix: str, loaded: dict) -> dict:
+    packing = attention._packing
+    separate = [f"{name}.{kind}" for name in packing.projections]
+    names = {prefix + name for name in separate} | {packing.parameter_names[name, kind] for name in packing.projections}
+    if f"{prefix}qkv_{kind}" in loaded or names.isdisjoint(loaded):
+        return {f"qkv_{kind}": Target(packed)}
+    return {name: _PartTarget(attention, kind, i) for i, name in enumerate(separate)}
+
+
+class _PartTarget:
+    """A separate projection's parameter for set_state_dict, of which set_value fills the part in the packed one."""
+
+    def __init__(self, attention: Any, kind: str, index: int) -> None:
+        self._attention, self._kind, self._index = attention, kind, index
+        packing = attention._packing
+        columns = 3 * attention._parameters["qkv_weight"].shape[3] // len(packing.projections)
+        self.shape = [attention._parameters["qkv_weight"].shape[3], columns][0 if kind == "weight" else 1 :]
+        self.name = packing.parameter_names[packing.projections[index], kind]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def set_value(self, value: Any) -> None:
+        packed, packing = self._attention._parameters[f"qkv_{self._kind}"], self._attention._packing
+        value = cast(value, packed.dtype)
+        if not isinstance(value, paddle.Tensor):
+            value = paddle.to_tensor(np.asarray(value))
+        with paddle.no_grad():
+            values = packing.separate(self._kind, packed)
+            if value.dtype != packed.dtype:
+                raise ValueError(f"{self.name}: expected {packed.dtype}, got {value.dtype}")
+            values[self._index] = value.detach()
+            packed.set_value(packing.pack(self._kind, values))
+
+
+# Of an encoder layer, by what they were called before version 0.2.
+_OLD_NAMES = {
+    "self_attn.linear_weight": "self_attn.out_proj.weight",
+    "self_attn.linear_bias": "self_attn.out_proj.bias",
+    "self_attn.ln_scale": "norm1.weight",
+    "self_attn.ln_bias": "norm1.bias",
+    "self_attn.pre_ln_scale": "norm1.weight",
+    "self_attn.pre_ln_bias": "norm1.bias",
+}
+
+
+def take_old_names(state: dict, prefix: str) -> None:
+    """Where set_state_dict asks a converted encoder layer, whose entries begin with `prefix`, and what it loads has old names, the
+    entries get these."""
+    loaded = state_being_loaded()
+    if loaded is None:
+        return
+    renamed = {
+        prefix + new: prefix + old
+        for old, new in _OLD_NAMES.items()
+        if prefix + old in loaded and prefix + new not in loaded and prefix + new in state
+    }
+    if renamed:
+        items = [(renamed.get(name, name), value) for name, value in state.items()]
+        state.clear()
+        state.update(items)
+
+
+def _wants_separate() -> bool:
+    """Whether it is separate_state_dict that asks, or a library that saves a model for others to load."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if frame.f_code is separate_state_dict.__code__:
+            return True
+        if name == "to_static_state_dict":  # a program is saved with the parameters that it has
+            return False
+        if "save" in name and str(frame.f_globals.get("__name__")).startswith(_SAVING_LIBRARIES):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _packed_attentions(model: nn.Layer) -> Iterator[tuple[Any, str]]:
+    """The packed parameters of a model, as the attention and "weight" or "bias"."""
+    for layer in model.sublayers(include_self=True):
+        if hasattr(layer, "_packing"):
+            yield from ((layer, kind) for kind in _KINDS if layer._parameters[f"qkv_{kind}"] is not None)
+
+
+def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
+    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after :func:`convert`.
+
+    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such as powers of
+    beta, which must be the same for the three projections, one is kept. What the step is afterwards is the same as without conversion
+    for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW; Lamb and Lars take norms of whole
+    parameters, and see the three projections as one.
+
+    Args:
+        model: A converted model. What its parameters were called before is what the keys of the state begin with.
+        state: What ``optimizer.state_dict()`` gave, or ``paddle.load`` of a file of it. It is left as it is.
+
+    Returns:
+        A new dict, for ``optimizer.set_state_dict``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A state of a projection has another shape than its parameter, or is missing, or numbers differ.
+    """
+    _check_optimizer_arguments(model, state)
+    result = dict(state)
+    for attention, kind in _packed_attentions(model):
+        packing, packed = attention._packing, attention._parameters[f"qkv_{kind}"]
+        names = [packing.parameter_names[name, kind] for name in packing.projections]
+        for group in _groups(result):
+            for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
+                values = []
+                for name in names:
+                    if name + rest not in group:
+                        raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
+                    values.append(_tensor(group.pop(name + rest)))
+                group[packed.name + rest] = _pack_state(packing, kind, packed, values, names[0] + rest)
+    return result
+
+
+def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
+    """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as it was before.
+
+    Args:
+        model: The converted model, before :func:`revert`.
+        state: What ``optimizer.state_dict()`` gave, or ``paddle.load`` of a file of it. It is left as it is.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A state of a packed parameter has another shape.
+    """
+    _check_optimizer_arguments(model, state)
+    result = dict(state)
+    for attention, kind in _packed_attentions(model):
+        packing, packed = attention._packing, attention._parameters[f"qkv_{kind}"]
+        names = [packing.parameter_names[name, kind] for name in packing.projections]
+        for group in _groups(result):
+            for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
+                value = _tensor(group.pop(packed.name + rest))
+                if list(value.shape) == list(packed.shape):
+                    with paddle.no_grad():
+                        values = packing.separate(kind, value)
+                elif value.size == 1:
+                    values = [value.clone() for _ in names]
+                else:
+                    raise ValueError(
+                        f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got {list(value.shape)}"
+                    )
+                group.update({name + rest: value for name, value in zip(names, values)})
+    return result
+
+
+def _check_optimizer_arguments(model: Any, state: Any) -> None:
+    if not isinstance(model, nn.Layer):
+        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    if not isinstance(state, dict):
+        raise TypeError(f"state: expected a dict as optimizer.state_dict() gives it, got {type(state).__name__}")
+
+
+def _groups(state: dict) -> list[dict]:
+    """The state itself and its master weights, as a dict that may be changed."""
+    if isinstance(state.get("master_weights"), dict):
+        state["master_weights"] = dict(state["master_weights"])
+        return [state, state["master_weights"]]
+    return [state]
+
+
+def _belongs(key: Any, name: str) -> bool:
+    """Whether a key is a parameter's name, or begins with it and an underscore."""
+    return isinstance(key, str) and (key == name or key.startswith(name + "_"))
+
+
+def _tensor(value: Any) -> paddle.Tensor:
+    return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(np.asarray(value))
+
+
+def _pack_state(packing: Any, kind: str, packed: Any, values: list, name: str) -> paddle.Tensor:
+    columns = 3 * packed.shape[1] * packed.shape[2] // len(packing.projections)
+    shape = [packed.shape[3], columns] if kind == "weight" else [columns]
+    if all(list(value.shape) == shape for value in values):
+        with paddle.no_grad():
+            return packing.pack(kind, values)
+    if any(value.size != 1 for value in values):
+        raise ValueError(f"state: expected {name} and its like of shape {shape} or one number, got {[list(v.shape) for v in values]}")
+    numbers = [value.item() for value in values]
+    if any(number != numbers[0] for number in numbers):
+        raise ValueError(f"state: expected the same number in {name} and its like, got {numbers}")
+    return values[0]
