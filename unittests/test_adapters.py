@@ -68,9 +68,7 @@ class GPTAttention(nn.Layer):
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(EMBED, EMBED) for _ in range(3))
         self.out_proj = nn.Linear(EMBED, EMBED)
 
-    def forward(
-        self, query, key, value, attention_mask=None, use_cache=False, past_key_value=None, output_attentions=False
-    ):
+    def forward(self, query, key, value, attention_mask=None, use_cache=False, past_key_value=None, output_attentions=False):
         if self.config.fuse_attention_qkv:
             q, k, v = self.qkv_proj(query).reshape([0, 0, HEADS, 3 * self.head_dim]).split(3, axis=-1)
         else:
@@ -241,8 +239,16 @@ LEFT_ALONE = {
     "dropout": (ViTAttention, drop_down, "its attn_drop is a Dropout, not a paddle.nn.Dropout of mode"),
     "hook": (ViTAttention, hook, "its qkv has hooks or a forward of its own"),
     "forward": (ViTAttention, lambda layer: setattr(layer, "forward", layer.forward), "it has hooks or a forward of its own"),
-    "linear": (ViTAttention, lambda layer: setattr(layer, "proj", nn.Identity()), "its proj is a Identity, not a paddle.nn.Linear"),
-    "width": (ViTAttention, lambda layer: setattr(layer, "proj", nn.Linear(EMBED, 8)), "its output projection has a weight of shape"),
+    "linear": (
+        ViTAttention,
+        lambda layer: setattr(layer, "proj", nn.Identity()),
+        "its proj is a Identity, not a paddle.nn.Linear",
+    ),
+    "width": (
+        ViTAttention,
+        lambda layer: setattr(layer, "proj", nn.Linear(EMBED, 8)),
+        "its output projection has a weight of shape",
+    ),
     "heads": (ViTAttention, lambda layer: setattr(layer, "num_heads", 3), "its width 16 is no multiple of its 3 heads"),
 }
 
@@ -329,7 +335,9 @@ def test_errors():
     adapter = VisionTransformerAdapter()
     with pytest.raises(TypeError, match="attention_class: expected a subclass of paddle.nn.Layer or its full name, got 3"):
         register_adapter(3, adapter)
-    with pytest.raises(ValueError, match="attention_class: expected a class or its full name, as 'package.module.Class', got 'Name'"):
+    with pytest.raises(
+        ValueError, match="attention_class: expected a class or its full name, as 'package.module.Class', got 'Name'"
+    ):
         register_adapter("Name", adapter)
     with pytest.raises(TypeError, match="adapter: expected an AttentionAdapter, got type"):
         register_adapter(ViTAttention, VisionTransformerAdapter)

@@ -394,7 +394,10 @@ LEFT_ALONE = {
     "dropout axis": (lambda: changed(replace("dropout1", nn.Dropout(0.1, axis=0))), "axis=0"),
     "projection": (lambda: changed(replace("self_attn.q_proj", OwnLinear(EMBED, EMBED))), "self_attn.q_proj is a OwnLinear"),
     "some biases": (lambda: changed(replace("self_attn.k_proj", nn.Linear(EMBED, EMBED, bias_attr=False))), "only some"),
-    "hook": (lambda: changed(lambda layer: layer.self_attn.q_proj.register_forward_post_hook(print)), "its self_attn.q_proj has hooks"),
+    "hook": (
+        lambda: changed(lambda layer: layer.self_attn.q_proj.register_forward_post_hook(print)),
+        "its self_attn.q_proj has hooks",
+    ),
     "frozen query": (lambda: changed(freeze_query), "differ in dtype or in how they are trained"),
     "forward": (lambda: changed(lambda layer: setattr(layer, "forward", layer.forward)), "its forward was replaced"),
 }

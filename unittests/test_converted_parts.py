@@ -51,7 +51,9 @@ def check_both(plain, converted, calls, mask=None):
 @pytest.mark.parametrize("normalize_before", [False, True])
 def test_only_query_key_and_value_are_packed(normalize_before):
     layer = encoder_layer(normalize_before)
-    kept = {name: p for name, p in layer.named_parameters() if not name.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))}
+    kept = {
+        name: p for name, p in layer.named_parameters() if not name.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
+    }
     parts = dict(layer.named_sublayers())
     convert(layer)
     now = dict(layer.named_parameters())
@@ -71,7 +73,9 @@ def test_hooks_and_forwards_that_come_later(kind, path):
     for layer in (plain, converted):
         part = part_of(layer, path)
         if kind == "pre":
-            part.register_forward_pre_hook(lambda _, inputs: tuple(i if i is None else 1.5 * i for i in inputs[:1]) + inputs[1:])
+            part.register_forward_pre_hook(
+                lambda _, inputs: tuple(i if i is None else 1.5 * i for i in inputs[:1]) + inputs[1:]
+            )
         elif kind == "post":
             part.register_forward_post_hook(lambda _, inputs, out: 1.5 * out)
         else:
@@ -136,7 +140,9 @@ def test_attention_weights(way, normalize_before):
     _, expected = plain.self_attn(hidden, hidden, hidden, mask)
     if way == "attribute":
         converted.self_attn.need_weights = True
-    arguments, keywords = {"keyword": ((), {"output_attentions": True}), "position": ((None, True), {}), "attribute": ((), {})}[way]
+    arguments, keywords = {"keyword": ((), {"output_attentions": True}), "position": ((None, True), {}), "attribute": ((), {})}[
+        way
+    ]
     out, weights = converted(x, mask, *arguments, **keywords)
     plain.self_attn.need_weights = False
     check("out", out.numpy(), plain(x, mask).numpy(), "float32")
@@ -262,9 +268,7 @@ def test_weight_decay_by_name(by):
             decays = decayed.__contains__
         else:
             decays = lambda name: not any(word in name for word in (".b_", "norm"))  # noqa: E731
-        optimizer = paddle.optimizer.AdamW(
-            1e-2, weight_decay=0.5, parameters=model.parameters(), apply_decay_param_fun=decays
-        )
+        optimizer = paddle.optimizer.AdamW(1e-2, weight_decay=0.5, parameters=model.parameters(), apply_decay_param_fun=decays)
         for step in range(8):
             loss = (model(make_x(seed=step)) - make_x(seed=100 + step)).square().mean()
             loss.backward()
@@ -410,7 +414,10 @@ def test_forwards_of_known_libraries(monkeypatch):
     plain, _ = pair()
     expected = plain(make_x()).numpy()
     library = types.ModuleType("paddlenlp.transformers.model_outputs")
-    exec("def forward(self, src, src_mask=None, cache=None, output_attentions=False):\n    raise AssertionError", library.__dict__)
+    exec(
+        "def forward(self, src, src_mask=None, cache=None, output_attentions=False):\n    raise AssertionError",
+        library.__dict__,
+    )
     monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", library.forward)
     plain.self_attn.need_weights = True  # as it leaves it after a call that asks for them
     model, report = convert(nn.Sequential(plain), return_report=True)

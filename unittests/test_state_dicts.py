@@ -49,7 +49,11 @@ def old_names(state, normalize_before):
     """As versions before 0.2 named a converted encoder's parameters."""
     result, norm = {}, "pre_ln" if normalize_before else "ln"
     for name, value in state.items():
-        prefix = name[: name.index("self_attn" if "self_attn" in name else "norm1")] if "self_attn" in name or "norm1" in name else ""
+        prefix = (
+            name[: name.index("self_attn" if "self_attn" in name else "norm1")]
+            if "self_attn" in name or "norm1" in name
+            else ""
+        )
         new = {
             "self_attn.out_proj.weight": "self_attn.linear_weight",
             "self_attn.out_proj.bias": "self_attn.linear_bias",
@@ -116,7 +120,9 @@ def test_a_library_that_saves_gets_the_names_from_before():
     before = list(model.state_dict())
     convert(model)
     library = {"__name__": "paddlenlp.transformers.model_utils"}
-    exec("def save_pretrained(model):\n    return model.state_dict()\ndef count(model):\n    return model.state_dict()", library)
+    exec(
+        "def save_pretrained(model):\n    return model.state_dict()\ndef count(model):\n    return model.state_dict()", library
+    )
     assert list(library["save_pretrained"](model)) == before
     assert list(library["count"](model)) == list(model.state_dict()) != before
 
@@ -189,7 +195,9 @@ def test_optimizer_states_bit_for_bit():
     packing = attention._packing
     rng = np.random.default_rng(2)
     moments = {
-        packing.parameter_names[name, kind]: rng.standard_normal((EMBED, EMBED) if kind == "weight" else (EMBED,)).astype("float32")
+        packing.parameter_names[name, kind]: rng.standard_normal((EMBED, EMBED) if kind == "weight" else (EMBED,)).astype(
+            "float32"
+        )
         for name in packing.projections
         for kind in ("weight", "bias")
     }

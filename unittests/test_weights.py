@@ -216,3 +216,46 @@ def test_from_multi_head_attention_refuses():
     assert str(EMBED) in str(raised.value) and str(EMBED + 1) in str(raised.value)
     with pytest.raises(TypeError):
         FusedMultiHeadAttention.from_multi_head_attention(attention, paddle.nn.Linear(3, 3))
+
+
+class OwnLinear(paddle.nn.Linear):
+    pass
+
+
+class OwnAttention(paddle.nn.MultiHeadAttention):
+    pass
+
+
+def change_projection(attention):
+    attention.k_proj = OwnLinear(EMBED, EMBED)
+
+
+def change_forward(attention):
+    attention.out_proj.forward = attention.out_proj.forward
+
+
+NOT_TAKEN = {
+    "projection": (change_projection, TypeError, "mha: .*its k_proj is a OwnLinear, not a paddle.nn.Linear"),
+    "hook": (lambda mha: mha.q_proj.register_forward_pre_hook(print), ValueError, "mha: .*its q_proj has hooks"),
+    "hook on it": (lambda mha: mha.register_forward_post_hook(print), ValueError, "mha: expected a layer without hooks"),
+    "forward": (change_forward, ValueError, "mha: .*its out_proj has hooks or a forward of its own"),
+    "weight norm": (lambda mha: paddle.nn.utils.weight_norm(mha.v_proj), ValueError, "mha: .*its v_proj has"),
+    "buffer": (lambda mha: mha.register_buffer("table", paddle.ones([2])), ValueError, "mha: .*has table beside its parts"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TAKEN)
+def test_layers_that_compute_something_else_are_refused(case):
+    change, error, message = NOT_TAKEN[case]
+    attention = paddle.nn.MultiHeadAttention(EMBED, HEADS)
+    change(attention)
+    with pytest.raises(error, match=message):
+        FusedMultiHeadAttention.from_multi_head_attention(attention)
+
+
+def test_subclasses_are_refused():
+    with pytest.raises(TypeError, match="mha: expected a paddle.nn.MultiHeadAttention, got OwnAttention"):
+        FusedMultiHeadAttention.from_multi_head_attention(OwnAttention(EMBED, HEADS))
+    norm = type("OwnNorm", (paddle.nn.LayerNorm,), {})(EMBED)
+    with pytest.raises(TypeError, match="norm: expected a paddle.nn.LayerNorm or None, got OwnNorm"):
+        FusedMultiHeadAttention.from_multi_head_attention(paddle.nn.MultiHeadAttention(EMBED, HEADS), norm)

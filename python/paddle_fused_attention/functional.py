@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Integral, Real
 from typing import Any, Sequence
 
 import numpy as np
 import paddle
+from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._op import TENSOR_ARGUMENTS
@@ -108,6 +110,17 @@ def check_arguments(
     return numbers
 
 
+def _is_exported_to_onnx() -> bool:
+    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends the process at one
+    that it does not know: it gets ordinary ops."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @paddle.jit.not_to_static
 def fused_multi_head_attention(
     x: paddle.Tensor,
@@ -179,6 +192,20 @@ def fused_multi_head_attention(
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape or a number does not fit.
     """
+    if not in_dynamic_mode() and _is_exported_to_onnx():
+        from ._keys import attention_to_keys
+
+        return attention_to_keys(
+            *(x, qkv_weight, linear_weight, pre_layer_norm, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, pre_ln_epsilon),
+            *(qkv_bias, linear_bias, attn_mask, dropout_rate, attn_dropout_rate, ln_epsilon),
+            keys=(x, x),
+            training=training,
+            mode=mode,
+            final_layer_norm=final_layer_norm,
+            add_residual=add_residual,
+            causal=causal,
+            seed=seed,
+        )
     inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
     numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
     if not (type(pre_layer_norm) is type(training) is type(final_layer_norm) is type(add_residual) is type(causal) is bool):

@@ -12,6 +12,7 @@ from paddle.framework import in_dynamic_mode
 from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
+from ._parts import is_plain, origin_of_forward, reason_against_linear
 from .functional import TENSOR_ARGUMENTS, _check_number, check_count, check_switches, fused_multi_head_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -247,14 +248,29 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             causal, add_residual: As in the constructor.
 
         Raises:
-            TypeError: mha or norm is not of its class.
-            ValueError: The layer norm is over another shape, or only some projections have biases.
+            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection is no ``paddle.nn.Linear``.
+            ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a forward of its own
+                or, as under weight_norm, parameters beside its weight and bias.
             NotImplementedError: See the constructor.
         """
-        if not isinstance(mha, nn.MultiHeadAttention):
+        if type(mha) is not nn.MultiHeadAttention:
             raise TypeError(f"mha: expected a paddle.nn.MultiHeadAttention, got {type(mha).__name__}")
-        if norm is not None and not isinstance(norm, nn.LayerNorm):
+        if norm is not None and type(norm) is not nn.LayerNorm:
             raise TypeError(f"norm: expected a paddle.nn.LayerNorm or None, got {type(norm).__name__}")
+        for argument, part in (("mha", mha), ("norm", norm)):
+            if part is not None and (not is_plain(part, type(part)) or origin_of_forward(type(part)) is not None):
+                raise ValueError(f"{argument}: expected a layer without hooks and with its class's own forward, got another")
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        extra = sorted({*mha._parameters, *mha._buffers, *mha._sub_layers} - set(names))
+        if extra:
+            raise ValueError(
+                f"mha: expected a layer as paddle.nn.MultiHeadAttention makes it, got one that has {extra[0]} beside its parts"
+            )
+        for projection in names:
+            reason = reason_against_linear(projection, getattr(mha, projection))
+            if reason is not None:
+                error = TypeError if type(getattr(mha, projection)) is not nn.Linear else ValueError
+                raise error(f"mha: expected projections as paddle.nn.MultiHeadAttention makes them, got one of which {reason}")
         if norm is not None and list(norm._normalized_shape) != [mha.embed_dim]:
             raise ValueError(
                 f"norm: expected a layer norm over [{mha.embed_dim}], mha's embed_dim, got one over {list(norm._normalized_shape)}"

@@ -256,7 +256,9 @@ def _pack_state(packing: Any, kind: str, packed: Any, values: list, name: str) -
         with paddle.no_grad():
             return packing.pack(kind, values)
     if any(value.size != 1 for value in values):
-        raise ValueError(f"state: expected {name} and its like of shape {shape} or one number, got {[list(v.shape) for v in values]}")
+        raise ValueError(
+            f"state: expected {name} and its like of shape {shape} or one number, got {[list(v.shape) for v in values]}"
+        )
     numbers = [value.item() for value in values]
     if any(number != numbers[0] for number in numbers):
         raise ValueError(f"state: expected the same number in {name} and its like, got {numbers}")

@@ -161,7 +161,13 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
         output_attentions: bool = False,
     ) -> tuple[Any, Any, bool] | None:
         is_self_attention = (key is None or key is query) and (value is None or value is query)
-        if not is_self_attention or use_cache or past_key_value is not None or output_attentions or wants_gradient(attention_mask):
+        if (
+            not is_self_attention
+            or use_cache
+            or past_key_value is not None
+            or output_attentions
+            or wants_gradient(attention_mask)
+        ):
             return None
         # Its masks are added as numbers, whatever their dtype, and hide what comes later themselves.
         mask = attention_mask

@@ -13,15 +13,16 @@ import paddle
 from paddle import nn
 
 from .._composed import additive_mask, attention_with_cache
+from .._parts import is_plain, is_plain_dropout, origin_of_forward
 from ..functional import _check_tensor, fused_multi_head_attention
 from ..state_dicts import take_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, is_plain, is_plain_dropout, pack, packed_class, packed_parts, rate_of, separate
+from .packed import PackedAttention, pack, packed_class, packed_parts, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
 # Libraries that give Paddle's classes a forward which ConvertedEncoderLayer.forward stands for.
-_KNOWN_FORWARDS = ("paddle.", "paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
+_KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
 
 
 class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
@@ -76,7 +77,9 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         if output_attentions:
             attention.need_weights = True
         try:
-            found = attention(hidden, hidden, hidden, mask, cache) if cache is not None else attention(hidden, hidden, hidden, mask)
+            found = (
+                attention(hidden, hidden, hidden, mask, cache) if cache is not None else attention(hidden, hidden, hidden, mask)
+            )
         finally:
             if output_attentions:
                 attention.need_weights = needed_weights
@@ -162,8 +165,8 @@ def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
     if type(layer) is not nn.TransformerEncoderLayer:
         return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
     for kind in (nn.TransformerEncoderLayer, nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout, nn.Linear):
-        origin = _origin_of_forward(kind)
-        if not origin.startswith(_KNOWN_FORWARDS):
+        origin = origin_of_forward(kind)
+        if origin is not None and not (kind is nn.TransformerEncoderLayer and origin in _KNOWN_FORWARDS):
             return f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
     if "forward" in vars(layer):
         return "its forward was replaced"
@@ -174,7 +177,8 @@ def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
             return f"its {name} is a {type(part).__name__}, not a paddle.nn.{kind.__name__}"
         if not is_plain(part, kind):
             return f"its {name} has hooks or a forward of its own"
-    if attention.need_weights and _is_paddles_own_forward():
+    # The libraries' forward sets it in every call, as its argument says, and leaves it so.
+    if attention.need_weights and origin_of_forward(nn.TransformerEncoderLayer) is None:
         return "its self_attn has need_weights=True"
     for name in ("kdim", "vdim"):
         if getattr(attention, name) != attention.embed_dim:
@@ -184,17 +188,6 @@ def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
     if not is_plain_dropout(dropout):
         return f"its dropout1 has mode={dropout.mode!r} and axis={dropout.axis}"
     return reason_against(attention, PADDLE_ADAPTER, owners, "self_attn.")
-
-
-def _is_paddles_own_forward() -> bool:
-    """If not, the libraries' sets need_weights in every call, as its argument says, and leaves it so."""
-    return _origin_of_forward(nn.TransformerEncoderLayer).startswith("paddle.")
-
-
-def _origin_of_forward(kind: type) -> str:
-    """The module that a class's forward was written in."""
-    forward: Any = kind.forward
-    return str(getattr(forward, "__globals__", {}).get("__name__") or f"a {type(forward).__name__}")
 
 
 def fuse(layer: nn.TransformerEncoderLayer) -> None:

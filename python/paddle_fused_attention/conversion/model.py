@@ -18,7 +18,15 @@ from .registry import adapter_for, full_name, reason_against_adapted
 
 # Names by which attention is known where its class says nothing.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-_PROJECTIONS = ({"q_proj", "k_proj"}, {"query", "key"}, {"to_q", "to_k"}, {"qkv"}, {"qkv_proj"}, {"c_attn"}, {"query_key_value"})
+_PROJECTIONS = (
+    {"q_proj", "k_proj"},
+    {"query", "key"},
+    {"to_q", "to_k"},
+    {"qkv"},
+    {"qkv_proj"},
+    {"c_attn"},
+    {"query_key_value"},
+)
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
@@ -222,6 +230,8 @@ def _is_wrapper(layer: nn.Layer) -> bool:
 def _is_finished(layer: Any) -> bool:
     if "_sub_layers" not in layer.__dict__:  # half made
         return False
-    return _is_wrapper(layer) or bool(layer.__dict__.get("_original_funcs")) or "StaticFunction" in type(
-        layer.__dict__.get("forward")
-    ).__name__
+    return (
+        _is_wrapper(layer)
+        or bool(layer.__dict__.get("_original_funcs"))
+        or "StaticFunction" in type(layer.__dict__.get("forward")).__name__
+    )

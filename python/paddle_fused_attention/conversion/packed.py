@@ -16,6 +16,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 from paddle.hapi.dynamic_flops import register_hooks
 
+from .._parts import is_plain, is_plain_dropout
 from ..functional import fused_multi_head_attention
 from ..state_dicts import translate_state_dict
 from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
@@ -108,20 +109,6 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return "packed"
-
-
-def is_plain(layer: Any, kind: type) -> bool:
-    """Whether calling a layer does what its class does, and nothing else."""
-    return (
-        type(layer) is kind
-        and not layer._forward_pre_hooks
-        and not layer._forward_post_hooks
-        and "forward" not in layer.__dict__
-    )
-
-
-def is_plain_dropout(layer: Any) -> bool:
-    return is_plain(layer, nn.Dropout) and layer.mode == "upscale_in_train" and layer.axis is None
 
 
 def rate_of(dropout: Any) -> float:
@@ -222,7 +209,9 @@ def _new_packed(original: type) -> Any:
 
     adapter = adapter_for(original)
     if adapter is None:
-        raise TypeError(f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none")
+        raise TypeError(
+            f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none"
+        )
     kind = packed_class(original, adapter)
     return kind.__new__(kind)
 

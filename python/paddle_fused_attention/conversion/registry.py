@@ -9,8 +9,9 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from .._parts import is_plain, is_plain_dropout, reason_against_linear
 from .adapters import AttentionAdapter, PaddleAdapter, PaddleNLPGPTAdapter, VisionTransformerAdapter
-from .packed import is_plain, is_plain_dropout, pack, training_of
+from .packed import pack, training_of
 
 PADDLE_ADAPTER = PaddleAdapter()
 
@@ -38,11 +39,15 @@ def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> 
     """
     if isinstance(attention_class, str):
         if not _DOTTED_NAME.fullmatch(attention_class):
-            raise ValueError(f"attention_class: expected a class or its full name, as 'package.module.Class', got {attention_class!r}")
+            raise ValueError(
+                f"attention_class: expected a class or its full name, as 'package.module.Class', got {attention_class!r}"
+            )
     elif not isinstance(attention_class, type) or not issubclass(attention_class, nn.Layer):
         raise TypeError(f"attention_class: expected a subclass of paddle.nn.Layer or its full name, got {attention_class!r}")
     if attention_class is nn.MultiHeadAttention or attention_class == full_name(nn.MultiHeadAttention):
-        raise ValueError("attention_class: expected a class of your own or of another library, got paddle.nn.MultiHeadAttention")
+        raise ValueError(
+            "attention_class: expected a class of your own or of another library, got paddle.nn.MultiHeadAttention"
+        )
     if not isinstance(adapter, AttentionAdapter):
         raise TypeError(f"adapter: expected an AttentionAdapter, got {type(adapter).__name__}")
     _adapters[attention_class] = adapter
@@ -68,10 +73,7 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
     projections, _ = adapter.layout(attention)
     names = (*projections, adapter.output)
     for name in names:
-        part = getattr(attention, name, None)
-        if type(part) is not nn.Linear:
-            return f"its {prefix}{name} is a {type(part).__name__}, not a paddle.nn.Linear"
-        reason = _reason_against_linear(prefix + name, part)
+        reason = reason_against_linear(prefix + name, getattr(attention, name, None))
         if reason is not None:
             return reason
     for name in adapter.dropouts():
@@ -93,13 +95,6 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
             if child is not None and owners[id(child)] > 1:
                 return f"it shares its {type(part).__name__} or a parameter of it with another layer"
     return None
-
-
-def _reason_against_linear(name: str, linear: Any) -> str | None:
-    if not is_plain(linear, nn.Linear):
-        return f"its {name} has hooks or a forward of its own"
-    extra = sorted({*linear._parameters, *linear._buffers, *linear._sub_layers} - {"weight", "bias"})
-    return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
 
 
 def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | None:
@@ -156,7 +151,9 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
     for wanted, found in zip(expected, actual):
         size, error = float(wanted.abs().max()), float((found - wanted).abs().max())
         if not error <= 1e-4 * size:
-            return f"its forward gives other numbers than the operator: they differ by {error:.2g} where the largest is {size:.2g}"
+            return (
+                f"its forward gives other numbers than the operator: they differ by {error:.2g} where the largest is {size:.2g}"
+            )
     return None
 
 

@@ -1,0 +1,37 @@
+"""Whether layers that are to be replaced compute what their classes do, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle import nn
+
+
+def is_plain(layer: Any, kind: type) -> bool:
+    """Whether a layer is of exactly that class, without hooks or a forward of its own."""
+    return (
+        type(layer) is kind
+        and not layer._forward_pre_hooks
+        and not layer._forward_post_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def is_plain_dropout(layer: Any) -> bool:
+    return is_plain(layer, nn.Dropout) and layer.mode == "upscale_in_train" and layer.axis is None
+
+
+def reason_against_linear(name: str, layer: Any) -> str | None:
+    """Why a layer, which is called `name`, is no ``paddle.nn.Linear`` as Paddle makes it; None if it is one."""
+    if type(layer) is not nn.Linear:
+        return f"its {name} is a {type(layer).__name__}, not a paddle.nn.Linear"
+    if not is_plain(layer, nn.Linear):
+        return f"its {name} has hooks or a forward of its own"
+    extra = sorted({*layer._parameters, *layer._buffers, *layer._sub_layers} - {"weight", "bias"})
+    return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
+
+
+def origin_of_forward(kind: Any) -> str | None:
+    """The module that wrote the forward of one of Paddle's classes; None if that is Paddle."""
+    module = getattr(kind.forward, "__globals__", {}).get("__name__") or f"a {type(kind.forward).__name__}"
+    return None if str(module).startswith("paddle.") else str(module)
