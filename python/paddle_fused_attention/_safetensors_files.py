@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ._unpickling import FormatError, is_shape, shown
+from ._unpickling import FormatError, are_counts, is_shape, shown
 from .checkpoint import CheckpointError
 
 # The dtypes of .safetensors: bits of an element, and NumPy's dtype where there is one.
@@ -109,7 +109,7 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise FormatError(f"{shown(name)}: expected a dtype of .safetensors, got {shown(str(dtype)[:200])}")
     if not isinstance(shape, list) or not is_shape(tuple(shape)):
         raise FormatError(f"{shown(name)}: its shape is none that an array can have")
-    if not isinstance(place, list) or len(place) != 2 or not is_shape(tuple(place)) or place[0] > place[1]:
+    if not isinstance(place, list) or len(place) != 2 or not are_counts(place) or place[0] > place[1]:
         raise FormatError(f"{shown(name)}: its data_offsets are no range")
     begin, end = place
     bits = math.prod(shape) * _DTYPES[dtype][0]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Callable
 import numpy as np
 
 from ._safetensors_files import RawTensor
-from ._unpickling import Budget, FormatError, Global, Unpickler, Unresolved, is_shape, resolve, shown
+from ._unpickling import Budget, FormatError, Global, Unpickler, Unresolved, are_counts, is_shape, resolve, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -90,7 +90,7 @@ class _Tensor(Unresolved):
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: str) -> None:
         self.storage, self.offset, self.shape, self.strides, self.dtype = storage, offset, shape, strides, dtype
-        good = is_shape(shape) and is_shape((offset,)) and is_shape(strides) and len(shape) == len(strides)
+        good = is_shape(shape) and are_counts([offset]) and are_counts(strides) and len(shape) == len(strides)
         if not good or not isinstance(storage, _Storage):
             raise FormatError("a tensor's shape, offset or strides are not as expected")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if 0 not in shape else offset - 1
@@ -165,7 +165,7 @@ def _storage(parts: Any) -> _Storage:
     if not isinstance(parts, tuple) or len(parts) < 5 or parts[0] != "storage" or not isinstance(parts[1], _Kind):
         raise FormatError("its pickle refers to something other than a storage")
     _, kind, key, _, size, *view = parts
-    if not isinstance(key, str) or not is_shape((size,)) or any(part is not None for part in view):
+    if not isinstance(key, str) or not are_counts([size]) or any(part is not None for part in view):
         raise FormatError("a storage is not as expected")
     return _Storage(key, kind.dtype, size)
 

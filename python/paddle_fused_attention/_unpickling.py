@@ -119,14 +119,14 @@ def _array(data: Any, dtype: Any, shape: Any, order: str, budget: Budget) -> np.
     return array.astype(dtype.value.newbyteorder("="), copy=False).reshape(shape, order=order)
 
 
+def are_counts(values: Any) -> bool:
+    """Whether it is a sequence of sizes or offsets, a few and none of them negative."""
+    return isinstance(values, (list, tuple)) and len(values) <= 32 and all(type(n) is int and 0 <= n < 2**60 for n in values)
+
+
 def is_shape(shape: Any) -> bool:
     """Whether it can be that of an array in NumPy."""
-    return (
-        isinstance(shape, tuple)
-        and len(shape) <= 32
-        and all(type(n) is int and 0 <= n < 2**63 for n in shape)
-        and math.prod(max(n, 1) for n in shape) < 2**60
-    )
+    return isinstance(shape, tuple) and are_counts(shape) and math.prod(max(n, 1) for n in shape) < 2**60
 
 
 def _plain_globals(budget: Budget) -> dict[str, Global]:

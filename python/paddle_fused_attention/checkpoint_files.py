@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
+import paddle
 
 from . import _safetensors_files, _torch_files
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
@@ -149,7 +150,7 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: can't be read as {kind}: {error}") from None
     except Exception as error:  # a file that is no checkpoint fails in many ways
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: can't be read as {kind}: {first_line}") from error
+        raise CheckpointError(f"{path}: can't be read as {kind}: {shown(first_line)}") from error
 
 
 @contextmanager
@@ -275,8 +276,6 @@ def _any(value: Any, condition: Any) -> bool:
 def _tensor(array: np.ndarray, name: Any, return_numpy: bool) -> Any:
     if return_numpy:
         return array
-    import paddle
-
     tensor = paddle.to_tensor(array)
     if isinstance(name, str) and name:
         tensor.name = name
