@@ -405,6 +405,12 @@ def test_torch_tensors_that_lie(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/byteorder", b"big")
     refused(path, "not little-endian")
+    torch_floats(path, "w")
+    broken = bytearray(path.read_bytes())
+    broken[-6:-2] = struct.pack("<I", len(broken))  # where the list of members begins
+    path.write_bytes(broken)
+    refused(path, "can't be read as .bin")
+    torch_floats(path, "w")
     path.write_bytes(path.read_bytes().replace(FLOATS.tobytes(), FLOATS[::-1].tobytes()))
     refused(path)
 
@@ -589,7 +595,8 @@ def hostile(marker):
     yield "alone", b"\x80\x02" + system + call + b".", "posix.system"
     yield "STACK_GLOBAL", b"\x80\x04}" + text("w") + stack + call + b"s.", "posix.system"
     yield "not in the result", b"\x80\x02" + system + call + b"0}.", "posix.system"
-    yield "INST", b"\x80\x02(" + text(command) + b"iposix\nsystem\n.", None
+    yield "INST", b"\x80\x02(" + text(command) + b"iposix\nsystem\n.", "posix.system"
+    yield "NEWOBJ", b"\x80\x02csubprocess\nPopen\n" + text(f"touch {marker}") + b"\x85\x81.", "subprocess.Popen"
     yield "OBJ", b"\x80\x02(" + system + text(command) + b"o.", "posix.system"
     yield "eval", b"\x80\x02" + evaluate + text(code) + b"\x85R.", None
     yield "eval as of a DenseTensor", b"\x80\x02" + evaluate + text(code) + b"}" + text("data") + b"Ns\x86R.", "eval of open("

@@ -138,7 +138,9 @@ def test_checkpoints_of_other_runs(images, tmp_path):
         train("plain", SETTINGS, images, path, resume=True)
 
 
-@pytest.mark.parametrize("content", [{"run": 1}, [1], {"run": 1, "step": 1, "losses": np.zeros(3), "model": {}, "optimizer": {}}])
+@pytest.mark.parametrize(
+    "content", [{"run": 1}, [1], {"run": 1, "step": 1, "losses": np.zeros(3), "model": {}, "optimizer": {}}]
+)
 def test_files_that_are_no_checkpoints(content, images, tmp_path):
     paddle.save(content, str(tmp_path / "checkpoint"))
     with pytest.raises(CheckpointError, match="is no checkpoint"):

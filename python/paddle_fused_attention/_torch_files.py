@@ -6,6 +6,7 @@ persistent id. Its bytes are a member of the zip archive, or stand after the pic
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import zipfile
@@ -188,7 +189,14 @@ def read(file: BinaryIO, size: int) -> Any:
     budget = Budget(size)
     start = file.read(4)
     file.seek(0)
-    return _read_zip(file, budget) if start == b"PK\x03\x04" else _read_legacy(file, size, budget)
+    if start != b"PK\x03\x04":
+        return _read_legacy(file, size, budget)
+    try:
+        return _read_zip(file, budget)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise FormatError("its archive names a place before its start") from None
 
 
 def _read_zip(file: BinaryIO, budget: Budget) -> Any:

@@ -252,7 +252,7 @@ class Unpickler:
                 return value
             step = _STEPS.get(code)
             if step is None:
-                raise FormatError(f"its pickle has an opcode {shown(code)} that no file of tensors has")
+                raise FormatError(f"its pickle has the opcode 0x{code.hex()}, which no file of tensors has")
             step(self)
 
     def _read(self, count: int) -> bytes:
@@ -355,6 +355,12 @@ class Unpickler:
         except TypeError:
             raise FormatError("its pickle calls a function with other arguments than it has") from None
 
+    def _instance(self) -> None:
+        arguments = tuple(self._pop_to_mark())
+        self._global(self._line(), self._line())
+        self._push(arguments)
+        self._reduce()
+
     def _build(self) -> None:
         state = self._pop()
         target = self._pop()
@@ -417,6 +423,7 @@ _STEPS: dict[bytes, Callable[[Unpickler], Any]] = {
     b"c": lambda m: m._global(m._line(), m._line()),
     b"\x93": lambda m: m._stack_global(),
     b"R": lambda m: m._reduce(),
+    b"i": lambda m: m._instance(),
     b"b": lambda m: m._build(),
     b"Q": lambda m: m._persistent_id(),
 }
