@@ -292,6 +292,19 @@ def test_what_a_kind_of_file_cannot_hold(name, value, suffix, tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
+def test_names_and_metadata_that_are_no_text(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    for wrong in (
+        Checkpoint({3: np.zeros(2)}),
+        Checkpoint({"\ud800": np.zeros(2)}),
+        Checkpoint({}, {"a": 1}),
+        Checkpoint({}, {"\ud800": ""}),
+    ):
+        refused(path, "expected", reader=lambda path, wrong=wrong: write(path, wrong))
+    assert not list(tmp_path.iterdir())
+
+
 # Files of torch.save
 
 

@@ -123,6 +123,9 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: The kind of file can't hold a value, or the file can't be written.
     """
     check_target(path)
+    _named(checkpoint.arrays, path)
+    if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
+        raise CheckpointError(f"{path}: expected metadata that is strings by name")
     try:
         with _replacing(path) as partial:
             if path.suffix == ".safetensors":
