@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,28 @@ def test_checkpoints_of_other_runs(images, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="no checkpoint"):
         train("plain", SETTINGS, images, path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", [{"run": 1}, [1], {"run": 1, "step": 1, "losses": np.zeros(3), "model": {}, "optimizer": {}}]
+)
+def test_files_that_are_no_checkpoints(content, images, tmp_path):
+    paddle.save(content, str(tmp_path / "checkpoint"))
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        train("plain", SETTINGS, images, tmp_path / "checkpoint", resume=True)
+
+
+def test_resume_runs_no_code(images, tmp_path):
+    """What a checkpoint's pickle says is not called, and the error names it."""
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "marker"),)
+
+    (tmp_path / "checkpoint").write_bytes(pickle.dumps({"run": Hostile()}))
+    with pytest.raises(CheckpointError, match=r"asks for \w+\.mkdir"):
+        train("plain", SETTINGS, images, tmp_path / "checkpoint", resume=True)
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.slow

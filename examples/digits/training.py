@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from paddle_fused_attention import checkpoint_files
 from tqdm import tqdm
 
 from .data import Digits, batch_rows
@@ -150,16 +151,21 @@ def load_checkpoint(
         CheckpointError: it is no checkpoint, or one of another run.
     """
     try:
-        state = paddle.load(str(path), return_numpy=True)
-        run, step, losses = state["run"], state["step"], state["losses"]
-    except Exception as error:
-        raise CheckpointError(f"{path} is no checkpoint ({error}): delete it, or go without --resume") from error
+        state = checkpoint_files.load_state(path)
+    except checkpoint_files.CheckpointError as error:
+        raise CheckpointError(f"{error}; it is no checkpoint: delete it, or go without --resume") from error
+    run, step, losses, weights, moments = (
+        state.get(name) if isinstance(state, dict) else None for name in ("run", "step", "losses", "model", "optimizer")
+    )
+    dicts = all(isinstance(part, dict) for part in (run, weights, moments))
+    if not dicts or not isinstance(losses, np.ndarray) or not isinstance(step, int) or not 0 <= step <= len(losses):
+        raise CheckpointError(f"{path} is no checkpoint of this program: delete it, or go without --resume")
     expected = dict(dataclasses.asdict(settings), kind=kind, paddle=paddle.__version__)
     for name, value in expected.items():
         if run.get(name) != value:
             raise CheckpointError(f"{path}: {name}: expected {value!r}, got a checkpoint of a run with {run.get(name)!r}")
-    model.set_state_dict(state["model"])
-    optimizer.set_state_dict(paddle.load(str(path))["optimizer"])
+    model.set_state_dict(weights)
+    optimizer.set_state_dict(moments)
     return step, losses
 
 

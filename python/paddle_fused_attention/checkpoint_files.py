@@ -1,13 +1,17 @@
-"""Reads and writes checkpoints, .pdparams and .safetensors, as NumPy arrays by name; bfloat16 is uint16, as Paddle has it.
+"""Reads and writes checkpoints as NumPy arrays by name; bfloat16 is uint16, as Paddle has it.
 
-A .safetensors file is eight bytes with the length of a header, the header in JSON (dtype, shape and place of every tensor)
-and the tensors' bytes. What has no place in NumPy (8-bit floats, say) is passed on as it is.
+Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files of these
+kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that stands in them.
+
+What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into .pdparams as a
+second pickle behind Paddle's own: paddle.load reads the first one and stops.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,73 +20,112 @@ from typing import Any, Iterator
 import numpy as np
 import paddle
 
+from . import _safetensors_files, _torch_files
+from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
+from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
 from .checkpoint import CheckpointError
 
 SUFFIXES = (".pdparams", ".safetensors")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pdparams.index.json")
 
-_DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "|i1",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
-_DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_PADDLE_DTYPES = {np.dtype(dtype) for dtype in ("<c16", *_safetensors_files.NAMES)}
+_NAME_TABLE = "StructuredToParameterName@@"
+_BIG_TABLE = "UnpackBigParamInfor@@"
+_METADATA = "paddle_fused_attention.metadata"
 
+# Keys of the package's own in metadata. The layout is that of the tensors, whatever the kind of file.
+OWN_METADATA = "paddle_fused_attention."
+_LAYOUT_KEY = OWN_METADATA + "layout"
+_LAYOUTS = ("in-out", "out-in")
+# PaddleNLP writes "np" into files in Paddle's layout, but so does who stores PyTorch's through NumPy.
+_LAYOUT_OF_FORMAT = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
 
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor of a .safetensors file whose dtype NumPy doesn't have."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
+__all__ = [
+    "SUFFIXES",
+    "Checkpoint",
+    "CheckpointError",
+    "RawTensor",
+    "check_suffix",
+    "check_target",
+    "load_state",
+    "read",
+    "write",
+]
 
 
 @dataclass
 class Checkpoint:
-    """``arrays``: NumPy arrays by name, and whatever else the file holds. ``metadata``: of a .safetensors file."""
+    """A state dict as it lies in a file.
+
+    Attributes:
+        arrays: NumPy arrays by name, RawTensors, and whatever else the file holds. Arrays may be read-only.
+        metadata: of a .safetensors file, also after it went through .pdparams.
+        layout: how the file says that the weights of linear layers are stored: "in-out" (Paddle), "out-in" (PyTorch); None: not
+            at all. `write` does not store it.
+    """
 
     arrays: dict[str, Any]
     metadata: dict[str, str] | None = None
+    layout: str | None = None
 
 
 def check_suffix(path: Path) -> None:
+    """That the file's kind can be written."""
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def check_target(path: Path) -> None:
     check_suffix(path)
-    # paddle.save would make the folder.
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: can't be written: no such folder")
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises CheckpointError where the file is not there, or is not a checkpoint."""
-    check_suffix(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pdparams(path)
-    except CheckpointError:
-        raise
-    except MemoryError:
-        raise CheckpointError(f"{path}: not enough memory to read it") from None
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: can't be read as {path.suffix}: {first_line}") from error
+    """A checkpoint of any kind that is known, by its suffix.
+
+    Raises:
+        CheckpointError: The file is not there, is no checkpoint, is not complete, or asks for code to be run.
+    """
+    path = Path(path)
+    if path.name.endswith(INDEX_SUFFIXES):
+        with _explained(path, ".index.json"):
+            return _read_index(path)
+    if path.suffix not in (*SUFFIXES, *TORCH_SUFFIXES):
+        known = ", ".join((*SUFFIXES, *TORCH_SUFFIXES))
+        raise CheckpointError(f"{path}: expected a name that ends in {known} or .index.json")
+    with _explained(path, path.suffix):
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _read_pdparams(path) if path.suffix == ".pdparams" else _read_torch(path)
+
+
+def load_state(path: Path, return_numpy: bool = False) -> Any:
+    """What ``paddle.load`` gives in dygraph for a file that ``paddle.save`` wrote, but runs nothing that stands in it.
+
+    Args:
+        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an optimizer's, say.
+        return_numpy: NumPy arrays, read-only, for tensors.
+
+    Raises:
+        CheckpointError: As in :func:`read`.
+    """
+    path = Path(path)
+    with _explained(path, "a file of paddle.save"):
+        return _as_paddle(_read_pickles(path)[0], return_numpy)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the whole file or none: what stood at `path` is replaced only when the new file is complete."""
+    """Writes the whole file or none: what stood at `path` is replaced only when the new file is complete.
+
+    Raises:
+        CheckpointError: The kind of file can't hold a value, or the file can't be written.
+    """
     check_target(path)
+    _named(checkpoint.arrays, path)
+    if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
+        raise CheckpointError(f"{path}: expected metadata that is strings by name")
     try:
         with _replacing(path) as partial:
             if path.suffix == ".safetensors":
@@ -91,6 +134,26 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
                 _write_pdparams(partial, checkpoint)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _explained(path: Path, kind: str) -> Iterator[None]:
+    """Makes a CheckpointError of one line that names the file of whatever goes wrong with its content."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise CheckpointError(f"{path}: not enough memory to read it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+    except FormatError as error:
+        raise CheckpointError(f"{path}: can't be read as {kind}: {error}") from None
+    except Exception as error:  # a file that is no checkpoint fails in many ways
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: can't be read as {kind}: {shown(first_line)}") from error
 
 
 @contextmanager
@@ -106,70 +169,237 @@ def _replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
+    own = (metadata or {}).get(_LAYOUT_KEY)
+    if own is not None and own not in _LAYOUTS:
+        raise FormatError(f"expected {_LAYOUT_KEY} to be {' or '.join(_LAYOUTS)} in its metadata, got {shown(own)}")
+    return own or of_kind
+
+
+def _named(found: Any, path: Path) -> dict[str, Any]:
+    """`found`, if it is a dict by names."""
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a state dict, got {type(found).__name__}")
+    for name in found:
+        if not is_text(name):
+            got = shown(name) if isinstance(name, str) else type(name).__name__
+            raise CheckpointError(f"{path}: expected a state dict, got a dict with a key that is no text: {got}")
+    return found
+
+
+# Paddle
+
+
+def _read_pickles(path: Path) -> tuple[Any, dict[str, str] | None]:
+    """What paddle.save pickled, arrays for tensors as they stand there, and the metadata behind it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        budget = Budget(size)
+        pickles = Unpickler(file, size, budget)
+        value = resolve(pickles.load(), budget)
+        metadata = None
+        if file.tell() < size:
+            behind = resolve(pickles.load(), budget)
+            metadata = behind.get(_METADATA) if isinstance(behind, dict) else None
+            if not is_metadata(metadata) or file.tell() < size:
+                raise FormatError("more stands after its state dict")
+    return _joined(value), metadata
+
+
+def _joined(value: Any) -> Any:
+    """Puts arrays together that Paddle divided, as pickles of protocols 2 and 3 hold at most 4 GB each."""
+    if not isinstance(value, dict) or _BIG_TABLE not in value:
+        return value
+    table = value.pop(_BIG_TABLE)
+    for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
+        parts, shape = (entry.get("slices"), entry.get("OriginShape")) if isinstance(entry, dict) else (None, None)
+        slices = [value.pop(part, None) for part in parts] if isinstance(parts, list) and parts else [None]
+        good = is_shape(shape) and all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices)
+        if not good or sum(part.size for part in slices) != math.prod(shape):
+            raise FormatError(f"its array {shown(str(name))} is not divided as paddle.save does it")
+        value[name] = np.concatenate(slices).reshape(shape)
+    return value
+
+
+def _as_paddle(value: Any, return_numpy: bool) -> Any:
+    """Tensors out of the arrays that were tensors.
+
+    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each tensor as a
+    pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
+    """
+    if isinstance(value, dict) and isinstance(value.get(_NAME_TABLE), dict):
+        names = value.pop(_NAME_TABLE)
+        for key, name in names.items():
+            if isinstance(value.get(key), np.ndarray):
+                value[key] = _tensor(value[key], name, return_numpy)
+        return value
+    pairs = _any(value, _is_pair)
+    done: dict[int, Any] = {}
+
+    def visit(value: Any) -> Any:
+        if _is_pair(value):
+            return _tensor(value[1], value[0], return_numpy)
+        if isinstance(value, np.ndarray):
+            return value if pairs else _tensor(value, None, return_numpy)
+        if not isinstance(value, (dict, list, tuple)):
+            return value
+        if id(value) not in done:
+            if isinstance(value, dict):
+                for key in value:
+                    value[key] = visit(value[key])
+                done[id(value)] = (value, value)
+            elif isinstance(value, list):
+                value[:] = [visit(element) for element in value]
+                done[id(value)] = (value, value)
+            else:
+                done[id(value)] = (value, tuple(visit(element) for element in value))
+        return done[id(value)][1]
+
+    return visit(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+
+
+def _any(value: Any, condition: Any) -> bool:
+    """Whether the condition holds for the value or one inside it. Each container is looked into once."""
+    seen: set = set()
+    left = [value]
+    while left:
+        value = left.pop()
+        if condition(value):
+            return True
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def _tensor(array: np.ndarray, name: Any, return_numpy: bool) -> Any:
+    if return_numpy:
+        return array
+    tensor = paddle.to_tensor(array)
+    if isinstance(name, str) and name:
+        tensor.name = name
+    return tensor
+
+
 def _read_pdparams(path: Path) -> Checkpoint:
-    loaded = paddle.load(str(path))
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: expected a state dict, got {type(loaded).__name__}")
-    return Checkpoint({name: value.numpy() if isinstance(value, paddle.Tensor) else value for name, value in loaded.items()})
+    found, metadata = _read_pickles(path)
+    return Checkpoint(_named(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
 
 
 def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
-    values = {}
-    for name, value in checkpoint.arrays.items():
-        if isinstance(value, RawTensor):
-            raise CheckpointError(f"{name}: a tensor of dtype {value.dtype} can't be stored in .pdparams")
-        values[name] = paddle.to_tensor(value, place=paddle.CPUPlace()) if isinstance(value, np.ndarray) else value
-    paddle.save(values, str(path))
+    """As paddle.save writes it. A tensor's own name is that which it has in the checkpoint."""
+    values = checkpoint.arrays
+    for name in (_NAME_TABLE, _BIG_TABLE):
+        if name in values:
+            raise CheckpointError(f"{name}: can't be stored in .pdparams, where Paddle has something else by this name")
+    named = {name: _for_paddle(name, value) for name, value in values.items()}
+    if all(isinstance(value, np.ndarray) for value in values.values()):
+        named = {**values, _NAME_TABLE: {name: name for name in values}}
+    with open(path, "wb") as file:
+        pickle.dump(named, file, protocol=4)
+        if checkpoint.metadata is not None:
+            pickle.dump({_METADATA: dict(checkpoint.metadata)}, file, protocol=4)
+
+
+def _for_paddle(name: str, value: Any) -> Any:
+    """Pairs of name and array for the arrays in a value; refuses what paddle.load would."""
+    done: dict[int, Any] = {}
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, RawTensor) or (isinstance(value, np.ndarray) and value.dtype not in _PADDLE_DTYPES):
+            raise CheckpointError(f"{shown(name)}: a tensor of dtype {value.dtype} can't be stored in .pdparams")
+        if id(value) in done:
+            return done[id(value)]
+        if isinstance(value, np.ndarray):
+            done[id(value)] = (name, value)
+        elif isinstance(value, dict):
+            done[id(value)] = type(value)((key, visit(element)) for key, element in value.items())
+        elif isinstance(value, (list, tuple)):
+            done[id(value)] = type(value)(visit(element) for element in value)
+        elif isinstance(value, (str, int, float, complex, set, np.generic, type(None))):
+            return value
+        else:
+            raise CheckpointError(f"{shown(name)}: a value of type {type(value).__name__} can't be stored in .pdparams")
+        return done[id(value)]
+
+    return visit(value)
+
+
+# PyTorch
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    with open(path, "rb") as file:
+        found = _named(_torch_files.read(file, path.stat().st_size), path)
+
+    def is_tensor(value: Any) -> bool:
+        return isinstance(value, (np.ndarray, RawTensor))
+
+    for name, value in found.items():
+        if not is_tensor(value) and _any(value, is_tensor):
+            keys = ", ".join(shown(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
+            raise CheckpointError(
+                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): save that alone"
+            )
+    return Checkpoint(found, layout="out-in")
+
+
+# safetensors
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        start = 8 + header_size
-        if size < 8 or start > size:
-            raise CheckpointError(f"{path}: can't be read as .safetensors: its header is not complete")
-        header = json.loads(file.read(header_size))
-        metadata = header.pop("__metadata__", None)
-        arrays: dict[str, Any] = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - start:
-                raise CheckpointError(f"{path}: can't be read as .safetensors: {name} lies beyond its end")
-            file.seek(start + begin)
-            data, shape = file.read(end - begin), tuple(entry["shape"])
-            dtype = _DTYPES.get(entry["dtype"])
-            arrays[name] = (
-                RawTensor(entry["dtype"], shape, data) if dtype is None else np.frombuffer(data, dtype).reshape(shape)
-            )
-    return Checkpoint(arrays, metadata)
+    arrays, metadata = _safetensors_files.read(path)
+    return Checkpoint(
+        _named(arrays, path), metadata, _layout(metadata, _LAYOUT_OF_FORMAT.get((metadata or {}).get("format", "")))
+    )
 
 
 def _write_safetensors(path: Path, checkpoint: Checkpoint) -> None:
-    header: dict[str, Any] = {}
-    if checkpoint.metadata is not None:
-        header["__metadata__"] = checkpoint.metadata
-    begin = 0
-    tensors = []
-    for name, value in checkpoint.arrays.items():
-        if isinstance(value, RawTensor):
-            dtype, shape, data = value.dtype, value.shape, value.data
-        elif isinstance(value, np.ndarray) and value.dtype in _DTYPE_NAMES:
-            dtype, shape, data = _DTYPE_NAMES[value.dtype], value.shape, np.ascontiguousarray(value)
-        else:
-            kind = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
-            raise CheckpointError(f"{name}: a value of type {kind} can't be stored in .safetensors")
-        tensors.append((name, dtype, shape, data))
-    # Larger elements first, so that every tensor is aligned.
-    tensors.sort(key=lambda tensor: (-getattr(tensor[3], "itemsize", 1), tensor[0]))
-    for name, dtype, shape, data in tensors:
-        end = begin + memoryview(data).nbytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, _, _, data in tensors:
-            file.write(data)
+    _safetensors_files.write(path, checkpoint.arrays, checkpoint.metadata)
+
+
+# Several files
+
+
+def _read_index(path: Path) -> Checkpoint:
+    """The tensors that an index names, each out of the file that it says, in the index's order."""
+    index = parse_json(path.read_bytes())
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not is_metadata(places):
+        raise FormatError("expected a weight_map of file names by tensors' names")
+    for shard in places.values():
+        if shard != os.path.basename(shard) or "\\" in shard or "\0" in shard:
+            raise FormatError(f"its file {shown(shard)} is not in the index's own folder")
+        if Path(shard).suffix not in (*SUFFIXES, *TORCH_SUFFIXES):
+            raise FormatError(f"its file {shown(shard)} is of no kind that can be read")
+    read_shards = {shard: read(path.with_name(shard)) for shard in dict.fromkeys(places.values())}
+    for shard, found in read_shards.items():
+        expected = {name for name, place in places.items() if place == shard}
+        for name in sorted(expected.symmetric_difference(found.arrays)):
+            what = "is missing in" if name in expected else "is not in its weight_map, but in"
+            raise FormatError(f"{shown(name)} {what} {shown(shard)}")
+    metadata = _common_metadata([found.metadata for found in read_shards.values()])
+    layouts = {found.layout for found in read_shards.values() if found.layout is not None}
+    if len(layouts) > 1:
+        raise FormatError("its files disagree about the layout of linear layers' weights")
+    arrays = {name: read_shards[shard].arrays[name] for name, shard in places.items()}
+    return Checkpoint(arrays, metadata, layouts.pop() if layouts else None)
+
+
+def _common_metadata(each: list[dict[str, str] | None]) -> dict[str, str] | None:
+    """The metadata of all files, without what is of one alone: where two say different things."""
+    merged: dict[str, str] = {}
+    different: set = set()
+    for metadata in each:
+        for name, text in (metadata or {}).items():
+            if merged.setdefault(name, text) != text:
+                if name == "format" or name.startswith(OWN_METADATA):
+                    raise FormatError(f"its files disagree about {shown(name)} in their metadata")
+                different.add(name)
+    if all(metadata is None for metadata in each):
+        return None
+    return {name: text for name, text in merged.items() if name not in different}

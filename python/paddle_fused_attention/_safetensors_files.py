@@ -1,0 +1,174 @@
+"""Reads and writes .safetensors files: eight bytes with the length of a header, the header in JSON (dtype, shape and place of every
+tensor, and metadata), and the tensors' bytes, which follow each other without gaps.
+
+What has no place in NumPy (8-bit floats, say) is a RawTensor. As bfloat16 is uint16 in Paddle, uint16 is one, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ._unpickling import FormatError, are_counts, is_shape, shown
+from .checkpoint import CheckpointError
+
+# The dtypes of .safetensors: bits of an element, and NumPy's dtype where there is one.
+_DTYPES: dict[str, tuple[int, str | None]] = {
+    "F64": (64, "<f8"),
+    "F32": (32, "<f4"),
+    "F16": (16, "<f2"),
+    "BF16": (16, "<u2"),
+    "I64": (64, "<i8"),
+    "I32": (32, "<i4"),
+    "I16": (16, "<i2"),
+    "I8": (8, "|i1"),
+    "U8": (8, "|u1"),
+    "BOOL": (8, "|b1"),
+    "C64": (64, "<c8"),
+    "U64": (64, None),
+    "U32": (32, None),
+    "U16": (16, None),
+    "F8_E4M3": (8, None),
+    "F8_E5M2": (8, None),
+    "F8_E8M0": (8, None),
+    "F8_E4M3FNUZ": (8, None),
+    "F8_E5M2FNUZ": (8, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "F4": (4, None),
+}
+NAMES = {np.dtype(dtype): name for name, (_, dtype) in _DTYPES.items() if dtype is not None}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor whose dtype NumPy doesn't have; `dtype` is its name in .safetensors."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def is_text(value: Any) -> bool:
+    """Lone surrogates are not: no file but a pickle can hold them."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_metadata(found: Any) -> bool:
+    return isinstance(found, dict) and all(is_text(text) for pair in found.items() for text in pair)
+
+
+def parse_json(data: bytes) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in items:
+            if name in found:
+                raise FormatError(f"{shown(name)} stands in it twice")
+            found[name] = value
+        return found
+
+    def constant(name: str) -> None:
+        raise FormatError(f"expected a number in JSON, got {name}")
+
+    return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Arrays, read-only, and metadata; raises FormatError where the safetensors library would refuse the file, too."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + header_size > size:
+            raise FormatError("its header is not complete")
+        if header_size > _MAX_HEADER:
+            raise FormatError(f"its header of {header_size} bytes is longer than {_MAX_HEADER}")
+        header = parse_json(file.read(header_size))
+        if not isinstance(header, dict):
+            raise FormatError("its header is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not is_metadata(metadata):
+            raise FormatError("expected its metadata to be strings by name")
+        entries = {name: _entry(name, entry) for name, entry in header.items()}
+        _check_places(entries, size - 8 - header_size)
+        arrays = {name: _read_tensor(file, 8 + header_size, *entry) for name, entry in entries.items()}
+    return arrays, metadata
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """A tensor's dtype, shape and place."""
+    if not isinstance(entry, dict):
+        raise FormatError(f"{shown(name)}: expected dtype, shape and data_offsets")
+    dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise FormatError(f"{shown(name)}: expected a dtype of .safetensors, got {shown(str(dtype)[:200])}")
+    if not isinstance(shape, list) or not is_shape(tuple(shape)):
+        raise FormatError(f"{shown(name)}: its shape is none that an array can have")
+    if not isinstance(place, list) or len(place) != 2 or not are_counts(place) or place[0] > place[1]:
+        raise FormatError(f"{shown(name)}: its data_offsets are no range")
+    begin, end = place
+    bits = math.prod(shape) * _DTYPES[dtype][0]
+    if bits != 8 * (end - begin):
+        raise FormatError(f"{shown(name)}: {dtype} of shape {shape} takes {bits / 8:g} bytes, but it has {end - begin}")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_places(entries: dict[str, tuple[str, tuple[int, ...], int, int]], size: int) -> None:
+    """That the tensors cover what comes after the header, each byte once."""
+    covered = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if end > size:
+            raise FormatError(f"{shown(name)} lies beyond its end")
+        if begin != covered:
+            raise FormatError(f"{shown(name)} {'overlaps another tensor' if begin < covered else 'stands after a gap'}")
+        covered = end
+    if covered != size:
+        raise FormatError(f"{size - covered} bytes stand after its last tensor")
+
+
+def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> Any:
+    file.seek(start + begin)
+    data, numpy = file.read(end - begin), _DTYPES[dtype][1]
+    if len(data) != end - begin:
+        raise FormatError("it became shorter while it was read")
+    if numpy is None:
+        return RawTensor(dtype, shape, data)
+    return np.frombuffer(data, numpy).reshape(shape) if data else np.empty(shape, numpy)
+
+
+def write(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None) -> None:
+    """Raises CheckpointError for what the format can't hold."""
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    begin = 0
+    tensors = []
+    for name, value in arrays.items():
+        if name == "__metadata__":
+            raise CheckpointError(f"{name}: can't be stored in .safetensors, which has something else by this name")
+        if isinstance(value, RawTensor):
+            dtype, shape, data = value.dtype, value.shape, value.data
+        elif isinstance(value, np.ndarray) and value.dtype in NAMES:
+            dtype, shape, data = NAMES[value.dtype], value.shape, np.ascontiguousarray(value)
+        else:
+            kind = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
+            raise CheckpointError(f"{shown(name)}: a value of type {kind} can't be stored in .safetensors")
+        tensors.append((name, dtype, shape, data))
+    # Larger elements first, so that every tensor is aligned.
+    tensors.sort(key=lambda tensor: (-_DTYPES[tensor[1]][0], tensor[0]))
+    for name, dtype, shape, data in tensors:
+        end = begin + memoryview(data).nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for _, _, _, data in tensors:
+            file.write(data)
