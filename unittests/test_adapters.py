@@ -12,7 +12,7 @@ from paddle import nn
 from paddle_fused_attention import AttentionAdapter, convert, register_adapter, revert, separate_state_dict
 from paddle_fused_attention.conversion import registry
 from paddle_fused_attention.conversion.adapters import PaddleNLPGPTAdapter, VisionTransformerAdapter
-from test_convert import EMBED, HEADS, SEQ, check, encoder, gradients, make_mask, make_x, shake, state_of
+from test_convert import EMBED, HEADS, SEQ, check, gradients, make_mask, make_x, shake, state_of
 
 
 class ViTAttention(nn.Layer):

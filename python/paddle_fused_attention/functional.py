@@ -111,7 +111,8 @@ def check_arguments(
 
 
 def _is_exported_to_onnx() -> bool:
-    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends the process at one
+    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends the process
+    at one
     that it does not know: it gets ordinary ops."""
     frame = sys._getframe(1)
     while frame is not None:

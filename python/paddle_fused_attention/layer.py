@@ -248,9 +248,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             causal, add_residual: As in the constructor.
 
         Raises:
-            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection is no ``paddle.nn.Linear``.
-            ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a forward of its own
-                or, as under weight_norm, parameters beside its weight and bias.
+            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection is no
+                ``paddle.nn.Linear``.
+            ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a forward of
+                its own or, as under weight_norm, parameters beside its weight and bias.
             NotImplementedError: See the constructor.
         """
         if type(mha) is not nn.MultiHeadAttention:

@@ -1,7 +1,8 @@
 """The state of converted models under the names that it has without conversion, and back.
 
-A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections. Loading takes
-either names, and those that versions before 0.2 gave; the rest is here: state dicts for the model as it was, and optimizer states.
+A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections.
+Loading takes either names, and those that versions before 0.2 gave; the rest is here: state dicts for the model as it was, and
+optimizer states.
 """
 
 from __future__ import annotations

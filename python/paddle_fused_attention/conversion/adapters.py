@@ -19,12 +19,13 @@ class AttentionAdapter:
     """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call :func:`register_adapter`.
 
     A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)`` of projections
-    q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a ``paddle.nn.Linear`` after them. A layer that
-    has parameters, buffers or sublayers beside those that the adapter names is left alone, as is one whose forward gives other numbers
-    than the operator when :func:`convert` tries both, or whose class is only derived from the registered one.
+    q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a ``paddle.nn.Linear`` after them. A
+    layer that has parameters, buffers or sublayers beside those that the adapter names is left alone, as is one whose forward
+    gives other numbers than the operator when :func:`convert` tries both, or whose class is only derived from the registered one.
 
     Attributes:
-        projections: The names of the three projections of query, key and value, or of the one that has the columns of all three in turn.
+        projections: The names of the three projections of query, key and value, or of the one that has the columns of all three in
+            turn.
         interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and not for all
             heads, [3, num_heads, head_dim].
         output: The name of the projection after attention.
@@ -112,7 +113,8 @@ class PaddleAdapter(AttentionAdapter):
 
 
 class VisionTransformerAdapter(AttentionAdapter):
-    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``, ``proj_drop``, ``scale``."""
+    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``, ``proj_drop``,
+    ``scale``."""
 
     projections = ("qkv",)
     output = "proj"

@@ -29,8 +29,8 @@ def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> 
     """Makes :func:`convert` serve the layers of a class.
 
     Args:
-        attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``. Classes that are
-            derived from it are not meant. What was registered for it before is replaced.
+        attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``. Classes
+            that are derived from it are not meant. What was registered for it before is replaced.
         adapter: An :class:`AttentionAdapter`.
 
     Raises:
@@ -65,8 +65,8 @@ def adapter_for(kind: type) -> AttentionAdapter | None:
 
 
 def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, prefix: str = "") -> str | None:
-    """Why an attention can't be packed; None if it can. `owners` says in how many places each layer and parameter is; `prefix` comes before
-    the names of parts."""
+    """Why an attention can't be packed; None if it can. `owners` says in how many places each layer and parameter is; `prefix`
+    comes before the names of parts."""
     reason = adapter.reason_against(attention)
     if reason is not None:
         return reason
@@ -140,7 +140,7 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
         try:
             expected = copied(*arguments)
         except Exception as error:
-            return f"its forward could not be tried: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            return f"its forward could not be tried: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         pack(copied, adapter)
         if adapter.inputs(copied, *arguments) is None:
             return "its adapter does not serve its example"
