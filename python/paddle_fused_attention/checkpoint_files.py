@@ -46,10 +46,12 @@ class RawTensor:
 
 @dataclass
 class Checkpoint:
-    """``arrays``: NumPy arrays by name, and whatever else the file holds. ``metadata``: of a .safetensors file."""
+    """``arrays``: NumPy arrays by name, and whatever else the file holds. ``metadata``: of a .safetensors file. ``layout``: what the
+    file tells of how linear layers store their weights, "in-out" or "out-in"; None: nothing."""
 
     arrays: dict[str, Any]
     metadata: dict[str, str] | None = None
+    layout: str | None = None
 
 
 def check_suffix(path: Path) -> None:
@@ -110,7 +112,8 @@ def _read_pdparams(path: Path) -> Checkpoint:
     loaded = paddle.load(str(path))
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: expected a state dict, got {type(loaded).__name__}")
-    return Checkpoint({name: value.numpy() if isinstance(value, paddle.Tensor) else value for name, value in loaded.items()})
+    arrays = {name: value.numpy() if isinstance(value, paddle.Tensor) else value for name, value in loaded.items()}
+    return Checkpoint(arrays, layout="in-out")
 
 
 def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
@@ -142,7 +145,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
             arrays[name] = (
                 RawTensor(entry["dtype"], shape, data) if dtype is None else np.frombuffer(data, dtype).reshape(shape)
             )
-    return Checkpoint(arrays, metadata)
+    layout = (metadata or {}).get("paddle_fused_attention.layout", "out-in" if (metadata or {}).get("format") == "pt" else None)
+    return Checkpoint(arrays, metadata, layout)
 
 
 def _write_safetensors(path: Path, checkpoint: Checkpoint) -> None:
