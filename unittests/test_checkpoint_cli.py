@@ -15,6 +15,7 @@ import pytest
 from paddle import nn
 from paddle_fused_attention import FusedMultiHeadAttention, checkpoint, checkpoint_files, convert
 from paddle_fused_attention.__main__ import main
+from paddle_fused_attention.checkpoint import CheckpointError
 
 HEADS, EMBED = 4, 16
 SUFFIXES = [".pdparams", ".safetensors"]
@@ -375,9 +376,6 @@ def test_names(tmp_path, capsys):
 def test_left_alone(tmp_path, capsys):
     """Blocks that don't fit are reported with the reason, and their values kept."""
 
-    def without(state, *names):
-        return {name: value for name, value in state.items() if name not in names}
-
     cross = {f"dec.0.cross_attn.{n}_proj.weight": draw(EMBED, EMBED) for n in "qkv"}
     state = {
         **paddle_block("enc.0."),
@@ -509,3 +507,302 @@ def test_packed_and_unpacked_arrays_are_contiguous():
     unpacked, _ = checkpoint.unpack(packed)
     converted = {name: array for arrays in (packed, unpacked) for name, array in arrays.items() if "attn" in name}
     assert converted and all(array.flags["C_CONTIGUOUS"] for array in converted.values())
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+def packed_by(state, num_heads=HEADS, **options):
+    """The new arrays and the report, from Python."""
+    return checkpoint.pack({"vocabulary.weight": draw(7, EMBED), **state}, num_heads, **{"file_layout": "out-in", **options})
+
+
+RELATIVE = "relative positions are added to the scores"
+BERT_LAYER = "bert.encoder.layer.0."
+# By what tells it: a layer, what stands beside it, and why it is left alone.
+OTHERS = {
+    "distance_embedding": (bert_block, BERT_LAYER + "attention.self.distance_embedding.weight", "no part of the operator"),
+    "adapters": (bert_block, BERT_LAYER + "attention.self.query.lora_A.weight", "no part of the operator"),
+    "scales of int8": (bert_block, BERT_LAYER + "attention.output.dense.SCB", "no part of the operator"),
+    "a second norm": (bert_block, BERT_LAYER + "attention.output.LayerNorm.gamma", "no part of the operator"),
+    "q_bias": (vit_block, "vit.encoder.layer.0.attention.attention.q_bias", "no part of the operator"),
+    "layer scale": (vit_block, "vit.encoder.layer.0.lambda_1", "no part of the operator"),
+    "rel_pos_bias": (bert_block, "bert.encoder.rel_pos_bias.weight", RELATIVE),
+    "relative_position_bias_table": (vit_block, "vit.encoder.relative_position_bias.relative_position_bias_table", RELATIVE),
+    "inv_freq": (paddle_block, "model.encoder.rotary_embeddings.inv_freq", "rotated"),
+    "embed_positions": (bert_block, "bert.encoder.embed_positions.weight", "rotated"),
+    "no positions": (bert_block, "bert.embeddings.word_embeddings.weight", "positions enter elsewhere"),
+    "BigBird": (bert_block, "bert.pooler.weight", "sparse"),
+    "pre-norm": (bert_block, "bert.encoder.LayerNorm.weight", "norms stand before"),
+    "a decoder": (bert_block, BERT_LAYER + "crossattention.self.query.weight", "as in a decoder"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_operator_does_not_compute_is_left_alone(name):
+    block, beside, reason = OTHERS[name]
+    prefix = {bert_block: BERT_LAYER, vit_block: "vit.encoder.layer.0.", paddle_block: "model.encoder.layers.0."}[block]
+    state = {**block(prefix), beside: draw(EMBED), **vit_block("other.layer.0.")}
+    words = {"file_layout": None, "normalize_before": {"model.*": True} if block is paddle_block else None}
+    _, report = packed_by(state, **words)
+    assert list(report.converted) == ["other.layer.0.attention"]
+    assert reason in report.left_alone[prefix + ("self_attn" if block is paddle_block else "attention")]
+    _, report = packed_by(without(state, beside), **words)
+    assert len(report.converted) == 2
+
+
+@pytest.mark.parametrize(
+    "model", ["roformer", "big_bird", "bigbird", "layoutxlm", "ernie_layout", "nystromformer", "longformer"]
+)
+@pytest.mark.parametrize("block", [bert_block, paddle_block])
+def test_models_that_compute_something_else(model, block, tmp_path):
+    """By the first part of their names, or, where there is none, by the config.json beside the file."""
+    state = block(f"{model}.encoder.layer.0.", False)
+    heads = ["--num-heads", 4, *(AFTER if block is paddle_block else ())]
+    source, out = save(tmp_path / "in.pdparams", state), tmp_path / "out.pdparams"
+    check_error(["convert", source, out, *heads], f"no attention .*: left alone, it is of {model}: ")
+    save(source, block("encoder.layer.0.", False))
+    for content in ('{"model_type": "bert"}', "[1]", "no JSON", '{"model_type": 3}'):
+        (tmp_path / "config.json").write_text(content)
+        assert main([str(word) for word in ("convert", source, out, *heads, "--force")]) == 0
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    check_error(["convert", source, out, *heads, "--force"], f"no attention .*: left alone, its config.json says {model}: ")
+
+
+def test_scores_that_are_scaled_otherwise():
+    state = {**gpt_block("h.0."), **norm("ln_f")}
+    for config in ({"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}):
+        with pytest.raises(CheckpointError, match=f"its config.json says {next(iter(config))}"):
+            packed_by(state, config=config)
+    assert packed_by(state, config={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False})[1].converted
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])
+@pytest.mark.parametrize(
+    "part", ["attention.self.key.weight", "attention.output.dense.bias", "attention.output.LayerNorm.weight"]
+)
+def test_only_floats_are_packed(dtype, part):
+    state = bert_block("a.")
+    with pytest.raises(CheckpointError, match=f"a.{part} has dtype {dtype}, which is no float"):
+        packed_by({**state, f"a.{part}": state[f"a.{part}"].astype(dtype)})
+
+
+def test_gpt_of_either_norm_order():
+    """By the norm after GPT-2's last layer or the name of GPT's embeddings; where neither is there, or both, it has to be said."""
+    layer, last, first = gpt_block("h.0."), norm("ln_f"), {"tokens_embed.weight": draw(7, EMBED)}
+    assert "norm before" in packed_by({**layer, **last})[1].converted["h.0.attn"]
+    assert "norm after" in packed_by({**layer, **first})[1].converted["h.0.attn"]
+    for state in (layer, {**layer, **last, **first}):
+        with pytest.raises(CheckpointError, match="h.0.attn: nothing tells whether its layer norm stands before"):
+            packed_by(state)
+        assert "norm before" in packed_by(state, normalize_before=True)[1].converted["h.0.attn"]
+
+
+def test_layout(tmp_path):
+    """The shapes of the feed-forward's matrices tell it, then the file; a word must not contradict the former."""
+    for make, layout in ((paddle_block, "in-out"), (bert_block, "out-in")):
+        other = "in-out" if layout == "out-in" else "out-in"
+        order = {} if make is bert_block else {"normalize_before": False}
+        for true in (layout, other):
+            state = make("a.", true == "out-in")
+            for told in (None, true):
+                packed, report = packed_by(state, file_layout=told, **order)
+                assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
+            wrong = "in-out" if true == "out-in" else "out-in"
+            with pytest.raises(
+                CheckpointError, match="its file's kind stores weights .*, but by its shape a.* --layout is needed"
+            ):
+                packed_by(state, file_layout=wrong, **order)
+            packed_by(state, file_layout=wrong, layout=true, **order)
+            with pytest.raises(CheckpointError, match=f"--layout {wrong}: by its shape a.* is stored"):
+                packed_by(state, layout=wrong, **order)
+            square = make("a.", true == "out-in", EMBED)
+            with pytest.raises(CheckpointError, match="nothing tells whether its weights are stored"):
+                packed_by(square, file_layout=None, **order)
+            expected = packed_by(square, file_layout=true, **order)[0]
+            for told in (None, true, wrong):
+                actual = packed_by(square, file_layout=told, layout=true, **order)[0]
+                assert all((actual[n] == expected[n]).all() for n in expected if n.startswith("a."))
+    mixed = {**bert_block("a."), "a.output.dense.weight": draw(24, EMBED)}
+    with pytest.raises(CheckpointError, match="by their shapes a.intermediate.* is stored .out, in. and a.output.* .in, out."):
+        packed_by(mixed)
+    with pytest.raises(CheckpointError, match="layout: expected in-out or out-in, got 'pt'"):
+        packed_by(mixed, layout="pt")
+
+
+def packed_vocabulary(packed):
+    return {"vocabulary.weight": packed["vocabulary.weight"]}
+
+
+def test_a_single_projection_tells_its_layout():
+    """In GPT-2's files it is [in, out] whoever wrote them. Another may hold query, key and value head by head."""
+    last = norm("ln_f")
+    for told in (None, "in-out", "out-in"):
+        assert "[in, out]" in packed_by({**gpt_block("h.0."), **last}, file_layout=told)[1].converted["h.0.attn"]
+    state = {**gpt_block("h.0.", out_in=True), **last}
+    with pytest.raises(CheckpointError, match="query, key and value may not follow one another"):
+        packed_by(state)
+    packed, report = packed_by(state, layout="out-in")
+    assert "[out, in]" in report.converted["h.0.attn"]
+    transposed = {name: value.T if name.startswith("h.") and value.ndim == 2 else value for name, value in state.items()}
+    expected = packed_by(transposed)[0]
+    for name in ("h.0.attn.qkv_weight", "h.0.attn.qkv_bias", "h.0.attn.linear_weight"):
+        np.testing.assert_array_equal(packed[name], expected[name])
+    assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
+
+
+def test_the_norm_s_place_is_asked_for(tmp_path, capsys):
+    """Paddle's names can't tell it, and two stacks of layers may differ in it."""
+    towers = {**paddle_block("text.layers.0."), **paddle_block("text.layers.1."), **paddle_block("vision.layers.0.")}
+    source, out = save(tmp_path / "in.pdparams", towers), tmp_path / "out.pdparams"
+    command = ["convert", source, out, "--num-heads", 4, "--force"]
+    check_error(command, "text.layers.0.self_attn: nothing tells whether its layer norm .* --normalize-after is needed")
+    for side in ("before", "after"):
+        message = rf"--normalize-{side}: expected patterns .* text.layers.\*.self_attn and vision.layers.\*.self_attn"
+        check_error([*command, f"--normalize-{side}"], message)
+    check_error([*command, "--normalize-before", "vision.*"], "text.layers.0.self_attn: nothing tells")
+    check_error([*command, "--normalize-before", "vison.*"], ".* there is no block with a name like 'vison")
+    check_error(
+        [*command, "--normalize-before", "--normalize-after", "text.*"], ".* expected it once, or each time with a pattern"
+    )
+    check_error([*command, "--normalize-before", "*", "--normalize-after", "*"], ".* got two that differ")
+    assert not out.exists()
+    for words in (
+        ["--normalize-before", "vision.*", "--normalize-after", "*"],
+        ["--normalize-before", "v*", "--normalize-after", "t*"],
+    ):
+        assert main([str(word) for word in (*command, *words)]) == 0
+        found = load(out)
+        assert "vision.layers.0.self_attn.pre_ln_scale" in found and "text.layers.1.self_attn.ln_scale" in found
+    assert main([str(word) for word in (*command, "--names", "text.*", "--normalize-before")]) == 0
+    assert "text.layers.1.self_attn.pre_ln_scale" in load(out)
+    assert "text.layers.1.self_attn: Paddle, weights [in, out], norm before" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="--normalize-before: a.attention has its layer norm after, by its names"):
+        packed_by(bert_block("a."), normalize_before=True)
+    packed_by(bert_block("a."), normalize_before=False)
+
+
+def test_heads_by_pattern(tmp_path):
+    """One number is not for blocks of several widths."""
+    wide = {name: np.concatenate([np.concatenate([a, a])] * 2, -1) if a.ndim == 2 else np.concatenate([a, a])
+            for name, a in bert_block("wide.0.", False).items()}  # fmt: skip
+    state = {**bert_block("text.0.", False), **wide}
+    source, out = save(tmp_path / "in.pdparams", state), tmp_path / "out.pdparams"
+    command = ["convert", source, out, "--force"]
+    message = "--num-heads: expected a number for each width, .* text.0.attention is 16 wide and wide.0.attention is 32; got 4"
+    check_error([*command, "--num-heads", 4], message)
+    check_error([*command, "--num-heads", "text.*=4"], "--num-heads: expected a pattern that fits wide.0.attention, got 'text")
+    check_error([*command, "--num-heads", "text.*=5", "--num-heads", "*=8"], "--num-heads: expected a divisor of 16")
+    check_error(
+        [*command, "--num-heads", "*=4", "--num-heads", "texts.*=4"], "--num-heads: there is no block with a name like 'texts"
+    )
+    check_error(
+        [*command, "--num-heads", "4", "--num-heads", "8"], "--num-heads: expected it once, or each time with a pattern"
+    )
+    for words in (["text.*=4", "*=8"], ["text.*=4", "wide.*=8"]):
+        assert main([str(word) for word in command] + [word for text in words for word in ("--num-heads", text)]) == 0
+        found = load(out)
+        assert found["text.0.attention.qkv_weight"].shape == (3, 4, 4, 16)
+        assert found["wide.0.attention.qkv_weight"].shape == (3, 8, 4, 32)
+    assert main([str(word) for word in (*command, "--num-heads", 2, "--names", "wide.*")]) == 0
+    for text in ("x", "*=", "*=x", "4.0"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*map(str, command), "--num-heads", text])
+    for count in (True, "4", 2.0, None):
+        with pytest.raises(CheckpointError, match="--num-heads: expected a divisor of 16"):
+            packed_by(bert_block("a."), count)
+
+
+def test_a_second_pass(tmp_path, capsys):
+    """It knows what the first has packed, also what that was before."""
+    state = {**bert_block("a.0.", norm_names=("gamma", "beta")), **bert_block("b.0.")}
+    files = [tmp_path / f"{i}.safetensors" for i in range(5)]
+    save(files[0], state, {"format": "pt"})
+    for i, (pattern, heads) in enumerate((("a.*", "4"), ("b.*", "2"))):
+        assert main(["convert", *map(str, files[i : i + 2]), "--num-heads", heads, "--names", pattern]) == 0
+    assert "a.0.attention: left alone, packed already" in capsys.readouterr().out
+    check_error(["convert", *files[2:4], "--num-heads", 4], "no attention .* a.0.attention: left alone, packed already")
+    assert load(files[2])["b.0.attention.qkv_bias"].shape == (3, 2, 8)
+    assert main(["revert", *map(str, files[2:4]), "--names", "b.*"]) == 0
+    assert main(["revert", *map(str, files[3:5])]) == 0
+    assert_same(load(files[4]), state)
+    assert checkpoint_files.read(files[4]).metadata == {"format": "pt"}
+
+
+def test_without_the_metadata_of_convert(tmp_path):
+    """As a model's state dict is: the layout is its family's, unless the feed-forward's matrices say otherwise."""
+    for make, transposed in ((bert_block, False), (paddle_block, True)):
+        order = {} if make is bert_block else {"normalize_before": True}
+        state = make("a.", not transposed)
+        packed = packed_by(state, file_layout=None, **order)[0]
+        if make is bert_block:
+            assert_same(checkpoint.unpack(packed)[0], {**packed_vocabulary(packed), **state})
+        state = make("a.", make is paddle_block)
+        packed, report = packed_by(state, file_layout=None, **order)
+        with pytest.raises(CheckpointError, match="weights are stored .*, but by its shape a.* --layout is needed"):
+            checkpoint.unpack(packed)
+        layout = "out-in" if make is paddle_block else "in-out"
+        assert_same(checkpoint.unpack(packed, layout=layout)[0], {**packed_vocabulary(packed), **state})
+        wrong = "in-out" if layout == "out-in" else "out-in"
+        with pytest.raises(CheckpointError, match=f"--layout {wrong}: by its shape"):
+            checkpoint.unpack(packed, layout=wrong)
+        with pytest.raises(CheckpointError, match=f"--layout {wrong}: a.* was stored .*, by the file's metadata"):
+            checkpoint.unpack(packed, layout=wrong, metadata=report.metadata)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '{"a.attention": 1}', '{"a.attention": {}}', "[" * 100000,
+     '{"a.attention": {"naming": [], "layout": "in-out", "norm": ["gamma", "beta"]}}',
+     '{"a.attention": {"naming": "Hugging Face BERT", "layout": "in-out", "norm": ["gamma", "bias"]}}'],
+)  # fmt: skip
+def test_broken_metadata(text):
+    packed, report = packed_by(bert_block("a."))
+    broken = {**report.metadata, checkpoint.METADATA_BLOCKS: text}
+    with pytest.raises(CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"):
+        checkpoint.unpack(packed, metadata=broken)
+    with pytest.raises(CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"):
+        packed_by(bert_block("b."), metadata=broken)
+
+
+def test_packed_parts_that_do_not_fit():
+    packed, report = packed_by(bert_block("a."))
+    for part, value, message in (
+        ("qkv_weight", draw(3, 4, 4, 8), r"qkv_weight: expected shape \[3, H, D, H \* D\]"),
+        ("qkv_bias", draw(3, 16), r"qkv_bias: expected shape \[3, 4, 4\], got \[3, 16\]"),
+        ("linear_weight", draw(16), r"linear_weight: expected shape \[16, 16\]"),
+        ("linear_bias", 3, "linear_bias: expected an array"),
+        ("ln_bias", draw(4), r"ln_bias: expected shape \[16\]"),
+        ("pre_ln_scale", draw(16), "expected either pre_ln_scale or ln_scale"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.unpack({**packed, f"a.attention.{part}": value}, metadata=report.metadata)
+
+
+def test_other_keys_and_strange_names(tmp_path, capsys):
+    """Keys that are no strings pass through; what is printed stays one line of a bearable length."""
+    strange = "x\n\x1b[31mred\u202e." + "y" * 5000 + ".self_attn.q_proj.weight"
+    state = {**bert_block("a.", False), strange: draw(2, 2), "\x07.attn.c_attn.weight": draw(2), 5: draw(2), None: draw(3)}
+    packed, report = checkpoint.pack(state, HEADS)
+    assert {5, None} <= set(packed) and list(report.converted) == ["a.attention"]
+    unpacked, _ = checkpoint.unpack(packed, metadata=report.metadata)
+    assert set(unpacked) == set(state)
+    source = save(tmp_path / "in.pdparams", {name: a for name, a in state.items() if isinstance(name, str)})
+    assert main(["convert", str(source), str(tmp_path / "out.pdparams"), "--num-heads", "4"]) == 0
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert len(lines) == 4 and all(line.isprintable() and len(line) < 1100 for line in lines)
+    assert any(line.startswith(r"x\n\x1b[31mred\u202e.yyy") for line in lines)
+    source = save(tmp_path / "in.pdparams", {strange: draw(2, 2)})
+    check_error(["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, "--force"], r"no attention .*x\\n\\x1b")
+
+
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch):
+    source, out = save(tmp_path / "in.pdparams", bert_block("a.", False)), tmp_path / "out.pdparams"
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "pack", interrupted)
+    check_error(["convert", source, out, "--num-heads", 4], "interrupted$", status=130, start="")
+    assert not out.exists()

@@ -33,7 +33,10 @@ _FILES = "a .pdparams, .safetensors, .bin, .pt or .pth file, or an index.json of
 
 def _heads(text: str) -> tuple[str | None, int]:
     pattern, equals, number = text.rpartition("=")
-    return (pattern if equals else None), int(number)
+    try:
+        return (pattern if equals else None), int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {text!r}") from None
 
 
 def _before(pattern: str) -> tuple[str | None, bool]:
@@ -42,10 +45,6 @@ def _before(pattern: str) -> tuple[str | None, bool]:
 
 def _after(pattern: str) -> tuple[str | None, bool]:
     return pattern, False
-
-
-# What argparse calls a value that these refuse.
-_heads.__name__ = "number of heads"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "convert":
             command.add_argument(
                 "--num-heads",
-                metavar="[PATTERN=]H",
+                metavar="H",
                 type=_heads,
                 action="append",
                 required=True,
-                help="the number of attention heads, or, repeated, that of blocks with such names",
+                help="the number of attention heads; PATTERN=H, repeated: of the blocks with such names",
             )
             for side, word, value in (("before", _before, True), ("after", _after, False)):
                 command.add_argument(
@@ -103,6 +102,7 @@ class _ProgressBar:
     def __init__(self, title: str) -> None:
         self._title = title
         self._shown = sys.stderr.isatty()
+        self._open = False
 
     def __call__(self, done: int, total: int) -> None:
         if not self._shown:
@@ -112,6 +112,12 @@ class _ProgressBar:
         if done == total:
             sys.stderr.write("\n")
         sys.stderr.flush()
+        self._open = done < total
+
+    def close(self) -> None:
+        """Ends the line of a bar that is not full."""
+        if self._open:
+            sys.stderr.write("\n")
 
 
 def _print(text: str, file: TextIO) -> None:
@@ -138,13 +144,13 @@ def _one_or_by_pattern(option: str, words: list[tuple[str | None, Any]] | None) 
     return by_pattern
 
 
-def _model_name(source: Path) -> str | None:
-    """The model's name by the config.json that stands beside a model's checkpoint, if there is one."""
+def _config_beside(source: Path) -> dict[str, Any] | None:
+    """The config.json that stands beside the checkpoint of a model, if there is one."""
     try:
-        name = json.loads((source.parent / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        config = json.loads((source.parent / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
-    return name if isinstance(name, str) else None
+    return config if isinstance(config, dict) else None
 
 
 def _without_needless_layout(target: Path, metadata: dict[str, str]) -> dict[str, str] | None:
@@ -155,7 +161,7 @@ def _without_needless_layout(target: Path, metadata: dict[str, str]) -> dict[str
     return metadata or None
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     source, target = arguments.input, arguments.output
     checkpoint_files.check_target(target)
     if target.exists() and not arguments.force:
@@ -166,7 +172,7 @@ def _run(arguments: argparse.Namespace) -> None:
     read = checkpoint_files.read(source)
     options: dict[str, Any] = {
         "names": arguments.names,
-        "progress": _ProgressBar(arguments.command),
+        "progress": progress,
         "layout": arguments.layout,
         "metadata": read.metadata,
     }
@@ -176,7 +182,7 @@ def _run(arguments: argparse.Namespace) -> None:
             num_heads,
             normalize_before=normalize_before,
             file_layout=read.layout,
-            model=_model_name(source),
+            config=_config_beside(source),
             **options,
         )
     else:
@@ -197,12 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 1 after an error, 130 after an interrupt."""
     parsed = _parser().parse_args(arguments)
     paddle.set_device("cpu")
+    progress = _ProgressBar(parsed.command)
     try:
-        _run(parsed)
+        _run(parsed, progress)
     except CheckpointError as error:
+        progress.close()
         _print(f"error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
+        progress.close()
         _print("interrupted", sys.stderr)
         return 130
     return 0

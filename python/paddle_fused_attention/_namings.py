@@ -7,6 +7,7 @@ counts as known only where every name in its layer is one that the naming knows,
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Iterable, Iterator
 
@@ -114,6 +115,7 @@ _OTHER_MODELS = {
     "ernielayout": _RELATIVE,
     "esm": _ROTARY,
     "funnel": _RELATIVE,
+    "git": "text sees all of an image and of the text what came before",
     "gptbigcode": "query, key and value are mixed head by head",
     "ibert": "it computes in integers",
     "layoutlmv2": _RELATIVE,
@@ -134,6 +136,12 @@ _OTHER_MODELS = {
     "yoso": "the attention is an approximation by hashing",
 }
 
+# In a config.json, with values that change what the same names compute.
+_OTHER_CONFIGS = (
+    ("scale_attn_weights", False, "scores are not divided by the root of the head's width"),
+    ("scale_attn_by_inverse_layer_idx", True, "scores are divided by the number of the layer"),
+)
+
 # What stands above the layers, or anywhere in them: the pattern of a name's part, why, and the namings it speaks about.
 _SIGNS = (
     (r"rel_pos\w*|rel_\dd\w*|rel_embeddings|relative\w*|distance_embedding", _RELATIVE, None),
@@ -143,6 +151,7 @@ _SIGNS = (
     (r"pooler\.weight|qa_classifier", "these are BigBird's names, whose attention is sparse", ("Hugging Face BERT",)),
     (r"char_embeddings", "these are CANINE's names, some of whose attention is local", ("Hugging Face BERT",)),
     (r"bbox_embeddings", "these are BROS's names, which adds positions of boxes to the scores", ("Hugging Face BERT",)),
+    (r"visual_projection\.visual_projection", "in GIT's names, where text sees all of an image", ("Hugging Face BERT",)),
     (
         r"encoder\.LayerNorm\.weight",
         "a norm after the last layer is that of a model whose norms stand before",
@@ -164,11 +173,11 @@ def above(prefix: str) -> Iterator[str]:
 
 
 class Signs:
-    """What the names of a checkpoint and its model's name tell against blocks."""
+    """What the names of a checkpoint and the config.json of its model tell against blocks."""
 
-    def __init__(self, names: Iterable[str], model: str | None) -> None:
+    def __init__(self, names: Iterable[str], config: Mapping[str, Any]) -> None:
         self._names = frozenset(names)
-        self._model = model
+        self._model = self._against_config(config)
         self._found: dict[str, list[str]] = {}
         for name in self._names:
             match = _SIGN.search(name)
@@ -180,8 +189,8 @@ class Signs:
         for model in prefix.split("."):
             if _plain(model) in _OTHER_MODELS:
                 return f"it is of {model}: {_OTHER_MODELS[_plain(model)]}"
-        if _plain(self._model or "") in _OTHER_MODELS:
-            return f"its model is {self._model}: {_OTHER_MODELS[_plain(self._model)]}"
+        if self._model is not None:
+            return self._model
         for place in (prefix, *above(prefix)):
             for name in sorted(self._found.get(place, ())):
                 part = name[len(place) :]
@@ -192,6 +201,16 @@ class Signs:
             positions = f"{place}embeddings.position_embeddings.weight"
             if words in self._names and positions not in self._names:
                 return f"there is {words} but no {positions}: positions enter elsewhere, perhaps in the attention"
+        return None
+
+    @staticmethod
+    def _against_config(config: Mapping[str, Any]) -> str | None:
+        model = config.get("model_type")
+        if isinstance(model, str) and _plain(model) in _OTHER_MODELS:
+            return f"its config.json says {model}: {_OTHER_MODELS[_plain(model)]}"
+        for key, value, why in _OTHER_CONFIGS:
+            if config.get(key) is value:
+                return f"its config.json says {key}: {why}"
         return None
 
     def normalize_before(self, prefix: str, naming: Naming) -> bool | None:

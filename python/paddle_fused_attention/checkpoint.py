@@ -14,10 +14,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Iterable, TypeVar
+from typing import Any, Callable
 
 import numpy as np
 
+from ._choices import CheckpointError, check_layout, check_patterns, form, heads_of, layout_of, orders_of
 from ._namings import (
     LAYOUTS,
     NAMINGS,
@@ -46,11 +47,6 @@ _ATTENTION = re.compile(r"^(.*?)\.?(?:q_proj|query|c_attn|in_proj|qkv|qkv_proj|q
 _CAUSAL_MODELS = frozenset(("artist", "gpt", "opt"))
 
 Progress = Callable[[int, int], Any]
-Word = TypeVar("Word", int, bool)
-
-
-class CheckpointError(Exception):
-    """What is wrong with a checkpoint or a request, in one line."""
 
 
 @dataclass
@@ -74,7 +70,7 @@ def pack(
     layout: str | None = None,
     file_layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
-    model: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
     """Packs every attention block of a known naming.
 
@@ -90,7 +86,7 @@ def pack(
             ``file_layout``.
         file_layout: What the arrays' file tells of it; None: nothing.
         metadata: Of the arrays' file.
-        model: The name of the model, as ``model_type`` in a config.json.
+        config: What the config.json of a model tells, such as its ``model_type``.
 
     Returns:
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
@@ -99,12 +95,12 @@ def pack(
         CheckpointError: Nothing to pack was found, an argument is missing or does not fit a block, what tells of the layout is not of
             one mind, or a packed name is taken.
     """
-    _check_layout("layout", layout)
-    _check_layout("file_layout", file_layout)
+    check_layout("layout", layout)
+    check_layout("file_layout", file_layout)
     memory = _memory(metadata)
     report = CheckpointReport()
     found = blocks_in(arrays)
-    signs = Signs((name for name in arrays if isinstance(name, str)), model)
+    signs = Signs((name for name in arrays if isinstance(name, str)), config or {})
     chosen: list[Block] = []
     for block in found:
         reason = reason_against(arrays, block, signs)
@@ -125,9 +121,12 @@ def pack(
             report.left_alone.setdefault(match.group(1), "its names are not those of a known self-attention")
     if not chosen:
         raise CheckpointError(_nothing("attention of a known naming", names, report))
-    heads = _heads(num_heads, arrays, chosen)
-    orders = _orders(normalize_before, chosen, signs)
-    layouts = [_layout(arrays, block, layout, file_layout) for block in chosen]
+    there = [*report.left_alone, *(block.name for block in chosen)]
+    check_patterns("--num-heads", num_heads, there)
+    check_patterns("--normalize-before, --normalize-after", normalize_before, there)
+    heads = heads_of(num_heads, arrays, chosen)
+    orders = orders_of(normalize_before, chosen, signs)
+    layouts = [layout_of(arrays, block, layout, file_layout) for block in chosen]
     replaced: dict[str, dict] = {}
     gone: set = set()
     for done, (block, stored) in enumerate(zip(chosen, layouts)):
@@ -168,7 +167,7 @@ def unpack(
         CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata are broken, or
             `layout` does not fit them or the shapes in a layer.
     """
-    _check_layout("layout", layout)
+    check_layout("layout", layout)
     memory = _memory(metadata)
     report = CheckpointReport()
     replaced: dict[str, dict] = {}
@@ -191,22 +190,13 @@ def unpack(
                 raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {name}.qkv_weight, found one")
             replaced[old[0]] = new
             gone.update(old)
-            report.converted[name] = f"{naming.title}, weights {_form(stored)}"
+            report.converted[name] = f"{naming.title}, weights {form(stored)}"
     progress(len(blocks), len(blocks))
     if not report.converted:
         raise CheckpointError(_nothing("packed attention", names, report))
     result = _exchange(arrays, replaced, gone)
     report.metadata = _metadata(metadata, memory, result, None)
     return result, report
-
-
-def _check_layout(argument: str, layout: str | None) -> None:
-    if layout is not None and layout not in LAYOUTS:
-        raise CheckpointError(f"{argument}: expected {' or '.join(LAYOUTS)}, got {layout!r}")
-
-
-def _form(layout: str) -> str:
-    return "[in, out]" if layout == "in-out" else "[out, in]"
 
 
 def _nothing(what: str, names: str, report: Report) -> str:
@@ -252,104 +242,6 @@ def _metadata(old: Mapping[str, str] | None, memory: dict[str, dict], arrays: di
     return new
 
 
-def _by_pattern(argument: str, words: Mapping[str, Word], blocks: Iterable[Block]) -> dict[str, Word]:
-    """The word for every block that a pattern fits, by the first that does."""
-    unused, found = dict(words), {}
-    for block in blocks:
-        fits = [pattern for pattern in words if fnmatchcase(block.name, pattern)]
-        if fits:
-            found[block.name] = words[fits[0]]
-        for pattern in fits:
-            unused.pop(pattern, None)
-    if unused:
-        raise CheckpointError(f"{argument}: no block that is packed has a name like {next(iter(unused))!r}")
-    return found
-
-
-def _heads(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks: list[Block]) -> dict[str, int]:
-    widths = {block.name: arrays[block.names("weight")[-1]].shape[0] for block in blocks}
-    if isinstance(num_heads, Mapping):
-        heads = _by_pattern("--num-heads", num_heads, blocks)
-    else:
-        heads = dict.fromkeys(widths, num_heads)
-        first = next(iter(widths))
-        for name, width in widths.items():
-            if width != widths[first]:
-                raise CheckpointError(
-                    f"--num-heads: expected a number for each width, as PATTERN=H, since {first} is {widths[first]} wide and "
-                    f"{name} is {width}; got {num_heads}"
-                )
-    for name, width in widths.items():
-        if name not in heads:
-            raise CheckpointError(f"--num-heads: expected a pattern that fits {name}, got {', '.join(map(repr, num_heads))}")
-        count = heads[name]
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1 or width % count:
-            raise CheckpointError(f"--num-heads: expected a divisor of {width}, the width of {name}, got {count}")
-    return heads
-
-
-def _orders(normalize_before: bool | Mapping[str, bool] | None, blocks: list[Block], signs: Signs) -> dict[str, bool]:
-    """Whether the layer norm stands before the attention, for every block."""
-    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks}
-    stacks = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name, order in told.items() if order is None})
-    if isinstance(normalize_before, Mapping):
-        said = _by_pattern("--normalize-before, --normalize-after", normalize_before, blocks)
-    elif normalize_before is None:
-        said = {}
-    else:
-        said = dict.fromkeys(told, normalize_before)
-        if len(stacks) > 1:
-            raise CheckpointError(
-                f"--normalize-{'before' if normalize_before else 'after'}: expected patterns that say it of {stacks[0]} and "
-                f"{stacks[1]}, which may differ; '*' says it of all"
-            )
-    orders: dict[str, bool] = {}
-    for name, order in told.items():
-        word = said.get(name)
-        if word is not None and not isinstance(word, (bool, np.bool_)):
-            raise CheckpointError(f"normalize_before: expected a bool, got {word!r}")
-        if order is None and word is None:
-            raise CheckpointError(
-                f"{name}: nothing tells whether its layer norm stands before the attention or after the residual: "
-                "--normalize-before or --normalize-after is needed"
-            )
-        if order is not None and word is not None and order != word:
-            raise CheckpointError(
-                f"--normalize-{'before' if word else 'after'}: {name} has its layer norm {'before' if order else 'after'}, by its names"
-            )
-        orders[name] = bool(word if order is None else order)
-    return orders
-
-
-def _layout(arrays: dict[Any, Any], block: Block, layout: str | None, file_layout: str | None) -> str:
-    told = layout_by_shapes(arrays, block, arrays[block.names("weight")[-1]].shape[0])
-    by_shape = set(told.values())
-    name, naming = next(iter(told), ""), block.naming
-    if len(by_shape) > 1:
-        other = next(other for other in told if told[other] != told[name])
-        raise CheckpointError(
-            f"{block.name}: by their shapes {name} is stored {_form(told[name])} and {other} {_form(told[other])}"
-        )
-    seen = f"by its shape {name} is stored {_form(told[name])}" if told else ""
-    if layout is not None and told and layout != told[name]:
-        raise CheckpointError(f"--layout {layout}: {seen}")
-    if naming.fixed_layout and layout is None and told[name] != naming.layout:
-        raise CheckpointError(
-            f"{block.name}: {seen}, so that query, key and value may not follow one another there: "
-            f"--layout {told[name]} says that they do"
-        )
-    if layout is None and told and not naming.fixed_layout and file_layout not in (None, told[name]):
-        raise CheckpointError(
-            f"{block.name}: its file's kind stores weights {_form(file_layout)}, but {seen}: --layout is needed"
-        )
-    found = layout or (told[name] if told else file_layout)
-    if found is None:
-        raise CheckpointError(
-            f"{block.name}: nothing tells whether its weights are stored [in, out] or [out, in]: --layout is needed"
-        )
-    return found
-
-
 def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | None) -> tuple[str, tuple[str, str]]:
     """The layout and the norm's names that a packed block had."""
     if was is not None:
@@ -358,16 +250,16 @@ def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | 
                 f"{block.name}: expected {was['naming']}'s, by the file's metadata, found {block.naming.title}'s"
             )
         if layout not in (None, was["layout"]):
-            raise CheckpointError(f"--layout {layout}: {block.name} was stored {_form(was['layout'])}, by the file's metadata")
+            raise CheckpointError(f"--layout {layout}: {block.name} was stored {form(was['layout'])}, by the file's metadata")
         return was["layout"], tuple(was["norm"])
     found = layout or block.naming.layout
     for name, told in layout_by_shapes(arrays, block, arrays[f"{block.name}.qkv_weight"].shape[-1]).items():
         if told != found:
-            seen = f"by its shape {name} is stored {_form(told)}"
+            seen = f"by its shape {name} is stored {form(told)}"
             if layout is not None:
                 raise CheckpointError(f"--layout {layout}: {seen}")
             raise CheckpointError(
-                f"{block.name}: {block.naming.title}'s weights are stored {_form(found)}, but {seen}: --layout is needed"
+                f"{block.name}: {block.naming.title}'s weights are stored {form(found)}, but {seen}: --layout is needed"
             )
     return found, NORM_NAMES[0]
 
@@ -416,13 +308,15 @@ def _describe(block: Block, new: dict[str, Any], normalize_before: bool, layout:
         )
     else:
         use = layer + (", with causal=True in a decoder" if naming.decoder else "")
-    where = f"{naming.title}, weights {_form(layout)}, norm {'before' if normalize_before else 'after'}"
+    where = f"{naming.title}, weights {form(layout)}, norm {'before' if normalize_before else 'after'}"
     return f"{where}, for {use}" + (f", whose {' and '.join(absent)} is None" if absent else "")
 
 
 def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]:
     """The arrays of a packed block, which fit each other."""
     parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
+    if {"pre_ln_scale", "ln_scale"} <= set(parts):
+        raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
     norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
     for part in ("qkv_weight", "linear_weight", f"{norm}_scale", f"{norm}_bias", *parts):
         if not isinstance(parts.get(part), np.ndarray):
@@ -434,8 +328,6 @@ def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]
         expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(part, (shape[3],))
         if array.shape != expected:
             raise CheckpointError(f"{block.name}.{part}: expected shape {list(expected)}, got {list(array.shape)}")
-    if {"pre_ln_scale", "ln_scale"} <= set(parts):
-        raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
     return parts
 
 
