@@ -534,6 +534,7 @@ OTHERS = {
     "embed_positions": (bert_block, "bert.encoder.embed_positions.weight", "rotated"),
     "no positions": (bert_block, "bert.embeddings.word_embeddings.weight", "positions enter elsewhere"),
     "BigBird": (bert_block, "bert.pooler.weight", "sparse"),
+    "GIT": (bert_block, "bert.visual_projection.visual_projection.0.bias", "text sees all of an image"),
     "pre-norm": (bert_block, "bert.encoder.LayerNorm.weight", "norms stand before"),
     "a decoder": (bert_block, BERT_LAYER + "crossattention.self.query.weight", "as in a decoder"),
 }
