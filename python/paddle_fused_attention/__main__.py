@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Sequence, TextIO
 
 import paddle
 
 from . import checkpoint, checkpoint_files
+from ._namings import LAYOUTS
 from .checkpoint import CheckpointError
 
 _NAMINGS = """known namings:
   Paddle, PaddleNLP BERT    self_attn.{q,k,v,out}_proj, norm1     -> self_attn.qkv_weight, ...
   Hugging Face BERT         attention.self.query, ...             -> attention.qkv_weight, ...
   Hugging Face ViT          attention.attention.query, ...        -> attention.qkv_weight, ...
-  GPT-2                     attn.c_attn, attn.c_proj, ln_1        -> attn.qkv_weight, ...
+  GPT-2, OpenAI GPT         attn.c_attn, attn.c_proj, ln_1        -> attn.qkv_weight, ...
 
 packed: qkv_weight [3, H, D, E], qkv_bias [3, H, D], linear_weight [E, E], linear_bias [E], and ln_scale and ln_bias [E], or
 pre_ln_scale and pre_ln_bias where the layer norm stands before the attention. With Paddle's naming these are the names of a
-model after paddle_fused_attention.convert(model)."""
+model after paddle_fused_attention.convert(model); with the others those of a FusedMultiHeadAttention in the attention's place,
+whose arguments the report gives, but for epsilon, which is the model's own.
+
+A block is packed only where its names and shapes say that the operator computes it. Patterns are those of a shell, for the names
+of blocks, and the first that fits holds: --num-heads 'text.*=8' --num-heads 'vision.*=12'."""
+
+_FILES = "a .pdparams, .safetensors, .bin, .pt or .pth file, or an index.json of a sharded checkpoint"
+
+
+def _heads(text: str) -> tuple[str | None, int]:
+    pattern, equals, number = text.rpartition("=")
+    try:
+        return (pattern if equals else None), int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {text!r}") from None
+
+
+def _before(pattern: str) -> tuple[str | None, bool]:
+    return pattern, True
+
+
+def _after(pattern: str) -> tuple[str | None, bool]:
+    return pattern, False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,15 +60,35 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, epilog=_NAMINGS, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("input", metavar="IN", type=Path, help="a .pdparams or .safetensors file")
-        command.add_argument("output", metavar="OUT", type=Path, help="likewise, and not necessarily of the same kind")
+        command.add_argument("input", metavar="IN", type=Path, help=_FILES)
+        command.add_argument("output", metavar="OUT", type=Path, help="a .pdparams or .safetensors file")
         if name == "convert":
-            command.add_argument("--num-heads", metavar="H", type=int, required=True, help="the number of attention heads")
             command.add_argument(
-                "--normalize-before",
-                action="store_true",
-                help="norm1 stands before the attention (Paddle's naming can't tell; by default it stands after the residual)",
+                "--num-heads",
+                metavar="H",
+                type=_heads,
+                action="append",
+                required=True,
+                help="the number of attention heads; PATTERN=H, repeated: of the blocks with such names",
             )
+            for side, word, value in (("before", _before, True), ("after", _after, False)):
+                command.add_argument(
+                    f"--normalize-{side}",
+                    metavar="PATTERN",
+                    type=word,
+                    action="append",
+                    dest="normalize_before",
+                    nargs="?",
+                    const=(None, value),
+                    help=f"the layer norm stands {'before the attention' if value else 'after the residual'}, for names that can't "
+                    "tell, as Paddle's; may be repeated with patterns",
+                )
+        command.add_argument(
+            "--layout",
+            choices=LAYOUTS,
+            help="how linear layers store their weights (default: as shapes in the layer and the kind of file tell"
+            + (")" if name == "convert" else ", or as they did before convert)"),
+        )
         command.add_argument(
             "--names", metavar="PATTERN", default="*", help="which blocks, as in 'encoder.layers.*' (default: all)"
         )
@@ -58,6 +102,7 @@ class _ProgressBar:
     def __init__(self, title: str) -> None:
         self._title = title
         self._shown = sys.stderr.isatty()
+        self._open = False
 
     def __call__(self, done: int, total: int) -> None:
         if not self._shown:
@@ -67,37 +112,108 @@ class _ProgressBar:
         if done == total:
             sys.stderr.write("\n")
         sys.stderr.flush()
+        self._open = done < total
+
+    def close(self) -> None:
+        """Ends the line of a bar that is not full."""
+        if self._open:
+            sys.stderr.write("\n")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _print(text: str, file: TextIO) -> None:
+    """Prints one line, whatever the names in it hold."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > 1000:
+        text = f"{text[:600]}[...]{text[-395:]}"
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _one_or_by_pattern(option: str, words: list[tuple[str | None, Any]] | None) -> Any:
+    """The word that was given without a pattern, or a dict by pattern; None if none was given."""
+    if not words:
+        return None
+    if len(words) == 1 and words[0][0] is None:
+        return words[0][1]
+    if any(pattern is None for pattern, _ in words):
+        raise CheckpointError(f"{option}: expected it once, or each time with a pattern, of which '*' fits the rest")
+    by_pattern: dict[str, Any] = {}
+    for pattern, word in words:
+        if by_pattern.setdefault(pattern, word) != word:
+            raise CheckpointError(f"{option}: expected one word for {pattern!r}, got two that differ")
+    return by_pattern
+
+
+def _config_beside(source: Path) -> dict[str, Any] | None:
+    """The config.json that stands beside the checkpoint of a model, if there is one."""
+    try:
+        config = json.loads((source.parent / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _without_needless_layout(target: Path, metadata: dict[str, str]) -> dict[str, str] | None:
+    """Without the layout where the target tells the same by itself."""
+    told = "in-out" if target.suffix == ".pdparams" else {"pt": "out-in"}.get(metadata.get("format", ""))
+    if told is not None and metadata.get(checkpoint.METADATA_LAYOUT) == told:
+        metadata = {key: value for key, value in metadata.items() if key != checkpoint.METADATA_LAYOUT}
+    return metadata or None
+
+
+def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     source, target = arguments.input, arguments.output
     checkpoint_files.check_target(target)
     if target.exists() and not arguments.force:
         raise CheckpointError(f"{target}: exists already; --force replaces it")
+    if arguments.command == "convert":
+        num_heads = _one_or_by_pattern("--num-heads", arguments.num_heads)
+        normalize_before = _one_or_by_pattern("--normalize-before, --normalize-after", arguments.normalize_before)
     read = checkpoint_files.read(source)
-    options: dict[str, Any] = {"names": arguments.names, "progress": _ProgressBar(arguments.command)}
+    options: dict[str, Any] = {
+        "names": arguments.names,
+        "progress": progress,
+        "layout": arguments.layout,
+        "metadata": read.metadata,
+    }
     if arguments.command == "convert":
         arrays, report = checkpoint.pack(
-            read.arrays, arguments.num_heads, normalize_before=arguments.normalize_before, **options
+            read.arrays,
+            num_heads,
+            normalize_before=normalize_before,
+            file_layout=read.layout,
+            config=_config_beside(source),
+            **options,
         )
     else:
         arrays, report = checkpoint.unpack(read.arrays, **options)
-    checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, read.metadata))
+    metadata = _without_needless_layout(target, report.metadata)
+    checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, metadata))
+    for name, what in report.converted.items():
+        _print(f"{name}: {what}", sys.stdout)
+    for name, why in report.left_alone.items():
+        _print(f"{name or '(the model)'}: left alone, {why}", sys.stdout)
     done = "packed" if arguments.command == "convert" else "unpacked"
-    print(report)
     unchanged = sum(1 for name in arrays if name in read.arrays)
-    print(f"{target}: {len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged")
+    counts = f"{len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged"
+    _print(f"{target}: {counts}", sys.stdout)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
+    """Runs a command line; returns the exit status: 0, 1 after an error, 130 after an interrupt."""
     parsed = _parser().parse_args(arguments)
     paddle.set_device("cpu")
+    progress = _ProgressBar(parsed.command)
     try:
-        _run(parsed)
+        _run(parsed, progress)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        progress.close()
+        _print(f"error: {error}", sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        progress.close()
+        _print("interrupted", sys.stderr)
+        return 130
     return 0
 
 

@@ -1,83 +1,59 @@
 """Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for bit.
 
-A `Naming` says what a family of models calls the parts of an attention block and how it stores them. The packed names begin
-with a word of their own in every family, so that they tell what to go back to. With Paddle's naming they are those of a model
-after ``paddle_fused_attention.convert``.
+A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator computes it;
+what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names begin with
+a word of their own in every family. What is lost by packing, the old layout and names, goes into the metadata that belong to the
+arrays; without them a block goes back to what its family's names stand for. With Paddle's naming the packed names are those of a
+model after ``paddle_fused_attention.convert``.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import numpy as np
 
+from ._choices import CheckpointError, check_layout, check_patterns, form, heads_of, layout_of, orders_of
+from ._namings import (
+    LAYOUTS,
+    NAMINGS,
+    NORM_NAMES,
+    PACKED_PARTS,
+    Block,
+    Signs,
+    blocks_in,
+    layout_by_shapes,
+    names_of_norm,
+    naming_of_packed,
+    packed_blocks_in,
+    reason_against,
+)
 from .report import Report
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
-
-class CheckpointError(Exception):
-    """What is wrong with a checkpoint or a request, in one line."""
-
-
-@dataclass(frozen=True)
-class Naming:
-    """The names of an attention block's parts, without what comes before them in a checkpoint.
-
-    `qkv`: three projections, or one whose columns are those of query, key and value in turn. `out_in`: weights are stored
-    [out, in], else [in, out]. `normalize_before`: where the layer norm stands; None: the checkpoint can't tell. `unless`:
-    where this is too, the block is another one.
-    """
-
-    title: str
-    packed: str
-    qkv: tuple[str, ...]
-    out: str
-    norm: str
-    out_in: bool
-    normalize_before: bool | None
-    unless: str | None = None
-
-
-NAMINGS = (
-    Naming(
-        "Paddle",
-        "self_attn",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "self_attn.out_proj",
-        "norm1",
-        out_in=False,
-        normalize_before=None,
-        unless="cross_attn.q_proj.weight",
-    ),
-    Naming(
-        "Hugging Face BERT",
-        "attention",
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention.output.dense",
-        "attention.output.LayerNorm",
-        out_in=True,
-        normalize_before=False,
-    ),
-    Naming(
-        "Hugging Face ViT",
-        "attention",
-        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-        "attention.output.dense",
-        "layernorm_before",
-        out_in=True,
-        normalize_before=True,
-    ),
-    Naming("GPT-2", "attn", ("attn.c_attn",), "attn.c_proj", "ln_1", out_in=False, normalize_before=True),
-)
+METADATA = "paddle_fused_attention."  # keys that begin so are ours
+METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, when it is in a format that would say otherwise
+METADATA_BLOCKS = METADATA + "blocks"  # JSON: what each packed block was
 
 # Names that look like attention, to be reported where no naming fits.
 _ATTENTION = re.compile(r"^(.*?)\.?(?:q_proj|query|c_attn|in_proj|qkv|qkv_proj|q_lin)(?:\.|_)weight$")
-_PACKED_PARTS = ("qkv_weight", "qkv_bias", "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+
+# In Paddle's names, of models whose layers are not Paddle's own.
+_CAUSAL_MODELS = frozenset(("artist", "gpt", "opt"))
 
 Progress = Callable[[int, int], Any]
+
+
+@dataclass
+class CheckpointReport(Report):
+    """``metadata``: what belongs to the new arrays, in a file's metadata or as the argument of :func:`unpack`."""
+
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -85,96 +61,153 @@ def _no_progress(done: int, total: int) -> None:
 
 
 def pack(
-    arrays: dict[str, Any],
-    num_heads: int,
+    arrays: dict[Any, Any],
+    num_heads: int | Mapping[str, int],
     names: str = "*",
-    normalize_before: bool = False,
+    normalize_before: bool | Mapping[str, bool] | None = None,
     progress: Progress = _no_progress,
-) -> tuple[dict[str, Any], Report]:
+    *,
+    layout: str | None = None,
+    file_layout: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[dict[Any, Any], CheckpointReport]:
     """Packs every attention block of a known naming.
 
     Args:
-        arrays: NumPy arrays by name; other values are passed on.
-        num_heads: Of every block that is packed.
-        names: A pattern, as of a shell, for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for namings that don't tell.
+        arrays: NumPy arrays by name, bfloat16 as uint16; other values, and those of other keys, are passed on.
+        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the names of blocks:
+            the first that fits holds.
+        names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
+        normalize_before: Where the layer norm stands, for namings that don't tell: for the blocks of one stack of layers, or by
+            patterns.
         progress: Called with the number of blocks that are done and their total.
+        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer tell, or else
+            ``file_layout``.
+        file_layout: What the arrays' file tells of it; None: nothing.
+        metadata: Of the arrays' file.
+        config: What the config.json of a model tells, such as its ``model_type``.
 
     Returns:
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
-        CheckpointError: Nothing to pack was found, num_heads does not divide a width, or a packed name is taken.
+        CheckpointError: Nothing to pack was found, an argument is missing or does not fit a block, what tells of the layout is not of
+            one mind, or a packed name is taken.
     """
-    report = Report()
-    blocks = list(_blocks(arrays))
+    check_layout("layout", layout)
+    check_layout("file_layout", file_layout)
+    memory = _memory(metadata)
+    report = CheckpointReport()
+    found = blocks_in(arrays)
+    signs = Signs((name for name in arrays if isinstance(name, str)), config or {})
+    chosen: list[Block] = []
+    for block in found:
+        reason = reason_against(arrays, block, signs)
+        if not fnmatchcase(block.name, names):
+            reason = f"it is not among the names {names!r}"
+        if reason is None:
+            chosen.append(block)
+        else:
+            report.left_alone[block.name] = reason
+    separate = {block.name for block in found}
+    for name in packed_blocks_in(arrays):
+        if name not in separate and naming_of_packed(arrays, name) is not None:
+            report.left_alone[name] = "packed already"
+    known = {f"{block.prefix}{part}.weight" for block in found for part in block.naming.qkv}
+    for name in arrays:
+        match = _ATTENTION.match(name) if isinstance(name, str) else None
+        if match and name not in known:
+            report.left_alone.setdefault(match.group(1), "its names are not those of a known self-attention")
+    if not chosen:
+        raise CheckpointError(_nothing("attention of a known naming", names, report))
+    there = [*report.left_alone, *(block.name for block in chosen)]
+    check_patterns("--num-heads", num_heads, there)
+    check_patterns("--normalize-before, --normalize-after", normalize_before, there)
+    heads = heads_of(num_heads, arrays, chosen)
+    orders = orders_of(normalize_before, chosen, signs)
+    layouts = [layout_of(arrays, block, layout, file_layout) for block in chosen]
     replaced: dict[str, dict] = {}
     gone: set = set()
-    for done, (prefix, naming) in enumerate(blocks):
-        progress(done, len(blocks))
-        block = prefix + naming.packed
-        reason = _reason_against(arrays, prefix, naming)
-        if not fnmatchcase(block, names):
-            reason = f"it is not among the names {names!r}"
-        if reason is not None:
-            report.left_alone[block] = reason
-            continue
-        old, new = _pack_block(arrays, prefix, naming, num_heads, normalize_before)
+    for done, (block, stored) in enumerate(zip(chosen, layouts)):
+        progress(done, len(chosen))
+        old, new = _pack_block(arrays, block, heads[block.name], orders[block.name], stored)
         taken = sorted(name for name in new if name in arrays)
         if taken:
             raise CheckpointError(f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one")
         replaced[old[0]] = new
         gone.update(old)
-        report.converted[block] = naming.title
-    progress(len(blocks), len(blocks))
-    known = {f"{prefix}{part}.weight" for prefix, naming in blocks for part in naming.qkv}
-    for name in arrays:
-        match = _ATTENTION.match(name)
-        if match and name not in known:
-            report.left_alone.setdefault(match.group(1), "its names are not those of a known self-attention")
-    if not report.converted:
-        raise CheckpointError(_nothing("attention of a known naming", names, report))
-    return _exchange(arrays, replaced, gone), report
+        report.converted[block.name] = _describe(block, new, orders[block.name], stored)
+        memory[block.name] = {"naming": block.naming.title, "layout": stored, "norm": names_of_norm(arrays, block)}
+    progress(len(chosen), len(chosen))
+    result = _exchange(arrays, replaced, gone)
+    linear = {stored for block, stored in zip(chosen, layouts) if not block.naming.fixed_layout}
+    file_layout = layout or file_layout or (linear.pop() if len(linear) == 1 else None)
+    report.metadata = _metadata(metadata, memory, result, file_layout)
+    return result, report
 
 
-def unpack(arrays: dict[str, Any], names: str = "*", progress: Progress = _no_progress) -> tuple[dict[str, Any], Report]:
-    """The inverse of :func:`pack`, with the same arguments and results.
+def unpack(
+    arrays: dict[Any, Any],
+    names: str = "*",
+    progress: Progress = _no_progress,
+    *,
+    layout: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[dict[Any, Any], CheckpointReport]:
+    """The inverse of :func:`pack`, with the same results.
+
+    Args:
+        arrays, names, progress: As of :func:`pack`.
+        layout: How the weights were stored before, where the metadata don't tell; None: as those of the family are.
+        metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out as the family
+            stores them and a layer norm's parameters as weight and bias.
 
     Raises:
-        CheckpointError: Nothing to unpack was found, or a block is not complete, or a separate name is taken.
+        CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata are broken, or
+            `layout` does not fit them or the shapes in a layer.
     """
-    report = Report()
+    check_layout("layout", layout)
+    memory = _memory(metadata)
+    report = CheckpointReport()
     replaced: dict[str, dict] = {}
     gone: set = set()
-    blocks = [name[: -len(".qkv_weight")] for name in arrays if name.endswith(".qkv_weight")]
-    for done, block in enumerate(blocks):
+    blocks = packed_blocks_in(arrays)
+    for done, name in enumerate(blocks):
         progress(done, len(blocks))
-        naming = _naming_of_packed(arrays, block)
+        naming = naming_of_packed(arrays, name)
         if naming is None:
-            report.left_alone[block] = "its names are not those of a packed attention"
-        elif not fnmatchcase(block, names):
-            report.left_alone[block] = f"it is not among the names {names!r}"
+            report.left_alone[name] = "its names are not those of a packed attention"
+        elif not fnmatchcase(name, names):
+            report.left_alone[name] = f"it is not among the names {names!r}"
         else:
-            old, new = _unpack_block(arrays, block, naming)
+            block = Block(name[: len(name) - len(naming.packed)], naming)
+            parts = _packed_parts(arrays, block)
+            stored, norm_names = _before_packing(arrays, block, layout, memory.pop(name, None))
+            old, new = _unpack_block(arrays, block, parts, stored, norm_names)
             taken = sorted(name for name in new if name in arrays)
             if taken:
-                raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {block}.qkv_weight, found one")
+                raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {name}.qkv_weight, found one")
             replaced[old[0]] = new
             gone.update(old)
-            report.converted[block] = naming.title
+            report.converted[name] = f"{naming.title}, weights {form(stored)}"
     progress(len(blocks), len(blocks))
     if not report.converted:
         raise CheckpointError(_nothing("packed attention", names, report))
-    return _exchange(arrays, replaced, gone), report
+    result = _exchange(arrays, replaced, gone)
+    report.metadata = _metadata(metadata, memory, result, None)
+    return result, report
 
 
 def _nothing(what: str, names: str, report: Report) -> str:
-    found = "; ".join(str(report).splitlines()[:3])
-    return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + (f": {found}" if found else "")
+    left = [f"{name or '(the model)'}: left alone, {why}" for name, why in report.left_alone.items()]
+    more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
+    found = ": " + "; ".join(left[:3]) + more if left else ""
+    return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + found
 
 
-def _exchange(arrays: dict[str, Any], replaced: dict[str, dict], gone: set) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _exchange(arrays: dict[Any, Any], replaced: dict[str, dict], gone: set) -> dict[Any, Any]:
+    result: dict[Any, Any] = {}
     for name, value in arrays.items():
         result.update(replaced.get(name, {}))
         if name not in gone:
@@ -182,118 +215,141 @@ def _exchange(arrays: dict[str, Any], replaced: dict[str, dict], gone: set) -> d
     return result
 
 
-def _blocks(arrays: dict[str, Any]) -> Iterator[tuple[str, Naming]]:
-    for name in arrays:
-        for naming in NAMINGS:
-            anchor = naming.qkv[0] + ".weight"
-            prefix = name[: -len(anchor)]
-            if name.endswith(anchor) and (not prefix or prefix.endswith(".")):
-                yield prefix, naming
+def _memory(metadata: Mapping[str, str] | None) -> dict[str, dict]:
+    """What the metadata tell of packed blocks."""
+    text = (metadata or {}).get(METADATA_BLOCKS)
+    if text is None:
+        return {}
+    titles = {naming.title for naming in NAMINGS}
+    try:
+        memory = json.loads(text)
+        for was in memory.values():
+            if was["naming"] not in titles or was["layout"] not in LAYOUTS or tuple(was["norm"]) not in NORM_NAMES:
+                raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise CheckpointError(f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else") from None
+    return memory
 
 
-def _parts(naming: Naming, suffix: str) -> list[str]:
-    return [f"{part}.{suffix}" for part in (*naming.qkv, naming.out, naming.norm)]
+def _metadata(old: Mapping[str, str] | None, memory: dict[str, dict], arrays: dict, layout: str | None) -> dict[str, str]:
+    new = {key: value for key, value in (old or {}).items() if key != METADATA_BLOCKS}
+    packed = set(packed_blocks_in(arrays))
+    memory = {name: was for name, was in memory.items() if name in packed}
+    if memory:
+        new[METADATA_BLOCKS] = json.dumps(memory, separators=(",", ":"))
+    if layout is not None:
+        new[METADATA_LAYOUT] = layout
+    return new
 
 
-def _reason_against(arrays: dict[str, Any], prefix: str, naming: Naming) -> str | None:
-    """Why a block can't be packed; None if it can."""
-    if naming.unless is not None and prefix + naming.unless in arrays:
-        return f"it has {naming.unless} beside it, as in a decoder"
-    needed = [*_parts(naming, "weight"), f"{naming.norm}.bias"]
-    biases = [f"{part}.bias" for part in naming.qkv]
-    if any(prefix + part in arrays for part in biases):
-        needed += biases
-    for part in needed:
-        if not isinstance(arrays.get(prefix + part), np.ndarray):
-            return f"{prefix}{part} is missing" if prefix + part not in arrays else f"{prefix}{part} is not an array of numbers"
-    embed_dim = arrays[f"{prefix}{naming.norm}.weight"].size
-    columns = embed_dim * 3 // len(naming.qkv)
-    expected = {f"{naming.out}.weight": (embed_dim, embed_dim), f"{naming.out}.bias": (embed_dim,)}
-    for part in naming.qkv:
-        expected[f"{part}.weight"] = (columns, embed_dim) if naming.out_in else (embed_dim, columns)
-        expected[f"{part}.bias"] = (columns,)
-    expected[f"{naming.norm}.bias"] = expected[f"{naming.norm}.weight"] = (embed_dim,)
-    for part, shape in expected.items():
-        if prefix + part in arrays and arrays[prefix + part].shape != shape:
-            return f"{prefix}{part} has shape {list(arrays[prefix + part].shape)}, not {list(shape)}"
-    for suffix in ("weight", "bias"):
-        if len({arrays[f"{prefix}{part}.{suffix}"].dtype for part in naming.qkv if f"{prefix}{part}.{suffix}" in arrays}) > 1:
-            return f"its query, key and value {suffix} are of different dtypes"
-    return None
+def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | None) -> tuple[str, tuple[str, str]]:
+    """The layout and the norm's names that a packed block had."""
+    if was is not None:
+        if was["naming"] != block.naming.title:
+            raise CheckpointError(
+                f"{block.name}: expected {was['naming']}'s, by the file's metadata, found {block.naming.title}'s"
+            )
+        if layout not in (None, was["layout"]):
+            raise CheckpointError(f"--layout {layout}: {block.name} was stored {form(was['layout'])}, by the file's metadata")
+        return was["layout"], tuple(was["norm"])
+    found = layout or block.naming.layout
+    for name, told in layout_by_shapes(arrays, block, arrays[f"{block.name}.qkv_weight"].shape[-1]).items():
+        if told != found:
+            seen = f"by its shape {name} is stored {form(told)}"
+            if layout is not None:
+                raise CheckpointError(f"--layout {layout}: {seen}")
+            raise CheckpointError(
+                f"{block.name}: {block.naming.title}'s weights are stored {form(found)}, but {seen}: --layout is needed"
+            )
+    return found, NORM_NAMES[0]
 
 
 def _pack_block(
-    arrays: dict[str, Any], prefix: str, naming: Naming, num_heads: int, normalize_before: bool
+    arrays: dict[Any, Any], block: Block, num_heads: int, normalize_before: bool, layout: str
 ) -> tuple[list[str], dict[str, Any]]:
     """The names that go and the arrays that come."""
-    if naming.normalize_before is not None:
-        normalize_before = naming.normalize_before
-    get = arrays.get
-    weights = [get(f"{prefix}{part}.weight") for part in naming.qkv]
-    biases = [get(f"{prefix}{part}.bias") for part in naming.qkv]
-    out = get(f"{prefix}{naming.out}.weight")
-    if naming.out_in:
-        weights, out = [weight.T for weight in weights], np.ascontiguousarray(out.T)
+    prefix, naming = block.prefix, block.naming
+    *weights, out = (arrays[name] for name in block.names("weight"))
+    *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
+    if layout == "out-in":
+        weights, out = [weight.T for weight in weights], out.T
     if len(naming.qkv) == 1:
         weights = np.split(weights[0], 3, axis=1)
         biases = [None] if biases[0] is None else np.split(biases[0], 3)
-    embed_dim = out.shape[0]
-    if num_heads < 1 or embed_dim % num_heads:
-        raise CheckpointError(
-            f"--num-heads: expected a divisor of {embed_dim}, the width of {prefix}{naming.packed}, got {num_heads}"
-        )
     norm = "pre_ln" if normalize_before else "ln"
+    norm_names = [f"{prefix}{naming.norm}.{part}" for part in names_of_norm(arrays, block)]
     new = {
         "qkv_weight": pack_qkv_weight(*weights, num_heads),
         "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases, num_heads),
         "linear_weight": out,
-        "linear_bias": get(f"{prefix}{naming.out}.bias"),
-        f"{norm}_scale": get(f"{prefix}{naming.norm}.weight"),
-        f"{norm}_bias": get(f"{prefix}{naming.norm}.bias"),
+        "linear_bias": out_bias,
+        f"{norm}_scale": arrays[norm_names[0]],
+        f"{norm}_bias": arrays[norm_names[1]],
     }
-    ours = {prefix + part for suffix in ("weight", "bias") for part in _parts(naming, suffix)}
+    ours = {*block.names("weight"), *block.names("bias"), *norm_names}
     old = [name for name in arrays if name in ours]
     packed = {part: np.ascontiguousarray(array) for part, array in new.items() if array is not None}
-    return old, {f"{prefix}{naming.packed}.{part}": array for part, array in packed.items()}
+    return old, {f"{block.name}.{part}": array for part, array in packed.items()}
 
 
-def _naming_of_packed(arrays: dict[str, Any], block: str) -> Naming | None:
-    for naming in NAMINGS:
-        if block.split(".")[-1] == naming.packed:
-            for normalize_before in (True, False) if naming.normalize_before is None else (naming.normalize_before,):
-                if f"{block}.{'pre_ln' if normalize_before else 'ln'}_scale" in arrays:
-                    return naming
-    return None
+def _describe(block: Block, new: dict[str, Any], normalize_before: bool, layout: str) -> str:
+    """What a block was, and what its packed names are for."""
+    naming, above = block.naming, block.prefix.split(".")
+    _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
+    arguments = f"{embed_dim}, {heads}" + (", normalize_before=True, final_layer_norm=False" if normalize_before else "")
+    absent = [part for part in ("qkv_bias", "linear_bias") if f"{block.name}.{part}" not in new]
+    layer = f"FusedMultiHeadAttention({arguments})"
+    decoder = f"FusedMultiHeadAttention({arguments}, causal=True)"
+    if naming.causal or not _CAUSAL_MODELS.isdisjoint(above):
+        use = decoder
+    elif naming.title == "Paddle":
+        use = "paddle_fused_attention.convert(model)" + (
+            f", or in a model like GPT for {decoder}" if "decoder" in above else ""
+        )
+    else:
+        use = layer + (", with causal=True in a decoder" if naming.decoder else "")
+    where = f"{naming.title}, weights {form(layout)}, norm {'before' if normalize_before else 'after'}"
+    return f"{where}, for {use}" + (f", whose {' and '.join(absent)} is None" if absent else "")
 
 
-def _unpack_block(arrays: dict[str, Any], block: str, naming: Naming) -> tuple[list[str], dict[str, Any]]:
-    parts = {part: arrays[f"{block}.{part}"] for part in _PACKED_PARTS if f"{block}.{part}" in arrays}
+def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]:
+    """The arrays of a packed block, which fit each other."""
+    parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
+    if {"pre_ln_scale", "ln_scale"} <= set(parts):
+        raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
     norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
-    for part in ("qkv_weight", "linear_weight", f"{norm}_bias"):
+    for part in ("qkv_weight", "linear_weight", f"{norm}_scale", f"{norm}_bias", *parts):
         if not isinstance(parts.get(part), np.ndarray):
-            raise CheckpointError(f"{block}.{part}: expected an array beside {block}.qkv_weight, found none")
-    try:
-        weights = list(unpack_qkv_weight(parts["qkv_weight"]))
-        biases = list(unpack_qkv_bias(parts["qkv_bias"])) if "qkv_bias" in parts else []
-    except ValueError as error:
-        raise CheckpointError(f"{block}: {error}") from None
+            raise CheckpointError(f"{block.name}.{part}: expected an array beside {block.name}.qkv_weight, found none")
+    shape = parts["qkv_weight"].shape
+    if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
+        raise CheckpointError(f"{block.name}.qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
+    for part, array in parts.items():
+        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(part, (shape[3],))
+        if array.shape != expected:
+            raise CheckpointError(f"{block.name}.{part}: expected shape {list(expected)}, got {list(array.shape)}")
+    return parts
+
+
+def _unpack_block(
+    arrays: dict[Any, Any], block: Block, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The names that go and the arrays that come."""
+    norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
+    weights = list(unpack_qkv_weight(parts["qkv_weight"]))
+    biases = list(unpack_qkv_bias(parts["qkv_bias"])) if "qkv_bias" in parts else []
     out = parts["linear_weight"]
-    if naming.out_in:
-        weights, out = [weight.T for weight in weights], out.T
-    if len(naming.qkv) == 1:
+    if len(block.naming.qkv) == 1:
         weights = [np.concatenate(weights, axis=1)]
         biases = [np.concatenate(biases)] if biases else []
-    new: dict[str, Any] = {}
-    for i, part in enumerate(naming.qkv):
-        new[f"{part}.weight"] = weights[i]
-        if biases:
-            new[f"{part}.bias"] = biases[i]
-    new[f"{naming.out}.weight"] = out
+    if layout == "out-in":
+        weights, out = [weight.T for weight in weights], out.T
+    new = dict(zip(block.names("weight"), [*weights, out]))
+    new.update(zip(block.names("bias"), biases))
     if "linear_bias" in parts:
-        new[f"{naming.out}.bias"] = parts["linear_bias"]
-    new[f"{naming.norm}.weight"] = parts[f"{norm}_scale"]
-    new[f"{naming.norm}.bias"] = parts[f"{norm}_bias"]
-    prefix = block[: -len(naming.packed)]
-    ours = {f"{block}.{part}" for part in parts}
+        new[block.names("bias")[-1]] = parts["linear_bias"]
+    for part, name in zip(("scale", "bias"), norm_names):
+        new[f"{block.prefix}{block.naming.norm}.{name}"] = parts[f"{norm}_{part}"]
+    ours = {f"{block.name}.{part}" for part in parts}
     old = [name for name in arrays if name in ours]
-    return old, {prefix + name: np.ascontiguousarray(array) for name, array in new.items()}
+    return old, {name: np.ascontiguousarray(array) for name, array in new.items()}
