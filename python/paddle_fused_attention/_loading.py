@@ -11,7 +11,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 # What stands between set_state_dict and the layer that is asked.
-_ON_THE_WAY = ("_state_dict_impl", "state_dict", "state_being_loaded", "translate_state_dict", "take_old_names")
+_ON_THE_WAY = ("_state_dict_impl", "state_dict", "state_being_loaded", "translate_state_dict", "with_old_names")
 _FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)
 
 

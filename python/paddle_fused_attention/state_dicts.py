@@ -8,6 +8,7 @@ optimizer states.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from typing import Any, Iterator
 
 import numpy as np
@@ -35,16 +36,25 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return model.state_dict()
 
 
-def translate_state_dict(attention: Any, state: dict, prefix: str) -> None:
-    """Gives the entries of a packed attention, which begin with `prefix`, the names that whoever asks for them wants."""
+def merged(destination: dict | None, state: dict) -> dict:
+    """A layer's entries in the dict of the layer that holds it, if there is one."""
+    if destination is None:
+        return state
+    destination.update(state)
+    return destination
+
+
+def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
+    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them wants."""
     loaded = state_being_loaded()
     if loaded is not None:
-        _exchange(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
-    elif _wants_separate():
-        _exchange(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
+        return _exchanged(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
+    if _wants_separate():
+        return _exchanged(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
+    return state
 
 
-def _exchange(state: dict, attention: Any, prefix: str, replacement: Any) -> None:
+def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
     """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by side."""
     entries: dict[str, Any] = {}
     for kind in _KINDS:
@@ -54,14 +64,13 @@ def _exchange(state: dict, attention: Any, prefix: str, replacement: Any) -> Non
     names = [f"{name}.{kind}" for name in attention._packing.projections for kind in _KINDS]
     names = [name for name in names if name in entries] + [name for name in entries if name not in names]
     ours = {f"{prefix}qkv_{kind}" for kind in _KINDS}
-    items = list(state.items())
-    state.clear()
-    for name, value in items:
-        if name not in ours:
-            state[name] = value
-            continue
-        for new in names:
-            state.setdefault(prefix + new, entries[new])
+    result: dict[str, Any] = OrderedDict()
+    for name, value in state.items():
+        if name in ours:
+            result.update({prefix + new: entries[new] for new in names})
+        else:
+            result[name] = value
+    return result
 
 
 def _copies(attention: Any, kind: str, packed: Any) -> dict:
@@ -120,21 +129,18 @@ _OLD_NAMES = {
 }
 
 
-def take_old_names(state: dict, prefix: str) -> None:
-    """Where set_state_dict asks a converted encoder layer, whose entries begin with `prefix`, and what it loads has old names, the
-    entries get these."""
+def with_old_names(state: dict, prefix: str) -> dict:
+    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is set_state_dict that
+    asks, and what it loads has these."""
     loaded = state_being_loaded()
     if loaded is None:
-        return
+        return state
     renamed = {
         prefix + new: prefix + old
         for old, new in _OLD_NAMES.items()
         if prefix + old in loaded and prefix + new not in loaded and prefix + new in state
     }
-    if renamed:
-        items = [(renamed.get(name, name), value) for name, value in state.items()]
-        state.clear()
-        state.update(items)
+    return OrderedDict((renamed.get(name, name), value) for name, value in state.items())
 
 
 def _wants_separate() -> bool:

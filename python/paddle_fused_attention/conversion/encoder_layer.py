@@ -15,7 +15,7 @@ from paddle import nn
 from .._composed import additive_mask, attention_with_cache
 from .._parts import is_plain, is_plain_dropout, origin_of_forward
 from ..functional import _check_tensor, fused_multi_head_attention
-from ..state_dicts import take_old_names
+from ..state_dicts import merged, with_old_names
 from .adapters import wants_gradient
 from .packed import PackedAttention, pack, packed_class, packed_parts, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
@@ -145,9 +145,8 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         *rest: Any,
         **more: Any,
     ) -> Any:
-        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
-        take_old_names(state, structured_name_prefix)
-        return state
+        state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
+        return merged(destination, with_old_names(state, structured_name_prefix))
 
 
 def _check_not_half_quantized(attention: Any) -> None:

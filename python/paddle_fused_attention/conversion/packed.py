@@ -18,7 +18,7 @@ from paddle.hapi.dynamic_flops import register_hooks
 
 from .._parts import is_plain, is_plain_dropout
 from ..functional import fused_multi_head_attention
-from ..state_dicts import translate_state_dict
+from ..state_dicts import merged, translate_state_dict
 from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 from .adapters import AttentionAdapter
 
@@ -179,9 +179,9 @@ class PackedAttention(nn.Layer):
         *rest: Any,
         **more: Any,
     ) -> Any:
-        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
-        translate_state_dict(self, state, structured_name_prefix)
-        return state
+        # Of its own entries alone: Paddle 2.6 keeps in the end what the dict that it hands on once held.
+        state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
+        return merged(destination, translate_state_dict(self, state, structured_name_prefix))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # Python finds no class by name that is made as it runs.
