@@ -148,24 +148,23 @@ def test_training_goes_on_after_conversion(kind, tmp_path):
     make = OPTIMIZERS[kind]
 
     def started(change, weights=None):
-        """As in a process of its own, where names of parameters and states begin anew."""
-        with paddle.utils.unique_name.guard():
-            paddle.seed(1)
-            model = encoder(normalize_before=True)
-            if weights is not None:
-                model.set_state_dict(weights)
-            model = change(model)
-            optimizer = make(model.parameters())
-            optimizer._create_accumulators(paddle.static.default_main_program().global_block(), list(model.parameters()))
-        return model, optimizer
+        paddle.seed(1)
+        model = encoder(normalize_before=True)
+        if weights is not None:
+            model.set_state_dict(weights)
+        model = change(model)
+        return model, make(model.parameters())
 
-    model, optimizer = started(lambda model: model)
-    start = state_of(model)
-    steps(model, optimizer, range(3))
-    paddle.save(optimizer.state_dict(), str(tmp_path / "opt.pdopt"))
-    middle = state_of(model)
-    steps(model, optimizer, range(3, 6))
-    expected = state_of(model)
+    process = paddle.utils.unique_name.guard  # in which names of parameters and of their states begin anew
+
+    with process():
+        model, optimizer = started(lambda model: model)
+        start = state_of(model)
+        steps(model, optimizer, range(3))
+        paddle.save(optimizer.state_dict(), str(tmp_path / "opt.pdopt"))
+        middle = state_of(model)
+        steps(model, optimizer, range(3, 6))
+        expected = state_of(model)
 
     def assert_agrees(state):
         for name, value in state.items():
@@ -173,19 +172,21 @@ def test_training_goes_on_after_conversion(kind, tmp_path):
                 np.testing.assert_allclose(value.numpy(), expected[name], atol=1e-4, err_msg=name)
                 assert np.abs(expected[name] - start[name]).max() > 1e-3
 
-    model, optimizer = started(convert, middle)
-    optimizer.set_state_dict(pack_optimizer_state(model, paddle.load(str(tmp_path / "opt.pdopt"))))
-    steps(model, optimizer, range(3, 4))
-    state, weights = separate_optimizer_state(model, optimizer.state_dict()), separate_state_dict(model)
-    state = {name: value.clone() if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
-    weights = {name: value.clone() for name, value in weights.items()}
-    steps(model, optimizer, range(4, 6))
-    assert_agrees(separate_state_dict(model))
+    with process():
+        model, optimizer = started(convert, middle)
+        optimizer.set_state_dict(pack_optimizer_state(model, paddle.load(str(tmp_path / "opt.pdopt"))))
+        steps(model, optimizer, range(3, 4))
+        state, weights = separate_optimizer_state(model, optimizer.state_dict()), separate_state_dict(model)
+        state = {name: value.clone() if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
+        weights = {name: value.clone() for name, value in weights.items()}
+        steps(model, optimizer, range(4, 6))
+        assert_agrees(separate_state_dict(model))
 
-    model, optimizer = started(lambda model: model, weights)
-    optimizer.set_state_dict(state)
-    steps(model, optimizer, range(4, 6))
-    assert_agrees(model.state_dict())
+    with process():
+        model, optimizer = started(lambda model: model, weights)
+        optimizer.set_state_dict(state)
+        steps(model, optimizer, range(4, 6))
+        assert_agrees(model.state_dict())
 
 
 def test_optimizer_states_bit_for_bit():
