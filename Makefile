@@ -1,6 +1,7 @@
 # make demo [QUERY="..."]   semantic search over Paddle's documentation, by a pretrained encoder on the fused operator
 # make test                 the core's C++ tests, then all Python tests
 # make fast-test            the Python tests of the package, without the slow ones and the core's
+# make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
 # make lint, make format    ruff and clang-format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
@@ -10,7 +11,7 @@
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
 # CUDAARCHS, such as 90a, says what to compile for.
 #
-# demo, test and fast-test make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
+# demo, test, fast-test and packages make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
 #   make test PYTHON=/path/to/python
 # A PYTHON without Paddle is the one that $(VENV) is made with.
 
@@ -43,7 +44,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 	-o -name '*.py' ! -name _build_info.py)
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test fast-test core install lint format clean
+.PHONY: demo test fast-test packages core install lint format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -53,6 +54,8 @@ test: core $(STATE)/installed $(STATE)/demo-packages
 
 fast-test: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m pytest -m "not slow" --ignore unittests/core
+
+packages: $(STATE)/demo-packages
 
 # One build for all environments of a Python version.
 CORE_BUILD = build/core-$$($(RUN) -c 'import sys; print(sys.implementation.cache_tag)')

@@ -27,19 +27,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 PACKAGE = "paddle_fused_attention"
-SOURCES = ["custom_ops/core/*.cc", "custom_ops/core/cpu/*.cc", "custom_ops/paddle/*.cc"]
-CUDA_SOURCES = ["custom_ops/core/cuda/*.cc", "custom_ops/core/cuda/*.cu", "custom_ops/paddle/*.cu"]
+CORE_SOURCES = ["custom_ops/core/*.cc", "custom_ops/core/cpu/*.cc"]
+CORE_CUDA_SOURCES = ["custom_ops/core/cuda/*.cc", "custom_ops/core/cuda/*.cu"]
+OPERATOR_SOURCES = ["custom_ops/paddle/*.cc"]
 HEADERS = ["custom_ops/**/*.h", "custom_ops/**/*.cuh"]
 
 # The instruction set is chosen at run time, so none is asked for here. GOMP symbols are found in Paddle's own OpenMP runtime,
 # hence -fopenmp for the compiler only.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=fast"]
-NVCC_FLAGS = [
-    *["-std=c++17", "-O3", "-DNDEBUG", "-DNVCC", "-DEIGEN_USE_GPU", "--expt-relaxed-constexpr"],
-    *["-Xcompiler", "-fPIC,-fvisibility=hidden"],
-]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Paddle's ABI.
+DEFINES = ["-D_GLIBCXX_USE_CXX11_ABI=1"]
 # The operator uses no Python; without this define Paddle's headers want Python.h.
-DEFINES = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DPADDLE_NO_PYTHON"]
+OPERATOR_DEFINES = ["-DPADDLE_NO_PYTHON"]
 # Paddle may bring another CUDA runtime than the nvcc that is used here: ours is linked in and its symbols are kept inside.
 CUDA_LINK_FLAGS = ["-Wl,--as-needed", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 
@@ -97,12 +97,17 @@ def gencode_flags(architectures):
     return flags
 
 
+def checksum(compilers):
+    return f"{zlib.crc32(repr(compilers).encode()):08x}"
+
+
 class Toolchain:
     """The commands that compile one source and link the library, from what paddle.utils.cpp_extension says of Paddle."""
 
     def __init__(self, paddle):
         self.with_cuda = paddle.is_compiled_with_cuda()
-        self.sources = find(SOURCES) + (find(CUDA_SOURCES) if self.with_cuda else [])
+        core_sources = find(CORE_SOURCES) + (find(CORE_CUDA_SOURCES) if self.with_cuda else [])
+        operator_sources = find(OPERATOR_SOURCES)
         # Paddle 3.3.1 reads this variable too, and fails on names such as 9.0a.
         requested = os.environ.pop("PADDLE_CUDA_ARCH_LIST", "")
         architectures = cuda_architectures(paddle, requested) if self.with_cuda else []
@@ -113,20 +118,32 @@ class Toolchain:
         from paddle.utils.cpp_extension import CppExtension, CUDAExtension
 
         make_extension = CUDAExtension if self.with_cuda else CppExtension
-        paddle_says = make_extension(self.sources, extra_compile_args={"cxx": [], "nvcc": []})
-        includes = ["custom_ops", *paddle_says.include_dirs]
-        defines = list(DEFINES)
-        if self.with_cuda:
-            includes.append(os.path.join(cuda_home, "include", "cccl"))
-            defines += ["-DPADDLE_WITH_CUDA", "-DPFA_WITH_CUDA"]
-        common = defines + [f"-I{path}" for path in includes]
+        paddle_says = make_extension(operator_sources, extra_compile_args={"cxx": [], "nvcc": []})
+        defines = [*DEFINES, *(["-DPFA_WITH_CUDA"] if self.with_cuda else [])]
+        operator_defines = [*OPERATOR_DEFINES, *(["-DPADDLE_WITH_CUDA"] if self.with_cuda else [])]
+        cuda_includes = [os.path.join(cuda_home, "include", name) for name in ("", "cccl")] if self.with_cuda else []
+        includes = [f"-I{path}" for path in ("custom_ops", *cuda_includes)]
+        operator_includes = [f"-I{path}" for path in ("custom_ops", *paddle_says.include_dirs, *cuda_includes)]
 
         cxx = shlex.split(os.environ.get("CXX", "g++"))
-        self.compilers = {".cc": [*cxx, *CXX_FLAGS, *paddle_says.extra_compile_args["cxx"], *common]}
-        self.compilers[".cc"] += shlex.split(os.environ.get("CXXFLAGS", ""))
+        cxx_flags = [*CXX_FLAGS, *defines]
+        user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        core = {".cc": [*cxx, *cxx_flags, *includes, *user_flags]}
         if self.with_cuda:
             nvcc = [os.path.join(cuda_home, "bin", "nvcc"), "-ccbin", cxx[-1], *NVCC_FLAGS, *gencode_flags(architectures)]
-            self.compilers[".cu"] = [*nvcc, *paddle_says.extra_compile_args["nvcc"], *common]
+            core[".cu"] = [*nvcc, *defines, *includes]
+        operator = {".cc": [*cxx, *cxx_flags, *paddle_says.extra_compile_args["cxx"]]}
+        operator[".cc"] += [*operator_defines, *operator_includes, *user_flags]
+        # Each with its command and its object. Objects of other commands live side by side, so that going from one Paddle to another
+        # compiles nothing twice. The core includes none of Paddle's headers: its objects serve every Paddle.
+        self.compilations = [
+            (source, compilers[Path(source).suffix], Path("build", "objects", f"{name}-{checksum(compilers)}", source + ".o"))
+            for sources, compilers, name in (
+                (core_sources, core, "core"),
+                (operator_sources, operator, f"paddle-{paddle.__version__}"),
+            )
+            for source in sources
+        ]
 
         has_iomp = os.path.exists(os.path.join(paddle.sysconfig.get_lib(), "libiomp5.so"))
         self.linker = [*cxx, "-shared"]
@@ -136,9 +153,6 @@ class Toolchain:
         self.link_flags.append("-l:libiomp5.so" if has_iomp else "-fopenmp")
         self.link_flags += CUDA_LINK_FLAGS if self.with_cuda else []
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
-
-        # Objects of other commands live side by side, so that going from one Paddle to another compiles nothing twice.
-        self.target = f"paddle-{paddle.__version__}-{zlib.crc32(repr(self.compilers).encode()):08x}"
         self.build_info = (
             "# Written by setup.py: what the operator library beside this file was built for.\n"
             f'PADDLE_VERSION = "{paddle.__version__}"\nWITH_CUDA = {self.with_cuda}\n'
@@ -166,18 +180,17 @@ class BuildOperator(build_ext):
         newest_header = max(map(os.path.getmtime, find(HEADERS)))
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
-        def compile_source(source):
-            target = Path("build", "objects", tools.target, source + ".o")
+        def compile_source(source, command, target):
             needed = max(newest_header, os.path.getmtime(source))
             if not target.exists() or target.stat().st_mtime <= needed:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = str(target) + ".partial"
-                self.spawn([*tools.compilers[Path(source).suffix], "-c", source, "-o", partial])
+                self.spawn([*command, "-c", source, "-o", partial])
                 os.replace(partial, target)
             return str(target)
 
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(compile_source, source) for source in tools.sources]
+            futures = [pool.submit(compile_source, *compilation) for compilation in tools.compilations]
             try:
                 objects = [future.result() for future in futures]
             except BaseException:
@@ -191,6 +204,6 @@ class BuildOperator(build_ext):
 
 
 setuptools.setup(
-    ext_modules=[setuptools.Extension(f"{PACKAGE}._C", find(SOURCES), depends=find(HEADERS))],
+    ext_modules=[setuptools.Extension(f"{PACKAGE}._C", find(CORE_SOURCES + OPERATOR_SOURCES), depends=find(HEADERS))],
     cmdclass={"build_ext": BuildOperator},
 )

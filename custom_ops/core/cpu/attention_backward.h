@@ -43,10 +43,10 @@ struct AttentionBackward {
     A* delta;             // [kQueryTile]
     A* rows;              // [2][padded]
     A* d_query;           // [kQueryTile][padded]
-    A* d_key;             // [seq_len][padded]
-    A* d_value;           // [seq_len][padded]
+    A* d_key;             // [unit_keys][padded]
+    A* d_value;           // [unit_keys][padded]
 
-    Tiles(Arena& arena, const Params& p) {
+    Tiles(Arena& arena, const Context& context, const Params& p) {
       const HeadShape<T> shape(p);
       const auto take = [&](int64_t count) { return static_cast<A*>(arena.take(count * sizeof(A))); };
       const auto take_operands = [&](int64_t count) { return static_cast<P*>(arena.take(count * sizeof(P))); };
@@ -78,47 +78,69 @@ struct AttentionBackward {
       delta = take(kQueryTile);
       rows = take(2 * shape.padded);
       d_query = take(kQueryTile * shape.padded);
-      d_key = take(p.seq_len * shape.padded);
-      d_value = take(p.seq_len * shape.padded);
+      d_key = take(unit_keys(context, p) * shape.padded);
+      d_value = take(unit_keys(context, p) * shape.padded);
     }
   };
 
-  static size_t thread_bytes(const Params& p) {
+  static size_t thread_bytes(const Context& context, const Params& p) {
     Arena arena;
-    Tiles(arena, p);
+    Tiles(arena, context, p);
     return arena.used();
   }
 
-  // No more threads than work: what each needs grows with seq_len.
+  // No more threads than work.
   static int threads(const Context& context, const Params& p) {
     const int64_t tiles = (p.seq_len + kQueryTile - 1) / kQueryTile;
     return static_cast<int>(std::min<int64_t>(context.threads, 2 * p.batch * p.num_heads * tiles));
   }
 
-  static size_t workspace_bytes(const Context& context, const Params& p) { return threads(context, p) * thread_bytes(p); }
+  static size_t workspace_bytes(const Context& context, const Params& p) {
+    return threads(context, p) * thread_bytes(context, p);
+  }
 
   static void run(Context& context, const Params& p) {
     const std::vector<Unit> units = split(context, p);
-    const size_t bytes = thread_bytes(p);
+    const size_t bytes = thread_bytes(context, p);
     parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(p, units[index], Tiles(arena, p));
+      run_unit(p, units[index], Tiles(arena, context, p));
     });
+  }
+
+  static bool splits_heads(const Context& context, const Params& p) {
+    const int64_t heads = p.batch * p.num_heads;
+    return heads < 2 * context.threads && heads % context.threads != 0;
+  }
+
+  // The number of ranges that the tiles of a head that is split are cut into; a range has at most tiles / parts tiles, rounded up.
+  static int64_t parts(const Context& context, const Params& p) {
+    const int64_t heads = p.batch * p.num_heads;
+    return std::min<int64_t>(key_tiles(p), (4 * context.threads + heads - 1) / heads);
+  }
+
+  static int64_t key_tiles(const Params& p) { return (p.seq_len + kKeyTile - 1) / kKeyTile; }
+
+  // The most keys that a unit has sums for.
+  static int64_t unit_keys(const Context& context, const Params& p) {
+    if (!splits_heads(context, p) || p.seq_len == 0) return p.seq_len;
+    const int64_t ranges = parts(context, p);
+    return std::min(p.seq_len, (key_tiles(p) + ranges - 1) / ranges * kKeyTile);
   }
 
   static std::vector<Unit> split(const Context& context, const Params& p) {
     const int64_t heads = p.batch * p.num_heads;
     std::vector<Unit> units;
-    if (heads >= 2 * context.threads || heads % context.threads == 0) {
+    if (!splits_heads(context, p)) {
       for (int64_t bh = 0; bh < heads; ++bh) units.push_back({bh, 0, p.seq_len, 0, p.seq_len, true, true});
       return units;
     }
-    const int64_t tiles = (p.seq_len + kKeyTile - 1) / kKeyTile;
-    const int64_t parts = std::min<int64_t>(tiles, (4 * context.threads + heads - 1) / heads);
+    const int64_t tiles = key_tiles(p);
+    const int64_t ranges = parts(context, p);
     for (int64_t bh = 0; bh < heads; ++bh) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t begin = tiles * part / parts * kKeyTile;
-        const int64_t end = std::min(tiles * (part + 1) / parts * kKeyTile, p.seq_len);
+      for (int64_t part = 0; part < ranges; ++part) {
+        const int64_t begin = tiles * part / ranges * kKeyTile;
+        const int64_t end = std::min(tiles * (part + 1) / ranges * kKeyTile, p.seq_len);
         units.push_back({bh, begin, end, 0, p.seq_len, true, false});
         units.push_back({bh, 0, p.seq_len, begin, end, false, true});
       }
