@@ -1,6 +1,7 @@
 # make demo [QUERY="..."]   semantic search over Paddle's documentation, by a pretrained encoder on the fused operator
 # make test                 the core's C++ tests, then all Python tests
 # make fast-test            the Python tests of the package, without the slow ones and the core's
+# make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
 # make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
 # make lint, make format    ruff and clang-format
@@ -44,7 +45,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 	-o -name '*.py' ! -name _build_info.py)
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test fast-test packages core install lint format clean
+.PHONY: demo test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -56,6 +57,24 @@ fast-test: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m pytest -m "not slow" --ignore unittests/core
 
 packages: $(STATE)/demo-packages
+
+LIBRARIES := unittests/libraries
+IN_LIBRARIES_VENV := $(MAKE) VENV=.venv-libraries PADDLE='paddlepaddle==3.3.1 -r $(LIBRARIES)/requirements.txt'
+
+test-libraries:
+	$(IN_LIBRARIES_VENV) run-test-libraries
+
+library-packages:
+	$(IN_LIBRARIES_VENV) make-library-packages
+
+run-test-libraries: $(STATE)/installed $(STATE)/library-packages
+	$(RUN) -m pytest $(LIBRARIES)
+
+make-library-packages: $(STATE)/library-packages
+
+$(STATE)/library-packages: $(STATE)/paddle $(LIBRARIES)/requirements.txt $(LIBRARIES)/requirements-no-deps.txt
+	$(RUN) -m pip install --no-deps -r $(LIBRARIES)/requirements-no-deps.txt
+	@touch $@
 
 # One build for all environments of a Python version.
 CORE_BUILD = build/core-$$($(RUN) -c 'import sys; print(sys.implementation.cache_tag)')
@@ -151,4 +170,4 @@ format: build/lint/packages
 	build/lint/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .venv-libraries

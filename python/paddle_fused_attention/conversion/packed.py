@@ -143,6 +143,8 @@ class PackedAttention(nn.Layer):
             factor = scale / usual
             qkv_weight = _scale_query(qkv_weight, factor)
             qkv_bias = None if qkv_bias is None else _scale_query(qkv_bias, factor)
+        dropout_rate = 0.0 if adapter.dropout is None else rate_of(getattr(self, adapter.dropout))
+        attn_dropout_rate = adapter.attn_dropout_rate(self)
         return fused_multi_head_attention(
             x,
             qkv_weight,
@@ -150,8 +152,9 @@ class PackedAttention(nn.Layer):
             qkv_bias=qkv_bias,
             linear_bias=output.bias,
             attn_mask=mask,
-            dropout_rate=0.0 if adapter.dropout is None else rate_of(getattr(self, adapter.dropout)),
-            attn_dropout_rate=adapter.attn_dropout_rate(self),
+            dropout_rate=dropout_rate,
+            attn_dropout_rate=attn_dropout_rate,
+            training=self.training or dropout_rate > 0.0 or attn_dropout_rate > 0.0,
             final_layer_norm=False,
             add_residual=False,
             causal=causal,
