@@ -149,7 +149,10 @@ def test_gpt(fused, calls):
     assert_same(converted(ids, use_cache=True), model(ids, use_cache=True))
     past, past_too = model(ids[:, :5], use_cache=True)[1], converted(ids[:, :5], use_cache=True)[1]
     assert_same(past_too, past)
-    assert_same(converted(ids[:, 5:6], use_cache=True, cache=past_too), model(ids[:, 5:6], use_cache=True, cache=past))
+    assert_same(
+        converted(ids[:, 5:6], use_cache=True, past_key_values=past_too),
+        model(ids[:, 5:6], use_cache=True, past_key_values=past),
+    )
     reference, found = gradients(model, ids), gradients(converted, ids)
     np.testing.assert_allclose(
         found["embeddings.word_embeddings.weight"],
