@@ -17,7 +17,7 @@ from .._parts import is_plain, is_plain_dropout, origin_of_forward
 from ..functional import _check_tensor, fused_multi_head_attention
 from ..state_dicts import merged, with_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, pack, packed_class, packed_parts, rate_of, separate
+from .packed import PackedAttention, pack, packed_class, packed_parts, parameters_of, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
@@ -92,18 +92,19 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
     def _attend(self, src: Any, mask: Any) -> Any:
         parts = self._sub_layers
         attention, norm, dropout = parts["self_attn"], parts["norm1"], parts["dropout1"]
-        out_proj, before = attention._sub_layers["out_proj"], self.normalize_before
-        qkv_weight, qkv_bias = attention._packed_parameters()
-        scale, bias = norm.weight, norm.bias
+        before = self.normalize_before
+        qkv_weight, qkv_bias = parameters_of(attention, "qkv_weight", "qkv_bias")
+        linear_weight, linear_bias = parameters_of(attention._sub_layers["out_proj"], "weight", "bias")
+        scale, bias = parameters_of(norm, "weight", "bias")
         return fused_multi_head_attention(
             src,
             qkv_weight,
-            out_proj.weight,
+            linear_weight,
             bool(before),
             *((scale, bias, None, None) if before else (None, None, scale, bias)),
             norm._epsilon,
             qkv_bias,
-            out_proj.bias,
+            linear_bias,
             mask,
             rate_of(dropout),
             PADDLE_ADAPTER.attn_dropout_rate(attention),

@@ -111,6 +111,12 @@ class PackedLinear(nn.Linear):
         return "packed"
 
 
+def parameters_of(layer: Any, *names: str) -> list:
+    """Parameters of a layer. To read them as attributes costs microseconds; static graphs have others behind these."""
+    known = layer._parameters if in_dynamic_mode() else {}
+    return [known[name] if name in known else getattr(layer, name) for name in names]
+
+
 def rate_of(dropout: Any) -> float:
     """What a dropout layer drops in the mode it is in."""
     return dropout.p if dropout.training else 0.0
@@ -136,8 +142,8 @@ class PackedAttention(nn.Layer):
     @paddle.jit.not_to_static
     def _run(self, x: Any, mask: Any, causal: bool) -> Any:
         adapter = self._adapter
-        output = getattr(self, adapter.output)
-        qkv_weight, qkv_bias = self._packed_parameters()
+        weight, bias = parameters_of(self._sub_layers[adapter.output], "weight", "bias")
+        qkv_weight, qkv_bias = parameters_of(self, "qkv_weight", "qkv_bias")
         scale, usual = adapter.scale(self), qkv_weight.shape[2] ** -0.5
         if scale is not None and scale != usual:
             factor = scale / usual
@@ -148,9 +154,9 @@ class PackedAttention(nn.Layer):
         return fused_multi_head_attention(
             x,
             qkv_weight,
-            output.weight,
+            weight,
             qkv_bias=qkv_bias,
-            linear_bias=output.bias,
+            linear_bias=bias,
             attn_mask=mask,
             dropout_rate=dropout_rate,
             attn_dropout_rate=attn_dropout_rate,
@@ -159,11 +165,6 @@ class PackedAttention(nn.Layer):
             add_residual=False,
             causal=causal,
         )
-
-    def _packed_parameters(self) -> tuple:
-        if in_dynamic_mode():  # reading them as attributes costs microseconds
-            return self._parameters["qkv_weight"], self._parameters["qkv_bias"]
-        return self.qkv_weight, self.qkv_bias
 
     def _is_untouched(self) -> bool:
         """Whether the operator may compute what the parts would."""
