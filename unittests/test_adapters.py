@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -353,3 +355,14 @@ def test_the_random_state_stays():
     paddle.seed(4)
     convert(model)
     np.testing.assert_array_equal(paddle.randn([3]).numpy(), expected)
+
+
+def test_readme():
+    """Its section on whole models, as it stands there."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall("```python\n(.*?)```", readme.split("## Whole models")[1].split("\n## ")[0], re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        variables = {"__name__": "readme"}
+        exec(block, variables)
+    assert "qkv_weight" in variables["model"][0].state_dict()

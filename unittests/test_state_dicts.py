@@ -46,7 +46,7 @@ def test_separate_state_dict(bias):
 
 
 def old_names(state, normalize_before):
-    """As versions before 0.2 named a converted encoder's parameters."""
+    """As earlier versions of this package named a converted encoder's parameters."""
     result, norm = {}, "pre_ln" if normalize_before else "ln"
     for name, value in state.items():
         prefix = (

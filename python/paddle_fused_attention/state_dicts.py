@@ -1,7 +1,7 @@
 """The state of converted models under the names that it has without conversion, and back.
 
 A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections.
-Loading takes either names, and those that versions before 0.2 gave; the rest is here: state dicts for the model as it was, and
+Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts for the model as it was, and
 optimizer states.
 """
 
@@ -118,7 +118,7 @@ class _PartTarget:
             packed.set_value(packing.pack(self._kind, values))
 
 
-# Of an encoder layer, by what they were called before version 0.2.
+# Of a converted encoder layer, by what earlier versions of this package called them.
 _OLD_NAMES = {
     "self_attn.linear_weight": "self_attn.out_proj.weight",
     "self_attn.linear_bias": "self_attn.out_proj.bias",
