@@ -12,7 +12,7 @@ import paddle
 import pytest
 import runners
 from paddle import nn
-from paddle_fused_attention import convert, revert
+from paddle_fused_attention import FusedMultiHeadAttention, convert, incubate, revert
 from paddle_fused_attention.conversion.packed import PackedAttention
 from test_convert import BATCH, EMBED, HEADS, SEQ, check, encoder, encoder_layer, make_mask, make_x, shake
 
@@ -431,3 +431,35 @@ def test_flops_are_those_of_the_layers(capsys):
     plain, converted = pair()
     counts = [paddle.flops(nn.Sequential(layer), [BATCH, SEQ, EMBED]) for layer in (plain, converted)]
     assert counts[0] == counts[1] > 0
+
+
+def test_layers_without_values_are_left_alone():
+    with paddle.LazyGuard():
+        layer = encoder_layer()
+    _, report = convert(nn.Sequential(layer), return_report=True)
+    assert report.left_alone == {"0": "the weight of a projection is without values, as paddle.LazyGuard leaves it"}
+
+
+def test_fused_layers_are_no_concern_of_convert():
+    """Those of this package are not reported."""
+    layers = (FusedMultiHeadAttention(EMBED, HEADS), incubate.FusedMultiHeadAttention(EMBED, HEADS))
+    _, report = convert(nn.Sequential(encoder_layer(), *layers), return_report=True)
+    assert list(report.converted) == ["0"] and not report.left_alone
+
+
+@pytest.mark.skipif(not paddle.is_compiled_with_cuda(), reason="needs a GPU")
+def test_gpu_is_not_where_a_model_on_the_cpu_goes():
+    paddle.set_device("cpu")
+    model = encoder()
+    x = make_x()
+    expected = model(x).numpy()
+    paddle.set_device("gpu")
+    try:
+        convert(model)
+        assert all(p.place.is_cpu_place() for p in model.parameters())
+        check("out", model(x).numpy(), expected, "float32")
+        revert(model)
+        assert all(p.place.is_cpu_place() for p in model.parameters())
+        check("out", model(x).numpy(), expected, "float32")
+    finally:
+        paddle.set_device("cpu")

@@ -18,7 +18,13 @@ def is_plain(layer: Any, kind: type) -> bool:
 
 
 def is_plain_dropout(layer: Any) -> bool:
-    return is_plain(layer, nn.Dropout) and layer.mode == "upscale_in_train" and layer.axis is None
+    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a number."""
+    return (
+        is_plain(layer, nn.Dropout)
+        and layer.mode == "upscale_in_train"
+        and layer.axis is None
+        and isinstance(layer.p, (int, float))
+    )
 
 
 def reason_against_linear(name: str, layer: Any) -> str | None:

@@ -10,12 +10,12 @@ from typing import Any, Iterable
 import paddle
 from paddle import nn
 
-from ..layer import FusedMultiHeadAttention
 from ..report import Report
 from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_layer, unfuse
 from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
 
+_OURS = __package__.rpartition(".")[0] + "."
 # Names by which attention is known where its class says nothing.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _PROJECTIONS = (
@@ -124,7 +124,7 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
     for name, layer in layers:
         if id(layer) in settled:
             continue
-        if isinstance(layer, (ConvertedEncoderLayer, PackedAttention, FusedMultiHeadAttention)):
+        if isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(_OURS):
             settled.update(map(id, layer.sublayers()))
         elif isinstance(layer, nn.TransformerEncoderLayer):
             reason = reason_against_encoder_layer(layer, owners)

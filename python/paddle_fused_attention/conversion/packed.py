@@ -239,7 +239,10 @@ def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: 
     )
     if name is not None:  # Paddle makes no parameter of a name that was used before
         parameter.name = name
-    parameter.set_value(value)
+    if str(parameter.place) == str(value.place):
+        parameter.set_value(value)
+    else:  # the model is not on the device that is current
+        parameter.get_tensor()._share_data_with(value.get_tensor())
     for attribute in _TRAINING_ATTRIBUTES:
         setattr(parameter, attribute, getattr(like, attribute))
     return parameter
