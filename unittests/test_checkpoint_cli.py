@@ -478,7 +478,7 @@ def test_a_layer_without_norm1_is_packed():
     """Where it stands does not matter with Paddle's names; that of models like GPT is told to need an adapter."""
     state = without(paddle_block("gpt.decoder.layers.0."), *(f"gpt.decoder.layers.0.norm1.{n}" for n in ("weight", "bias")))
     packed, report = packed_by(state, file_layout=None)
-    assert report.converted["gpt.decoder.layers.0.self_attn"].endswith("convert(model) (an attention that has an adapter)")
+    assert report.converted["gpt.decoder.layers.0.self_attn"].endswith("(an attention with an adapter, as PaddleNLP's GPT's)")
     assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
 
 

@@ -299,7 +299,7 @@ def _describe(block: Block, new: dict[str, Any], normalize_before: bool | None, 
     where = f"{naming.title}, weights {form(layout)}"
     if naming.only_qkv:
         decoder = not {"decoder", *_CAUSAL_MODELS}.isdisjoint(above)
-        part = "an attention that has an adapter" if decoder else "an encoder layer"
+        part = "an attention with an adapter, as PaddleNLP's GPT's" if decoder else "an encoder layer"
         stay = ", once its other linear weights, [out, in] here too, are transposed" if layout == "out-in" else ""
         return f"{where}, for a model after paddle_fused_attention.convert(model) ({part}){stay}"
     _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
