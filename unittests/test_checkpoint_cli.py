@@ -74,18 +74,17 @@ def bert_embeddings(prefix=""):
     return {f"{prefix}embeddings.{name}_embeddings.weight": draw(7, EMBED) for name in ("word", "position")}
 
 
-AFTER = ("--normalize-after",)
 # Checkpoints as their families name them: the state, the packed blocks, the layer norm's place, what has to be said.
 FAMILIES = {
     "Paddle": (
         lambda: {**paddle_block("layers.0."), **paddle_block("layers.1.")},
         ["layers.0.self_attn", "layers.1.self_attn"],
         False,
-        AFTER,
+        (),
     ),
-    "Paddle, pre-norm": (lambda: paddle_block("layers.0."), ["layers.0.self_attn"], True, ("--normalize-before",)),
-    "PaddleNLP BERT": (lambda: paddle_block("bert.encoder.layers.0."), ["bert.encoder.layers.0.self_attn"], False, AFTER),
-    "Paddle's names by PyTorch": (lambda: paddle_block("layers.0.", out_in=True), ["layers.0.self_attn"], False, AFTER),
+    "Paddle, pre-norm": (lambda: paddle_block("layers.0."), ["layers.0.self_attn"], True, ()),
+    "PaddleNLP BERT": (lambda: paddle_block("bert.encoder.layers.0."), ["bert.encoder.layers.0.self_attn"], False, ()),
+    "Paddle's names by PyTorch": (lambda: paddle_block("layers.0.", out_in=True), ["layers.0.self_attn"], False, ()),
     "BERT": (
         lambda: {**bert_embeddings("bert."), **bert_block("bert.encoder.layer.0.")},
         ["bert.encoder.layer.0.attention"],
@@ -113,6 +112,7 @@ FAMILIES = {
         False,
         (),
     ),
+    "GPT's layers alone": (lambda: gpt_block("transformer.h.3."), ["transformer.h.3.attn"], False, ("--normalize-after",)),
 }
 
 
@@ -153,12 +153,9 @@ def separate_projections(state, block, transpose):
         weight, bias = pair("attn.c_attn")
         qkv = zip(np.split(weight, 3, 1), np.split(bias, 3))
         return [*qkv, pair("attn.c_proj")], [state[f"{prefix}ln_1.{part}"] for part in ("weight", "bias")]
-    if block.endswith("self_attn"):
-        names, norms = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")], ["norm1"]
-    else:
-        inner = "self" if f"{prefix}attention.self.query.weight" in state else "attention"
-        names = [*(f"attention.{inner}.{n}" for n in ("query", "key", "value")), "attention.output.dense"]
-        norms = ["attention.output.LayerNorm", "layernorm_before"]
+    inner = "self" if f"{prefix}attention.self.query.weight" in state else "attention"
+    names = [*(f"attention.{inner}.{n}" for n in ("query", "key", "value")), "attention.output.dense"]
+    norms = ["attention.output.LayerNorm", "layernorm_before"]
     parts = [f"{prefix}{n}.{part}" for n in norms for part in ("weight", "gamma", "bias", "beta")]
     return [pair(name) for name in names], [state[name] for name in parts if name in state]
 
@@ -181,13 +178,20 @@ def composed(state, block, normalize_before, transpose, causal, x):
 
 
 def layer_of(report):
-    """The layer that a line of the report is for; what convert makes, for Paddle's names."""
-    if "convert(model)" in report:
-        before = "norm before" in report
-        return FusedMultiHeadAttention(EMBED, HEADS, normalize_before=before, final_layer_norm=not before)
+    """The layer that a line of the report is for."""
     name, _, arguments = re.search(r"for (\w+)(\()(.*)\)", report).groups()
     assert name == "FusedMultiHeadAttention"
-    return eval(f"FusedMultiHeadAttention({arguments})")
+    return eval(f"layer({arguments})", {"layer": FusedMultiHeadAttention})
+
+
+def encoder_layer(state, prefix, normalize_before, transpose, change):
+    """A layer of Paddle that `change` is done to, with the entries of a state that belong to it."""
+    layer = change(nn.TransformerEncoderLayer(EMBED, HEADS, 24, 0.0, normalize_before=normalize_before))
+    parts = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if transpose:
+        parts = {name: np.ascontiguousarray(value.T) if value.ndim == 2 else value for name, value in parts.items()}
+    assert layer.set_state_dict(parts) == ([], [])
+    return layer
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -206,6 +210,15 @@ def test_packed_weights_compute_the_same_and_go_back(name, suffix, tmp_path, cap
     for block in blocks:
         report = re.search(rf"^{re.escape(block)}: (.*)", output, re.M).group(1)
         assert f"weights {'[out, in]' if out_in(name) else '[in, out]'}" in report
+        if block.endswith("self_attn"):
+            use = "for a model after paddle_fused_attention.convert(model) (an encoder layer)"
+            stay = ", once its other linear weights, [out, in] here too, are transposed" if out_in(name) else ""
+            assert report.endswith(use + stay)
+            order = (block[: -len("self_attn")], normalize_before, out_in(name))
+            actual, expected = encoder_layer(packed, *order, convert), encoder_layer(state, *order, lambda layer: layer)
+            common.check_tensor("out", actual(x).numpy().astype("float64"), expected(x).numpy().astype("float64"), "float32")
+            del packed[f"{block}.qkv_weight"], packed[f"{block}.qkv_bias"]
+            continue
         layer = layer_of(report)
         layer.eval()
         assert ("whose qkv_bias is None" in report) == (f"{block}.qkv_bias" not in packed)
@@ -223,29 +236,65 @@ def test_packed_weights_compute_the_same_and_go_back(name, suffix, tmp_path, cap
     assert_same(load(back), state)
 
 
+@pytest.mark.parametrize("bias", [None, False])
 @pytest.mark.parametrize("normalize_before", [False, True])
-def test_a_converted_model_loads_it(normalize_before, tmp_path):
-    """Keys and numbers are those of convert(model), whose state dict goes back the same way."""
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 24, 0.0, normalize_before=normalize_before)
-    model = nn.TransformerEncoder(layer, 2)
+def test_a_converted_model_loads_it(normalize_before, bias, tmp_path):
+    """Keys, their order and numbers are those of convert(model), whose state dict goes back the same way."""
+
+    def encoder():
+        layer = nn.TransformerEncoderLayer(EMBED, HEADS, 24, 0.0, normalize_before=normalize_before, bias_attr=bias)
+        return nn.TransformerEncoder(layer, 2, nn.LayerNorm(EMBED))
+
+    model = encoder()
     for p in model.parameters():
         p.set_value(draw(*p.shape))
     state, x = model.state_dict(), paddle.to_tensor(draw(2, 5, EMBED))
     expected = model(x).numpy()
-    source, packed, back = (str(tmp_path / f"{name}.pdparams") for name in ("in", "packed", "back"))
+    source, packed, saved, back = (str(tmp_path / f"{name}.pdparams") for name in ("in", "packed", "saved", "back"))
     paddle.save(state, source)
     arrays = {name: value.numpy() for name, value in state.items()}
-    order = "--normalize-before" if normalize_before else "--normalize-after"
-    assert main(["convert", source, packed, "--num-heads", str(HEADS), order]) == 0
-    fused = convert(
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(EMBED, HEADS, 24, 0.0, normalize_before=normalize_before), 2)
-    )
-    missing, unexpected = fused.set_state_dict(paddle.load(packed))
-    assert not missing and not unexpected
+    assert main(["convert", source, packed, "--num-heads", str(HEADS)]) == 0
+    fused = convert(encoder())
+    assert list(paddle.load(packed)) == list(fused.state_dict())
+    assert fused.set_state_dict(paddle.load(packed)) == ([], [])
     common.check_tensor("out", fused(x).numpy().astype("float64"), expected.astype("float64"), "float32")
-    paddle.save(fused.state_dict(), packed)
-    assert main(["revert", packed, back]) == 0
-    assert_same({name: value.numpy() for name, value in paddle.load(back).items()}, arrays)
+    converted = convert(model).state_dict()
+    assert_same(load(packed), {name: value.numpy() for name, value in converted.items()})
+    paddle.save(converted, saved)
+    for file in (packed, saved):
+        assert main(["revert", file, back, "--force"]) == 0
+        assert_same({name: value.numpy() for name, value in paddle.load(back).items()}, arrays)
+    model = encoder()
+    assert model.set_state_dict(paddle.load(back)) == ([], [])
+    common.check_tensor("out", model(x).numpy().astype("float64"), expected.astype("float64"), "float32")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("normalize_before", [False, True])
+def test_what_versions_before_packed_goes_back(normalize_before, transposed, suffix, tmp_path):
+    """With Paddle's names, output projection and layer norm were packed too; with metadata and without."""
+    state, prefix, scale = paddle_block("a.", transposed), "a.self_attn.", "pre_ln" if normalize_before else "ln"
+    packed = dict(checkpoint.pack(state, HEADS)[0])
+    out = packed.pop(f"{prefix}out_proj.weight")
+    packed[f"{prefix}linear_weight"] = np.ascontiguousarray(out.T) if transposed else out
+    packed[f"{prefix}linear_bias"] = packed.pop(f"{prefix}out_proj.bias")
+    packed[f"{prefix}{scale}_scale"], packed[f"{prefix}{scale}_bias"] = (packed.pop(f"a.norm1.{n}") for n in ("weight", "bias"))
+    layout = "out-in" if transposed else "in-out"
+    source, back = save(tmp_path / f"in{suffix}", packed), tmp_path / f"back{suffix}"
+    assert main(["revert", str(source), str(back), *(["--layout", layout] if transposed else [])]) == 0
+    assert_same(load(back), state)
+    for names in (("weight", "bias"), ("gamma", "beta")):
+        memory = {"a.self_attn": {"naming": "Paddle", "layout": layout, "norm": names}}
+        save(source, packed, {checkpoint.METADATA_BLOCKS: json.dumps(memory)})
+        assert main(["revert", str(source), str(back), "--force"]) == 0
+        renamed = {f"a.norm1.{new}": state[f"a.norm1.{old}"] for new, old in zip(names, ("weight", "bias"))}
+        assert_same(load(back), {**without(state, "a.norm1.weight", "a.norm1.bias"), **renamed})
+    for part in ("linear_weight", f"{scale}_bias"):
+        save(source, without(packed, prefix + part))
+        check_error(
+            ["revert", source, back, "--force"], f"{prefix}{part}: expected an array beside {prefix}qkv_weight, found none"
+        )
 
 
 @pytest.mark.parametrize("first, second", [SUFFIXES, SUFFIXES[::-1]])
@@ -348,9 +397,10 @@ def test_the_command(tmp_path):
     """As a process: exit status, report, one line for an error."""
     source = save(tmp_path / "in.pdparams", paddle_block("encoder.layers.0."))
     target = tmp_path / "out.pdparams"
-    status, out, error = run(["convert", source, target, "--num-heads", HEADS, *AFTER])
-    report = "encoder.layers.0.self_attn: Paddle, weights [in, out], norm after, for paddle_fused_attention.convert(model)"
-    assert (status, out.splitlines()) == (0, [report, f"{target}: 1 blocks packed, 0 left alone, 6 values unchanged"]), error
+    status, out, error = run(["convert", source, target, "--num-heads", HEADS])
+    report = "encoder.layers.0.self_attn: Paddle, weights [in, out], for a model after paddle_fused_attention.convert(model) "
+    counts = f"{target}: 1 blocks packed, 0 left alone, 10 values unchanged"
+    assert (status, out.splitlines()) == (0, [report + "(an encoder layer)", counts]), error
     status, out, error = run(["convert", source, target, "--num-heads", HEADS])
     assert status == 1 and out == "" and error.splitlines()[-1] == f"error: {target}: exists already; --force replaces it"
     assert "Traceback" not in error
@@ -363,7 +413,7 @@ def test_the_command(tmp_path):
 def test_names(tmp_path, capsys):
     state = {**paddle_block("encoder.layers.0."), **paddle_block("encoder.layers.1."), **paddle_block("other.0.")}
     source, packed, back = save(tmp_path / "in.pdparams", state), tmp_path / "packed.pdparams", tmp_path / "back.pdparams"
-    assert main(["convert", str(source), str(packed), "--num-heads", "4", "--names", "encoder.*.1.*", *AFTER]) == 0
+    assert main(["convert", str(source), str(packed), "--num-heads", "4", "--names", "encoder.*.1.*"]) == 0
     output = capsys.readouterr().out
     assert "encoder.layers.0.self_attn: left alone, it is not among the names 'encoder.*.1.*'" in output
     assert "1 blocks packed, 2 left alone" in output
@@ -381,31 +431,55 @@ def test_left_alone(tmp_path, capsys):
         **paddle_block("enc.0."),
         **paddle_block("dec.0."),
         **cross,
-        **without(paddle_block("a."), "a.norm1.weight"),
+        **without(paddle_block("a."), "a.self_attn.out_proj.weight"),
         **without(paddle_block("b."), "b.self_attn.k_proj.bias"),
         **{**paddle_block("c."), "c.self_attn.k_proj.weight": draw(8, EMBED)},
         **{**paddle_block("d."), "d.self_attn.v_proj.weight": draw(EMBED, EMBED, dtype="float16")},
         "e.self_attn.in_proj_weight": draw(3 * EMBED, EMBED),
         "f.crossattention.self.query.weight": draw(EMBED, EMBED),
+        **{**paddle_block("g."), "g.self_attn.out_proj.weight": draw(EMBED, 8)},
+        **{**paddle_block("h."), "h.norm1.bias": draw(8)},
+        **{**paddle_block("i."), "i.norm1.gamma": draw(EMBED)},
+        **{**paddle_block("j."), "j.self_attn.out_proj.weight": np.array(2.5)},
+        **without(paddle_block("m."), "m.norm1.weight"),
+        "m.self_attn.out_proj.weight": draw(0, 0),
+        **bert_block("k."),
+        "k.attention.output.LayerNorm.bias": draw(8),
+        **without(bert_block("l."), "l.attention.output.LayerNorm.bias"),
     }
     source = save(tmp_path / "in.safetensors", state)
-    assert main(["convert", str(source), str(tmp_path / "out.safetensors"), "--num-heads", "4", *AFTER]) == 0
+    assert main(["convert", str(source), str(tmp_path / "out.safetensors"), "--num-heads", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in (
-        "enc.0.self_attn: Paddle, weights [in, out], norm after, for paddle_fused_attention.convert(model)",
+        "enc.0.self_attn: Paddle, weights [in, out], for a model after paddle_fused_attention.convert(model) (an encoder layer)",
         "dec.0.self_attn: left alone, it has cross_attn.q_proj.weight beside it, as in a decoder",
         "dec.0.cross_attn: left alone, its names are not those of a known self-attention",
-        "a.self_attn: left alone, a.norm1.weight is missing",
+        "a.self_attn: left alone, a.self_attn.out_proj.weight is missing",
         "b.self_attn: left alone, b.self_attn.k_proj.bias is missing",
         "c.self_attn: left alone, c.self_attn.k_proj.weight has shape [8, 16], not [16, 16]",
         "d.self_attn: left alone, its query, key and value weight are of different dtypes",
         "e.self_attn: left alone, its names are not those of a known self-attention",
         "f.crossattention.self: left alone, its names are not those of a known self-attention",
+        "g.self_attn: left alone, g.self_attn.out_proj.weight has shape [16, 8], not [16, 16]",
+        "h.self_attn: left alone, h.norm1.bias has shape [8], not [16]",
+        "i.self_attn: left alone, there is i.norm1.gamma, which is no part of the operator's attention",
+        "j.self_attn: left alone, j.self_attn.out_proj.weight has shape [], not [16, 16]",
+        "m.self_attn: left alone, m.self_attn.out_proj.weight is empty",
+        "k.attention: left alone, k.attention.output.LayerNorm.bias has shape [8], not [16]",
+        "l.attention: left alone, l.attention.output.LayerNorm.bias is missing",
     ):
         assert line in lines
     found = load(tmp_path / "out.safetensors")
-    kept = {name: value for name, value in state.items() if not name.startswith(("enc.0.self_attn", "enc.0.norm1"))}
-    assert_same({name: value for name, value in found.items() if not name.startswith("enc.0.self_attn")}, kept)
+    kept = {name: value for name, value in state.items() if not re.match(r"enc\.0\.self_attn\.[qkv]_proj", name)}
+    assert_same({name: value for name, value in found.items() if not name.startswith("enc.0.self_attn.qkv")}, kept)
+
+
+def test_a_layer_without_norm1_is_packed():
+    """Where it stands does not matter with Paddle's names; that of models like GPT is told to need an adapter."""
+    state = without(paddle_block("gpt.decoder.layers.0."), *(f"gpt.decoder.layers.0.norm1.{n}" for n in ("weight", "bias")))
+    packed, report = packed_by(state, file_layout=None)
+    assert report.converted["gpt.decoder.layers.0.self_attn"].endswith("(an attention with an adapter, as PaddleNLP's GPT's)")
+    assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
 
 
 def test_errors(tmp_path):
@@ -502,11 +576,13 @@ def test_progress_bar(capsys, monkeypatch, tmp_path):
 
 
 def test_packed_and_unpacked_arrays_are_contiguous():
-    sliced = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in paddle_block("layer.").items()}
-    packed, _ = checkpoint.pack(sliced, HEADS, normalize_before=False)
-    unpacked, _ = checkpoint.unpack(packed)
-    converted = {name: array for arrays in (packed, unpacked) for name, array in arrays.items() if "attn" in name}
-    assert converted and all(array.flags["C_CONTIGUOUS"] for array in converted.values())
+    state = {**paddle_block("a."), **bert_block("b.", False)}
+    sliced = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in state.items()}
+    packed, report = checkpoint.pack(sliced, HEADS)
+    unpacked, _ = checkpoint.unpack(packed, metadata=report.metadata)
+    made = [array for name, array in packed.items() if name not in sliced]
+    made += [array for name, array in unpacked.items() if name not in packed]
+    assert len(made) == 2 + 6 + 6 + 10 and all(array.flags["C_CONTIGUOUS"] for array in made)
 
 
 def without(state, *names):
@@ -545,12 +621,23 @@ def test_what_the_operator_does_not_compute_is_left_alone(name):
     block, beside, reason = OTHERS[name]
     prefix = {bert_block: BERT_LAYER, vit_block: "vit.encoder.layer.0.", paddle_block: "model.encoder.layers.0."}[block]
     state = {**block(prefix), beside: draw(EMBED), **vit_block("other.layer.0.")}
-    words = {"file_layout": None, "normalize_before": {"model.*": True} if block is paddle_block else None}
-    _, report = packed_by(state, **words)
+    _, report = packed_by(state, file_layout=None)
     assert list(report.converted) == ["other.layer.0.attention"]
     assert reason in report.left_alone[prefix + ("self_attn" if block is paddle_block else "attention")]
-    _, report = packed_by(without(state, beside), **words)
+    _, report = packed_by(without(state, beside), file_layout=None)
     assert len(report.converted) == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_position_ids_tell_of_models_with_bert_s_names(prefix):
+    """MRA, YOSO and Nystromformer count positions from 2, of tables with two rows more; RoBERTa has such a table, but counts from 0."""
+    table = {f"{prefix}embeddings.position_embeddings.weight": draw(514, EMBED)}
+    state = {**bert_embeddings(prefix), **table, **bert_block(f"{prefix}encoder.layer.0.")}
+    numbers = f"{prefix}embeddings.position_ids"
+    with pytest.raises(CheckpointError, match=f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer"):
+        packed_by({**state, numbers: np.arange(2, 514)[None]})
+    for beside in ({}, {numbers: np.arange(514)[None]}, {numbers: np.zeros((1, 0), "int64")}):
+        assert packed_by({**state, **beside})[1].converted
 
 
 @pytest.mark.parametrize(
@@ -560,7 +647,7 @@ def test_what_the_operator_does_not_compute_is_left_alone(name):
 def test_models_that_compute_something_else(model, block, tmp_path):
     """By the first part of their names, or, where there is none, by the config.json beside the file."""
     state = block(f"{model}.encoder.layer.0.", False)
-    heads = ["--num-heads", 4, *(AFTER if block is paddle_block else ())]
+    heads = ["--num-heads", 4]
     source, out = save(tmp_path / "in.pdparams", state), tmp_path / "out.pdparams"
     check_error(["convert", source, out, *heads], f"no attention .*: left alone, it is of {model}: ")
     save(source, block("encoder.layer.0.", False))
@@ -604,26 +691,25 @@ def test_layout(tmp_path):
     """The shapes of the feed-forward's matrices tell it, then the file; a word must not contradict the former."""
     for make, layout in ((paddle_block, "in-out"), (bert_block, "out-in")):
         other = "in-out" if layout == "out-in" else "out-in"
-        order = {} if make is bert_block else {"normalize_before": False}
         for true in (layout, other):
             state = make("a.", true == "out-in")
             for told in (None, true):
-                packed, report = packed_by(state, file_layout=told, **order)
+                packed, report = packed_by(state, file_layout=told)
                 assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
             wrong = "in-out" if true == "out-in" else "out-in"
             with pytest.raises(
                 CheckpointError, match="its file's kind stores weights .*, but by its shape a.* --layout is needed"
             ):
-                packed_by(state, file_layout=wrong, **order)
-            packed_by(state, file_layout=wrong, layout=true, **order)
+                packed_by(state, file_layout=wrong)
+            packed_by(state, file_layout=wrong, layout=true)
             with pytest.raises(CheckpointError, match=f"--layout {wrong}: by its shape a.* is stored"):
-                packed_by(state, layout=wrong, **order)
+                packed_by(state, layout=wrong)
             square = make("a.", true == "out-in", EMBED)
             with pytest.raises(CheckpointError, match="nothing tells whether its weights are stored"):
-                packed_by(square, file_layout=None, **order)
-            expected = packed_by(square, file_layout=true, **order)[0]
+                packed_by(square, file_layout=None)
+            expected = packed_by(square, file_layout=true)[0]
             for told in (None, true, wrong):
-                actual = packed_by(square, file_layout=told, layout=true, **order)[0]
+                actual = packed_by(square, file_layout=told, layout=true)[0]
                 assert all((actual[n] == expected[n]).all() for n in expected if n.startswith("a."))
     mixed = {**bert_block("a."), "a.output.dense.weight": draw(24, EMBED)}
     with pytest.raises(CheckpointError, match="by their shapes a.intermediate.* is stored .out, in. and a.output.* .in, out."):
@@ -654,34 +740,45 @@ def test_a_single_projection_tells_its_layout():
 
 
 def test_the_norm_s_place_is_asked_for(tmp_path, capsys):
-    """Paddle's names can't tell it, and two stacks of layers may differ in it."""
-    towers = {**paddle_block("text.layers.0."), **paddle_block("text.layers.1."), **paddle_block("vision.layers.0.")}
-    source, out = save(tmp_path / "in.pdparams", towers), tmp_path / "out.pdparams"
-    command = ["convert", source, out, "--num-heads", 4, "--force"]
-    check_error(command, "text.layers.0.self_attn: nothing tells whether its layer norm .* --normalize-after is needed")
+    """Where GPT's layers stand alone; two stacks of layers may differ in it. Before or after the files."""
+    towers = {**gpt_block("text.h.0."), **gpt_block("text.h.1."), **gpt_block("vision.h.0.")}
+    source, out, both = save(tmp_path / "in.pdparams", towers), tmp_path / "out.pdparams", tmp_path / "both.pdparams"
+    command = ["convert", source, out, "--num-heads", 4]
+    check_error(command, "text.h.0.attn: nothing tells whether its layer norm .* --normalize-after is needed")
     for side in ("before", "after"):
-        message = rf"--normalize-{side}: expected patterns .* text.layers.\*.self_attn and vision.layers.\*.self_attn"
+        message = (
+            rf"--normalize-{side}: expected one stack of layers, found text.h.\*.attn and vision.h.\*.attn, which may differ"
+        )
         check_error([*command, f"--normalize-{side}"], message)
-    check_error([*command, "--normalize-before", "vision.*"], "text.layers.0.self_attn: nothing tells")
-    check_error([*command, "--normalize-before", "vison.*"], ".* there is no block with a name like 'vison")
-    check_error(
-        [*command, "--normalize-before", "--normalize-after", "text.*"], ".* expected it once, or each time with a pattern"
-    )
-    check_error([*command, "--normalize-before", "*", "--normalize-after", "*"], ".* got two that differ")
-    assert not out.exists()
-    for words in (
-        ["--normalize-before", "vision.*", "--normalize-after", "*"],
-        ["--normalize-before", "v*", "--normalize-after", "t*"],
+    with pytest.raises(SystemExit, match="2"):
+        main([str(word) for word in (*command, "--normalize-before", "--normalize-after")])
+    assert "not allowed with argument --normalize-before" in capsys.readouterr().err and not out.exists()
+    words = ("convert", "--normalize-before", source, out, "--num-heads", 4, "--names", "text.*")
+    assert main([str(word) for word in words]) == 0
+    assert "text.h.1.attn: GPT, weights [in, out], norm before" in capsys.readouterr().out
+    assert main([str(word) for word in ("convert", out, both, "--num-heads", 4, "--normalize-after")]) == 0
+    assert "vision.h.0.attn: GPT, weights [in, out], norm after" in capsys.readouterr().out
+    assert {"text.h.0.attn.pre_ln_scale", "text.h.1.attn.pre_ln_scale", "vision.h.0.attn.ln_scale"} <= set(load(both))
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_norm_s_place_is_not_said_in_vain(side, tmp_path):
+    """It holds for blocks whose names don't tell it, and is refused where there is none."""
+    message = f"--normalize-{side}: expected a block whose names don't tell the layer norm's place, found none: "
+    for state, why in (
+        (paddle_block("a."), "a.self_attn is packed without it"),
+        (bert_block("a.", False), "a.attention has it after, by its names"),
+        ({**gpt_block("h.0."), **norm("ln_f")}, "h.0.attn has it before, by its names"),
     ):
-        assert main([str(word) for word in (*command, *words)]) == 0
-        found = load(out)
-        assert "vision.layers.0.self_attn.pre_ln_scale" in found and "text.layers.1.self_attn.ln_scale" in found
-    assert main([str(word) for word in (*command, "--names", "text.*", "--normalize-before")]) == 0
-    assert "text.layers.1.self_attn.pre_ln_scale" in load(out)
-    assert "text.layers.1.self_attn: Paddle, weights [in, out], norm before" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="--normalize-before: a.attention has its layer norm after, by its names"):
-        packed_by(bert_block("a."), normalize_before=True)
-    packed_by(bert_block("a."), normalize_before=False)
+        source = save(tmp_path / "in.pdparams", state)
+        check_error(["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, f"--normalize-{side}"], message + why)
+    assert not (tmp_path / "out.pdparams").exists()
+    state = {**bert_block("a.", False), **gpt_block("b.h.0."), **paddle_block("c.")}
+    packed = packed_by(state, file_layout=None, normalize_before=side == "before")[0]
+    assert "a.attention.ln_scale" in packed and f"b.h.0.attn.{'pre_ln' if side == 'before' else 'ln'}_scale" in packed
+    for word in (1, "before", {"*": True}):
+        with pytest.raises(CheckpointError, match="normalize_before: expected a bool or None, got"):
+            packed_by(state, file_layout=None, normalize_before=word)
 
 
 def test_heads_by_pattern(tmp_path):
@@ -734,13 +831,12 @@ def test_a_second_pass(tmp_path, capsys):
 def test_without_the_metadata_of_convert(tmp_path):
     """As a model's state dict is: the layout is its family's, unless the feed-forward's matrices say otherwise."""
     for make, transposed in ((bert_block, False), (paddle_block, True)):
-        order = {} if make is bert_block else {"normalize_before": True}
         state = make("a.", not transposed)
-        packed = packed_by(state, file_layout=None, **order)[0]
+        packed = packed_by(state, file_layout=None)[0]
         if make is bert_block:
             assert_same(checkpoint.unpack(packed)[0], {**packed_vocabulary(packed), **state})
         state = make("a.", make is paddle_block)
-        packed, report = packed_by(state, file_layout=None, **order)
+        packed, report = packed_by(state, file_layout=None)
         with pytest.raises(CheckpointError, match="weights are stored .*, but by its shape a.* --layout is needed"):
             checkpoint.unpack(packed)
         layout = "out-in" if make is paddle_block else "in-out"

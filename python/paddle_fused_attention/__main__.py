@@ -15,15 +15,15 @@ from ._namings import LAYOUTS
 from .checkpoint import CheckpointError
 
 _NAMINGS = """known namings:
-  Paddle, PaddleNLP BERT    self_attn.{q,k,v,out}_proj, norm1     -> self_attn.qkv_weight, ...
+  Paddle, PaddleNLP BERT    self_attn.{q,k,v}_proj                -> self_attn.qkv_weight, self_attn.qkv_bias
   Hugging Face BERT         attention.self.query, ...             -> attention.qkv_weight, ...
   Hugging Face ViT          attention.attention.query, ...        -> attention.qkv_weight, ...
   GPT-2, OpenAI GPT         attn.c_attn, attn.c_proj, ln_1        -> attn.qkv_weight, ...
 
-packed: qkv_weight [3, H, D, E], qkv_bias [3, H, D], linear_weight [E, E], linear_bias [E], and ln_scale and ln_bias [E], or
-pre_ln_scale and pre_ln_bias where the layer norm stands before the attention. With Paddle's naming these are the names of a
-model after paddle_fused_attention.convert(model); with the others those of a FusedMultiHeadAttention in the attention's place,
-whose arguments the report gives, but for epsilon, which is the model's own.
+packed: qkv_weight [3, H, D, E] and qkv_bias [3, H, D]. With Paddle's naming that is all, and the names are those of a model after
+paddle_fused_attention.convert(model). With the others linear_weight [E, E], linear_bias [E], and ln_scale and ln_bias [E], or
+pre_ln_scale and pre_ln_bias where the layer norm stands before the attention, are packed too: the names are those of a
+FusedMultiHeadAttention in the attention's place, whose arguments the report gives, but for epsilon, which is the model's own.
 
 A block is packed only where its names and shapes say that the operator computes it. Patterns are those of a shell, for the names
 of blocks, and the first that fits holds: --num-heads 'text.*=8' --num-heads 'vision.*=12'."""
@@ -39,14 +39,6 @@ def _heads(text: str) -> tuple[str | None, int]:
         raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {text!r}") from None
 
 
-def _before(pattern: str) -> tuple[str | None, bool]:
-    return pattern, True
-
-
-def _after(pattern: str) -> tuple[str | None, bool]:
-    return pattern, False
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m paddle_fused_attention",
@@ -54,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in (
-        ("convert", "pack query, key, value and output projection and the layer norm of every attention block"),
+        ("convert", "pack the projections, and where the names ask for it the layer norm, of every attention block"),
         ("revert", "the inverse: the names and the bits that were there before"),
     ):
         command = commands.add_parser(
@@ -71,17 +63,14 @@ def _parser() -> argparse.ArgumentParser:
                 required=True,
                 help="the number of attention heads; PATTERN=H, repeated: of the blocks with such names",
             )
-            for side, word, value in (("before", _before, True), ("after", _after, False)):
-                command.add_argument(
+            order = command.add_mutually_exclusive_group()
+            for side, place in (("before", "before the attention"), ("after", "after the residual")):
+                order.add_argument(
                     f"--normalize-{side}",
-                    metavar="PATTERN",
-                    type=word,
-                    action="append",
+                    action="store_const",
+                    const=side == "before",
                     dest="normalize_before",
-                    nargs="?",
-                    const=(None, value),
-                    help=f"the layer norm stands {'before the attention' if value else 'after the residual'}, for names that can't "
-                    "tell, as Paddle's; may be repeated with patterns",
+                    help=f"the layer norm stands {place}, for blocks of GPT's names without an ln_f or tokens_embed that tells",
                 )
         command.add_argument(
             "--layout",
@@ -129,18 +118,16 @@ def _print(text: str, file: TextIO) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
-def _one_or_by_pattern(option: str, words: list[tuple[str | None, Any]] | None) -> Any:
-    """The word that was given without a pattern, or a dict by pattern; None if none was given."""
-    if not words:
-        return None
-    if len(words) == 1 and words[0][0] is None:
-        return words[0][1]
-    if any(pattern is None for pattern, _ in words):
-        raise CheckpointError(f"{option}: expected it once, or each time with a pattern, of which '*' fits the rest")
-    by_pattern: dict[str, Any] = {}
-    for pattern, word in words:
-        if by_pattern.setdefault(pattern, word) != word:
-            raise CheckpointError(f"{option}: expected one word for {pattern!r}, got two that differ")
+def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str, int]:
+    """The number of heads that was given without a pattern, or a dict by pattern."""
+    if len(numbers) == 1 and numbers[0][0] is None:
+        return numbers[0][1]
+    by_pattern: dict[str, int] = {}
+    for pattern, number in numbers:
+        if pattern is None:
+            raise CheckpointError("--num-heads: expected it once, or each time with a pattern, of which '*' fits the rest")
+        if by_pattern.setdefault(pattern, number) != number:
+            raise CheckpointError(f"--num-heads: expected one number for {pattern!r}, got two that differ")
     return by_pattern
 
 
@@ -167,8 +154,7 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     if target.exists() and not arguments.force:
         raise CheckpointError(f"{target}: exists already; --force replaces it")
     if arguments.command == "convert":
-        num_heads = _one_or_by_pattern("--num-heads", arguments.num_heads)
-        normalize_before = _one_or_by_pattern("--normalize-before, --normalize-after", arguments.normalize_before)
+        num_heads = _one_or_by_pattern(arguments.num_heads)
     read = checkpoint_files.read(source)
     options: dict[str, Any] = {
         "names": arguments.names,
@@ -180,7 +166,7 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
         arrays, report = checkpoint.pack(
             read.arrays,
             num_heads,
-            normalize_before=normalize_before,
+            normalize_before=arguments.normalize_before,
             file_layout=read.layout,
             config=_config_beside(source),
             **options,

@@ -1,7 +1,7 @@
 """What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of weights.
 
-A word that contradicts what names or shapes tell is refused, and so is one number, or one place of the norm, for blocks that may
-differ in it.
+A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for blocks that
+may differ in it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Iterable, TypeVar
+from typing import Any, Iterable
 
 import numpy as np
 
 from ._namings import LAYOUTS, Block, Signs, layout_by_shapes
-
-Word = TypeVar("Word", int, bool)
 
 
 class CheckpointError(Exception):
@@ -31,28 +29,22 @@ def form(layout: str) -> str:
     return "[in, out]" if layout == "in-out" else "[out, in]"
 
 
-def check_patterns(argument: str, words: Any, names: Iterable[str]) -> None:
+def check_patterns(num_heads: Any, names: Iterable[str]) -> None:
     """A pattern that fits none of the blocks there are is a slip."""
     names = list(names)
-    for pattern in words if isinstance(words, Mapping) else ():
+    for pattern in num_heads if isinstance(num_heads, Mapping) else ():
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise CheckpointError(f"{argument}: there is no block with a name like {pattern!r}")
-
-
-def _by_pattern(words: Mapping[str, Word], blocks: Iterable[Block]) -> dict[str, Word]:
-    """The word for every block that a pattern fits, by the first that does."""
-    found = {}
-    for block in blocks:
-        fits = [word for pattern, word in words.items() if fnmatchcase(block.name, pattern)]
-        if fits:
-            found[block.name] = fits[0]
-    return found
+            raise CheckpointError(f"--num-heads: there is no block with a name like {pattern!r}")
 
 
 def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks: list[Block]) -> dict[str, int]:
     widths = {block.name: arrays[block.names("weight")[-1]].shape[0] for block in blocks}
     if isinstance(num_heads, Mapping):
-        heads = _by_pattern(num_heads, blocks)
+        heads = {}
+        for pattern, count in num_heads.items():
+            for name in widths:
+                if fnmatchcase(name, pattern):
+                    heads.setdefault(name, count)
     else:
         heads = dict.fromkeys(widths, num_heads)
         first = next(iter(widths))
@@ -71,37 +63,31 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
     return heads
 
 
-def orders_of(normalize_before: bool | Mapping[str, bool] | None, blocks: list[Block], signs: Signs) -> dict[str, bool]:
-    """Whether the layer norm stands before the attention, for every block."""
-    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks}
-    stacks = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name, order in told.items() if order is None})
-    if isinstance(normalize_before, Mapping):
-        said = _by_pattern(normalize_before, blocks)
-    elif normalize_before is None:
-        said = {}
-    else:
-        said = dict.fromkeys(told, normalize_before)
-        if len(stacks) > 1:
-            raise CheckpointError(
-                f"--normalize-{'before' if normalize_before else 'after'}: expected patterns that say it of {stacks[0]} and "
-                f"{stacks[1]}, which may differ; '*' says it of all"
-            )
-    orders: dict[str, bool] = {}
-    for name, order in told.items():
-        word = said.get(name)
-        if word is not None and not isinstance(word, (bool, np.bool_)):
-            raise CheckpointError(f"normalize_before: expected a bool, got {word!r}")
-        if order is None and word is None:
-            raise CheckpointError(
-                f"{name}: nothing tells whether its layer norm stands before the attention or after the residual: "
-                "--normalize-before or --normalize-after is needed"
-            )
-        if order is not None and word is not None and order != word:
-            raise CheckpointError(
-                f"--normalize-{'before' if word else 'after'}: {name} has its layer norm {'before' if order else 'after'}, by its names"
-            )
-        orders[name] = bool(word if order is None else order)
-    return orders
+def orders_of(normalize_before: bool | None, blocks: list[Block], signs: Signs) -> dict[str, bool]:
+    """Whether the layer norm stands before the attention, for every block with which it is packed."""
+    if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
+        raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
+    option = f"--normalize-{'before' if normalize_before else 'after'}"
+    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv}
+    open_ones = [name for name, order in told.items() if order is None]
+    if normalize_before is None and open_ones:
+        raise CheckpointError(
+            f"{open_ones[0]}: nothing tells whether its layer norm stands before the attention or after the residual: "
+            "--normalize-before or --normalize-after is needed"
+        )
+    if normalize_before is not None and not open_ones:
+        name = blocks[0].name
+        why = f"has it {'before' if told[name] else 'after'}, by its names" if name in told else "is packed without it"
+        raise CheckpointError(
+            f"{option}: expected a block whose names don't tell the layer norm's place, found none: {name} {why}"
+        )
+    stacks = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in open_ones})
+    if len(stacks) > 1:
+        raise CheckpointError(
+            f"{option}: expected one stack of layers, found {stacks[0]} and {stacks[1]}, which may differ: pack them one after the "
+            "other, by --names"
+        )
+    return {name: bool(normalize_before if order is None else order) for name, order in told.items()}
 
 
 def layout_of(arrays: dict[Any, Any], block: Block, layout: str | None, file_layout: str | None) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
 LAYOUTS = ("in-out", "out-in")  # of the weights of linear layers
-PACKED_PARTS = ("qkv_weight", "qkv_bias", "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+QKV_PARTS = ("qkv_weight", "qkv_bias")
+PACKED_PARTS = (*QKV_PARTS, "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 
 
@@ -23,7 +24,8 @@ class Naming:
     """The names of a layer's parts, without what comes before them in a checkpoint.
 
     `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns are those of
-    query, key and value in turn. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what else stands in the layer.
+    query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they are; versions before 0.2 packed
+    them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what else stands in the layer.
     `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever wrote the file. `normalize_before`: where
     the layer norm stands; None: these names don't tell, but what `order` names may, with the answer, above the layer. `buffers`: under
     `packed`, and no parameters. `decoder`: beside it the attention is that of a decoder.
@@ -38,6 +40,7 @@ class Naming:
     layer: tuple[str, ...]
     layout: str
     normalize_before: bool | None
+    only_qkv: bool = False
     fixed_layout: bool = False
     causal: bool = False
     buffers: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ NAMINGS = (
         ("norm2",),
         layout="in-out",
         normalize_before=None,
+        only_qkv=True,
         decoder="cross_attn.q_proj.weight",
     ),
     Naming(
@@ -165,6 +169,10 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def _first(array: Any) -> Any:
+    return array.flat[0] if isinstance(array, np.ndarray) and array.size else None
+
+
 def above(prefix: str) -> Iterator[str]:
     """What a layer stands in, from the nearest: for "a.b.0." "a.b.", "a." and ""."""
     while prefix:
@@ -173,10 +181,11 @@ def above(prefix: str) -> Iterator[str]:
 
 
 class Signs:
-    """What the names of a checkpoint and the config.json of its model tell against blocks."""
+    """What the names of a checkpoint, its numbers of positions and the config.json of its model tell against blocks."""
 
-    def __init__(self, names: Iterable[str], config: Mapping[str, Any]) -> None:
-        self._names = frozenset(names)
+    def __init__(self, arrays: Mapping[Any, Any], config: Mapping[str, Any]) -> None:
+        self._arrays = arrays
+        self._names = frozenset(name for name in arrays if isinstance(name, str))
         self._model = self._against_config(config)
         self._found: dict[str, list[str]] = {}
         for name in self._names:
@@ -201,6 +210,9 @@ class Signs:
             positions = f"{place}embeddings.position_embeddings.weight"
             if words in self._names and positions not in self._names:
                 return f"there is {words} but no {positions}: positions enter elsewhere, perhaps in the attention"
+            numbers = f"{place}embeddings.position_ids"
+            if naming.title == "Hugging Face BERT" and _first(self._arrays.get(numbers)) == 2:
+                return f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer, whose attention is an approximation"
         return None
 
     @staticmethod
@@ -265,12 +277,12 @@ def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | 
     sign = signs.against(prefix, naming)
     if sign is not None:
         return sign
-    scale, shift = names_of_norm(arrays, block) or NORM_NAMES[0]
+    scale, shift = (None if naming.only_qkv else names_of_norm(arrays, block)) or NORM_NAMES[0]
     norm = [f"{prefix}{naming.norm}.{part}" for part in (scale, shift)]
     weights, biases = block.names("weight"), block.names("bias")
-    needed = [*weights, *norm]
+    needed = weights if naming.only_qkv else [*weights, *norm]
     if any(name in arrays for name in biases[:-1]):
-        needed += biases[:-1]
+        needed = [*needed, *biases[:-1]]
     for name in needed:
         if name not in arrays:
             return f"{name} is missing"
@@ -283,9 +295,10 @@ def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | 
             return f"{name} is not an array of numbers"
         if arrays[name].dtype.name not in ("float16", "float32", "float64", "uint16"):  # uint16 is bfloat16
             return f"{name} has dtype {arrays[name].dtype}, which is no float of 16, 32 or 64 bits"
-    embed_dim = arrays[norm[0]].size
+    wide = norm[0] if norm[0] in arrays else weights[-1]
+    embed_dim = (arrays[wide].shape or (1,))[0]
     if embed_dim == 0:
-        return f"{norm[0]} is empty"
+        return f"{wide} is empty"
     columns = embed_dim * 3 // len(naming.qkv)
     expected = {name: (embed_dim,) for name in (*norm, biases[-1])}
     expected.update({name: (columns,) for name in biases[:-1]})
@@ -334,4 +347,6 @@ def naming_of_packed(arrays: dict[Any, Any], name: str) -> Naming | None:
             for normalize_before in (True, False) if naming.normalize_before is None else (naming.normalize_before,):
                 if f"{name}.{'pre_ln' if normalize_before else 'ln'}_scale" in arrays:
                     return naming
+            if naming.only_qkv and f"{name[: len(name) - len(naming.packed)]}{naming.out}.weight" in arrays:
+                return naming
     return None

@@ -3,8 +3,8 @@
 A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator computes it;
 what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names begin with
 a word of their own in every family. What is lost by packing, the old layout and names, goes into the metadata that belong to the
-arrays; without them a block goes back to what its family's names stand for. With Paddle's naming the packed names are those of a
-model after ``paddle_fused_attention.convert``.
+arrays; without them a block goes back to what its family's names stand for. With Paddle's naming only query, key and value are packed,
+and the names are those of a model after ``paddle_fused_attention.convert``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ._namings import (
     NAMINGS,
     NORM_NAMES,
     PACKED_PARTS,
+    QKV_PARTS,
     Block,
     Signs,
     blocks_in,
@@ -64,7 +65,7 @@ def pack(
     arrays: dict[Any, Any],
     num_heads: int | Mapping[str, int],
     names: str = "*",
-    normalize_before: bool | Mapping[str, bool] | None = None,
+    normalize_before: bool | None = None,
     progress: Progress = _no_progress,
     *,
     layout: str | None = None,
@@ -79,8 +80,8 @@ def pack(
         num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the names of blocks:
             the first that fits holds.
         names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for namings that don't tell: for the blocks of one stack of layers, or by
-            patterns.
+        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell: those of one
+            stack of layers.
         progress: Called with the number of blocks that are done and their total.
         layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer tell, or else
             ``file_layout``.
@@ -92,15 +93,15 @@ def pack(
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
-        CheckpointError: Nothing to pack was found, an argument is missing or does not fit a block, what tells of the layout is not of
-            one mind, or a packed name is taken.
+        CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for, what tells of the
+            layout is not of one mind, or a packed name is taken.
     """
     check_layout("layout", layout)
     check_layout("file_layout", file_layout)
     memory = _memory(metadata)
     report = CheckpointReport()
     found = blocks_in(arrays)
-    signs = Signs((name for name in arrays if isinstance(name, str)), config or {})
+    signs = Signs(arrays, config or {})
     chosen: list[Block] = []
     for block in found:
         reason = reason_against(arrays, block, signs)
@@ -121,9 +122,7 @@ def pack(
             report.left_alone.setdefault(match.group(1), "its names are not those of a known self-attention")
     if not chosen:
         raise CheckpointError(_nothing("attention of a known naming", names, report))
-    there = [*report.left_alone, *(block.name for block in chosen)]
-    check_patterns("--num-heads", num_heads, there)
-    check_patterns("--normalize-before, --normalize-after", normalize_before, there)
+    check_patterns(num_heads, [*report.left_alone, *(block.name for block in chosen)])
     heads = heads_of(num_heads, arrays, chosen)
     orders = orders_of(normalize_before, chosen, signs)
     layouts = [layout_of(arrays, block, layout, file_layout) for block in chosen]
@@ -131,14 +130,15 @@ def pack(
     gone: set = set()
     for done, (block, stored) in enumerate(zip(chosen, layouts)):
         progress(done, len(chosen))
-        old, new = _pack_block(arrays, block, heads[block.name], orders[block.name], stored)
+        old, new = _pack_block(arrays, block, heads[block.name], orders.get(block.name), stored)
         taken = sorted(name for name in new if name in arrays)
         if taken:
             raise CheckpointError(f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one")
         replaced[old[0]] = new
         gone.update(old)
-        report.converted[block.name] = _describe(block, new, orders[block.name], stored)
-        memory[block.name] = {"naming": block.naming.title, "layout": stored, "norm": names_of_norm(arrays, block)}
+        report.converted[block.name] = _describe(block, new, orders.get(block.name), stored)
+        norm = names_of_norm(arrays, block) or NORM_NAMES[0]
+        memory[block.name] = {"naming": block.naming.title, "layout": stored, "norm": norm}
     progress(len(chosen), len(chosen))
     result = _exchange(arrays, replaced, gone)
     linear = {stored for block, stored in zip(chosen, layouts) if not block.naming.fixed_layout}
@@ -155,7 +155,7 @@ def unpack(
     layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
-    """The inverse of :func:`pack`, with the same results.
+    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of models too.
 
     Args:
         arrays, names, progress: As of :func:`pack`.
@@ -265,9 +265,9 @@ def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | 
 
 
 def _pack_block(
-    arrays: dict[Any, Any], block: Block, num_heads: int, normalize_before: bool, layout: str
+    arrays: dict[Any, Any], block: Block, num_heads: int, normalize_before: bool | None, layout: str
 ) -> tuple[list[str], dict[str, Any]]:
-    """The names that go and the arrays that come."""
+    """The names that go and the arrays that come; `normalize_before` is None where the layer norm stays."""
     prefix, naming = block.prefix, block.naming
     *weights, out = (arrays[name] for name in block.names("weight"))
     *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
@@ -276,40 +276,41 @@ def _pack_block(
     if len(naming.qkv) == 1:
         weights = np.split(weights[0], 3, axis=1)
         biases = [None] if biases[0] is None else np.split(biases[0], 3)
-    norm = "pre_ln" if normalize_before else "ln"
-    norm_names = [f"{prefix}{naming.norm}.{part}" for part in names_of_norm(arrays, block)]
     new = {
         "qkv_weight": pack_qkv_weight(*weights, num_heads),
         "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases, num_heads),
-        "linear_weight": out,
-        "linear_bias": out_bias,
-        f"{norm}_scale": arrays[norm_names[0]],
-        f"{norm}_bias": arrays[norm_names[1]],
     }
-    ours = {*block.names("weight"), *block.names("bias"), *norm_names}
+    if naming.only_qkv:
+        ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
+    else:
+        norm = "pre_ln" if normalize_before else "ln"
+        norm_names = [f"{prefix}{naming.norm}.{part}" for part in names_of_norm(arrays, block)]
+        new.update(linear_weight=out, linear_bias=out_bias)
+        new.update({f"{norm}_{part}": arrays[name] for part, name in zip(("scale", "bias"), norm_names)})
+        ours = {*block.names("weight"), *block.names("bias"), *norm_names}
     old = [name for name in arrays if name in ours]
     packed = {part: np.ascontiguousarray(array) for part, array in new.items() if array is not None}
     return old, {f"{block.name}.{part}": array for part, array in packed.items()}
 
 
-def _describe(block: Block, new: dict[str, Any], normalize_before: bool, layout: str) -> str:
+def _describe(block: Block, new: dict[str, Any], normalize_before: bool | None, layout: str) -> str:
     """What a block was, and what its packed names are for."""
     naming, above = block.naming, block.prefix.split(".")
+    where = f"{naming.title}, weights {form(layout)}"
+    if naming.only_qkv:
+        decoder = not {"decoder", *_CAUSAL_MODELS}.isdisjoint(above)
+        part = "an attention with an adapter, as PaddleNLP's GPT's" if decoder else "an encoder layer"
+        stay = ", once its other linear weights, [out, in] here too, are transposed" if layout == "out-in" else ""
+        return f"{where}, for a model after paddle_fused_attention.convert(model) ({part}){stay}"
     _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
     arguments = f"{embed_dim}, {heads}" + (", normalize_before=True, final_layer_norm=False" if normalize_before else "")
     absent = [part for part in ("qkv_bias", "linear_bias") if f"{block.name}.{part}" not in new]
-    layer = f"FusedMultiHeadAttention({arguments})"
-    decoder = f"FusedMultiHeadAttention({arguments}, causal=True)"
-    if naming.causal or not _CAUSAL_MODELS.isdisjoint(above):
-        use = decoder
-    elif naming.title == "Paddle":
-        use = "paddle_fused_attention.convert(model)" + (
-            f", or in a model like GPT for {decoder}" if "decoder" in above else ""
-        )
-    else:
-        use = layer + (", with causal=True in a decoder" if naming.decoder else "")
-    where = f"{naming.title}, weights {form(layout)}, norm {'before' if normalize_before else 'after'}"
-    return f"{where}, for {use}" + (f", whose {' and '.join(absent)} is None" if absent else "")
+    use = f"FusedMultiHeadAttention({arguments}{', causal=True' if naming.causal else ''})"
+    if naming.decoder:
+        use += ", with causal=True in a decoder"
+    if absent:
+        use += f", whose {' and '.join(absent)} is None"
+    return f"{where}, norm {'before' if normalize_before else 'after'}, for {use}"
 
 
 def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]:
@@ -317,8 +318,11 @@ def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]
     parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
     if {"pre_ln_scale", "ln_scale"} <= set(parts):
         raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
-    norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
-    for part in ("qkv_weight", "linear_weight", f"{norm}_scale", f"{norm}_bias", *parts):
+    needed = ["qkv_weight"]
+    if not block.naming.only_qkv or not set(parts) <= set(QKV_PARTS):
+        norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
+        needed += ["linear_weight", f"{norm}_scale", f"{norm}_bias"]
+    for part in (*needed, *parts):
         if not isinstance(parts.get(part), np.ndarray):
             raise CheckpointError(f"{block.name}.{part}: expected an array beside {block.name}.qkv_weight, found none")
     shape = parts["qkv_weight"].shape
@@ -335,21 +339,23 @@ def _unpack_block(
     arrays: dict[Any, Any], block: Block, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
 ) -> tuple[list[str], dict[str, Any]]:
     """The names that go and the arrays that come."""
-    norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
     weights = list(unpack_qkv_weight(parts["qkv_weight"]))
     biases = list(unpack_qkv_bias(parts["qkv_bias"])) if "qkv_bias" in parts else []
-    out = parts["linear_weight"]
     if len(block.naming.qkv) == 1:
         weights = [np.concatenate(weights, axis=1)]
         biases = [np.concatenate(biases)] if biases else []
+    if "linear_weight" in parts:
+        weights.append(parts["linear_weight"])
     if layout == "out-in":
-        weights, out = [weight.T for weight in weights], out.T
-    new = dict(zip(block.names("weight"), [*weights, out]))
+        weights = [weight.T for weight in weights]
+    new = dict(zip(block.names("weight"), weights))
     new.update(zip(block.names("bias"), biases))
     if "linear_bias" in parts:
         new[block.names("bias")[-1]] = parts["linear_bias"]
     for part, name in zip(("scale", "bias"), norm_names):
-        new[f"{block.prefix}{block.naming.norm}.{name}"] = parts[f"{norm}_{part}"]
+        for norm in ("pre_ln", "ln"):
+            if f"{norm}_{part}" in parts:
+                new[f"{block.prefix}{block.naming.norm}.{name}"] = parts[f"{norm}_{part}"]
     ours = {f"{block.name}.{part}" for part in parts}
     old = [name for name in arrays if name in ours]
     return old, {name: np.ascontiguousarray(array) for name, array in new.items()}
