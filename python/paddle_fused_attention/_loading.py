@@ -11,16 +11,19 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 # What stands between set_state_dict and the layer that is asked.
-_ON_THE_WAY = ("_state_dict_impl", "state_dict", "state_being_loaded", "translate_state_dict", "with_old_names")
+_ON_THE_WAY = (
+    *("_state_dict_impl", "state_dict", "_own_entries"),
+    *("state_being_loaded", "translate_state_dict", "with_old_names"),
+)
 _FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)
 
 
-class LoadsAnyFloat(nn.Layer):
-    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in dygraph.
+class OwnEntries(nn.Layer):
+    """A layer that has a say in what its state dict holds, whatever layer it is asked from."""
 
-    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are float32, and
-    checkpoints may be bfloat16 as a whole.
-    """
+    def _own_entries(self, state: dict, prefix: str) -> dict:
+        """What stands in a state dict in the place of the entries `state`, whose names begin with `prefix`."""
+        raise NotImplementedError
 
     def _state_dict_impl(
         self,
@@ -30,11 +33,27 @@ class LoadsAnyFloat(nn.Layer):
         *rest: Any,
         **more: Any,
     ) -> Any:
-        state = super()._state_dict_impl(destination, include_sublayers, structured_name_prefix, *rest, **more)
+        # Of its own entries alone: Paddle 2.6 keeps in the end what the dict that it hands on once held.
+        state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
+        state = self._own_entries(state, structured_name_prefix)
+        if destination is None:
+            return state
+        destination.update(state)
+        return destination
+
+
+class LoadsAnyFloat(OwnEntries):
+    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in dygraph.
+
+    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are float32, and
+    checkpoints may be bfloat16 as a whole.
+    """
+
+    def _own_entries(self, state: dict, prefix: str) -> dict:
         if state_being_loaded() is not None:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    state[structured_name_prefix + name] = Target(parameter)
+                    state[prefix + name] = Target(parameter)
         return state
 
 

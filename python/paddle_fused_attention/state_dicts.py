@@ -36,19 +36,12 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return model.state_dict()
 
 
-def merged(destination: dict | None, state: dict) -> dict:
-    """A layer's entries in the dict of the layer that holds it, if there is one."""
-    if destination is None:
-        return state
-    destination.update(state)
-    return destination
-
-
 def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
     """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them wants."""
     loaded = state_being_loaded()
     if loaded is not None:
-        return _exchanged(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
+        state = _exchanged(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
+        return {name: Target(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
     if _wants_separate():
         return _exchanged(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
     return state
@@ -140,7 +133,10 @@ def with_old_names(state: dict, prefix: str) -> dict:
         for old, new in _OLD_NAMES.items()
         if prefix + old in loaded and prefix + new not in loaded and prefix + new in state
     }
-    return OrderedDict((renamed.get(name, name), value) for name, value in state.items())
+    norm = prefix + "norm1."
+    return OrderedDict(
+        (renamed.get(name, name), Target(value) if name.startswith(norm) else value) for name, value in state.items()
+    )
 
 
 def _wants_separate() -> bool:

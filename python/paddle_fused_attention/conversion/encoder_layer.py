@@ -13,9 +13,10 @@ import paddle
 from paddle import nn
 
 from .._composed import additive_mask, attention_with_cache
+from .._loading import OwnEntries
 from .._parts import is_plain, is_plain_dropout, origin_of_forward
 from ..functional import _check_tensor, fused_multi_head_attention
-from ..state_dicts import merged, with_old_names
+from ..state_dicts import with_old_names
 from .adapters import wants_gradient
 from .packed import PackedAttention, pack, packed_class, packed_parts, parameters_of, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
@@ -25,7 +26,7 @@ PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
 _KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
 
 
-class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
+class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
     """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base class, and of what
     PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where ``self_attn.need_weights`` is set, the result is a
     tuple that ends with the attention's weights, ``[batch, num_heads, seq_len, keys]``, by ordinary ops."""
@@ -138,16 +139,8 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         )
         return out, nn.MultiHeadAttention.Cache(k, v)
 
-    def _state_dict_impl(
-        self,
-        destination: Any = None,
-        include_sublayers: bool = True,
-        structured_name_prefix: str = "",
-        *rest: Any,
-        **more: Any,
-    ) -> Any:
-        state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
-        return merged(destination, with_old_names(state, structured_name_prefix))
+    def _own_entries(self, state: dict, prefix: str) -> dict:
+        return with_old_names(state, prefix)
 
 
 def _check_not_half_quantized(attention: Any) -> None:

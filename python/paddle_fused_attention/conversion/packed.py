@@ -16,9 +16,10 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 from paddle.hapi.dynamic_flops import register_hooks
 
+from .._loading import OwnEntries
 from .._parts import is_plain, is_plain_dropout
 from ..functional import fused_multi_head_attention
-from ..state_dicts import merged, translate_state_dict
+from ..state_dicts import translate_state_dict
 from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 from .adapters import AttentionAdapter
 
@@ -122,7 +123,7 @@ def rate_of(dropout: Any) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-class PackedAttention(nn.Layer):
+class PackedAttention(OwnEntries):
     """What is added to an attention's class. ``_adapter`` and ``_original``, the class, belong to the derived class."""
 
     _adapter: AttentionAdapter
@@ -175,17 +176,8 @@ class PackedAttention(nn.Layer):
             and all(is_plain_dropout(parts.get(name)) for name in adapter.dropouts())
         )
 
-    def _state_dict_impl(
-        self,
-        destination: Any = None,
-        include_sublayers: bool = True,
-        structured_name_prefix: str = "",
-        *rest: Any,
-        **more: Any,
-    ) -> Any:
-        # Of its own entries alone: Paddle 2.6 keeps in the end what the dict that it hands on once held.
-        state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
-        return merged(destination, translate_state_dict(self, state, structured_name_prefix))
+    def _own_entries(self, state: dict, prefix: str) -> dict:
+        return translate_state_dict(self, state, prefix)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # Python finds no class by name that is made as it runs.
