@@ -11,9 +11,16 @@ import paddle.nn.functional as F
 import pytest
 import runners
 from paddle import nn
-from paddle_fused_attention import AttentionAdapter, convert, register_adapter, revert, separate_state_dict
+from paddle_fused_attention import (
+    AttentionAdapter,
+    VisionTransformerAdapter,
+    convert,
+    register_adapter,
+    revert,
+    separate_state_dict,
+)
 from paddle_fused_attention.conversion import registry
-from paddle_fused_attention.conversion.adapters import PaddleNLPGPTAdapter, VisionTransformerAdapter
+from paddle_fused_attention.conversion.adapters import PaddleNLPGPTAdapter
 from test_convert import EMBED, HEADS, SEQ, check, gradients, make_mask, make_x, shake, state_of
 
 

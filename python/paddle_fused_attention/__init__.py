@@ -8,7 +8,7 @@ operator's own, calling it is a segmentation fault.
 
 from . import incubate
 from ._flops import count_flops
-from .conversion import AttentionAdapter, convert, register_adapter, revert
+from .conversion import AttentionAdapter, VisionTransformerAdapter, convert, register_adapter, revert
 from .functional import fused_multi_head_attention
 from .layer import FusedMultiHeadAttention
 from .parallel import ParallelClipGradByGlobalNorm, ParallelFusedMultiHeadAttention, full_state_dict, load_full_state_dict
@@ -23,6 +23,7 @@ __all__ = [
     "FusedMultiHeadAttention",
     "ParallelClipGradByGlobalNorm",
     "ParallelFusedMultiHeadAttention",
+    "VisionTransformerAdapter",
     "convert",
     "count_flops",
     "full_state_dict",
