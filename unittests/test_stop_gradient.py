@@ -386,7 +386,9 @@ with warnings.catch_warnings(record=True) as caught:
     call()
     call()
     found = [w for w in caught if "attn_mask" in str(w.message)]
-    assert len(found) == 1 and found[0].category is UserWarning, found
+    # A converted layer gives the gradient in dygraph, by ordinary ops.
+    assert len(found) == (0 if (kind, mode) == ("converted", "dygraph") else 1), found
+    assert all(w.category is UserWarning for w in found)
     if kind != "converted":
         for parameter in layer.parameters():
             parameter.stop_gradient = True
