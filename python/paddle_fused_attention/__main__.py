@@ -135,10 +135,10 @@ def _one_or_by_pattern(option: str, words: list[tuple[str | None, Any]] | None) 
         return None
     if len(words) == 1 and words[0][0] is None:
         return words[0][1]
-    if any(pattern is None for pattern, _ in words):
-        raise CheckpointError(f"{option}: expected it once, or each time with a pattern, of which '*' fits the rest")
     by_pattern: dict[str, Any] = {}
     for pattern, word in words:
+        if pattern is None:
+            raise CheckpointError(f"{option}: expected it once, or each time with a pattern, of which '*' fits the rest")
         if by_pattern.setdefault(pattern, word) != word:
             raise CheckpointError(f"{option}: expected one word for {pattern!r}, got two that differ")
     return by_pattern

@@ -275,12 +275,15 @@ def _pack_block(
         weights, out = [weight.T for weight in weights], out.T
     if len(naming.qkv) == 1:
         weights = np.split(weights[0], 3, axis=1)
-        biases = [None] if biases[0] is None else np.split(biases[0], 3)
+        biases = [None] * 3 if biases[0] is None else np.split(biases[0], 3)
+    (wq, wk, wv), (bq, bk, bv) = weights, biases
     norm = "pre_ln" if normalize_before else "ln"
-    norm_names = [f"{prefix}{naming.norm}.{part}" for part in names_of_norm(arrays, block)]
+    norm_parts = names_of_norm(arrays, block)
+    assert norm_parts is not None  # a block without is left alone
+    norm_names = [f"{prefix}{naming.norm}.{part}" for part in norm_parts]
     new = {
-        "qkv_weight": pack_qkv_weight(*weights, num_heads),
-        "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases, num_heads),
+        "qkv_weight": pack_qkv_weight(wq, wk, wv, num_heads),
+        "qkv_bias": None if bq is None else pack_qkv_bias(bq, bk, bv, num_heads),
         "linear_weight": out,
         "linear_bias": out_bias,
         f"{norm}_scale": arrays[norm_names[0]],
