@@ -4,7 +4,7 @@
 # make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
 # make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
-# make lint, make format    ruff and clang-format
+# make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-bench            the block and its stages on a GPU against PyTorch
@@ -20,7 +20,6 @@ VENV ?= .venv
 PADDLE ?= 'paddlepaddle==3.3.1; python_version >= "3.9"' 'paddlepaddle==3.0.0; python_version < "3.9"'
 BUILD_TOOLS := 'setuptools>=61' wheel
 CORE_TOOLS := cmake ninja pybind11
-LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
 
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(JOBS)
@@ -43,9 +42,10 @@ endif
 
 SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
 	-o -name '*.py' ! -name _build_info.py)
+CORE_SOURCES = $(wildcard custom_ops/core/*.cc custom_ops/core/cpu/*.cc unittests/cpp/*.cc)
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint format clean
+.PHONY: demo test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -154,15 +154,22 @@ gpu-sanitize:
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py
 
-build/lint/packages:
+build/lint/packages: .ci/lint-requirements.txt
 	$(or $(PYTHON),python3) -m venv build/lint
-	build/lint/bin/pip install $(LINT_TOOLS)
+	build/lint/bin/pip install -r .ci/lint-requirements.txt
 	@touch $@
 
-lint: build/lint/packages
+lint: lint-python lint-cpp
+
+lint-python: build/lint/packages
 	build/lint/bin/ruff check
 	build/lint/bin/ruff format --check
+	build/lint/bin/mypy
+
+lint-cpp: build/lint/packages
 	build/lint/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	printf '%s\n' $(CORE_SOURCES) | xargs -P $(JOBS) -n 1 \
+		$(or $(CXX),g++) -std=c++17 -fopenmp -ffp-contract=fast -Icustom_ops -Wall -Wextra -Werror -fsyntax-only
 
 format: build/lint/packages
 	build/lint/bin/ruff check --fix-only

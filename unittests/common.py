@@ -177,7 +177,7 @@ def expect(case, inputs):
 
 
 def check_tensor(name, actual, expected, dtype, peer=None, stored=None):
-    """Compares within the tolerance of `dtype` (DESIGN.md, section 5).
+    """Compares within the tolerance of `dtype` (docs/design.md, section 4).
 
     16-bit: the largest error and the root mean square of the errors are each at most 2 (result) or 3 (gradients) times the
     peer's. Where the peer happens to be exact, half a unit in the last place of the tensor's largest number remains; or, where the

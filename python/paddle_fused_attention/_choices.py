@@ -40,11 +40,15 @@ def check_patterns(num_heads: Any, names: Iterable[str]) -> None:
 def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks: list[Block]) -> dict[str, int]:
     widths = {block.name: arrays[block.names("weight")[-1]].shape[0] for block in blocks}
     if isinstance(num_heads, Mapping):
-        heads = {}
+        heads: dict[str, int] = {}
         for pattern, count in num_heads.items():
             for name in widths:
                 if fnmatchcase(name, pattern):
                     heads.setdefault(name, count)
+        for name in widths:
+            if name not in heads:
+                patterns = ", ".join(map(repr, num_heads))
+                raise CheckpointError(f"--num-heads: expected a pattern that fits {name}, got {patterns}")
     else:
         heads = dict.fromkeys(widths, num_heads)
         first = next(iter(widths))
@@ -55,8 +59,6 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
                     f"{name} is {width}; got {num_heads}"
                 )
     for name, width in widths.items():
-        if name not in heads:
-            raise CheckpointError(f"--num-heads: expected a pattern that fits {name}, got {', '.join(map(repr, num_heads))}")
         count = heads[name]
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1 or width % count:
             raise CheckpointError(f"--num-heads: expected a divisor of {width}, the width of {name}, got {count}")
@@ -107,7 +109,7 @@ def layout_of(arrays: dict[Any, Any], block: Block, layout: str | None, file_lay
             f"{block.name}: {seen}, so that query, key and value may not follow one another there: "
             f"--layout {told[name]} says that they do"
         )
-    if layout is None and told and not naming.fixed_layout and file_layout not in (None, told[name]):
+    if layout is None and told and not naming.fixed_layout and file_layout is not None and file_layout != told[name]:
         raise CheckpointError(
             f"{block.name}: its file's kind stores weights {form(file_layout)}, but {seen}: --layout is needed"
         )

@@ -246,7 +246,8 @@ def attention_with_cache(
     with without_auto_cast():
         h, weight, bias, linear_weight = _cast_all((x, qkv_weight, qkv_bias, linear_weight), compute)
         if pre_layer_norm:
-            h = _layer_norm(h, *_cast_all((pre_ln_scale, pre_ln_bias), compute), pre_ln_epsilon)
+            scale, shift = _cast_all((pre_ln_scale, pre_ln_bias), compute)
+            h = _layer_norm(h, scale, shift, pre_ln_epsilon)
         q, k, v = paddle.unbind(_project(h, weight, bias))
         k, v = (paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v)))
         o = _attend(q, k, v, attn_mask, False, rate=attn_dropout_rate, training=training, mode=mode, keep=None)
@@ -323,10 +324,11 @@ def attention_part(
         for i, tensor in enumerate((x, key, value)):
             h = paddle.cast(tensor, compute)
             if pre_layer_norm:
-                h = _layer_norm(h, *norm, numbers[0])
+                h = _layer_norm(h, norm[0], norm[1], numbers[0])
             projected.append(_project(h, weight[i : i + 1], None if bias is None else bias[i : i + 1])[0])
         keep = None if draw is None else draw([x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
-        o = _attend(*projected, attn_mask, causal, rate=numbers[3], training=training, mode=mode, keep=keep)
+        q, k, v = projected
+        o = _attend(q, k, v, attn_mask, causal, rate=numbers[3], training=training, mode=mode, keep=keep)
         return paddle.matmul(o, linear_weight)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def state_being_loaded() -> dict | None:
     layers in no other way."""
     if not in_dynamic_mode():
         return None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "set_state_dict":
         if frame.f_code.co_name not in _ON_THE_WAY:
             return None

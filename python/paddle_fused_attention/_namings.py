@@ -300,7 +300,7 @@ def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | 
     if embed_dim == 0:
         return f"{wide} is empty"
     columns = embed_dim * 3 // len(naming.qkv)
-    expected = {name: (embed_dim,) for name in (*norm, biases[-1])}
+    expected: dict[str, tuple[int, ...]] = {name: (embed_dim,) for name in (*norm, biases[-1])}
     expected.update({name: (columns,) for name in biases[:-1]})
     expected.update({name: (embed_dim, columns) for name in weights[:-1]})
     expected[weights[-1]] = (embed_dim, embed_dim)
@@ -335,7 +335,7 @@ def layout_by_shapes(arrays: dict[Any, Any], block: Block, width: int) -> dict[s
     told = {}
     for part in (*widening, block.naming.feed_forward[1]):
         name = f"{block.prefix}{part}.weight"
-        shape = getattr(arrays.get(name), "shape", ())
+        shape: tuple[int, ...] = getattr(arrays.get(name), "shape", ())
         if len(shape) == 2 and shape[0] != shape[1] and width in shape:
             told[name] = "in-out" if (shape[0] == width) == (part in widening) else "out-in"
     return told

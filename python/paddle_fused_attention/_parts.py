@@ -7,7 +7,7 @@ from typing import Any
 from paddle import nn
 
 
-def is_plain(layer: Any, kind: type) -> bool:
+def is_plain(layer: Any, kind: type[Any]) -> bool:
     """Whether a layer is of exactly that class, without hooks or a forward of its own."""
     return (
         type(layer) is kind

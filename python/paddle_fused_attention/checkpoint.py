@@ -275,16 +275,19 @@ def _pack_block(
         weights, out = [weight.T for weight in weights], out.T
     if len(naming.qkv) == 1:
         weights = np.split(weights[0], 3, axis=1)
-        biases = [None] if biases[0] is None else np.split(biases[0], 3)
+        biases = [None] * 3 if biases[0] is None else np.split(biases[0], 3)
+    (wq, wk, wv), (bq, bk, bv) = weights, biases
     new = {
-        "qkv_weight": pack_qkv_weight(*weights, num_heads),
-        "qkv_bias": None if biases[0] is None else pack_qkv_bias(*biases, num_heads),
+        "qkv_weight": pack_qkv_weight(wq, wk, wv, num_heads),
+        "qkv_bias": None if bq is None else pack_qkv_bias(bq, bk, bv, num_heads),
     }
     if naming.only_qkv:
         ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
     else:
         norm = "pre_ln" if normalize_before else "ln"
-        norm_names = [f"{prefix}{naming.norm}.{part}" for part in names_of_norm(arrays, block)]
+        norm_parts = names_of_norm(arrays, block)
+        assert norm_parts is not None  # a block without is left alone
+        norm_names = [f"{prefix}{naming.norm}.{part}" for part in norm_parts]
         new.update(linear_weight=out, linear_bias=out_bias)
         new.update({f"{norm}_{part}": arrays[name] for part, name in zip(("scale", "bias"), norm_names)})
         ours = {*block.names("weight"), *block.names("bias"), *norm_names}

@@ -212,7 +212,9 @@ def _joined(value: Any) -> Any:
         return value
     table = value.pop(_BIG_TABLE)
     for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
-        parts, shape = (entry.get("slices"), entry.get("OriginShape")) if isinstance(entry, dict) else (None, None)
+        entry = entry if isinstance(entry, dict) else {}
+        parts: Any = entry.get("slices")
+        shape: Any = entry.get("OriginShape")
         slices = [value.pop(part, None) for part in parts] if isinstance(parts, list) and parts else [None]
         good = is_shape(shape) and all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices)
         if not good or sum(part.size for part in slices) != math.prod(shape):

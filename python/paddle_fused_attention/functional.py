@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from numbers import Integral, Real
+from types import FrameType
 from typing import Any, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def _check_tensor(name: str, value: Any, required: bool = False) -> None:
 
 def _tensor_types() -> tuple:
     types = [paddle.Tensor, paddle.static.Variable]
-    pir = getattr(paddle, "pir", None)
+    pir: Any = getattr(paddle, "pir", None)
     if hasattr(pir, "Value"):
         types.append(pir.Value)
     return tuple(types)
@@ -114,7 +115,7 @@ def _is_exported_to_onnx() -> bool:
     """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends the process
     at one
     that it does not know: it gets ordinary ops."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
             return True

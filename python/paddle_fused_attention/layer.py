@@ -52,6 +52,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         NotImplementedError: ``need_weights``, or ``kdim`` or ``vdim`` other than embed_dim.
     """
 
+    _parameters: dict[str, Any]
+
     def __init__(
         self,
         embed_dim: int,
@@ -297,8 +299,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             add_residual=add_residual,
         )
         with paddle.no_grad():
-            qkv_weight = pack_qkv_weight(*(projection.weight for projection in projections[:3]), mha.num_heads)
-            qkv_bias = None if biases[0] is None else pack_qkv_bias(*biases[:3], mha.num_heads)
+            wq, wk, wv = (projection.weight for projection in projections[:3])
+            qkv_weight = pack_qkv_weight(wq, wk, wv, mha.num_heads)
+            bq, bk, bv = biases[:3]
+            qkv_bias = None if bq is None else pack_qkv_bias(bq, bk, bv, mha.num_heads)
         parameters = {
             "qkv_weight": qkv_weight,
             "qkv_bias": qkv_bias,

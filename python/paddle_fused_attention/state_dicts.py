@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from types import FrameType
 from typing import Any, Iterator
 
 import numpy as np
@@ -141,7 +142,7 @@ def with_old_names(state: dict, prefix: str) -> dict:
 
 def _wants_separate() -> bool:
     """Whether it is separate_state_dict that asks, or a library that saves a model for others to load."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_name
         if frame.f_code is separate_state_dict.__code__:

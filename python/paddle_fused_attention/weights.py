@@ -10,7 +10,7 @@ import paddle
 Array = TypeVar("Array", np.ndarray, paddle.Tensor)
 
 
-def _stack(arrays: list) -> Array:
+def _stack(arrays: list[Array]) -> Array:
     # np.stack would keep the order in memory of its transposed parts.
     return np.ascontiguousarray(np.stack(arrays)) if isinstance(arrays[0], np.ndarray) else paddle.stack(arrays)
 

@@ -44,7 +44,8 @@ class Packing:
     def pack(self, kind: str, values: list) -> Any:
         """Weights [embed_dim, columns] or biases [columns], one a projection, to the packed parameter."""
         if len(values) == 3:
-            return (pack_qkv_weight if kind == "weight" else pack_qkv_bias)(*values, self.num_heads)
+            query, key, value = values
+            return (pack_qkv_weight if kind == "weight" else pack_qkv_bias)(query, key, value, self.num_heads)
         rows = values[0].T if kind == "weight" else values[0]
         rest = rows.shape[1:]
         head_dim = rows.shape[0] // (3 * self.num_heads)
@@ -127,7 +128,7 @@ class PackedAttention(OwnEntries):
     """What is added to an attention's class. ``_adapter`` and ``_original``, the class, belong to the derived class."""
 
     _adapter: AttentionAdapter
-    _original: type
+    _original: type[Any]
     _packing: Packing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,15 +180,15 @@ class PackedAttention(OwnEntries):
     def _own_entries(self, state: dict, prefix: str) -> dict:
         return translate_state_dict(self, state, prefix)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple:
         # Python finds no class by name that is made as it runs.
         return _new_packed, (self._original,), self.__dict__
 
 
-_classes: dict[type, type] = {}
+_classes: dict[type, type[Any]] = {}
 
 
-def packed_class(original: type, adapter: AttentionAdapter) -> type:
+def packed_class(original: type, adapter: AttentionAdapter) -> type[Any]:
     """The class of packed layers of a class, always the same while its adapter is."""
     known = _classes.get(original)
     if known is None or known._adapter is not adapter:
@@ -208,7 +209,7 @@ def _new_packed(original: type) -> Any:
         raise TypeError(
             f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none"
         )
-    kind = packed_class(original, adapter)
+    kind: Any = packed_class(original, adapter)
     return kind.__new__(kind)
 
 
@@ -260,7 +261,7 @@ def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
     }
     packing = Packing(tuple(projections), interleaved, adapter.num_heads(attention), names)
     with paddle.no_grad():
-        packed = {}
+        packed: dict[str, Any] = {}
         for kind in _PARAMETERS:
             values = [getattr(layer, kind) for layer in layers]
             packed[kind] = None

@@ -151,11 +151,9 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
     if list(map(_shape, expected)) != list(map(_shape, actual)) or _shape(actual[0]) != x.shape:
         return "its forward returns something else than the operator"
     for wanted, found in zip(expected, actual):
-        size, error = float(wanted.abs().max()), float((found - wanted).abs().max())
-        if not error <= 1e-4 * size:
-            return (
-                f"its forward gives other numbers than the operator: they differ by {error:.2g} where the largest is {size:.2g}"
-            )
+        size, difference = float(wanted.abs().max()), float((found - wanted).abs().max())
+        if not difference <= 1e-4 * size:
+            return f"its forward gives other numbers than the operator: they differ by {difference:.2g} where the largest is {size:.2g}"
     return None
 
 
