@@ -11,14 +11,14 @@
 #include <tuple>
 #include <vector>
 
-#include "attributes.h"
-#include "checks.h"
 #include "core/block.h"
-#include "devices.h"
+#include "op/attributes.h"
+#include "op/checks.h"
+#include "op/devices.h"
+#include "op/spmd.h"
 #include "paddle/common/ddim.h"
 #include "paddle/common/enforce.h"
 #include "paddle/extension.h"
-#include "spmd.h"
 
 namespace pfa::op {
 namespace {

@@ -1,4 +1,4 @@
-#include "spmd.h"
+#include "op/spmd.h"
 
 #ifdef PFA_DIST_TENSORS
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "attributes.h"
+#include "op/attributes.h"
 
 namespace pfa::op {
 

@@ -2,7 +2,7 @@
 // may have such rules): inputs stay sharded over the batch, and the weights over heads where the operator holds a part of the heads.
 #pragma once
 
-#include "attributes.h"
+#include "op/attributes.h"
 #include "paddle/extension.h"
 
 #if __has_include("paddle/phi/api/ext/spmd_infer.h")

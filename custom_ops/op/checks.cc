@@ -1,4 +1,4 @@
-#include "checks.h"
+#include "op/checks.h"
 
 #include <algorithm>
 #include <initializer_list>
