@@ -10,21 +10,7 @@
 //
 // No memory needs values before. `saved` goes from forward to backward; it is null where forward is to save nothing.
 //
-// A device is a Context type; its stages are functions found in the Context's namespace, each taking (Context&, const
-// Params&): layer_norm_*, qkv_linear_*, attention_*, output_linear_*, residual_* with * = forward, backward, narrow_x, and
-// stage_workspace_bytes(const Context&, const Params&, Phase), the most that any one stage of the phase needs.
-//
-// Where residual_dtype is wider than dtype (has_wide_residual), stages read and write two types, never both in one place:
-//
-//   layer_norm_forward      x (residual_dtype) -> hidden (dtype)
-//   narrow_x                x (residual_dtype) -> hidden (dtype), x rounded; only here, in place of layer_norm_forward
-//   output_linear_forward   attn_out, linear_weight (dtype) -> residual (residual_dtype), not rounded in between
-//   residual_forward        residual, x (residual_dtype), linear_bias (dtype) -> residual, out (residual_dtype)
-//   residual_backward       d_out, residual (residual_dtype) -> d_residual (residual_dtype, null where not needed), d_linear (dtype; also
-//                           without dropout and without layer norm), d_linear_bias (dtype)
-//   qkv_linear_backward     d_qkv, qkv_weight, hidden (dtype) -> d_qkv_weight, d_qkv_bias, d_hidden (dtype); without pre_layer_norm
-//                           d_x (residual_dtype), with d_residual (residual_dtype) added, not rounded in between
-//   layer_norm_backward     d_hidden (dtype), x, d_residual (residual_dtype) -> d_x (residual_dtype)
+// A device is a Context type whose namespace has the stages and stage_workspace_bytes; stages.md is their contract.
 #pragma once
 
 #include <algorithm>
