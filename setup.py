@@ -1,6 +1,6 @@
 """Builds the operator library of paddle_fused_attention for the Paddle that is installed.
 
-The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/paddle, with their cuda parts
+The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/op, with their cuda parts
 where Paddle is built with CUDA. What it was built for is written to paddle_fused_attention/_build_info.py, which the package
 compares with the Paddle that it finds at import.
 
@@ -29,7 +29,7 @@ from setuptools.errors import PlatformError
 PACKAGE = "paddle_fused_attention"
 CORE_SOURCES = ["custom_ops/core/*.cc", "custom_ops/core/cpu/*.cc"]
 CORE_CUDA_SOURCES = ["custom_ops/core/cuda/*.cc", "custom_ops/core/cuda/*.cu"]
-OPERATOR_SOURCES = ["custom_ops/paddle/*.cc"]
+OPERATOR_SOURCES = ["custom_ops/op/*.cc"]
 HEADERS = ["custom_ops/**/*.h", "custom_ops/**/*.cuh"]
 
 # The instruction set is chosen at run time, so none is asked for here. GOMP symbols are found in Paddle's own OpenMP runtime,

@@ -135,16 +135,10 @@ int main(int count, char** arguments) {
 
   cpu::Context context;
   context.threads = cpu::max_threads();
-  Arena saved(allocate(saved_bytes(p)));
-  plan_saved(p, saved);
   p.seed = 1;
-  Params forward = p, backward = p;
-  Arena forward_arena(allocate(forward_workspace_bytes(context, p, true)));
-  plan_forward(context, forward, forward_arena, true);
-  Arena backward_arena(allocate(backward_workspace_bytes(context, p)));
-  plan_backward(context, backward, backward_arena);
-  const Params output_backward = with_workspace(backward, backward.output_workspace);
-  const Params input_backward = with_workspace(backward, backward.input_workspace);
+  char* const saved = allocate(saved_bytes(p));
+  const Params forward = plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
+  const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
   const double qkv = 2.0 * rows * 3 * embed * embed, output = 2.0 * rows * embed * embed;
   const double attention = 4.0 * p.batch * p.seq_len * p.seq_len * embed;
@@ -159,10 +153,10 @@ int main(int count, char** arguments) {
       {"attention_forward", cpu::attention_forward, &forward, attention},
       {"output_linear_forward", cpu::output_linear_forward, &forward, output},
       {"residual_forward", cpu::residual_forward, &forward, 0},            // projection, x; z, out
-      {"residual_backward", cpu::residual_backward, &output_backward, 0},  // d_out, z; d_residual, d_linear
-      {"output_linear_backward", cpu::output_linear_backward, &output_backward, 2 * output},
-      {"attention_backward", cpu::attention_backward, &backward, 2.5 * attention},
-      {"qkv_linear_backward", cpu::qkv_linear_backward, &input_backward, 2 * qkv},
+      {"residual_backward", cpu::residual_backward, &backward.output, 0},  // d_out, z; d_residual, d_linear
+      {"output_linear_backward", cpu::output_linear_backward, &backward.output, 2 * output},
+      {"attention_backward", cpu::attention_backward, &backward.attention, 2.5 * attention},
+      {"qkv_linear_backward", cpu::qkv_linear_backward, &backward.input, 2 * qkv},
   };
   const double operations_per_second = 0.8 * peak(bfloat16, context.threads);
   // The copy of half of the bytes reads and writes as many.

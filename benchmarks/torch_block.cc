@@ -44,24 +44,16 @@ class Block {
     pfa::Params p = params(inputs);
     Tensor out = torch::empty_like(inputs[kX]);
     p.out = out.data_ptr();
-    if (saved) {
-      *saved = bytes(pfa::saved_bytes(p), out);
-      pfa::Arena arena(saved->data_ptr());
-      pfa::plan_saved(p, arena);
-    }
-    const Tensor workspace = bytes(pfa::forward_workspace_bytes(context, p, saved != nullptr), out);
-    pfa::Arena arena(workspace.data_ptr());
-    pfa::plan_forward(context, p, arena, saved != nullptr);
     p.offset = ++calls_;
-    pfa::block_forward(context, p);
+    if (saved) *saved = bytes(pfa::saved_bytes(p), out);
+    const Tensor workspace = bytes(pfa::forward_workspace_bytes(context, p, saved != nullptr), out);
+    pfa::block_forward(context, p, saved ? saved->data_ptr() : nullptr, workspace.data_ptr());
     return out;
   }
 
   variable_list backward(const variable_list& inputs, const Tensor& saved, const Tensor& d_out) {
     pfa::cuda::Context context = this->context(inputs[kX]);
     pfa::Params p = params(inputs);
-    pfa::Arena saved_arena(saved.data_ptr());
-    pfa::plan_saved(p, saved_arena);
     p.d_out = d_out.data_ptr();
     void*& d_scale = p.pre_layer_norm ? p.d_pre_ln_scale : p.d_ln_scale;
     void*& d_bias = p.pre_layer_norm ? p.d_pre_ln_bias : p.d_ln_bias;
@@ -73,9 +65,7 @@ class Block {
       *targets[i] = gradients.back().data_ptr();
     }
     const Tensor workspace = bytes(pfa::backward_workspace_bytes(context, p), d_out);
-    pfa::Arena arena(workspace.data_ptr());
-    pfa::plan_backward(context, p, arena);
-    pfa::block_backward(context, p);
+    pfa::block_backward(context, p, saved.data_ptr(), workspace.data_ptr());
     return gradients;
   }
 

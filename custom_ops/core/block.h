@@ -2,54 +2,28 @@
 //
 //   [layer norm] -> QKV projection -> attention -> output projection -> bias + dropout + residual [+ layer norm]
 //
-// A device is a Context type; its stages are functions found in the Context's namespace, each taking (Context&, const
-// Params&): layer_norm_*, qkv_linear_*, attention_*, output_linear_*, residual_* with * = forward, backward, narrow_x, and
-// stage_workspace_bytes(const Context&, const Params&, Phase), the most that any one stage of the phase needs.
+// A caller fills in the sizes, types, switches and inputs of Params, then `out` or d_out and the gradients that it wants, gets memory and
+// runs:
 //
-// Where residual_dtype is wider than dtype (has_wide_residual), stages read and write two types, never both in one place:
+//   saved_bytes(p), forward_workspace_bytes(context, p, saves)    block_forward(context, p, saved, workspace)
+//   saved_bytes(p), backward_workspace_bytes(context, p)          block_backward(context, p, saved, workspace)
 //
-//   layer_norm_forward      x (residual_dtype) -> hidden (dtype)
-//   narrow_x                x (residual_dtype) -> hidden (dtype), x rounded; only here, in place of layer_norm_forward
-//   output_linear_forward   attn_out, linear_weight (dtype) -> residual (residual_dtype), not rounded in between
-//   residual_forward        residual, x (residual_dtype), linear_bias (dtype) -> residual, out (residual_dtype)
-//   residual_backward       d_out, residual (residual_dtype) -> d_residual (residual_dtype, null where not needed), d_linear (dtype; also
-//                           without dropout and without layer norm), d_linear_bias (dtype)
-//   qkv_linear_backward     d_qkv, qkv_weight, hidden (dtype) -> d_qkv_weight, d_qkv_bias, d_hidden (dtype); without pre_layer_norm
-//                           d_x (residual_dtype), with d_residual (residual_dtype) added, not rounded in between
-//   layer_norm_backward     d_hidden (dtype), x, d_residual (residual_dtype) -> d_x (residual_dtype)
+// No memory needs values before. `saved` goes from forward to backward; it is null where forward is to save nothing.
 //
-// Memory is planned by walking an Arena twice: once from null to learn the size, once over the memory to place pointers.
+// A device is a Context type whose namespace has the stages and stage_workspace_bytes; stages.md is their contract.
 #pragma once
 
 #include <algorithm>
 
+#include "core/arena.h"
 #include "core/params.h"
 
 namespace pfa {
 
-class Arena {
- public:
-  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-
-  void* take(size_t bytes) {
-    void* result = base_ ? base_ + used_ : nullptr;
-    used_ += aligned(bytes);
-    return result;
-  }
-
-  size_t used() const { return used_; }
-
-  // What a piece of `bytes` uses.
-  static size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
- private:
-  static constexpr size_t kAlignment = 256;
-  char* base_;
-  size_t used_ = 0;
-};
-
-// Places what backward reads again: O(B*S*E + B*H*S) numbers. The layer-normalised x is not among them: it is computed anew.
-inline void plan_saved(Params& p, Arena& arena) {
+// Places what backward reads again, O(B*S*E + B*H*S) numbers, and returns its size. The layer-normalised x is not among them: it is
+// computed anew.
+inline size_t place_saved(Params& p, void* saved) {
+  Arena arena(saved);
   const size_t rows = p.rows();
   const size_t element = size_of(p.dtype);
   const size_t residual_element = size_of(p.residual_dtype);
@@ -64,20 +38,25 @@ inline void plan_saved(Params& p, Arena& arena) {
   p.residual = p.final_layer_norm ? arena.take(rows * p.embed_dim * residual_element) : nullptr;
   p.ln_mean = p.final_layer_norm && !has_output_dropout(p) ? arena.take(rows * statistic) : nullptr;
   p.ln_rstd = p.final_layer_norm ? arena.take(rows * statistic) : nullptr;
-}
-
-inline size_t saved_bytes(Params p) {
-  Arena arena;
-  plan_saved(p, arena);
   return arena.used();
 }
 
-// Places what the forward pass needs and forgets. Without `saves` that includes what plan_saved places: the output projection
-// then goes to `out` itself and the final layer norm runs there, and its statistics are not kept.
+inline size_t saved_bytes(Params p) { return place_saved(p, nullptr); }
+
+// What the stages are called with. Where a plan is made for memory that is null, only its size is of use.
+struct ForwardPlan {
+  Params params;
+  size_t workspace_bytes;
+};
+
+// Places what the forward pass writes. Without `saves` what is needed of what place_saved places lies in the workspace: the output
+// projection then goes to `out` itself and the final layer norm runs there, and statistics are not kept.
 template <class Context>
-void plan_forward(const Context& context, Params& p, Arena& arena, bool saves) {
+ForwardPlan plan_forward(const Context& context, Params p, bool saves, void* saved, void* workspace) {
   const size_t rows = p.rows();
   const size_t element = size_of(p.dtype);
+  if (saves) place_saved(p, saved);
+  Arena arena(workspace);
   p.hidden = has_own_hidden(p) ? arena.take(rows * p.embed_dim * element) : const_cast<void*>(p.x);
   if (!saves) {
     p.random_state = static_cast<uint64_t*>(arena.take(2 * sizeof(uint64_t)));
@@ -87,13 +66,12 @@ void plan_forward(const Context& context, Params& p, Arena& arena, bool saves) {
   }
   if (!p.residual) p.residual = p.out;
   p.stage_workspace = arena.take(stage_workspace_bytes(context, p, Phase::kForward));
+  return {p, arena.used()};
 }
 
 template <class Context>
-size_t forward_workspace_bytes(const Context& context, Params p, bool saves) {
-  Arena arena;
-  plan_forward(context, p, arena, saves);
-  return arena.used();
+size_t forward_workspace_bytes(const Context& context, const Params& p, bool saves) {
+  return plan_forward(context, p, saves, nullptr, nullptr).workspace_bytes;
 }
 
 template <class Context>
@@ -105,8 +83,10 @@ void make_hidden(Context& context, const Params& p) {
   }
 }
 
+// Writes p.out, and what backward reads to `saved` unless that is null.
 template <class Context>
-void block_forward(Context& context, const Params& p) {
+void block_forward(Context& context, const Params& params, void* saved, void* workspace) {
+  const Params p = plan_forward(context, params, saved != nullptr, saved, workspace).params;
   make_hidden(context, p);
   qkv_linear_forward(context, p);
   attention_forward(context, p);
@@ -114,14 +94,29 @@ void block_forward(Context& context, const Params& p) {
   residual_forward(context, p);
 }
 
-// Places what the backward pass needs and forgets; p holds the plan of plan_saved and the gradients that are asked for.
+inline Params with_workspace(Params p, void* workspace) {
+  p.stage_workspace = workspace;
+  return p;
+}
+
+// What the stages of each phase are called with, which differs in stage_workspace only.
+struct BackwardPlan {
+  Params output;
+  Params attention;
+  Params input;
+  size_t workspace_bytes;
+};
+
+// Places what the backward pass reads and writes. It leaves `saved` as it is: what make_hidden writes there is there already.
 //
 // Memory is shared by what lives at different times. d_linear, and the workspace of the stages that make and read it, end before d_qkv
 // begins. d_attn_out, hidden and d_hidden follow each other in one place; that is d_x itself, where the last of them becomes d_x, unless
 // d_residual waits there, or the last of them is d_hidden and narrower than d_x. So layer_norm_backward and qkv_linear_backward find what
 // they read where they write, in numbers of one type. Where only d_attn_out has been there, the workspace of qkv_linear_backward follows it.
 template <class Context>
-void plan_backward(const Context& context, Params& p, Arena& arena) {
+BackwardPlan plan_backward(const Context& context, Params p, const void* saved, void* workspace) {
+  place_saved(p, const_cast<void*>(saved));
+  Arena arena(workspace);
   const size_t row_bytes = p.rows() * size_of(p.dtype);
   const size_t activation = row_bytes * p.embed_dim;
   const size_t residual = p.rows() * p.embed_dim * size_of(p.residual_dtype);
@@ -138,10 +133,10 @@ void plan_backward(const Context& context, Params& p, Arena& arena) {
   Arena before_d_qkv(p.d_qkv);
   void* d_linear = before_d_qkv.take(d_linear_bytes);
   p.d_linear = !needs_d_linear(p) ? nullptr : has_own_d_linear(p) ? d_linear : p.d_residual;
-  p.output_workspace = before_d_qkv.take(output_workspace);
+  void* const output_memory = before_d_qkv.take(output_workspace);
   if (!needs_d_qkv(p)) {
-    p.d_qkv = p.d_attn_out = p.hidden = p.d_hidden = p.stage_workspace = p.input_workspace = nullptr;
-    return;
+    p.d_qkv = p.d_attn_out = p.hidden = p.d_hidden = nullptr;
+    return {with_workspace(p, output_memory), with_workspace(p, nullptr), with_workspace(p, nullptr), arena.used()};
   }
 
   const size_t attention_workspace = stage_workspace_bytes(context, p, Phase::kAttentionBackward);
@@ -154,33 +149,27 @@ void plan_backward(const Context& context, Params& p, Arena& arena) {
   p.d_attn_out = shared;
   p.hidden = !has_own_hidden(p) ? const_cast<void*>(p.x) : p.d_qkv_weight ? shared : nullptr;
   p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? shared : nullptr;
-  p.stage_workspace = arena.take(std::max(attention_workspace, is_free_again ? 0 : input_workspace));
-  p.input_workspace = is_free_again ? shared : p.stage_workspace;
+  void* const attention_memory = arena.take(std::max(attention_workspace, is_free_again ? 0 : input_workspace));
+  return {with_workspace(p, output_memory), with_workspace(p, attention_memory),
+          with_workspace(p, is_free_again ? shared : attention_memory), arena.used()};
 }
 
 template <class Context>
-size_t backward_workspace_bytes(const Context& context, Params p) {
-  Arena arena;
-  plan_backward(context, p, arena);
-  return arena.used();
+size_t backward_workspace_bytes(const Context& context, const Params& p) {
+  return plan_backward(context, p, nullptr, nullptr).workspace_bytes;
 }
 
-inline Params with_workspace(Params p, void* workspace) {
-  p.stage_workspace = workspace;
-  return p;
-}
-
+// Writes the gradients that are asked for.
 template <class Context>
-void block_backward(Context& context, const Params& p) {
-  const Params output = with_workspace(p, p.output_workspace);
-  if (p.final_layer_norm || needs_d_linear(p)) residual_backward(context, output);
-  if (needs_d_linear(p)) output_linear_backward(context, output);
-  if (needs_d_qkv(p)) {
-    attention_backward(context, p);
-    const Params input = with_workspace(p, p.input_workspace);
-    if (p.d_qkv_weight) make_hidden(context, input);
-    qkv_linear_backward(context, input);
-    if (p.d_hidden) layer_norm_backward(context, input);
+void block_backward(Context& context, const Params& params, const void* saved, void* workspace) {
+  const BackwardPlan plan = plan_backward(context, params, saved, workspace);
+  if (params.final_layer_norm || needs_d_linear(params)) residual_backward(context, plan.output);
+  if (needs_d_linear(params)) output_linear_backward(context, plan.output);
+  if (needs_d_qkv(params)) {
+    attention_backward(context, plan.attention);
+    if (params.d_qkv_weight) make_hidden(context, plan.input);
+    qkv_linear_backward(context, plan.input);
+    if (plan.input.d_hidden) layer_norm_backward(context, plan.input);
   }
 }
 

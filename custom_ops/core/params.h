@@ -161,14 +161,38 @@ struct Params {
 
   // memory that the running stage may use freely; stage_workspace_bytes of the device says how much it needs
   void* stage_workspace = nullptr;
-  // the same for the phases of the backward pass before and after attention
-  void* output_workspace = nullptr;
-  void* input_workspace = nullptr;
 
   int64_t rows() const { return batch * seq_len; }
   int64_t heads_dim() const { return num_heads * head_dim; }
   int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
+
+// The inputs, in the order of the operator: DO(Name, name) for each, separated by commas. First those that have gradients.
+#define PFA_DIFFERENTIABLE_INPUTS(DO)                                                                 \
+  DO(X, x), DO(QKVWeight, qkv_weight), DO(LinearWeight, linear_weight), DO(PreLnScale, pre_ln_scale), \
+      DO(PreLnBias, pre_ln_bias), DO(LnScale, ln_scale), DO(LnBias, ln_bias), DO(QKVBias, qkv_bias),  \
+      DO(LinearBias, linear_bias)
+#define PFA_INPUTS(DO) PFA_DIFFERENTIABLE_INPUTS(DO), DO(AttnMask, attn_mask)
+
+#define PFA_ENUMERATOR(Name, name) k##Name
+enum Input : int { PFA_INPUTS(PFA_ENUMERATOR), kInputCount };
+#undef PFA_ENUMERATOR
+
+constexpr int kGradientCount = kAttnMask;  // the mask is constant
+
+#define PFA_NAME(Name, name) #name
+constexpr const char* kInputNames[kInputCount] = {PFA_INPUTS(PFA_NAME)};
+#undef PFA_NAME
+
+// Where Params points to an input and to its gradient.
+struct InputPointers {
+  const void* Params::* value;
+  void* Params::* gradient;
+};
+
+#define PFA_POINTERS(Name, name) {&Params::name, &Params::d_##name}
+constexpr InputPointers kInputPointers[kGradientCount] = {PFA_DIFFERENTIABLE_INPUTS(PFA_POINTERS)};
+#undef PFA_POINTERS
 
 inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
 

@@ -4,7 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <map>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -34,36 +34,51 @@ std::string numpy_name(DType dtype) {
   }
 }
 
-// The tensors of a block by name: where Params points to them and to their gradients, their types and shapes.
-struct Entry {
-  const void* Params::* input;
-  void* Params::* gradient;
-  DType dtype;
-  bool required;
-  std::vector<py::ssize_t> shape;
-};
+using Sizes = std::vector<py::ssize_t>;
 
-std::map<std::string, Entry> entries(const Params& p) {
-  const std::vector<py::ssize_t> activation{p.batch, p.seq_len, p.embed_dim};
-  const std::vector<py::ssize_t> row{p.embed_dim};
-  return {
-      {"x", {&Params::x, &Params::d_x, p.residual_dtype, true, activation}},
-      {"qkv_weight", {&Params::qkv_weight, &Params::d_qkv_weight, p.dtype, true, {3, p.num_heads, p.head_dim, p.embed_dim}}},
-      {"linear_weight", {&Params::linear_weight, &Params::d_linear_weight, p.dtype, true, {p.heads_dim(), p.embed_dim}}},
-      {"qkv_bias", {&Params::qkv_bias, &Params::d_qkv_bias, p.dtype, false, {3, p.num_heads, p.head_dim}}},
-      {"linear_bias", {&Params::linear_bias, &Params::d_linear_bias, p.dtype, false, row}},
-      {"pre_ln_scale", {&Params::pre_ln_scale, &Params::d_pre_ln_scale, p.norm_dtype, false, row}},
-      {"pre_ln_bias", {&Params::pre_ln_bias, &Params::d_pre_ln_bias, p.norm_dtype, false, row}},
-      {"ln_scale", {&Params::ln_scale, &Params::d_ln_scale, p.norm_dtype, false, row}},
-      {"ln_bias", {&Params::ln_bias, &Params::d_ln_bias, p.norm_dtype, false, row}}};
+bool is_required(Input input) { return input == kX || input == kQKVWeight || input == kLinearWeight; }
+
+// An input's, and its gradient's.
+DType input_dtype(const Params& p, Input input) {
+  switch (input) {
+    case kX:
+      return p.residual_dtype;
+    case kPreLnScale:
+    case kPreLnBias:
+    case kLnScale:
+    case kLnBias:
+      return p.norm_dtype;
+    default:
+      return p.dtype;
+  }
 }
 
-const void* checked(const py::object& object, const std::string& name, DType dtype, const std::vector<py::ssize_t>& shape) {
+Sizes input_shape(const Params& p, Input input) {
+  switch (input) {
+    case kX:
+      return {p.batch, p.seq_len, p.embed_dim};
+    case kQKVWeight:
+      return {3, p.num_heads, p.head_dim, p.embed_dim};
+    case kQKVBias:
+      return {3, p.num_heads, p.head_dim};
+    case kLinearWeight:
+      return {p.heads_dim(), p.embed_dim};
+    default:
+      return {p.embed_dim};
+  }
+}
+
+// kGradientCount if none has a gradient and that name.
+Input find_differentiable(const std::string& name) {
+  return static_cast<Input>(std::find(kInputNames, kInputNames + kGradientCount, name) - kInputNames);
+}
+
+const void* checked(const py::object& object, const std::string& name, DType dtype, const Sizes& shape) {
   if (!py::isinstance<py::array>(object)) throw py::type_error(name + ": expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
   if (!array.dtype().is(py::dtype(numpy_name(dtype)))) throw py::type_error(name + ": expected dtype " + numpy_name(dtype));
   if (!(array.flags() & py::array::c_style)) throw py::value_error(name + ": expected a contiguous array");
-  if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) != shape) {
+  if (Sizes(array.shape(), array.shape() + array.ndim()) != shape) {
     throw py::value_error(name + ": expected shape " + py::str(py::cast(shape)).cast<std::string>() + ", got " +
                           py::str(array.attr("shape")).cast<std::string>());
   }
@@ -92,21 +107,22 @@ Mask mask_of(const py::object& object, const Params& p) {
 
 Params describe(const py::dict& inputs, const py::dict& config) {
   Params p = parse_config(config).params;
-  const auto tensors = entries(p);
   for (const auto& item : inputs) {
     const auto name = item.first.cast<std::string>();
     const auto value = py::reinterpret_borrow<py::object>(item.second);
     if (value.is_none()) continue;
-    if (name == "attn_mask") {
+    if (name == kInputNames[kAttnMask]) {
       p.mask = mask_of(value, p);
       continue;
     }
-    const auto it = tensors.find(name);
-    if (it == tensors.end()) throw py::value_error("inputs: unknown entry " + name);
-    p.*it->second.input = checked(value, name, it->second.dtype, it->second.shape);
+    const Input input = find_differentiable(name);
+    if (input == kGradientCount) throw py::value_error("inputs: unknown entry " + name);
+    p.*kInputPointers[input].value = checked(value, name, input_dtype(p, input), input_shape(p, input));
   }
-  for (const auto& [name, entry] : tensors) {
-    if (entry.required && !(p.*entry.input)) throw py::value_error("inputs: expected an entry " + name);
+  for (int i = 0; i < kGradientCount; ++i) {
+    if (is_required(static_cast<Input>(i)) && !(p.*kInputPointers[i].value)) {
+      throw py::value_error(std::string("inputs: expected an entry ") + kInputNames[i]);
+    }
   }
   return p;
 }
@@ -127,23 +143,17 @@ cpu::Context make_context(const std::string& isa) {
 py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
                   const std::string& isa) {
   Params p = describe(inputs, config);
-  const cpu::Context shared = make_context(isa);
-  py::array out(py::dtype(numpy_name(p.residual_dtype)), entries(p).at("x").shape);
+  cpu::Context context = make_context(isa);
+  py::array out(py::dtype(numpy_name(p.residual_dtype)), input_shape(p, kX));
   p.out = out.mutable_data();
+  p.seed = seed;
+  p.offset = offset;
   Bytes saved(saves ? saved_bytes(p) : 0);
-  if (saves) {
-    Arena arena(saved.mutable_data());
-    plan_saved(p, arena);
-  }
-  std::vector<uint8_t> workspace(forward_workspace_bytes(shared, p, saves));
+  void* const saved_memory = saves ? saved.mutable_data() : nullptr;
+  std::vector<uint8_t> workspace(forward_workspace_bytes(context, p, saves));
   {
     py::gil_scoped_release release;
-    cpu::Context context = shared;
-    Arena arena(workspace.data());
-    plan_forward(context, p, arena, saves);
-    p.seed = seed;
-    p.offset = offset;
-    block_forward(context, p);
+    block_forward(context, p, saved_memory, workspace.data());
   }
   return py::make_tuple(out, saves ? py::object(saved) : py::none());
 }
@@ -151,27 +161,22 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
 py::dict backward(const py::dict& inputs, const py::dict& config, const py::array& d_out, const Bytes& saved,
                   const std::vector<std::string>& needs, const std::string& isa) {
   Params p = describe(inputs, config);
-  const cpu::Context shared = make_context(isa);
-  const auto tensors = entries(p);
-  p.d_out = checked(d_out, "d_out", p.residual_dtype, tensors.at("x").shape);
+  cpu::Context context = make_context(isa);
+  p.d_out = checked(d_out, "d_out", p.residual_dtype, input_shape(p, kX));
   if (static_cast<size_t>(saved.size()) != saved_bytes(p)) throw py::value_error("saved: expected what forward returned");
   py::dict gradients;
   for (const std::string& name : needs) {
-    const auto it = tensors.find(name);
-    if (it == tensors.end() || !(p.*it->second.input)) throw py::value_error("needs: no such input: " + name);
-    py::array gradient(py::dtype(numpy_name(it->second.dtype)), it->second.shape);
-    p.*it->second.gradient = gradient.mutable_data();
+    const Input input = find_differentiable(name);
+    if (input == kGradientCount || !(p.*kInputPointers[input].value)) throw py::value_error("needs: no such input: " + name);
+    py::array gradient(py::dtype(numpy_name(input_dtype(p, input))), input_shape(p, input));
+    p.*kInputPointers[input].gradient = gradient.mutable_data();
     gradients[name.c_str()] = gradient;
   }
-  Arena saved_arena(const_cast<uint8_t*>(saved.data()));
-  plan_saved(p, saved_arena);
-  std::vector<uint8_t> workspace(backward_workspace_bytes(shared, p));
+  std::vector<uint8_t> workspace(backward_workspace_bytes(context, p));
+  const void* const saved_memory = saved.data();
   {
     py::gil_scoped_release release;
-    cpu::Context context = shared;
-    Arena arena(workspace.data());
-    plan_backward(context, p, arena);
-    block_backward(context, p);
+    block_backward(context, p, saved_memory, workspace.data());
   }
   return gradients;
 }

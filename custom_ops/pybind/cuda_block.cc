@@ -46,17 +46,12 @@ void* address_of(const py::handle& array) {
 using Setter = void (*)(Params&, void*);
 
 #define PFA_POINTER(name) {#name, [](Params& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
+#define PFA_INPUT(Name, name) PFA_POINTER(name)
+#define PFA_GRADIENT(Name, name) PFA_POINTER(d_##name)
 
 const std::map<std::string, Setter>& pointers() {
-  static const std::map<std::string, Setter> setters = {PFA_POINTER(x),
-                                                        PFA_POINTER(pre_ln_scale),
-                                                        PFA_POINTER(pre_ln_bias),
-                                                        PFA_POINTER(qkv_weight),
-                                                        PFA_POINTER(qkv_bias),
-                                                        PFA_POINTER(linear_weight),
-                                                        PFA_POINTER(linear_bias),
-                                                        PFA_POINTER(ln_scale),
-                                                        PFA_POINTER(ln_bias),
+  static const std::map<std::string, Setter> setters = {PFA_DIFFERENTIABLE_INPUTS(PFA_INPUT),
+                                                        PFA_DIFFERENTIABLE_INPUTS(PFA_GRADIENT),
                                                         PFA_POINTER(out),
                                                         PFA_POINTER(random_state),
                                                         PFA_POINTER(pre_ln_mean),
@@ -70,15 +65,6 @@ const std::map<std::string, Setter>& pointers() {
                                                         PFA_POINTER(ln_rstd),
                                                         PFA_POINTER(hidden),
                                                         PFA_POINTER(d_out),
-                                                        PFA_POINTER(d_x),
-                                                        PFA_POINTER(d_pre_ln_scale),
-                                                        PFA_POINTER(d_pre_ln_bias),
-                                                        PFA_POINTER(d_qkv_weight),
-                                                        PFA_POINTER(d_qkv_bias),
-                                                        PFA_POINTER(d_linear_weight),
-                                                        PFA_POINTER(d_linear_bias),
-                                                        PFA_POINTER(d_ln_scale),
-                                                        PFA_POINTER(d_ln_bias),
                                                         PFA_POINTER(d_residual),
                                                         PFA_POINTER(d_linear),
                                                         PFA_POINTER(d_attn_out),
@@ -88,6 +74,8 @@ const std::map<std::string, Setter>& pointers() {
   return setters;
 }
 
+#undef PFA_GRADIENT
+#undef PFA_INPUT
 #undef PFA_POINTER
 
 using Stage = void (*)(cuda::Context&, const Params&);
@@ -136,10 +124,7 @@ class CudaBlock {
 
   size_t backward_workspace_bytes(const py::dict& arrays) const {
     CurrentDevice current(device_);
-    Params p = params(arrays);
-    Arena saved;
-    plan_saved(p, saved);
-    return pfa::backward_workspace_bytes(context(0), p);
+    return pfa::backward_workspace_bytes(context(0), params(arrays));
   }
 
   void forward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream, uint64_t seed,
@@ -147,27 +132,15 @@ class CudaBlock {
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
     Params p = params(arrays);
-    const bool saves = !saved.is_none();
-    if (saves) {
-      Arena arena(address_of(saved));
-      plan_saved(p, arena);
-    }
-    Arena arena(address_of(workspace));
-    plan_forward(context, p, arena, saves);
     p.seed = seed;
     p.offset = offset;
-    block_forward(context, p);
+    block_forward(context, p, address_of(saved), address_of(workspace));
   }
 
   void backward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream) const {
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
-    Params p = params(arrays);
-    Arena saved_arena(address_of(saved));
-    plan_saved(p, saved_arena);
-    Arena arena(address_of(workspace));
-    plan_backward(context, p, arena);
-    block_backward(context, p);
+    block_backward(context, params(arrays), address_of(saved), address_of(workspace));
   }
 
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {

@@ -123,17 +123,10 @@ Results run_block(const cpu::Kernels& kernels, DType dtype, const Inputs& in, co
   context.kernels = &kernels;
 
   std::vector<char> saved(saved_bytes(p));
-  Arena saved_arena(saved.data());
-  plan_saved(p, saved_arena);
   std::vector<char> workspace(forward_workspace_bytes(context, p, true));
-  Arena arena(workspace.data());
-  Params forward = p;
-  plan_forward(context, forward, arena, true);
-  block_forward(context, forward);
+  block_forward(context, p, saved.data(), workspace.data());
   workspace.assign(backward_workspace_bytes(context, p), 0);
-  arena = Arena(workspace.data());
-  plan_backward(context, p, arena);
-  block_backward(context, p);
+  block_backward(context, p, saved.data(), workspace.data());
 
   Results results;
   results.out = loaded(out, dtype);

@@ -161,7 +161,7 @@ class MatrixProduct {
         b_(product.b) {
     const int64_t k = product.k;
     const int64_t runs = std::max<int64_t>(1, (k + kMaxRun - 1) / kMaxRun);
-    run_ = round_up((k + runs - 1) / runs, 2 * kNumbers<T> * depth_step_);
+    run_ = round_up(std::max<int64_t>(1, (k + runs - 1) / runs), 2 * kNumbers<T> * depth_step_);
     turned_ = !tiles_ && product.m <= kFewRows && can_be_read_in_place(product.b);
     if (turned_) {
       std::swap(rows_in_all_, columns_in_all_);

@@ -20,7 +20,7 @@
 #endif
 #endif
 
-#include "core/block.h"
+#include "core/arena.h"
 #include "core/cpu/context.h"
 #include "core/cpu/kernels.h"
 #include "core/cpu/parallel.h"

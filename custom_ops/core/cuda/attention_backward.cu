@@ -5,7 +5,7 @@
 // tokens are the gradient of the QKV bias.
 #include <algorithm>
 
-#include "core/block.h"
+#include "core/arena.h"
 #include "core/cuda/attention_hopper.h"
 #include "core/cuda/attention_launch.h"
 #include "core/cuda/attention_mma.cuh"

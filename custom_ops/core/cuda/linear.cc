@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "core/block.h"
+#include "core/arena.h"
 #include "core/cuda/column_sums.h"
 #include "core/cuda/convert.h"
 #include "core/cuda/stages.h"

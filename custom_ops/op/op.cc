@@ -1,8 +1,8 @@
 // The Paddle operator custom_fused_attention and its gradient: describes tensors and attributes to the core, gets memory from Paddle's
 // allocator, and runs the block on the tensors' device.
 //
-// Outputs: Out, and Saved, one byte buffer laid out by the core's plan_saved (one byte long when nothing is saved). When backward
-// finds nothing saved it runs the forward pass again.
+// Outputs: Out, and Saved, the bytes that the core keeps for backward (one byte when nothing is saved). When backward finds nothing saved
+// it runs the forward pass again.
 
 #include <array>
 #include <new>
@@ -11,20 +11,20 @@
 #include <tuple>
 #include <vector>
 
-#include "attributes.h"
-#include "checks.h"
 #include "core/block.h"
-#include "devices.h"
+#include "op/attributes.h"
+#include "op/checks.h"
+#include "op/devices.h"
+#include "op/spmd.h"
 #include "paddle/common/ddim.h"
 #include "paddle/common/enforce.h"
 #include "paddle/extension.h"
-#include "spmd.h"
 
 namespace pfa::op {
 namespace {
 
 using Sizes = std::vector<int64_t>;
-using Tensors = std::array<const paddle::Tensor*, kInputs>;
+using Tensors = std::array<const paddle::Tensor*, kInputCount>;
 
 DType core_dtype(paddle::DataType dtype) {
   switch (dtype) {
@@ -75,19 +75,19 @@ void check_memory(const paddle::Tensor& tensor, const std::string& name) {
 }
 
 void check(const Tensors& tensors, const Attributes& attributes) {
-  for (int i = 0; i < kInputs; ++i) {
+  for (int i = 0; i < kInputCount; ++i) {
     if (attributes.has(static_cast<Input>(i))) check_memory(*tensors[i], kInputNames[i]);
   }
-  std::array<Shape, kInputs> shapes;
-  std::array<std::string, kInputs> dtypes;
-  for (int i = 0; i < kInputs; ++i) {
+  std::array<Shape, kInputCount> shapes;
+  std::array<std::string, kInputCount> dtypes;
+  for (int i = 0; i < kInputCount; ++i) {
     if (!attributes.has(static_cast<Input>(i))) continue;
     shapes[i] = shape_of(*tensors[i]);
     dtypes[i] = phi::DataTypeToString(tensors[i]->dtype());
   }
   check_dtypes(dtypes, attributes);
   check_shapes(shapes, attributes);
-  for (int i = 0; i < kInputs; ++i) {
+  for (int i = 0; i < kInputCount; ++i) {
     if (attributes.has(static_cast<Input>(i)) && tensors[i]->place() != tensors[kX]->place()) {
       throw std::invalid_argument(std::string("[custom_fused_attention] ValueError: ") + kInputNames[i] +
                                   ": expected a tensor on the place of x, " + tensors[kX]->place().DebugString() +
@@ -99,10 +99,6 @@ void check(const Tensors& tensors, const Attributes& attributes) {
         "[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got one on " +
         tensors[kX]->place().DebugString());
   }
-}
-
-const void* data_of(const Tensors& tensors, Input input, const Attributes& attributes) {
-  return attributes.has(input) ? tensors[input]->data() : nullptr;
 }
 
 Mask mask_of(const paddle::Tensor& tensor) {
@@ -121,7 +117,7 @@ Mask mask_of(const paddle::Tensor& tensor) {
 Params describe(const Tensors& tensors, const Attributes& attributes) {
   Params p;
   const Shape x = shape_of(*tensors[kX]);
-  const Shape weight = shape_of(*tensors[kQkvWeight]);
+  const Shape weight = shape_of(*tensors[kQKVWeight]);
   p.batch = x[0];
   p.seq_len = x[1];
   p.embed_dim = x[2];
@@ -129,7 +125,7 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.head_dim = weight[2];
   p.first_head = attributes.first_head;
   p.total_heads = attributes.total_heads;
-  p.dtype = core_dtype(tensors[kQkvWeight]->dtype());
+  p.dtype = core_dtype(tensors[kQKVWeight]->dtype());
   p.residual_dtype = core_dtype(tensors[kX]->dtype());
   p.norm_dtype = p.residual_dtype;
   for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) {
@@ -143,15 +139,9 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.ln_epsilon = number(attributes.ln_epsilon);
   p.attn_dropout = dropout_of(number(attributes.attn_dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
   p.dropout = dropout_of(number(attributes.dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
-  p.x = data_of(tensors, kX, attributes);
-  p.pre_ln_scale = data_of(tensors, kPreLnScale, attributes);
-  p.pre_ln_bias = data_of(tensors, kPreLnBias, attributes);
-  p.qkv_weight = data_of(tensors, kQkvWeight, attributes);
-  p.qkv_bias = data_of(tensors, kQkvBias, attributes);
-  p.linear_weight = data_of(tensors, kLinearWeight, attributes);
-  p.linear_bias = data_of(tensors, kLinearBias, attributes);
-  p.ln_scale = data_of(tensors, kLnScale, attributes);
-  p.ln_bias = data_of(tensors, kLnBias, attributes);
+  for (int i = 0; i < kGradientCount; ++i) {
+    if (attributes.has(static_cast<Input>(i))) p.*kInputPointers[i].value = tensors[i]->data();
+  }
   if (attributes.has(kAttnMask)) p.mask = mask_of(*tensors[kAttnMask]);
   return p;
 }
@@ -182,18 +172,12 @@ void choose_seed(Device& device, Params& p, const Attributes& attributes) {
   }
 }
 
-// Runs the forward pass into p.out; `saved` is memory for plan_saved, or null.
+// Runs the forward pass into p.out, which saves for backward into `saved` unless that is null.
 template <class Device>
 void run_forward(Device& device, Params p, const Attributes& attributes, paddle::Tensor* saved, const paddle::Place& place) {
-  if (saved) {
-    Arena arena(saved->data());
-    plan_saved(p, arena);
-  }
-  const paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
-  Arena arena(const_cast<void*>(workspace.data()));
-  plan_forward(device.context, p, arena, saved != nullptr);
+  paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
   choose_seed(device, p, attributes);
-  block_forward(device.context, p);
+  block_forward(device.context, p, saved ? saved->data() : nullptr, workspace.data());
 }
 
 // An exception that Paddle hands on to Python.
@@ -258,20 +242,15 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
     on_device_of(x, [&](auto& device) { run_forward(device, p, attributes, &saved_again, x.place()); });
     saved_memory = &saved_again;
   }
-  Arena saved_arena(const_cast<void*>(saved_memory->data()));
-  plan_saved(p, saved_arena);
 
   p.d_out = d_out.data();
-  std::array<void**, kGradients> targets{&p.d_x,           &p.d_qkv_weight, &p.d_linear_weight, &p.d_pre_ln_scale,
-                                         &p.d_pre_ln_bias, &p.d_ln_scale,   &p.d_ln_bias,       &p.d_qkv_bias,
-                                         &p.d_linear_bias};
   std::vector<paddle::Tensor> gradients;
-  gradients.reserve(kGradients);
+  gradients.reserve(kGradientCount);
   std::vector<paddle::Tensor> unwanted;
-  for (int i = 0; i < kGradients; ++i) {
+  for (int i = 0; i < kGradientCount; ++i) {
     if (attributes.wants_gradient(static_cast<Input>(i))) {
       gradients.push_back(allocate(tensors[i]->shape(), tensors[i]->dtype(), x.place()));
-      *targets[i] = gradients.back().data();
+      p.*kInputPointers[i].gradient = gradients.back().data();
       continue;
     }
     // What nobody reads must still be a tensor: for absent inputs, which are of one element, and in dygraph for those that need none.
@@ -283,10 +262,8 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   }
   on_device_of(x, [&](auto& device) {
     for (paddle::Tensor& tensor : unwanted) device.clear(tensor.data(), phi::SizeOf(tensor.dtype()));
-    const paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
-    Arena arena(const_cast<void*>(workspace.data()));
-    plan_backward(device.context, p, arena);
-    block_backward(device.context, p);
+    paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
+    block_backward(device.context, p, saved_memory->data(), workspace.data());
   });
   return gradients;
 }
@@ -295,18 +272,19 @@ std::vector<paddle::Tensor> forward(PFA_TENSORS, PFA_ATTRIBUTES) {
   return guarded([&]() -> std::vector<paddle::Tensor> {
     const Attributes attributes = PFA_ATTRIBUTE_VALUES;
     paddle::Tensor saved;
-    paddle::Tensor out = run_forward_op(PFA_INPUTS, attributes, attributes.saves() ? &saved : nullptr);
+    paddle::Tensor out = run_forward_op(PFA_ADDRESSES, attributes, attributes.saves() ? &saved : nullptr);
     if (!attributes.saves()) saved = bytes(1, x.place());
     return {std::move(out), std::move(saved)};
   });
 }
 
 std::vector<paddle::Tensor> forward_alone(PFA_TENSORS, PFA_ATTRIBUTES) {
-  return guarded([&]() -> std::vector<paddle::Tensor> { return {run_forward_op(PFA_INPUTS, PFA_ATTRIBUTE_VALUES, nullptr)}; });
+  return guarded(
+      [&]() -> std::vector<paddle::Tensor> { return {run_forward_op(PFA_ADDRESSES, PFA_ATTRIBUTE_VALUES, nullptr)}; });
 }
 
 std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
-  return guarded([&] { return run_backward_op(PFA_INPUTS, saved, d_out, PFA_ATTRIBUTE_VALUES); });
+  return guarded([&] { return run_backward_op(PFA_ADDRESSES, saved, d_out, PFA_ATTRIBUTE_VALUES); });
 }
 
 std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&,
@@ -340,9 +318,7 @@ PD_BUILD_OP(custom_fused_attention)
 
 PD_BUILD_GRAD_OP(custom_fused_attention)
     .Inputs({PFA_INPUT_NAMES, "Saved", paddle::Grad("Out")})
-    .Outputs({paddle::Grad("X"), paddle::Grad("QKVWeight"), paddle::Grad("LinearWeight"), paddle::Grad("PreLnScale"),
-              paddle::Grad("PreLnBias"), paddle::Grad("LnScale"), paddle::Grad("LnBias"), paddle::Grad("QKVBias"),
-              paddle::Grad("LinearBias")})
+    .Outputs({PFA_GRADIENT_NAMES})
     .Attrs(PFA_ATTRIBUTE_NAMES)
     .SetKernelFn(PD_KERNEL(pfa::op::backward)) PFA_SPMD_RULE(pfa::op::backward_spmd);
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "attributes.h"
+#include "op/attributes.h"
 
 namespace pfa::op {
 
@@ -23,7 +23,7 @@ struct Shape {
 
 // Throw std::invalid_argument whose message begins "[custom_fused_attention] ValueError: " or "... TypeError: ", for Python to raise
 // as that, then names the argument, what was expected and what came.
-void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& attributes);
-void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attributes& attributes);
+void check_shapes(const std::array<Shape, kInputCount>& shapes, const Attributes& attributes);
+void check_dtypes(const std::array<std::string, kInputCount>& dtypes, const Attributes& attributes);
 
 }  // namespace pfa::op

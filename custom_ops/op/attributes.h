@@ -7,27 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/params.h"
+
 namespace pfa::op {
-
-// Bits of `present` and `needs_grad`, and the order of the inputs.
-enum Input : int {
-  kX,
-  kQkvWeight,
-  kLinearWeight,
-  kPreLnScale,
-  kPreLnBias,
-  kLnScale,
-  kLnBias,
-  kQkvBias,
-  kLinearBias,
-  kAttnMask,
-  kInputs,
-};
-
-constexpr int kGradients = kAttnMask;  // the mask is constant
-
-constexpr const char* kInputNames[kInputs] = {"x",        "qkv_weight", "linear_weight", "pre_ln_scale", "pre_ln_bias",
-                                              "ln_scale", "ln_bias",    "qkv_bias",      "linear_bias",  "attn_mask"};
 
 // Bits of `switches`.
 enum Switch : int64_t {
@@ -46,8 +28,8 @@ enum Switch : int64_t {
 struct Attributes {
   bool is_test;  // of this name and type so that Program.clone(for_test=True) sets it
   int64_t switches;
-  int64_t present;
-  int64_t needs_grad;
+  int64_t present;     // bit i: of input i
+  int64_t needs_grad;  // bit i: of input i
   // float64 numbers as their bits: attributes have no such type on Paddle 2.6.
   int64_t pre_ln_epsilon;
   int64_t ln_epsilon;
@@ -71,25 +53,18 @@ inline double number(int64_t bits) {
 }
 
 // The parameter lists that Paddle's registration reads off a function's type, and its names for them.
-#define PFA_TENSORS                                                                                          \
-  const paddle::Tensor &x, const paddle::Tensor &qkv_weight, const paddle::Tensor &linear_weight,            \
-      const paddle::Tensor &pre_ln_scale, const paddle::Tensor &pre_ln_bias, const paddle::Tensor &ln_scale, \
-      const paddle::Tensor &ln_bias, const paddle::Tensor &qkv_bias, const paddle::Tensor &linear_bias,      \
-      const paddle::Tensor &attn_mask
-#define PFA_SHAPES                                                                                                          \
-  const std::vector<int64_t>&x, const std::vector<int64_t>&qkv_weight, const std::vector<int64_t>&linear_weight,            \
-      const std::vector<int64_t>&pre_ln_scale, const std::vector<int64_t>&pre_ln_bias, const std::vector<int64_t>&ln_scale, \
-      const std::vector<int64_t>&ln_bias, const std::vector<int64_t>&qkv_bias, const std::vector<int64_t>&linear_bias,      \
-      const std::vector<int64_t>&attn_mask
-#define PFA_DTYPES                                                                                                 \
-  const paddle::DataType &x, const paddle::DataType &qkv_weight, const paddle::DataType &linear_weight,            \
-      const paddle::DataType &pre_ln_scale, const paddle::DataType &pre_ln_bias, const paddle::DataType &ln_scale, \
-      const paddle::DataType &ln_bias, const paddle::DataType &qkv_bias, const paddle::DataType &linear_bias,      \
-      const paddle::DataType &attn_mask
-#define PFA_INPUTS \
-  {&x, &qkv_weight, &linear_weight, &pre_ln_scale, &pre_ln_bias, &ln_scale, &ln_bias, &qkv_bias, &linear_bias, &attn_mask}
-#define PFA_INPUT_NAMES \
-  "X", "QKVWeight", "LinearWeight", "PreLnScale", "PreLnBias", "LnScale", "LnBias", "QKVBias", "LinearBias", "AttnMask"
+#define PFA_TENSOR(Name, name) const paddle::Tensor& name
+#define PFA_TENSORS PFA_INPUTS(PFA_TENSOR)
+#define PFA_SHAPE(Name, name) const std::vector<int64_t>& name
+#define PFA_SHAPES PFA_INPUTS(PFA_SHAPE)
+#define PFA_DTYPE(Name, name) const paddle::DataType& name
+#define PFA_DTYPES PFA_INPUTS(PFA_DTYPE)
+#define PFA_ADDRESS(Name, name) &name
+#define PFA_ADDRESSES {PFA_INPUTS(PFA_ADDRESS)}
+#define PFA_INPUT_NAME(Name, name) #Name
+#define PFA_INPUT_NAMES PFA_INPUTS(PFA_INPUT_NAME)
+#define PFA_GRADIENT_NAME(Name, name) paddle::Grad(#Name)
+#define PFA_GRADIENT_NAMES PFA_DIFFERENTIABLE_INPUTS(PFA_GRADIENT_NAME)
 #define PFA_ATTRIBUTES                                                                                             \
   bool is_test, int64_t switches, int64_t present, int64_t needs_grad, int64_t pre_ln_epsilon, int64_t ln_epsilon, \
       int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed, int64_t first_head, int64_t total_heads

@@ -1,4 +1,4 @@
-#include "checks.h"
+#include "op/checks.h"
 
 #include <algorithm>
 #include <initializer_list>
@@ -36,13 +36,13 @@ bool is_one_of(const std::string& dtype, std::initializer_list<const char*> name
 }  // namespace
 
 // Texts are made where a check has failed only: this runs at every call.
-void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& attributes) {
+void check_shapes(const std::array<Shape, kInputCount>& shapes, const Attributes& attributes) {
   const Shape x = shapes[kX];
   if (x.rank != 3) fail("ValueError", kX, "shape [batch, seq_len, embed_dim]", text(x));
   const int64_t embed_dim = x[2];
   if (embed_dim == 0) fail("ValueError", kX, "embed_dim of at least 1", text(x));
 
-  const Shape weight = shapes[kQkvWeight];
+  const Shape weight = shapes[kQKVWeight];
   const int64_t num_heads = weight.rank == 4 ? weight[1] : -1;
   const int64_t head_dim = weight.rank == 4 ? weight[2] : -1;
   const int64_t heads = attributes.total_heads ? attributes.total_heads : num_heads;
@@ -50,7 +50,7 @@ void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& at
   if (!agree(std::array{int64_t{3}, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
     const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
     const std::string width = std::to_string(embed_dim);
-    fail("ValueError", kQkvWeight,
+    fail("ValueError", kQKVWeight,
          splits ? "shape " + text(std::array{int64_t{3}, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " +
                       width + " and " + std::to_string(heads) + " heads"
                 : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " +
@@ -58,7 +58,7 @@ void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& at
          text(weight));
   }
   if (attributes.first_head < 0 || (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
-    fail("ValueError", kQkvWeight, "heads among the " + std::to_string(heads) + " in all",
+    fail("ValueError", kQKVWeight, "heads among the " + std::to_string(heads) + " in all",
          std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
   }
   const auto check = [&](Input input, const auto& expected) {
@@ -73,7 +73,7 @@ void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& at
   check(kPreLnBias, std::array{embed_dim});
   check(kLnScale, std::array{embed_dim});
   check(kLnBias, std::array{embed_dim});
-  check(kQkvBias, std::array{int64_t{3}, num_heads, head_dim});
+  check(kQKVBias, std::array{int64_t{3}, num_heads, head_dim});
   check(kLinearBias, std::array{embed_dim});
 
   if (!attributes.has(kAttnMask)) return;
@@ -89,20 +89,20 @@ void check_shapes(const std::array<Shape, kInputs>& shapes, const Attributes& at
   }
 }
 
-void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attributes& attributes) {
+void check_dtypes(const std::array<std::string, kInputCount>& dtypes, const Attributes& attributes) {
   const std::string& dtype = dtypes[kX];
   if (!is_one_of(dtype, {"float32", "float64", "float16", "bfloat16"})) {
     fail("TypeError", kX, "float32, float64, float16 or bfloat16", dtype);
   }
   const bool is_16bit = is_one_of(dtype, {"float16", "bfloat16"});
   const std::string as_x = dtype + " like x";
-  const std::string& weight = dtypes[kQkvWeight];
+  const std::string& weight = dtypes[kQKVWeight];
   if (weight != dtype && !(dtype == "float32" && is_one_of(weight, {"float16", "bfloat16"}))) {
-    fail("TypeError", kQkvWeight, dtype == "float32" ? as_x + ", float16 or bfloat16" : as_x, weight);
+    fail("TypeError", kQKVWeight, dtype == "float32" ? as_x + ", float16 or bfloat16" : as_x, weight);
   }
-  for (Input input : {kLinearWeight, kQkvBias, kLinearBias}) {
+  for (Input input : {kLinearWeight, kQKVBias, kLinearBias}) {
     if (!attributes.has(input) || dtypes[input] == weight) continue;
-    if (dtypes[input] == dtype) fail("TypeError", kQkvWeight, dtype + " like x and " + kInputNames[input], weight);
+    if (dtypes[input] == dtype) fail("TypeError", kQKVWeight, dtype + " like x and " + kInputNames[input], weight);
     fail("TypeError", input, weight + " like qkv_weight", dtypes[input]);
   }
   const std::string* norm = nullptr;
@@ -121,8 +121,6 @@ void check_dtypes(const std::array<std::string, kInputs>& dtypes, const Attribut
   }
 }
 
-}  // namespace pfa::op
-
 // For Python, which checks with it what goes into a static graph: there an exception during Paddle's shape inference would end the
 // process. shapes holds the dimensions of all inputs one after another. Returns null, or a message that is valid until the next call
 // on this thread.
@@ -131,11 +129,10 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
                                                                                            const char* const* dtypes,
                                                                                            int64_t present, int64_t first_head,
                                                                                            int64_t total_heads) {
-  using namespace pfa::op;
   thread_local std::string message;
-  std::array<Shape, kInputs> dimensions;
-  std::array<std::string, kInputs> names;
-  for (int i = 0; i < kInputs; ++i) {
+  std::array<Shape, kInputCount> dimensions;
+  std::array<std::string, kInputCount> names;
+  for (int i = 0; i < kInputCount; ++i) {
     dimensions[i] = Shape(shapes, ranks[i]);
     shapes += ranks[i];
     names[i] = dtypes[i];
@@ -153,3 +150,5 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   }
   return nullptr;
 }
+
+}  // namespace pfa::op

@@ -2,18 +2,14 @@
 // may have such rules): inputs stay sharded over the batch, and the weights over heads where the operator holds a part of the heads.
 #pragma once
 
-#include "attributes.h"
+#include "op/attributes.h"
 #include "paddle/extension.h"
 
 #if __has_include("paddle/phi/api/ext/spmd_infer.h")
 #include "paddle/phi/api/ext/spmd_infer.h"
 
-#define PFA_DIST_TENSORS                                                                                           \
-  const phi::distributed::DistMetaTensor &x, const phi::distributed::DistMetaTensor &qkv_weight,                   \
-      const phi::distributed::DistMetaTensor &linear_weight, const phi::distributed::DistMetaTensor &pre_ln_scale, \
-      const phi::distributed::DistMetaTensor &pre_ln_bias, const phi::distributed::DistMetaTensor &ln_scale,       \
-      const phi::distributed::DistMetaTensor &ln_bias, const phi::distributed::DistMetaTensor &qkv_bias,           \
-      const phi::distributed::DistMetaTensor &linear_bias, const phi::distributed::DistMetaTensor &attn_mask
+#define PFA_DIST_TENSOR(Name, name) const phi::distributed::DistMetaTensor& name
+#define PFA_DIST_TENSORS PFA_INPUTS(PFA_DIST_TENSOR)
 
 namespace pfa::op {
 

@@ -1,4 +1,4 @@
-#include "spmd.h"
+#include "op/spmd.h"
 
 #ifdef PFA_DIST_TENSORS
 
@@ -12,7 +12,7 @@ using phi::distributed::ArgDistAttr;
 using phi::distributed::DistMetaTensor;
 using phi::distributed::SpmdInfo;
 using phi::distributed::TensorDistAttr;
-using Tensors = std::array<const DistMetaTensor*, kInputs>;
+using Tensors = std::array<const DistMetaTensor*, kInputCount>;
 using Mapping = std::vector<int64_t>;  // the mesh's dimension that each of a tensor's is sharded over; -1: none
 
 // The mesh's dimensions that batch and heads are sharded over; -1: none.
@@ -24,7 +24,7 @@ struct Sharding {
 Sharding sharding_of(const Tensors& tensors, const Attributes& attributes) {
   Sharding sharding{tensors[kX]->dist_attr().dims_mapping()[0], -1};
   // Only a part of the heads, without what follows their sum, gives a part of the result.
-  if (attributes.total_heads) sharding.heads = tensors[kQkvWeight]->dist_attr().dims_mapping()[1];
+  if (attributes.total_heads) sharding.heads = tensors[kQKVWeight]->dist_attr().dims_mapping()[1];
   if (sharding.batch == sharding.heads) sharding.batch = -1;
   return sharding;
 }
@@ -50,8 +50,8 @@ Mapping mapping_of(Input input, const Tensors& tensors, const Sharding& sharding
     case kX:
       mapping[0] = sharding.batch;
       break;
-    case kQkvWeight:
-    case kQkvBias:
+    case kQKVWeight:
+    case kQKVBias:
       mapping[1] = sharding.heads;
       break;
     case kLinearWeight:
@@ -69,7 +69,7 @@ Mapping mapping_of(Input input, const Tensors& tensors, const Sharding& sharding
 
 std::vector<ArgDistAttr> inputs_of(const Tensors& tensors, const Sharding& sharding, const Attributes& attributes) {
   std::vector<ArgDistAttr> inputs;
-  for (int i = 0; i < kInputs; ++i) {
+  for (int i = 0; i < kInputCount; ++i) {
     inputs.push_back(make_attr(*tensors[i], mapping_of(static_cast<Input>(i), tensors, sharding, attributes)));
   }
   return inputs;
@@ -85,28 +85,28 @@ TensorDistAttr attr_of_saved(const Tensors& tensors) { return make_attr(*tensors
 }  // namespace
 
 SpmdInfo forward_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES) {
-  const Tensors tensors = PFA_INPUTS;
+  const Tensors tensors = PFA_ADDRESSES;
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   const Sharding sharding = sharding_of(tensors, attributes);
   return {inputs_of(tensors, sharding, attributes), {attr_of_out(tensors, sharding), attr_of_saved(tensors)}};
 }
 
 SpmdInfo forward_alone_spmd(PFA_DIST_TENSORS, PFA_ATTRIBUTES) {
-  const Tensors tensors = PFA_INPUTS;
+  const Tensors tensors = PFA_ADDRESSES;
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   const Sharding sharding = sharding_of(tensors, attributes);
   return {inputs_of(tensors, sharding, attributes), {attr_of_out(tensors, sharding)}};
 }
 
 SpmdInfo backward_spmd(PFA_DIST_TENSORS, const DistMetaTensor&, const DistMetaTensor& d_out, PFA_ATTRIBUTES) {
-  const Tensors tensors = PFA_INPUTS;
+  const Tensors tensors = PFA_ADDRESSES;
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   const Sharding sharding = sharding_of(tensors, attributes);
   std::vector<ArgDistAttr> inputs = inputs_of(tensors, sharding, attributes);
   inputs.push_back(attr_of_saved(tensors));
   inputs.push_back(make_attr(d_out, {sharding.batch, -1, -1}));
   std::vector<ArgDistAttr> gradients;
-  for (int i = 0; i < kGradients; ++i) {
+  for (int i = 0; i < kGradientCount; ++i) {
     const Input input = static_cast<Input>(i);
     if (!attributes.wants_gradient(input)) {
       gradients.push_back(make_attr(*tensors[i], Mapping(tensors[i]->dims().size(), -1)));

@@ -1,4 +1,4 @@
-#include "devices.h"
+#include "op/devices.h"
 
 #include <cstring>
 
