@@ -151,11 +151,12 @@ def test_a_thousand_positions(dtype, causal, place):
     check_case(case, place)
 
 
+@pytest.mark.parametrize("head_dim", [8, 80])
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("batch, seq_len", [(0, 7), (2, 0), (0, 0)])
-def test_zero_sizes(batch, seq_len, dtype, place):
+def test_zero_sizes(batch, seq_len, head_dim, dtype, place):
     """Empty results, empty gradients for x, zeros for the parameters."""
-    case = with_dtype(FULL, dtype).but(batch=batch, seq_len=seq_len)
+    case = with_dtype(FULL, dtype).but(batch=batch, seq_len=seq_len, head_dim=head_dim)
     check_case(case, place)
     inputs = common.make_inputs(case)
     _, gradients = run_dygraph(common.stored_inputs(case, inputs), case.config, place, common.differentiable(inputs))

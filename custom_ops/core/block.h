@@ -1,4 +1,4 @@
-// The attention block, forward and backward, as a sequence of stages (DESIGN.md, section 2):
+// The attention block, forward and backward, as a sequence of stages (docs/design.md, section 1):
 //
 //   [layer norm] -> QKV projection -> attention -> output projection -> bias + dropout + residual [+ layer norm]
 //

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import itertools
 import os
 import re
@@ -97,7 +98,7 @@ def _load() -> Any:
         "(or, in a source checkout: pip install --no-deps --no-build-isolation .)"
     )
     try:
-        from . import _build_info as build
+        build = importlib.import_module(f"{__package__}._build_info")  # which the build writes
     except ImportError:
         raise ImportError(f"paddle_fused_attention has not been built. {rebuild}") from None
     installed = (paddle.__version__, paddle.is_compiled_with_cuda())
