@@ -19,7 +19,8 @@ MODES = ("upscale_in_train", "downscale_in_infer")
 class Block(NamedTuple):
     """The arguments of :func:`paddle_fused_attention.fused_multi_head_attention`, which says what they mean.
 
-    A tuple, since one is made in every call. What is handed on is :meth:`checked`.
+    A tuple, since one is made in every call. What is handed on is :meth:`checked`. Where a user's code may be traced it is made by
+    `_make`: Paddle 2.6's to_static with full_graph=False hands no arguments to a call of the class.
     """
 
     # The operator's inputs, in its order.

@@ -9,7 +9,7 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
-from ._block import TENSORS, Block
+from ._block import MODES, TENSORS, Block
 from ._checks import INFINITY, check_count, check_number, check_switches
 from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
@@ -168,20 +168,13 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         known = self._parameters if in_dynamic_mode() else {}
         parameters = [known[name] if name in known else getattr(self, name) for name in _PARAMETERS]
         epsilon = self.epsilon
-        return Block(
-            query,
-            *parameters,
-            attn_mask,
-            epsilon,
-            epsilon,
-            self.dropout_rate,
-            self.attn_dropout_rate,
-            self.normalize_before,
-            self.training,
-            self.final_layer_norm,
-            self.add_residual,
-            self.causal,
-        ).checked()
+        # fmt: off
+        return Block._make((
+            query, *parameters, attn_mask,
+            epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
+            self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
+        )).checked()
+        # fmt: on
 
     def _run(self, block: Block) -> paddle.Tensor:
         return self_attention(block)

@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._block import Block
+from .._block import MODES, Block
 from .._checks import check_tensor
 from .._ordinary_ops import additive_mask, attention_with_cache
 from .._parts import is_plain, is_plain_dropout, origin_of_forward
@@ -98,13 +98,14 @@ class ConvertedEncoderLayer(nn.TransformerEncoderLayer):
         qkv_weight, qkv_bias = parameters_of(attention, "qkv_weight", "qkv_bias")
         linear_weight, linear_bias = parameters_of(attention._sub_layers["out_proj"], "weight", "bias")
         scale, bias = parameters_of(norm, "weight", "bias")
-        return Block(
-            *(src, qkv_weight, linear_weight),
-            *((scale, bias, None, None) if before else (None, None, scale, bias)),
-            *(qkv_bias, linear_bias, mask),
-            *(norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention)),
-            *(before, attention.training or dropout.training, not before),
-        ).checked()
+        norms = (scale, bias, None, None) if before else (None, None, scale, bias)
+        # fmt: off
+        return Block._make((
+            src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
+            norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
+            before, attention.training or dropout.training, not before, True, False, MODES[0], None,
+        )).checked()
+        # fmt: on
 
     @paddle.jit.not_to_static
     def _attend_with_cache(self, src: Any, mask: Any, cache: Any) -> tuple:

@@ -128,16 +128,13 @@ def fused_multi_head_attention(
         qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
     if cache_kv is not None and group is not None:
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
-    block = Block(
-        *(x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask),
-        *(pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate),
-        pre_layer_norm=pre_layer_norm,
-        training=training,
-        final_layer_norm=not pre_layer_norm,
-        add_residual=add_residual,
-        mode=mode,
-        seed=seed_of_program(),
-    ).checked()
+    # fmt: off
+    block = Block._make((
+        x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask,
+        pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate,
+        pre_layer_norm, training, not pre_layer_norm, add_residual, False, mode, seed_of_program(),
+    )).checked()
+    # fmt: on
     if group is not None:
         return parallel_attention(block, group)
     if cache_kv is None:

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
-from .._block import Block
+from .._block import MODES, Block
 from .._checks import INFINITY, check_count, check_number, check_switches, check_tensor
 from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
@@ -169,6 +169,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             name=self.name,
         )
 
+    @paddle.jit.not_to_static
     def _attend_to_keys(
         self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
     ) -> paddle.Tensor:
@@ -183,13 +184,12 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         if self.transpose_qkv_wb:
             weight, bias = _packed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
         epsilon = self._epsilon
-        block = Block(
-            *(query, weight, self.linear_weight, self.pre_ln_scale, self.pre_ln_bias, self.ln_scale, self.ln_bias, bias),
-            *(self.linear_bias, additive_mask("attn_mask", attn_mask, query)),
-            *(epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate),
-            pre_layer_norm=self.normalize_before,
-            training=self.training,
-            final_layer_norm=not self.normalize_before,
-            seed=seed_of_program(),
-        ).checked()
+        mask, before = additive_mask("attn_mask", attn_mask, query), self.normalize_before
+        # fmt: off
+        block = Block._make((
+            query, weight, self.linear_weight, self.pre_ln_scale, self.pre_ln_bias, self.ln_scale, self.ln_bias, bias,
+            self.linear_bias, mask, epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
+            before, self.training, not before, True, False, MODES[0], seed_of_program(),
+        )).checked()
+        # fmt: on
         return attention_to_keys(block, keys) if group is None else parallel_attention(block, group, keys)
