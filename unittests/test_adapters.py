@@ -183,7 +183,7 @@ def test_dropout_of_adapters():
         model(x)
         model[0].attn.attn_drop.train()
         model(x)
-    assert [call["numbers"][2:] for call in calls] == [(0.2, 0.3), (0.0, 0.0), (0.0, 0.3)]
+    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.2, 0.3), (0.0, 0.0), (0.0, 0.3)]
 
 
 def test_copies_and_pickles():

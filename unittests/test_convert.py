@@ -153,7 +153,7 @@ def test_dropout_rates():
     with runners.operator_calls() as calls:
         x = make_x()
         assert (layer(x).numpy() != layer(x).numpy()).any()
-    assert [call["numbers"][2:] for call in calls] == [(0.25, 0.5)] * 2
+    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.25, 0.5)] * 2
     layer = revert(layer)
     assert (layer.dropout1.p, layer.self_attn.dropout, layer.dropout1.mode) == (0.25, 0.5, "upscale_in_train")
 

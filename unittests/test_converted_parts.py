@@ -219,13 +219,13 @@ def test_rates_and_modes_that_are_set_later():
     converted.dropout1.train()  # Monte Carlo dropout
     with runners.operator_calls() as calls:
         assert (converted(x).numpy() != converted(x).numpy()).any()
-    assert [call["numbers"][2:] for call in calls] == [(0.4, 0.0)] * 2
+    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.4, 0.0)] * 2
     _, converted = pair(dropout=0.4)
     for layer in (converted.dropout, converted.dropout1, converted.dropout2):
         layer.eval()
     with runners.operator_calls() as calls:
         converted(x)
-    assert [call["numbers"][2:] for call in calls] == [(0.0, 0.4)]
+    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.0, 0.4)]
 
 
 def test_conversion_keeps_modes_that_differ():

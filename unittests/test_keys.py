@@ -229,6 +229,20 @@ def test_downscale_and_dropout_of_other_keys():
     assert np.array_equal(layer(x, key, key).numpy(), layer(x, key, key).numpy())
 
 
+def test_dropout_of_other_keys_whatever_the_default_dtype():
+    layer = make_layer("layer", 0.3, 0.4)
+    x, key = paddle.to_tensor(draw(BATCH, SEQ, EMBED)), paddle.to_tensor(draw(BATCH, KEYS, EMBED, seed=1))
+    results = []
+    for dtype in ("float32", "float64"):
+        paddle.set_default_dtype(dtype)
+        try:
+            paddle.seed(1)
+            results.append(layer(x, key, key).numpy())
+        finally:
+            paddle.set_default_dtype("float32")
+    assert np.array_equal(*results)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_keys_in_16_bits(dtype):
     layer = make_layer("layer")

@@ -456,7 +456,7 @@ def test_bits_of_a_saved_program(holds):
     )
     present = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
     switches = _op.FINAL_LAYER_NORM | _op.ADD_RESIDUAL | _op.UPSCALE_IN_TRAIN | _op.SAVE_FOR_BACKWARD
-    only_ln_bias = 1 << _op.TENSOR_ARGUMENTS.index("ln_bias")
+    only_ln_bias = 1 << _op.TENSORS.index("ln_bias")
     numbers = _op._float_bits((1e-5, 1e-5, 0.0, 0.0))
     out = _op._run_custom_op(
         _op.OP_TYPE,

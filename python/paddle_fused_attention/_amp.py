@@ -8,6 +8,7 @@ stay, or become, float32; masks are taken in any dtype. float64 is left alone, a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Sequence
 
 import paddle
@@ -19,6 +20,11 @@ _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16}
 _OFF = core.AmpLevel.O0.value
 _FLOAT32 = paddle.float32.value
 _CASTABLE = frozenset(dtype.value for dtype in (paddle.float32, paddle.float16, paddle.bfloat16))
+
+
+def without_auto_cast() -> Any:
+    # Legacy programs have no auto_cast.
+    return paddle.amp.auto_cast(enable=False) if in_dynamic_or_pir_mode() else nullcontext()
 
 
 def target_dtype(op_type: str, tracer: Any) -> Any:

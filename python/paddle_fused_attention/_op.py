@@ -24,12 +24,13 @@ from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
+from ._block import TENSORS, Block
 
 OP_TYPE = "custom_fused_attention"
 # The same without a gradient: Paddle records operators that have one even where none is wanted.
 _FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
-# The operator's inputs, in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
+# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
 INPUT_NAMES = (
     "X",
     "QKVWeight",
@@ -41,19 +42,6 @@ INPUT_NAMES = (
     "QKVBias",
     "LinearBias",
     "AttnMask",
-)
-# What errors call them.
-TENSOR_ARGUMENTS = (
-    "x",
-    "qkv_weight",
-    "linear_weight",
-    "pre_ln_scale",
-    "pre_ln_bias",
-    "ln_scale",
-    "ln_bias",
-    "qkv_bias",
-    "linear_bias",
-    "attn_mask",
 )
 _NORM_INPUTS = range(INPUT_NAMES.index("PreLnScale"), INPUT_NAMES.index("LnBias") + 1)
 _MASK_INPUT = INPUT_NAMES.index("AttnMask")
@@ -153,38 +141,46 @@ def _raise_checked(message: str) -> None:
 
 
 @paddle.jit.not_to_static
-def fused_attention(
-    inputs: Sequence[Any],
-    *,
-    is_test: bool,
-    switches: int,
-    numbers: tuple[float, float, float, float],
-    seed: int,
-    first_head: int = 0,
-    total_heads: int = 0,
-) -> Any:
-    """Calls the operator on `inputs`, in the order of INPUT_NAMES with None for an absent one, and returns Out.
+def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> Any:
+    """Calls the operator and returns Out.
 
-    `numbers` are pre_ln_epsilon, ln_epsilon, dropout_rate and attn_dropout_rate.
     `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
     these heads' part of a sum.
     """
+    inputs, numbers, (pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed) = block.parts
+    is_test = not training
+    switches = 0
+    if pre_layer_norm:
+        switches |= PRE_LAYER_NORM
+    if final_layer_norm:
+        switches |= FINAL_LAYER_NORM
+    if add_residual:
+        switches |= ADD_RESIDUAL
+    if causal:
+        switches |= CAUSAL
+    if mode == "upscale_in_train":
+        switches |= UPSCALE_IN_TRAIN
+    if seed is None:
+        seed = 0
+    else:
+        switches |= FIXED_SEED
+
     tracer = _dygraph_tracer()  # None while a static graph is built
     if tracer is None:
-        check_graph(TENSOR_ARGUMENTS, inputs)
+        check_graph(TENSORS, inputs)
         wants_grad = _wants_grad_static(inputs)  # of what is not cast yet
     amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
         try:
-            inputs = _amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype)
+            inputs = tuple(_amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype))
         except Exception:
-            check_tensors(TENSOR_ARGUMENTS, inputs)
+            check_tensors(TENSORS, inputs)
             raise
     if tracer is not None:
         return _call_eager(inputs, is_test, switches, (*_float_bits(numbers), seed, first_head, total_heads))
 
-    present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
-    _check_static(inputs, present, first_head, total_heads)
+    present = _present(inputs)
+    check_shapes(inputs, first_head, total_heads)
     drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
     if drops and not switches & FIXED_SEED:
         seed = next(_calls)
@@ -224,7 +220,7 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
         return _run_custom_op(op_type, *tensors, is_test, switches, present, needs_grad, *constants)[0]
     except Exception as error:
         _raise_checked(str(error))
-        check_tensors(TENSOR_ARGUMENTS, inputs)
+        check_tensors(TENSORS, inputs)
         raise
 
 
@@ -295,7 +291,12 @@ def _warn_of_mask(mask: Any) -> None:
 _has_warned_of_mask = False
 
 
-def _check_static(inputs: Sequence[Any], present: int, first_head: int, total_heads: int) -> None:
+def _present(inputs: Sequence[Any]) -> int:
+    return sum(1 << i for i, value in enumerate(inputs) if value is not None)
+
+
+def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 0) -> None:
+    """Refuses shapes and dtypes that the operator does not take, before there are values."""
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
     dtypes = [b"" if value is None else str(value.dtype).split(".")[-1].lower().encode() for value in inputs]
@@ -303,7 +304,7 @@ def _check_static(inputs: Sequence[Any], present: int, first_head: int, total_he
         (ctypes.c_int64 * len(dimensions))(*dimensions),
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
         (ctypes.c_char_p * len(dtypes))(*dtypes),
-        ctypes.c_int64(present),
+        ctypes.c_int64(_present(inputs)),
         ctypes.c_int64(first_head),
         ctypes.c_int64(total_heads),
     )

@@ -9,14 +9,16 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 from paddle.framework import in_dynamic_mode
 
+from ._block import MODES, TENSORS, Block
+from ._checks import INFINITY, check_count, check_number, check_switches
 from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, reason_against_linear
-from .functional import TENSOR_ARGUMENTS, _check_number, check_count, check_switches, fused_multi_head_attention
+from .functional import self_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
-_PARAMETERS = TENSOR_ARGUMENTS[1:-1]  # all but x and the mask
+_PARAMETERS = TENSORS[1:-1]  # all but x and the mask
 _NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 _SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
 
@@ -93,10 +95,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             raise NotImplementedError("need_weights: expected False, since the attention weights are never stored, got True")
         self.kdim = self.vdim = embed_dim
         self.need_weights = False
-        self.dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
-        self.attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
+        self.dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
+        self.attn_dropout_rate = check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
         self.normalize_before = bool(normalize_before)
-        self.epsilon = _check_number("epsilon", epsilon, 0.0, float("inf"))
+        self.epsilon = check_number("epsilon", epsilon, 0.0, INFINITY)
         self.final_layer_norm = bool(final_layer_norm)
         self.causal = bool(causal)
         self.add_residual = bool(add_residual)
@@ -156,46 +158,31 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
         if (key is None or key is query) and (value is None or value is query):
-            return self._run(query, attn_mask)
+            return self._run(self._block(query, attn_mask))
         keys = other_keys(query, key, value)
         if keys is None:
-            return self._run(query, attn_mask)
-        return self._run_to_keys(query, attn_mask, keys)
+            return self._run(self._block(query, attn_mask))
+        return self._run_to_keys(self._block(query, attn_mask), keys)
 
-    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
-        return self._call(fused_multi_head_attention, query, attn_mask)
-
-    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
-        return self._call(attention_to_keys, query, attn_mask, keys=keys)
-
-    def _call(self, function: Any, query: paddle.Tensor, attn_mask: paddle.Tensor | None, **arguments: Any) -> paddle.Tensor:
+    @paddle.jit.not_to_static
+    def _block(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> Block:
         # Reading them as attributes costs several microseconds: Paddle looks for each in Python.
         known = self._parameters if in_dynamic_mode() else {}
-        qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias = [
-            known[name] if name in known else getattr(self, name) for name in _PARAMETERS
-        ]
-        return function(
-            query,
-            qkv_weight,
-            linear_weight,
-            self.normalize_before,
-            pre_ln_scale,
-            pre_ln_bias,
-            ln_scale,
-            ln_bias,
-            self.epsilon,
-            qkv_bias,
-            linear_bias,
-            attn_mask,
-            self.dropout_rate,
-            self.attn_dropout_rate,
-            self.epsilon,
-            training=self.training,
-            final_layer_norm=self.final_layer_norm,
-            add_residual=self.add_residual,
-            causal=self.causal,
-            **arguments,
-        )
+        parameters = [known[name] if name in known else getattr(self, name) for name in _PARAMETERS]
+        epsilon = self.epsilon
+        # fmt: off
+        return Block._make((
+            query, *parameters, attn_mask,
+            epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
+            self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
+        )).checked()
+        # fmt: on
+
+    def _run(self, block: Block) -> paddle.Tensor:
+        return self_attention(block)
+
+    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
+        return attention_to_keys(block, keys)
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
         """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes the layer
@@ -217,13 +204,23 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
                 if parameter.grad is not None:
                     func(parameter._grad_ivar(), device, "float32", blocking)
 
+    def _settings(self) -> dict[str, Any]:
+        """What the constructor makes such a layer of, but for its parameters."""
+        return {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "dropout_rate": self.dropout_rate,
+            "attn_dropout_rate": self.attn_dropout_rate,
+            "normalize_before": self.normalize_before,
+            "epsilon": self.epsilon,
+            "final_layer_norm": self.final_layer_norm,
+            "causal": self.causal,
+            "add_residual": self.add_residual,
+        }
+
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout_rate={self.dropout_rate}, "
-            f"attn_dropout_rate={self.attn_dropout_rate}, normalize_before={self.normalize_before}, epsilon={self.epsilon}, "
-            f"final_layer_norm={self.final_layer_norm}, causal={self.causal}, add_residual={self.add_residual}, "
-            f"bias={self.linear_bias is not None}"
-        )
+        shown = {**self._settings(), "bias": self.linear_bias is not None}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     @classmethod
     def from_multi_head_attention(

@@ -8,7 +8,6 @@ whole layer whatever the number of processes, since all draw from generators wit
 
 from __future__ import annotations
 
-import functools
 import warnings
 from numbers import Integral
 from typing import Any
@@ -20,10 +19,10 @@ from paddle import nn
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
-from ._keys import kept_scores
-from ._op import TENSOR_ARGUMENTS, check_tensors
-from ._split import attention_of_part
-from .functional import _check_number, check_arguments, check_switches
+from ._block import TENSORS, Block
+from ._checks import INFINITY, check_number
+from ._op import check_tensors
+from ._split_heads import attention_of_part
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -106,79 +105,34 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
 
 
 @paddle.jit.not_to_static
-def parallel_attention(
-    x: paddle.Tensor,
-    qkv_weight: paddle.Tensor,
-    linear_weight: paddle.Tensor,
-    pre_layer_norm: bool = False,
-    pre_ln_scale: paddle.Tensor | None = None,
-    pre_ln_bias: paddle.Tensor | None = None,
-    ln_scale: paddle.Tensor | None = None,
-    ln_bias: paddle.Tensor | None = None,
-    pre_ln_epsilon: float = 1e-5,
-    qkv_bias: paddle.Tensor | None = None,
-    linear_bias: paddle.Tensor | None = None,
-    attn_mask: paddle.Tensor | None = None,
-    dropout_rate: float = 0.5,
-    attn_dropout_rate: float = 0.5,
-    ln_epsilon: float = 1e-5,
-    *,
-    group: Any,
-    keys: tuple | None = None,
-    training: bool = True,
-    mode: str = "upscale_in_train",
-    final_layer_norm: bool = True,
-    add_residual: bool = True,
-    causal: bool = False,
-    seed: int | None = None,
-) -> paddle.Tensor:
-    """:func:`fused_multi_head_attention` where each process of `group` holds an equal share of the heads, in the order of ranks.
+def parallel_attention(block: Block, group: Any, keys: tuple | None = None) -> paddle.Tensor:
+    """A block that is checked, where each process of `group` holds an equal share of the heads, in the order of ranks.
 
     With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
     ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every process, ``attn_mask`` included.
-    `group` is one that the process belongs to, or None for no communication. `seed` fixes the masks of the attention. `keys` are a key
-    and a value other than x, as for :func:`attention_to_keys`.
+    `group` is one that the process belongs to, or None for no communication. The block's seed fixes the masks of the attention. `keys`
+    are a key and a value other than x, as for :func:`attention_to_keys`.
     """
-    if group is not None and not in_dynamic_mode():
-        raise NotImplementedError(
-            "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
-        )
-    inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
-    numbers = check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, seed)
-    check_switches(
-        pre_layer_norm=pre_layer_norm,
-        training=training,
-        final_layer_norm=final_layer_norm,
-        add_residual=add_residual,
-        causal=causal,
-    )
     if group is not None:
-        check_tensors(TENSOR_ARGUMENTS, inputs)
+        if not in_dynamic_mode():
+            raise NotImplementedError(
+                "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
+            )
+        check_tensors(TENSORS, block.tensors)
+    qkv_weight = block.qkv_weight
     if len(qkv_weight.shape) != 4:
         raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
-    draws = keys is not None and in_dynamic_mode() and training
     return attention_of_part(
-        (*inputs[:-1], _mask_of_heads(attn_mask, x, first_head, num_heads, total_heads)),
-        keys=keys,
-        draw=functools.partial(kept_scores, like=x, rate=numbers[3], seed=seed, first_head=first_head, total_heads=total_heads)
-        if draws
-        else None,
-        first_head=first_head,
-        total_heads=total_heads,
+        block._replace(attn_mask=_mask_of_heads(block.attn_mask, block.x, first_head, num_heads, total_heads)),
+        first_head,
+        total_heads,
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
         add_up=lambda y: y if group is None else _add_up(y, group),
         share=lambda tensor: _shared(tensor, group),
-        pre_layer_norm=pre_layer_norm,
-        numbers=numbers,
-        training=training,
-        mode=mode,
-        final_layer_norm=final_layer_norm,
-        add_residual=add_residual,
-        causal=causal,
-        seed=seed,
+        keys=keys,
     )
 
 
@@ -291,11 +245,11 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
         super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> paddle.Tensor:
-        return self._call(parallel_attention, query, attn_mask, group=self.group)
+    def _run(self, block: Block) -> paddle.Tensor:
+        return parallel_attention(block, self.group)
 
-    def _run_to_keys(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, keys: tuple) -> paddle.Tensor:
-        return self._call(parallel_attention, query, attn_mask, group=self.group, keys=keys)
+    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
+        return parallel_attention(block, self.group, keys)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
@@ -358,24 +312,11 @@ def _check_seeds(group: Any) -> None:
 
 
 def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any:
-    layer = cls(
-        source.embed_dim,
-        source.num_heads,
-        source.dropout_rate,
-        source.attn_dropout_rate,
-        normalize_before=source.normalize_before,
-        epsilon=source.epsilon,
-        final_layer_norm=source.final_layer_norm,
-        causal=source.causal,
-        add_residual=source.add_residual,
-        **arguments,
-    )
+    layer = cls(**source._settings(), **arguments)
     layer.to(dtype=source.qkv_weight.dtype)
     whole = full_state_dict(source)
-    layer._assign({name: whole.get(name) for name in layer._parameters}, {})
-    for name, parameter in source._parameters.items():
-        if parameter is not None:
-            getattr(layer, name).stop_gradient = parameter.stop_gradient
+    origins = {name: [parameter] for name, parameter in source._parameters.items() if parameter is not None}
+    layer._assign({name: whole.get(name) for name in layer._parameters}, origins)
     layer.training = source.training
     return layer
 
@@ -392,7 +333,7 @@ class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
     """
 
     def __init__(self, clip_norm: float, group: Any = None) -> None:
-        super().__init__(_check_number("clip_norm", clip_norm, 0.0, float("inf")))
+        super().__init__(check_number("clip_norm", clip_norm, 0.0, INFINITY))
         group = _resolve_group(group)
         self._group_id = None if group is None else group.id
 

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
-from .._composed import additive_mask
+from .._ordinary_ops import additive_mask
 
 
 class AttentionAdapter:

@@ -12,10 +12,12 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._composed import additive_mask, attention_with_cache
+from .._block import MODES, Block
+from .._checks import check_tensor
 from .._loading import OwnEntries
+from .._ordinary_ops import additive_mask, attention_with_cache
 from .._parts import is_plain, is_plain_dropout, origin_of_forward
-from ..functional import _check_tensor, fused_multi_head_attention
+from ..functional import self_attention
 from ..state_dicts import with_old_names
 from .adapters import wants_gradient
 from .packed import PackedAttention, pack, packed_class, packed_parts, parameters_of, rate_of, separate
@@ -38,12 +40,12 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
     def forward(
         self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None, output_attentions: bool = False
     ) -> Any:
-        _check_tensor("src", src, required=True)
+        check_tensor("src", src, required=True)
         src_mask = additive_mask("src_mask", src_mask, src)
         if output_attentions or not self._is_untouched(src_mask):
             attended, more = self._attend_by_parts(src, src_mask, cache, output_attentions)
         elif cache is None:
-            attended, more = self._attend(src, src_mask), ()
+            attended, more = self_attention(self._block(src, src_mask)), ()
         else:
             attended, *more = self._attend_with_cache(src, src_mask, cache)
         out = self._feed_forward(attended)
@@ -90,53 +92,31 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return (hidden if self.normalize_before else self.norm1(hidden)), tuple(reversed(more))
 
     @paddle.jit.not_to_static
-    def _attend(self, src: Any, mask: Any) -> Any:
+    def _block(self, src: Any, mask: Any) -> Block:
         parts = self._sub_layers
         attention, norm, dropout = parts["self_attn"], parts["norm1"], parts["dropout1"]
-        before = self.normalize_before
+        before = bool(self.normalize_before)
         qkv_weight, qkv_bias = parameters_of(attention, "qkv_weight", "qkv_bias")
         linear_weight, linear_bias = parameters_of(attention._sub_layers["out_proj"], "weight", "bias")
         scale, bias = parameters_of(norm, "weight", "bias")
-        return fused_multi_head_attention(
-            src,
-            qkv_weight,
-            linear_weight,
-            bool(before),
-            *((scale, bias, None, None) if before else (None, None, scale, bias)),
-            norm._epsilon,
-            qkv_bias,
-            linear_bias,
-            mask,
-            rate_of(dropout),
-            PADDLE_ADAPTER.attn_dropout_rate(attention),
-            norm._epsilon,
-            training=attention.training or dropout.training,
-            final_layer_norm=not before,
-        )
+        norms = (scale, bias, None, None) if before else (None, None, scale, bias)
+        # fmt: off
+        return Block._make((
+            src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
+            norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
+            before, attention.training or dropout.training, not before, True, False, MODES[0], None,
+        )).checked()
+        # fmt: on
 
+    @paddle.jit.not_to_static
     def _attend_with_cache(self, src: Any, mask: Any, cache: Any) -> tuple:
         if not isinstance(cache, nn.MultiHeadAttention.Cache):
             raise NotImplementedError(
                 f"cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got {type(cache).__name__}"
             )
         for name in ("k", "v"):
-            _check_tensor(f"cache.{name}", getattr(cache, name), required=True)
-        attention, norm, dropout = self.self_attn, self.norm1, self.dropout1
-        before, norm_parameters = self.normalize_before, (norm.weight, norm.bias)
-        out, k, v = attention_with_cache(
-            (
-                *(src, attention.qkv_weight, attention.out_proj.weight),
-                *(norm_parameters if before else (None, None)),
-                *((None, None) if before else norm_parameters),
-                *(attention.qkv_bias, attention.out_proj.bias, mask),
-            ),
-            cache.k,
-            cache.v,
-            numbers=(norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention)),
-            pre_layer_norm=before,
-            final_layer_norm=not before,
-            training=attention.training or dropout.training,
-        )
+            check_tensor(f"cache.{name}", getattr(cache, name), required=True)
+        out, k, v = attention_with_cache(self._block(src, mask), cache.k, cache.v)
         return out, nn.MultiHeadAttention.Cache(k, v)
 
     def _own_entries(self, state: dict, prefix: str) -> dict:

@@ -6,9 +6,11 @@ from typing import Any
 
 import paddle
 
-from .. import _op
-from .. import functional as fused
-from .._composed import attention_with_cache
+from .._block import Block
+from .._checks import check_switches, check_tensor
+from .._op import check_tensors
+from .._ordinary_ops import attention_with_cache
+from ..functional import self_attention
 from ..parallel import group_of_ring, parallel_attention
 
 __all__ = ["fused_multi_head_attention"]
@@ -38,6 +40,11 @@ def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int)
     shape = [3, num_heads, width // num_heads]
     weight = paddle.transpose(qkv_weight, [1, 0]).reshape([*shape, embed_dim])
     return weight, None if qkv_bias is None else qkv_bias.reshape(shape)
+
+
+def seed_of_program() -> int | None:
+    """What Paddle's function seeds its dropout by; None: Paddle's generator."""
+    return paddle.static.default_main_program().random_seed or None
 
 
 @paddle.jit.not_to_static
@@ -105,61 +112,34 @@ def fused_multi_head_attention(
         NotImplementedError: Tensor parallelism with ``cache_kv`` or in a static graph.
     """
     group = group_of_ring(ring_id)
-    fused.check_switches(transpose_qkv_wb=transpose_qkv_wb)
+    check_switches(transpose_qkv_wb=transpose_qkv_wb)
     for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
-        fused._check_tensor(argument, value, required=True)
+        check_tensor(argument, value, required=True)
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
-        fused._check_tensor(argument, value)
+        check_tensor(argument, value)
     if transpose_qkv_wb or cache_kv is not None:
         # They go through Paddle's own operators.
-        _op.check_tensors(
+        check_tensors(
             ("x", "qkv_weight", "linear_weight", "qkv_bias", "cache_kv"), (x, qkv_weight, linear_weight, qkv_bias, cache_kv)
         )
     if len(x.shape) != 3:
         raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
     if transpose_qkv_wb:
         qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
-    arguments = dict(
-        pre_layer_norm=pre_layer_norm,
-        pre_ln_scale=pre_ln_scale,
-        pre_ln_bias=pre_ln_bias,
-        ln_scale=ln_scale,
-        ln_bias=ln_bias,
-        pre_ln_epsilon=pre_ln_epsilon,
-        qkv_bias=qkv_bias,
-        linear_bias=linear_bias,
-        attn_mask=attn_mask,
-        dropout_rate=dropout_rate,
-        attn_dropout_rate=attn_dropout_rate,
-        ln_epsilon=ln_epsilon,
-        training=training,
-        mode=mode,
-        add_residual=add_residual,
-        final_layer_norm=not pre_layer_norm,
-    )
-    if cache_kv is None:
-        seed = paddle.static.default_main_program().random_seed
-        if group is not None:
-            return parallel_attention(x, qkv_weight, linear_weight, **arguments, group=group, seed=seed or None)
-        return fused.fused_multi_head_attention(x, qkv_weight, linear_weight, **arguments, seed=seed or None)
-    if group is not None:
+    if cache_kv is not None and group is not None:
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
-    inputs = (x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask)
-    numbers = fused.check_arguments(inputs, pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, mode, None)
-    fused.check_switches(pre_layer_norm=pre_layer_norm, training=training, add_residual=add_residual)
+    # fmt: off
+    block = Block._make((
+        x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask,
+        pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate,
+        pre_layer_norm, training, not pre_layer_norm, add_residual, False, mode, seed_of_program(),
+    )).checked()
+    # fmt: on
+    if group is not None:
+        return parallel_attention(block, group)
+    if cache_kv is None:
+        return self_attention(block)
     if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
         raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
-    cache_k, cache_v = paddle.unbind(cache_kv)
-    out, k, v = attention_with_cache(
-        inputs,
-        cache_k,
-        cache_v,
-        numbers=numbers,
-        pre_layer_norm=pre_layer_norm,
-        final_layer_norm=not pre_layer_norm,
-        training=training,
-        mode=mode,
-        add_residual=add_residual,
-        cache_name="cache_kv[0]",
-    )
+    out, k, v = attention_with_cache(block, *paddle.unbind(cache_kv), cache_name="cache_kv[0]")
     return out, paddle.stack([k, v])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
-from .._composed import additive_mask
+from .._block import MODES, Block
+from .._checks import INFINITY, check_count, check_number, check_switches, check_tensor
 from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
-from ..functional import _check_number, _check_tensor, check_count, check_switches
+from .._ordinary_ops import additive_mask
 from ..parallel import group_of_ring, parallel_attention
-from .functional import _packed, fused_multi_head_attention
+from .functional import _packed, fused_multi_head_attention, seed_of_program
 
 __all__ = ["FusedMultiHeadAttention"]
 
@@ -80,9 +80,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         check_switches(normalize_before=normalize_before, need_weights=need_weights, transpose_qkv_wb=transpose_qkv_wb)
         if need_weights:
             raise ValueError("need_weights: expected False, since the attention weights are never stored, got True")
-        dropout_rate = _check_number("dropout_rate", dropout_rate, 0.0, 1.0)
-        attn_dropout_rate = _check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
-        epsilon = _check_number("epsilon", epsilon, 0.0, float("inf"))
+        dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
+        attn_dropout_rate = check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
+        epsilon = check_number("epsilon", epsilon, 0.0, INFINITY)
         group_of_ring(ring_id, nranks)
         if num_heads % nranks:
             raise ValueError(f"num_heads: expected a multiple of nranks {nranks}, got {num_heads}")
@@ -136,7 +136,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             TypeError, ValueError: See the function.
             NotImplementedError: key or value is not the query, and there is a cache.
         """
-        _check_tensor("query", query, required=True)
+        check_tensor("query", query, required=True)
         if (key is None or key is query) and (value is None or value is query):
             return self._attend_to_itself(query, attn_mask, cache)
         keys = other_keys(query, key, value)
@@ -169,6 +169,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             name=self.name,
         )
 
+    @paddle.jit.not_to_static
     def _attend_to_keys(
         self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
     ) -> paddle.Tensor:
@@ -182,25 +183,13 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         weight, bias = self.qkv_weight, self.qkv_bias
         if self.transpose_qkv_wb:
             weight, bias = _packed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
-        function = attention_to_keys if group is None else functools.partial(parallel_attention, group=group)
-        return function(
-            query,
-            weight,
-            self.linear_weight,
-            self.normalize_before,
-            self.pre_ln_scale,
-            self.pre_ln_bias,
-            self.ln_scale,
-            self.ln_bias,
-            self._epsilon,
-            bias,
-            self.linear_bias,
-            additive_mask("attn_mask", attn_mask, query),
-            self.dropout_rate,
-            self.attn_dropout_rate,
-            self._epsilon,
-            keys=keys,
-            training=self.training,
-            final_layer_norm=not self.normalize_before,
-            seed=paddle.static.default_main_program().random_seed or None,
-        )
+        epsilon = self._epsilon
+        mask, before = additive_mask("attn_mask", attn_mask, query), self.normalize_before
+        # fmt: off
+        block = Block._make((
+            query, weight, self.linear_weight, self.pre_ln_scale, self.pre_ln_bias, self.ln_scale, self.ln_bias, bias,
+            self.linear_bias, mask, epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
+            before, self.training, not before, True, False, MODES[0], seed_of_program(),
+        )).checked()
+        # fmt: on
+        return attention_to_keys(block, keys) if group is None else parallel_attention(block, group, keys)

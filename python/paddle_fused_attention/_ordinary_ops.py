@@ -7,15 +7,17 @@ CPU.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Sequence
 
 import paddle
 import paddle.nn.functional as F
 from paddle.base.framework import _dygraph_tracer
-from paddle.framework import in_dynamic_or_pir_mode
+from paddle.framework import in_dynamic_mode
 
 from . import _amp, _op
+from ._amp import without_auto_cast
+from ._block import TENSORS, Block
+from ._dropout_masks import kept_scores
 
 
 @paddle.jit.not_to_static
@@ -76,17 +78,9 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
     _check_mask_dtype("attn_mask", mask)
 
 
-def used_inputs(inputs: Sequence[Any], pre_layer_norm: bool, final_layer_norm: bool) -> tuple:
-    """The operator's inputs without the parameters of a layer norm that is off."""
-    before, pre_ln, ln, after = inputs[:3], inputs[3:5], inputs[5:7], inputs[7:]
-    return (*before, *(pre_ln if pre_layer_norm else (None, None)), *(ln if final_layer_norm else (None, None)), *after)
-
-
-def _check_block(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 0) -> None:
+def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
     """What the operator checks of its inputs, without the mask, whose shape is another here."""
-    inputs = (*inputs[:-1], None)
-    present = sum(1 << i for i, tensor in enumerate(inputs) if tensor is not None)
-    _op._check_static(inputs, present, first_head, total_heads)
+    _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
 
 
 def _where(condition: Any, value: float, tensor: Any) -> Any:
@@ -125,17 +119,12 @@ def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
     return out if bias is None else out + bias
 
 
-def _dropout(tensor: Any, rate: float, training: bool, mode: str, keep: Any) -> Any:
+def _dropout(tensor: Any, rate: float, block: Block, keep: Any) -> Any:
     """Paddle's dropout, or with a mask of what is kept that dropout."""
     if keep is None:
-        return F.dropout(tensor, rate, training=training, mode=mode)
-    scaled = tensor / (1.0 - rate) if mode == "upscale_in_train" and rate < 1.0 else tensor
+        return F.dropout(tensor, rate, training=block.training, mode=block.mode)
+    scaled = tensor / (1.0 - rate) if block.mode == "upscale_in_train" and rate < 1.0 else tensor
     return paddle.where(keep, scaled, paddle.zeros_like(scaled))
-
-
-def without_auto_cast() -> Any:
-    # Legacy programs have no auto_cast.
-    return paddle.amp.auto_cast(enable=False) if in_dynamic_or_pir_mode() else nullcontext()
 
 
 def _cast_all(tensors: Sequence[Any], dtype: str) -> list:
@@ -156,71 +145,44 @@ def _project(h: Any, weight: Any, bias: Any) -> Any:
     return out.reshape([0, 0, n, num_heads, head_dim]).transpose([2, 0, 3, 1, 4])
 
 
-def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool, **dropout: Any) -> Any:
-    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim]."""
+def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None) -> Any:
+    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and dropout."""
     num_heads, head_dim = q.shape[1], q.shape[3]
-    scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), mask)
+    scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
         scores = _masked(scores, _causal_mask(scores))
-    o = paddle.matmul(_dropout(_softmax(scores), **dropout), v)
+    o = paddle.matmul(_dropout(_softmax(scores), block.attn_dropout_rate, block, keep), v)
     return o.transpose([0, 2, 1, 3]).reshape([0, 0, num_heads * head_dim])
 
 
-def residual_tail(
-    x: Any,
-    y: Any,
-    linear_bias: Any,
-    ln_scale: Any,
-    ln_bias: Any,
-    ln_epsilon: float,
-    *,
-    dropout_rate: float,
-    training: bool,
-    mode: str,
-    add_residual: bool,
-    final_layer_norm: bool,
-    dtype: Any,
-    keep: Any = None,
-) -> Any:
-    """What comes after the output projection, at least in float32 as in the operator; the result is of `dtype`.
+def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
+    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is of `dtype`.
 
     `keep` says what dropout keeps; None: what Paddle's own does.
     """
-    x, y, linear_bias, ln_scale, ln_bias = _cast_all((x, y, linear_bias, ln_scale, ln_bias), _compute_dtype(x))
+    x, y, linear_bias, ln_scale, ln_bias = _cast_all(
+        (block.x, y, block.linear_bias, block.ln_scale, block.ln_bias), _compute_dtype(block.x)
+    )
     if linear_bias is not None:
         y = y + linear_bias
-    z = _dropout(y, dropout_rate, training, mode, keep)
-    if add_residual:
+    z = _dropout(y, block.dropout_rate, block, keep)
+    if block.add_residual:
         z = x + z
-    if final_layer_norm:
-        z = _layer_norm(z, ln_scale, ln_bias, ln_epsilon)
+    if block.final_layer_norm:
+        z = _layer_norm(z, ln_scale, ln_bias, block.ln_epsilon)
     return paddle.cast(z, dtype)
 
 
 @paddle.jit.not_to_static
-def attention_with_cache(
-    inputs: Sequence[Any],
-    cache_k: Any,
-    cache_v: Any,
-    *,
-    numbers: tuple[float, float, float, float],
-    pre_layer_norm: bool,
-    final_layer_norm: bool,
-    training: bool,
-    mode: str = "upscale_in_train",
-    add_residual: bool = True,
-    cache_name: str = "cache",
-) -> tuple:
-    """The block, in which every query attends to the cached keys and values and, after them, to those of x itself.
+def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: str = "cache") -> tuple:
+    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of x itself.
 
-    For inference. Among themselves the queries are masked by the mask alone, as in Paddle.
+    For inference. Among themselves the queries are masked by the mask alone, as in Paddle: `causal` is not read.
 
     Args:
-        inputs: Those of the operator; the mask broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``.
+        block: Its mask broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``.
         cache_k, cache_v: ``[batch, num_heads, cached_len, head_dim]``, dtype of x; cached_len may be 0.
-        numbers: What ``check_arguments`` returns.
         cache_name: What errors call the cache.
-        The rest: as in :func:`paddle_fused_attention.fused_multi_head_attention`.
 
     Returns:
         The result, like x, and the keys and the values of the cache and of x, each
@@ -229,42 +191,27 @@ def attention_with_cache(
     Raises:
         TypeError, ValueError: A tensor does not fit the others.
     """
-    inputs = used_inputs(inputs, pre_layer_norm, final_layer_norm)
-    _op.check_tensors((*_op.TENSOR_ARGUMENTS, cache_name, cache_name), (*inputs, cache_k, cache_v))
-    x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask = inputs
-    pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate = numbers
-    _check_block(inputs)
+    _op.check_tensors((*TENSORS, cache_name, cache_name), (*block.tensors, cache_k, cache_v))
+    _check_block(block)
+    x = block.x
     batch, seq_len, _ = x.shape
-    _, num_heads, head_dim, _ = qkv_weight.shape
+    _, num_heads, head_dim, _ = block.qkv_weight.shape
     _check_like(cache_name, cache_k, [batch, num_heads, "cached_len", head_dim], x)
     _check_like(cache_name, cache_v, [batch, num_heads, cache_k.shape[2], head_dim], x)
     cached_len = cache_k.shape[2]
     keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
-    _check_mask(attn_mask, [batch, num_heads, seq_len, keys])
+    _check_mask(block.attn_mask, [batch, num_heads, seq_len, keys])
 
     dtype, compute = x.dtype, _compute_dtype(x)
     with without_auto_cast():
-        h, weight, bias, linear_weight = _cast_all((x, qkv_weight, qkv_bias, linear_weight), compute)
-        if pre_layer_norm:
-            scale, shift = _cast_all((pre_ln_scale, pre_ln_bias), compute)
-            h = _layer_norm(h, scale, shift, pre_ln_epsilon)
+        h, weight, bias, linear_weight = _cast_all((x, block.qkv_weight, block.qkv_bias, block.linear_weight), compute)
+        if block.pre_layer_norm:
+            scale, shift = _cast_all((block.pre_ln_scale, block.pre_ln_bias), compute)
+            h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
         q, k, v = paddle.unbind(_project(h, weight, bias))
         k, v = (paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v)))
-        o = _attend(q, k, v, attn_mask, False, rate=attn_dropout_rate, training=training, mode=mode, keep=None)
-        out = residual_tail(
-            x,
-            paddle.matmul(o, linear_weight),
-            linear_bias,
-            ln_scale,
-            ln_bias,
-            ln_epsilon,
-            dropout_rate=dropout_rate,
-            training=training,
-            mode=mode,
-            add_residual=add_residual,
-            final_layer_norm=final_layer_norm,
-            dtype=dtype,
-        )
+        o = _attend(block, q, k, v, causal=False)
+        out = residual_tail(block, paddle.matmul(o, linear_weight), dtype)
         return out, paddle.cast(k, dtype), paddle.cast(v, dtype)
 
 
@@ -275,26 +222,15 @@ def result_dtype(x: Any) -> Any:
 
 
 @paddle.jit.not_to_static
-def attention_part(
-    inputs: Sequence[Any],
-    keys: tuple,
-    *,
-    pre_layer_norm: bool,
-    numbers: tuple[float, float, float, float],
-    training: bool,
-    mode: str,
-    causal: bool,
-    draw: Any = None,
-    first_head: int = 0,
-    total_heads: int = 0,
-) -> Any:
-    """The block up to the output projection, in float32 at least, where the queries come from x and the keys and values from the two
-    tensors in `keys`, which the first layer norm normalises as it does x.
+def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
+    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries come from x and the
+    keys and values from the two tensors in `keys`, which the first layer norm normalises as it does x.
+
+    In dygraph dropout drops what the operator would.
 
     Args:
-        inputs: Those of the operator; the mask broadcasts to ``[batch, num_heads, queries, keys]``.
+        block: Its mask broadcasts to ``[batch, num_heads, queries, keys]``.
         keys: Two tensors ``[batch, keys, embed_dim]``.
-        draw: Gives for the shape of the scores what dropout keeps; None: Paddle's own dropout.
         first_head, total_heads: As for the operator.
 
     Raises:
@@ -303,32 +239,35 @@ def attention_part(
     auto_cast = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer()) is not None
     with without_auto_cast():
         if auto_cast:  # takes float tensors of several dtypes
-            inputs, keys = [*map(_as_float32, inputs[:-1]), inputs[-1]], tuple(map(_as_float32, keys))
-        _check_block(inputs, first_head, total_heads)
-        x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, _, _, qkv_bias, _, attn_mask = inputs
-        key, value = keys
+            cast = {name: _as_float32(tensor) for name, tensor in zip(TENSORS, block.tensors) if name != "attn_mask"}
+            block, keys = block._replace(**cast), tuple(map(_as_float32, keys))
+        _check_block(block, first_head, total_heads)
+        x, (key, value) = block.x, keys
         _check_like("key", key, [x.shape[0], "keys", x.shape[2]], x, "query")
         _check_like("value", value, list(key.shape), key, "key")
-        _check_mask(attn_mask, [x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
+        scores = [x.shape[0], block.qkv_weight.shape[1], x.shape[1], key.shape[1]]
+        _check_mask(block.attn_mask, scores)
 
         compute = _compute_dtype(x)
         if 0 in x.shape:
             return paddle.zeros(x.shape, compute)
         if key.shape[1] == 0:  # one that nobody sees stands for none, of which Paddle makes no product
             key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
-            attn_mask = paddle.zeros([1, 1], "bool")
-        weight, bias, linear_weight, *norm = _cast_all(
-            (qkv_weight, qkv_bias, linear_weight, pre_ln_scale, pre_ln_bias), compute
+            block = block._replace(attn_mask=paddle.zeros([1, 1], "bool"))
+        weight, bias, linear_weight, scale, shift = _cast_all(
+            (block.qkv_weight, block.qkv_bias, block.linear_weight, block.pre_ln_scale, block.pre_ln_bias), compute
         )
         projected = []
         for i, tensor in enumerate((x, key, value)):
             h = paddle.cast(tensor, compute)
-            if pre_layer_norm:
-                h = _layer_norm(h, norm[0], norm[1], numbers[0])
+            if block.pre_layer_norm:
+                h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
             projected.append(_project(h, weight[i : i + 1], None if bias is None else bias[i : i + 1])[0])
-        keep = None if draw is None else draw([x.shape[0], qkv_weight.shape[1], x.shape[1], key.shape[1]])
+        keep = None
+        if in_dynamic_mode() and block.training:
+            keep = kept_scores(block, [*scores[:3], key.shape[1]], first_head, total_heads)
         q, k, v = projected
-        o = _attend(q, k, v, attn_mask, causal, rate=numbers[3], training=training, mode=mode, keep=keep)
+        o = _attend(block, q, k, v, causal=block.causal, keep=keep)
         return paddle.matmul(o, linear_weight)
 
 

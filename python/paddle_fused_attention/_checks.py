@@ -1,0 +1,82 @@
+"""Checks of the types and ranges of arguments. Errors name the argument."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import paddle
+
+INFINITY = float("inf")
+
+
+def _tensor_types() -> tuple:
+    types = [paddle.Tensor, paddle.static.Variable]
+    pir: Any = getattr(paddle, "pir", None)
+    if hasattr(pir, "Value"):
+        types.append(pir.Value)
+    return tuple(types)
+
+
+TENSOR_TYPES = _tensor_types()
+
+
+def check_tensor(name: str, value: Any, required: bool = False) -> None:
+    if value is None:
+        if required:
+            raise TypeError(f"{name}: expected a Tensor, got None")
+        return
+    if not isinstance(value, TENSOR_TYPES):
+        raise TypeError(f"{name}: expected a Tensor{'' if required else ' or None'}, got {type(value).__name__}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, TENSOR_TYPES):
+        return f"a {type(value).__name__}"
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no int of thousands of digits
+        return f"an int of {value.bit_length()} bits"
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number as a float."""
+    if type(value) is float and low <= value <= high and value != INFINITY:
+        return value
+    expected = f"a number in [{low:g}, {high:g}]" if high != INFINITY else f"a number of at least {low:g}"
+    # Strings, bools, complex numbers and arrays of NumPy have a __float__ too.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = INFINITY
+    if not low <= number <= high or number == INFINITY:
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+    return number
+
+
+def check_count(name: str, value: Any) -> int:
+    """A size as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {_shown(value)}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}")
+    return int(value)
+
+
+def check_seed(name: str, value: Any) -> int:
+    """An int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int or None, got {_shown(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {_shown(value)}")
+    return int(value)
+
+
+def check_switches(**switches: Any) -> None:
+    """What is to be True or False; 1 and 0 are welcome."""
+    for name, value in switches.items():
+        if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
+            raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
