@@ -52,13 +52,7 @@ class Block(NamedTuple):
     @property
     def tensors(self) -> tuple:
         fields: Any = self
-        return fields[_OF_TENSORS]
-
-    @property
-    def parts(self) -> tuple[tuple, tuple, tuple]:
-        """The tensors, the numbers, and the switches with mode and seed, in the order of the fields."""
-        fields: Any = self
-        return fields[_OF_TENSORS], fields[_OF_NUMBERS], fields[_OF_SWITCHES]
+        return fields[OF_TENSORS]
 
     def checked(self) -> Block:
         """The block with floats for numbers, bools for switches, and without the parameters of a layer norm that is off.
@@ -68,7 +62,8 @@ class Block(NamedTuple):
                 who compute the block.
         """
         # Each check begins with what is usual, since a call in dygraph is to cost few microseconds.
-        tensors, numbers, switches = self.parts
+        fields: Any = self
+        tensors, numbers, switches = fields[OF_TENSORS], fields[OF_NUMBERS], fields[OF_SWITCHES]
         x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, _, _, _ = tensors
         if x is None or qkv_weight is None or linear_weight is None or not _USUAL_TYPES.issuperset(map(type, tensors)):
             for i, value in enumerate(tensors):
@@ -82,7 +77,7 @@ class Block(NamedTuple):
             and 0.0 <= dropout_rate <= 1.0
             and 0.0 <= attn_dropout_rate <= 1.0
         ):
-            for name, value in zip(Block._fields[_OF_NUMBERS], numbers):
+            for name, value in zip(Block._fields[OF_NUMBERS], numbers):
                 changes[name] = check_number(name, value, 0.0, 1.0 if name.endswith("_rate") else INFINITY)
         pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed = switches
         if not isinstance(mode, str) or mode not in MODES:
@@ -90,7 +85,7 @@ class Block(NamedTuple):
         if seed is not None and check_seed("seed", seed) is not seed:
             changes["seed"] = int(seed)
         if not (type(pre_layer_norm) is type(training) is type(final_layer_norm) is type(add_residual) is type(causal) is bool):
-            named = dict(zip(Block._fields[_OF_SWITCHES], switches[:-2]))
+            named = dict(zip(Block._fields[OF_SWITCHES], switches[:-2]))
             check_switches(**named)
             changes.update((name, bool(value)) for name, value in named.items())
         block = self._replace(**changes) if changes else self
@@ -106,8 +101,8 @@ class Block(NamedTuple):
         return Block._make((*self[:at], None, None, *self[at + 2 :]))
 
 
-_OF_TENSORS = slice(Block._fields.index("pre_ln_epsilon"))
-_OF_NUMBERS = slice(_OF_TENSORS.stop, Block._fields.index("pre_layer_norm"))
-_OF_SWITCHES = slice(_OF_NUMBERS.stop, None)
-TENSORS = Block._fields[_OF_TENSORS]
+OF_TENSORS = slice(Block._fields.index("pre_ln_epsilon"))
+OF_NUMBERS = slice(OF_TENSORS.stop, Block._fields.index("pre_layer_norm"))
+OF_SWITCHES = slice(OF_NUMBERS.stop, None)
+TENSORS = Block._fields[OF_TENSORS]
 _USUAL_TYPES = frozenset((type(None), paddle.Tensor, EagerParamBase))

@@ -24,7 +24,7 @@ from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
-from ._block import TENSORS, Block
+from ._block import OF_NUMBERS, OF_SWITCHES, OF_TENSORS, TENSORS, Block
 
 OP_TYPE = "custom_fused_attention"
 # The same without a gradient: Paddle records operators that have one even where none is wanted.
@@ -147,7 +147,9 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
     these heads' part of a sum.
     """
-    inputs, numbers, (pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed) = block.parts
+    fields: Any = block
+    inputs, numbers = fields[OF_TENSORS], fields[OF_NUMBERS]
+    pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed = fields[OF_SWITCHES]
     is_test = not training
     switches = 0
     if pre_layer_norm:
