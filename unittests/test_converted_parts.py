@@ -425,12 +425,13 @@ def test_forwards_of_known_libraries(monkeypatch):
     check("out", model(make_x()).numpy(), expected, "float32")
 
 
-def test_flops_are_those_of_the_layers(capsys):
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0" and paddle.__version__ >= "3.3":
-        pytest.skip("paddle.flops of Paddle 3.3 fails for any model with NumPy 2.4")
+def test_flops_are_those_of_the_layers():
     plain, converted = pair()
-    counts = [paddle.flops(nn.Sequential(layer), [BATCH, SEQ, EMBED]) for layer in (plain, converted)]
-    assert counts[0] == counts[1] > 0
+    try:
+        expected = paddle.flops(nn.Sequential(plain), [BATCH, SEQ, EMBED])
+    except TypeError as error:
+        pytest.skip(f"paddle.flops fails for Paddle's own layers with this NumPy: {error}")
+    assert paddle.flops(nn.Sequential(converted), [BATCH, SEQ, EMBED]) == expected > 0
 
 
 def test_layers_without_values_are_left_alone():
