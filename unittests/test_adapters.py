@@ -21,7 +21,7 @@ from paddle_fused_attention import (
 )
 from paddle_fused_attention.conversion import registry
 from paddle_fused_attention.conversion.adapters import PaddleNLPGPTAdapter
-from test_convert import EMBED, HEADS, SEQ, check, gradients, make_mask, make_x, shake, state_of
+from test_convert import EMBED, HEADS, SEQ, check, encoder, gradients, make_mask, make_x, shake, state_of
 
 
 class ViTAttention(nn.Layer):
@@ -302,6 +302,40 @@ def test_attention_of_unknown_classes_is_reported():
     assert report.left_alone["0"].endswith("which paddle_fused_attention.patch() serves")
     with pytest.warns(UserWarning, match="convert: other: left alone, a .*Unnamed, for which there is no adapter"):
         convert(nn.Sequential(("other", Unnamed())))
+
+
+class AttentionModel(nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.vision, self.query, self.key = encoder(), ViTBlock(), nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def test_a_model_with_the_name_of_an_attention():
+    """What it holds is converted all the same."""
+    _, report = convert(AttentionModel(), return_report=True)
+    assert list(report.converted) == ["encoder.layers.0", "encoder.layers.1", "vision.attn"] and not report.left_alone
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Dropout"])
+def test_classes_whose_forward_was_replaced(kind, monkeypatch):
+    whole = getattr(nn, kind).forward
+    monkeypatch.setattr(getattr(nn, kind), "forward", lambda self, x: whole(self, x))
+    _, report = convert(ViTBlock(), return_report=True)
+    assert report.left_alone == {"attn": f"paddle.nn.{kind}.forward was replaced by one of {__name__}"}
+
+
+def test_quantization_that_misses_the_packed_projection():
+    quantization = pytest.importorskip("paddle.quantization")
+    from paddle.quantization.quanters import FakeQuanterWithAbsMaxObserver
+
+    quanter = FakeQuanterWithAbsMaxObserver(moving_rate=0.9)
+    config = quantization.QuantConfig(activation=None, weight=None)
+    config.add_type_config(nn.Linear, activation=quanter, weight=quanter)
+    quantized = quantization.QAT(config).quantize(convert(nn.Sequential(ViTBlock())))
+    with pytest.raises(
+        RuntimeError, match=r"proj: expected all projections of an attention quantized or none.*revert\(model\)"
+    ):
+        quantized(make_x())
 
 
 class OwnAdapter(AttentionAdapter):

@@ -330,7 +330,9 @@ def test_quantization_that_misses_the_packed_projections():
     config = quantization.QuantConfig(activation=None, weight=None)
     config.add_type_config(nn.Linear, activation=quanter, weight=quanter)
     quantized = quantization.QAT(config).quantize(convert(encoder()))
-    with pytest.raises(RuntimeError, match=r"self_attn: expected all four projections quantized or none.*revert\(model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"out_proj: expected all projections of an attention quantized or none.*revert\(model\)"
+    ):
         quantized(make_x())
 
 
@@ -463,3 +465,11 @@ def test_gpu_is_not_where_a_model_on_the_cpu_goes():
                 np.testing.assert_array_equal(value.numpy(), before[name], name)
     finally:
         paddle.set_device("cpu")
+
+
+def test_a_norm_over_more_axes_that_comes_later():
+    """Without parameters only its shape tells."""
+    plain, converted = pair()
+    for layer in (plain, converted):
+        layer.norm1 = nn.LayerNorm([SEQ, EMBED], weight_attr=False, bias_attr=False)
+    check_both(plain, converted, calls=1)

@@ -33,6 +33,9 @@ def reason_against_linear(name: str, layer: Any) -> str | None:
         return f"its {name} is a {type(layer).__name__}, not a paddle.nn.Linear"
     if not is_plain(layer, nn.Linear):
         return f"its {name} has hooks or a forward of its own"
+    reason = reason_against_class(nn.Linear)
+    if reason is not None:
+        return reason
     extra = sorted({*layer._parameters, *layer._buffers, *layer._sub_layers} - {"weight", "bias"})
     return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
 
@@ -41,3 +44,10 @@ def origin_of_forward(kind: Any) -> str | None:
     """The module that wrote the forward of one of Paddle's classes; None if that is Paddle."""
     module = getattr(kind.forward, "__globals__", {}).get("__name__") or f"a {type(kind.forward).__name__}"
     return None if str(module).startswith("paddle.") else str(module)
+
+
+def reason_against_class(kind: Any, *known: str) -> str | None:
+    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are modules whose
+    forward is welcome, too."""
+    origin = origin_of_forward(kind)
+    return None if origin is None or origin in known else f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"

@@ -155,11 +155,16 @@ def _wants_separate() -> bool:
     return False
 
 
-def _packed_attentions(model: nn.Layer) -> Iterator[tuple[Any, str]]:
-    """The packed parameters of a model, as the attention and "weight" or "bias"."""
+def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, str, Any, list[str], dict]]:
+    """For every packed parameter of a model and every group of a state: the packing, "weight" or "bias", the parameter, what
+    Paddle called those that it was made of, and the group."""
     for layer in model.sublayers(include_self=True):
-        if hasattr(layer, "_packing"):
-            yield from ((layer, kind) for kind in _KINDS if layer._parameters[f"qkv_{kind}"] is not None)
+        packing: Any = getattr(layer, "_packing", None)
+        for kind in _KINDS if packing is not None else ():
+            packed = layer._parameters[f"qkv_{kind}"]
+            if packed is not None:
+                names = [packing.parameter_names[name, kind] for name in packing.projections]
+                yield from ((packing, kind, packed, names, group) for group in _groups(state))
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
@@ -183,17 +188,14 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for attention, kind in _packed_attentions(model):
-        packing, packed = attention._packing, attention._parameters[f"qkv_{kind}"]
-        names = [packing.parameter_names[name, kind] for name in packing.projections]
-        for group in _groups(result):
-            for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
-                values = []
-                for name in names:
-                    if name + rest not in group:
-                        raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
-                    values.append(_tensor(group.pop(name + rest)))
-                group[packed.name + rest] = _pack_state(packing, kind, packed, values, names[0] + rest)
+    for packing, kind, packed, names, group in _packed_states(model, result):
+        for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
+            values = []
+            for name in names:
+                if name + rest not in group:
+                    raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
+                values.append(_tensor(group.pop(name + rest)))
+            group[packed.name + rest] = _pack_state(packing, kind, packed, values, names[0] + rest)
     return result
 
 
@@ -210,22 +212,19 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for attention, kind in _packed_attentions(model):
-        packing, packed = attention._packing, attention._parameters[f"qkv_{kind}"]
-        names = [packing.parameter_names[name, kind] for name in packing.projections]
-        for group in _groups(result):
-            for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
-                value = _tensor(group.pop(packed.name + rest))
-                if list(value.shape) == list(packed.shape):
-                    with paddle.no_grad():
-                        values = packing.separate(kind, value)
-                elif value.size == 1:
-                    values = [value.clone() for _ in names]
-                else:
-                    raise ValueError(
-                        f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got {list(value.shape)}"
-                    )
-                group.update({name + rest: value for name, value in zip(names, values)})
+    for packing, kind, packed, names, group in _packed_states(model, result):
+        for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
+            value = _tensor(group.pop(packed.name + rest))
+            if list(value.shape) == list(packed.shape):
+                with paddle.no_grad():
+                    values = packing.separate(kind, value)
+            elif value.size == 1:
+                values = [value.clone() for _ in names]
+            else:
+                raise ValueError(
+                    f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got {list(value.shape)}"
+                )
+            group.update({name + rest: value for name, value in zip(names, values)})
     return result
 
 

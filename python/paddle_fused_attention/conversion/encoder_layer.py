@@ -16,11 +16,11 @@ from .._block import MODES, Block
 from .._checks import check_tensor
 from .._loading import OwnEntries
 from .._ordinary_ops import additive_mask, attention_with_cache
-from .._parts import is_plain, is_plain_dropout, origin_of_forward
+from .._parts import is_plain, is_plain_dropout, origin_of_forward, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, pack, packed_class, packed_parts, parameters_of, rate_of, separate
+from .packed import PackedAttention, pack, packed_class, parameters_of, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
@@ -67,6 +67,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
             and attention._is_untouched()
             and not attention.need_weights
             and is_plain(parts.get("norm1"), nn.LayerNorm)
+            and len(parts["norm1"]._normalized_shape) == 1
             and is_plain_dropout(parts.get("dropout1"))
             and not wants_gradient(mask)
         )
@@ -75,7 +76,6 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if they are
         wanted."""
         attention = self.self_attn
-        _check_not_half_quantized(attention)
         hidden = self.norm1(src) if self.normalize_before else src
         needed_weights = getattr(attention, "need_weights", False)
         if output_attentions:
@@ -123,25 +123,14 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return with_old_names(state, prefix)
 
 
-def _check_not_half_quantized(attention: Any) -> None:
-    """A quantization that is asked for by the type paddle.nn.Linear finds the output projection only."""
-    output = attention._sub_layers.get("out_proj")
-    if isinstance(attention, PackedAttention) and type(output).__module__.startswith("paddle.nn.quant"):
-        if any(True for _ in packed_parts(attention)):
-            raise RuntimeError(
-                "self_attn: expected all four projections quantized or none, got packed query, key and value projections beside a "
-                f"{type(output).__name__}; paddle_fused_attention.revert(model) before it is quantized"
-            )
-
-
 def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
     """Why an encoder layer can't be converted; None if it can."""
     if type(layer) is not nn.TransformerEncoderLayer:
         return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
     for kind in (nn.TransformerEncoderLayer, nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout, nn.Linear):
-        origin = origin_of_forward(kind)
-        if origin is not None and not (kind is nn.TransformerEncoderLayer and origin in _KNOWN_FORWARDS):
-            return f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+        reason = reason_against_class(kind, *(_KNOWN_FORWARDS if kind is nn.TransformerEncoderLayer else ()))
+        if reason is not None:
+            return reason
     if "forward" in vars(layer):
         return "its forward was replaced"
     attention, norm, dropout = layer.self_attn, layer.norm1, layer.dropout1

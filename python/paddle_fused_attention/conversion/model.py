@@ -66,7 +66,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     _check_model("convert", model)
     report = Report()
     encoder_layers, attentions = _find(model, report)
-    _check_unused("convert", model, [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
+    _check_unused("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
     for layer in encoder_layers:
         fuse(layer)
     for layer in attentions:
@@ -97,8 +97,8 @@ def revert(model: nn.Layer) -> nn.Layer:
     inside = {id(layer.self_attn) for layer in encoder_layers}
     attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
-    parameters = {id(p): f"{name}" for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
-    _check_unused("revert", model, [*encoder_layers, *attentions], parameters)
+    parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
+    _check_unused("revert", [*encoder_layers, *attentions], parameters)
     for layer in encoder_layers:
         unfuse(layer)
     for layer in attentions:
@@ -119,31 +119,35 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
     """The encoder layers and the attentions to convert; they and what is left alone are reported."""
     owners = _owners(model)
     layers = list(model.named_sublayers(include_self=True))
-    encoder_layers, attentions = [], []
+    encoder_layers: list = []
+    attentions: list = []
     settled: set = set()  # layers that are reported, or lie in one that is
     for name, layer in layers:
         if id(layer) in settled:
             continue
-        if isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(_OURS):
+        if _is_ours(layer):
             settled.update(map(id, layer.sublayers()))
-        elif isinstance(layer, nn.TransformerEncoderLayer):
+            continue
+        if isinstance(layer, nn.TransformerEncoderLayer):
             reason = reason_against_encoder_layer(layer, owners)
-            if reason is None:
-                encoder_layers.append(layer)
-                report.converted[name] = f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
-            else:
-                report.left_alone[name] = reason
-            settled.update(map(id, layer.sublayers()))
+            found, what = encoder_layers, f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
         elif _is_attention(layer):
             adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
             reason = _without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, owners)
-            if reason is None:
-                attentions.append(layer)
-                report.converted[name] = f"{full_name(type(layer))}"
-            else:
-                report.left_alone[name] = reason
-            settled.update(map(id, layer.sublayers()))
+            found, what = attentions, full_name(type(layer))
+        else:
+            continue
+        settled.update(map(id, layer.sublayers()))
+        if reason is None:
+            found.append(layer)
+            report.converted[name] = what
+        else:
+            report.left_alone[name] = reason
     return encoder_layers, attentions
+
+
+def _is_ours(layer: nn.Layer) -> bool:
+    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(_OURS)
 
 
 def _is_attention(layer: nn.Layer) -> bool:
@@ -151,6 +155,12 @@ def _is_attention(layer: nn.Layer) -> bool:
     if adapter_for(kind) is not None:
         return True
     if not layer._parameters and not layer._sub_layers:
+        return False
+    # A model may have such a name itself; what it holds is what counts then.
+    if any(
+        _is_ours(part) or isinstance(part, nn.TransformerEncoderLayer) or adapter_for(type(part)) is not None
+        for part in layer.sublayers()
+    ):
         return False
     return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(names <= set(layer._sub_layers) for names in _PROJECTIONS)
 
@@ -186,19 +196,24 @@ def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
     return found
 
 
-def _check_unused(function: str, model: nn.Layer, changed: list, parameters: dict) -> None:
+def _check_unused(function: str, changed: list, parameters: dict) -> None:
     """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that everything alive
     is looked through."""
     if not changed:
         return
     ours = {id(layer) for layer in changed}
+    gc.collect()  # what is deleted may still be there
     for holder in gc.get_objects():
         kind = type(holder)
         if issubclass(kind, paddle.optimizer.Optimizer):
             held = [parameters[id(p)] for p in _parameters_of(holder) if id(p) in parameters]
             if held:
                 _refuse_optimizer(function, kind.__name__, held[0])
-        elif issubclass(kind, nn.Layer) and _is_finished(holder) and not ours.isdisjoint(map(id, _all_sublayers(holder))):
+        elif (
+            issubclass(kind, nn.Layer)
+            and _is_finished(holder)
+            and not ours.isdisjoint(map(id, holder.sublayers(include_self=True)))
+        ):
             what = "wrapped by" if _is_wrapper(holder) else "made static by paddle.jit.to_static in"
             raise RuntimeError(
                 f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; {function} first, "
@@ -222,10 +237,6 @@ def _refuse_optimizer(function: str, optimizer: str, parameter: str) -> None:
 def _parameters_of(optimizer: Any) -> Iterable:
     for entry in getattr(optimizer, "_parameter_list", None) or ():
         yield from entry["params"] if isinstance(entry, dict) else (entry,)
-
-
-def _all_sublayers(layer: nn.Layer) -> list:
-    return layer.sublayers(include_self=True)
 
 
 def _is_wrapper(layer: nn.Layer) -> bool:

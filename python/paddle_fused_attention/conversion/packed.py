@@ -9,7 +9,7 @@ it; every other call runs the class's own forward. So whatever is done to the pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import paddle
 from paddle import nn
@@ -139,7 +139,19 @@ class PackedAttention(OwnEntries):
 
     @paddle.jit.not_to_static
     def _inputs(self, args: tuple, kwargs: dict) -> tuple | None:
-        return self._adapter.inputs(self, *args, **kwargs) if self._is_untouched() else None
+        if self._is_untouched():
+            return self._adapter.inputs(self, *args, **kwargs)
+        self._check_not_half_quantized()
+        return None
+
+    def _check_not_half_quantized(self) -> None:
+        """A quantization that is asked for by the type paddle.nn.Linear finds the output projection only."""
+        output = self._sub_layers.get(self._adapter.output)
+        if type(output).__module__.startswith("paddle.nn.quant") and _packed_parts(self):
+            raise RuntimeError(
+                f"{self._adapter.output}: expected all projections of an attention quantized or none, got packed query, key and value "
+                f"projections beside a {type(output).__name__}; paddle_fused_attention.revert(model) before it is quantized"
+            )
 
     @paddle.jit.not_to_static
     def _run(self, x: Any, mask: Any, causal: bool) -> Any:
@@ -241,12 +253,10 @@ def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: 
     return parameter
 
 
-def packed_parts(layers: Any) -> Iterator[tuple[nn.Layer, str]]:
-    """The projections of an attention, and their names."""
-    for name in layers._packing.projections:
-        part = layers._sub_layers.get(name)
-        if type(part) is PackedLinear:
-            yield part, name
+def _packed_parts(attention: Any) -> dict[str, PackedLinear]:
+    """The projections that nobody has put another layer in the place of, by name."""
+    parts = {name: attention._sub_layers.get(name) for name in attention._packing.projections}
+    return {name: part for name, part in parts.items() if type(part) is PackedLinear}
 
 
 def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
@@ -281,29 +291,22 @@ def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
 
 def separate(attention: Any) -> None:
     """The inverse of :func:`pack`, in place: projections with parameters of their own, of the names that they had."""
-    packing = attention._packing
+    packing, parts = attention._packing, _packed_parts(attention)
     with paddle.no_grad():
         for kind in _PARAMETERS:
             packed = attention._parameters.pop(f"qkv_{kind}")
-            values = [None] * len(packing.projections) if packed is None else packing.separate(kind, packed)
-            for (layer, name), value in zip(_with_parts(attention), values):
-                if layer is not None:
-                    layer._parameters[kind] = (
-                        None
-                        if value is None
-                        else _new_parameter(attention, value, packed, kind == "bias", packing.parameter_names[name, kind])
-                    )
-    for layer, _ in packed_parts(attention):
+            values = {} if packed is None else dict(zip(packing.projections, packing.separate(kind, packed)))
+            for name, layer in parts.items():
+                layer._parameters[kind] = (
+                    _new_parameter(attention, values[name], packed, kind == "bias", packing.parameter_names[name, kind])
+                    if values
+                    else None
+                )
+    for layer in parts.values():
         layer.__class__ = nn.Linear
         del layer.__dict__["_packed_in"], layer.__dict__["_part"]
     attention.__class__ = attention._original
     del attention.__dict__["_packing"]
-
-
-def _with_parts(attention: Any) -> Iterator[tuple[Any, str]]:
-    for name in attention._packing.projections:
-        part = attention._sub_layers.get(name)
-        yield (part if type(part) is PackedLinear else None), name
 
 
 def _count_flops(layer: Any, inputs: Any, output: Any) -> None:

@@ -15,8 +15,7 @@ from .packed import PackedLinear, separate
 
 
 def _quantized(layer: Any, config: Any) -> nn.Layer:
-    if isinstance(layer, PackedLinear):
-        separate(layer._packed_in[0])
+    separate(layer._packed_in[0])  # after which it is a Linear, as the attention's others are
     return DEFAULT_QAT_LAYER_MAPPINGS[nn.Linear](layer, config)
 
 

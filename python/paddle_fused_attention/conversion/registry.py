@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .._parts import is_plain, is_plain_dropout, reason_against_linear
+from .._parts import is_plain, is_plain_dropout, reason_against_class, reason_against_linear
 from .adapters import AttentionAdapter, PaddleAdapter, PaddleNLPGPTAdapter, VisionTransformerAdapter
 from .packed import pack, training_of
 
@@ -77,6 +77,9 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
         reason = reason_against_linear(prefix + name, getattr(attention, name, None))
         if reason is not None:
             return reason
+    reason = reason_against_class(nn.Dropout) if adapter.dropouts() else None
+    if reason is not None:
+        return reason
     for name in adapter.dropouts():
         part = getattr(attention, name, None)
         if not isinstance(part, nn.Dropout) or not is_plain_dropout(part):
