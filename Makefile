@@ -42,7 +42,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
 	-o -name '*.py' ! -name _build_info.py)
-CORE_SOURCES = $(wildcard custom_ops/core/*.cc custom_ops/core/cpu/*.cc unittests/cpp/*.cc)
+CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 .PHONY: demo test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint lint-python lint-cpp format clean

@@ -27,8 +27,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 PACKAGE = "paddle_fused_attention"
-CORE_SOURCES = ["custom_ops/core/*.cc", "custom_ops/core/cpu/*.cc"]
-CORE_CUDA_SOURCES = ["custom_ops/core/cuda/*.cc", "custom_ops/core/cuda/*.cu"]
+CORE_SOURCES = ["custom_ops/core/cpu/**/*.cc"]
+CORE_CUDA_SOURCES = ["custom_ops/core/cuda/**/*.cc", "custom_ops/core/cuda/**/*.cu"]
 OPERATOR_SOURCES = ["custom_ops/op/*.cc"]
 HEADERS = ["custom_ops/**/*.h", "custom_ops/**/*.cuh"]
 

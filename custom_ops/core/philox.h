@@ -14,11 +14,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PFA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PFA_HOST_DEVICE inline
-#endif
+#include "core/host_device.h"
 
 namespace pfa {
 

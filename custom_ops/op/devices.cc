@@ -5,7 +5,7 @@
 #ifdef PFA_WITH_CUDA
 #include <dlfcn.h>
 
-#include "core/cuda/cublaslt.h"
+#include "core/cuda/linear/cublaslt.h"
 #include "paddle/phi/backends/dynload/dynamic_loader.h"
 #endif
 

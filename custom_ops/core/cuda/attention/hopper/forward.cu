@@ -8,12 +8,12 @@
 // A mask that is the same for all queries is brought to shared memory in units of log2 before the walk over the keys, which then
 // leaves out tiles before the first and after the last key that may be seen. Any other mask comes by tiles with the copy engine, or,
 // where its strides do not allow that, is read in place.
-#include "core/cuda/attention_hopper.h"
+#include "core/cuda/attention/hopper/hopper.h"
 
 #if CUDART_VERSION >= 12010
 
-#include "core/cuda/attention_hopper.cuh"
-#include "core/cuda/attention_hopper_launch.h"
+#include "core/cuda/attention/hopper/instructions.cuh"
+#include "core/cuda/attention/hopper/tiles.h"
 
 namespace pfa {
 namespace cuda {

@@ -1,6 +1,6 @@
 // The first layer norm, forward and backward, as work on rows (norm_rows.h), and what takes its place.
-#include "core/cuda/convert.h"
-#include "core/cuda/norm_rows.h"
+#include "core/cuda/rows/convert.h"
+#include "core/cuda/rows/norm_rows.h"
 #include "core/cuda/stages.h"
 
 namespace pfa {

@@ -1,7 +1,7 @@
 // Column sums of a matrix and of the row blocks' sums; see column_sums.h.
 //
 // A block is 32 threads wide, each thread holding one vector of neighbouring columns, and 16 threads high.
-#include "core/cuda/column_sums.h"
+#include "core/cuda/rows/column_sums.h"
 
 #include <algorithm>
 

@@ -15,12 +15,12 @@
 //
 // Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees have no walk;
 // elements of any other mask are loaded a step ahead.
-#include "core/cuda/attention_hopper.h"
+#include "core/cuda/attention/hopper/hopper.h"
 
 #if CUDART_VERSION >= 12010
 
-#include "core/cuda/attention_hopper.cuh"
-#include "core/cuda/attention_hopper_launch.h"
+#include "core/cuda/attention/hopper/instructions.cuh"
+#include "core/cuda/attention/hopper/tiles.h"
 
 namespace pfa {
 namespace cuda {

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "core/cuda/attention_common.cuh"
+#include "core/cuda/attention/common.cuh"
 
 namespace pfa {
 namespace cuda {

@@ -5,9 +5,9 @@
 
 #include <algorithm>
 
-#include "core/cuda/attention_common.cuh"
-#include "core/cuda/attention_hopper.cuh"
-#include "core/cuda/attention_launch.h"
+#include "core/cuda/attention/common.cuh"
+#include "core/cuda/attention/hopper/instructions.cuh"
+#include "core/cuda/attention/launch.h"
 
 namespace pfa {
 namespace cuda {

@@ -1,5 +1,5 @@
 // Opens cuBLASLt and keeps one handle per device.
-#include "core/cuda/cublaslt.h"
+#include "core/cuda/linear/cublaslt.h"
 
 #include <dlfcn.h>
 

@@ -4,7 +4,7 @@
 // A plan is what cuBLASLt needs to know of a product: descriptors and the algorithm its heuristic names. Plans are kept per
 // thread, since the bias pointer of a call is set in the descriptor. Products of unaligned matrices get no workspace, so that
 // the size told before the pointers are known is enough.
-#include "core/cuda/matrix_product.h"
+#include "core/cuda/linear/matrix_product.h"
 
 #include <algorithm>
 #include <array>
@@ -12,8 +12,8 @@
 #include <memory>
 #include <string>
 
-#include "core/cuda/column_sums.h"
-#include "core/cuda/cublaslt.h"
+#include "core/cuda/linear/cublaslt.h"
+#include "core/cuda/rows/column_sums.h"
 
 namespace pfa {
 namespace cuda {

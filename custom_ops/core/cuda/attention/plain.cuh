@@ -4,7 +4,7 @@
 // them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the sums over keys.
 #pragma once
 
-#include "core/cuda/attention_common.cuh"
+#include "core/cuda/attention/common.cuh"
 
 namespace pfa {
 namespace cuda {

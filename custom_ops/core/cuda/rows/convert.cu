@@ -1,5 +1,5 @@
 // A thread converts one vector.
-#include "core/cuda/convert.h"
+#include "core/cuda/rows/convert.h"
 
 #include "core/cuda/numbers.cuh"
 

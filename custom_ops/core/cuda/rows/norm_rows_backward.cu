@@ -9,12 +9,12 @@
 // row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows into its
 // own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be read by
 // vectors, take one kernel for d_z and d_y and another for the sums.
-#include "core/cuda/norm_rows.h"
+#include "core/cuda/rows/norm_rows.h"
 
 #include <type_traits>
 
-#include "core/cuda/column_sums.h"
-#include "core/cuda/norm_rows.cuh"
+#include "core/cuda/rows/column_sums.h"
+#include "core/cuda/rows/norm_rows.cuh"
 
 namespace pfa {
 namespace cuda {

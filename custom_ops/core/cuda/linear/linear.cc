@@ -6,13 +6,13 @@
 //
 // Biases ride on the products, and so does the residual where there is no dropout between. Their gradients do not: cuBLASLt's own sums
 // take longer on large matrices than the product and column_sums one after the other. That of qkv_bias belongs to attention.
-#include "core/cuda/matrix_product.h"
+#include "core/cuda/linear/matrix_product.h"
 
 #include <algorithm>
 
 #include "core/arena.h"
-#include "core/cuda/column_sums.h"
-#include "core/cuda/convert.h"
+#include "core/cuda/rows/column_sums.h"
+#include "core/cuda/rows/convert.h"
 #include "core/cuda/stages.h"
 
 namespace pfa {

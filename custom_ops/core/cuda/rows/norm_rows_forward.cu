@@ -3,11 +3,11 @@
 // A group of threads holds its row in registers, all of it on its way before the first number is used. Rows that no group can hold, or
 // that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the result will be, unless z is y itself,
 // and reads it again for each step.
-#include "core/cuda/norm_rows.h"
+#include "core/cuda/rows/norm_rows.h"
 
 #include <type_traits>
 
-#include "core/cuda/norm_rows.cuh"
+#include "core/cuda/rows/norm_rows.cuh"
 
 namespace pfa {
 namespace cuda {

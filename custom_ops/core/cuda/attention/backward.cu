@@ -6,11 +6,11 @@
 #include <algorithm>
 
 #include "core/arena.h"
-#include "core/cuda/attention_hopper.h"
-#include "core/cuda/attention_launch.h"
-#include "core/cuda/attention_mma.cuh"
-#include "core/cuda/attention_plain.cuh"
-#include "core/cuda/column_sums.h"
+#include "core/cuda/attention/hopper/hopper.h"
+#include "core/cuda/attention/launch.h"
+#include "core/cuda/attention/mma.cuh"
+#include "core/cuda/attention/plain.cuh"
+#include "core/cuda/rows/column_sums.h"
 #include "core/cuda/stages.h"
 
 namespace pfa {

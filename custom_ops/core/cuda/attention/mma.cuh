@@ -5,8 +5,8 @@
 // eight rows of an ldmatrix over all banks. kGeneral kernels know masks and dropout, the others are kept lean.
 #pragma once
 
-#include "core/cuda/attention_fragments.cuh"
-#include "core/cuda/attention_launch.h"
+#include "core/cuda/attention/fragments.cuh"
+#include "core/cuda/attention/launch.h"
 
 namespace pfa {
 namespace cuda {

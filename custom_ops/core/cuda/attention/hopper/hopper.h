@@ -1,7 +1,7 @@
 // The Hopper kernels' host side. They serve float16 and bfloat16 with head dims up to 128 that are multiples of 8.
 #pragma once
 
-#include "core/cuda/attention_common.cuh"
+#include "core/cuda/attention/common.cuh"
 
 namespace pfa {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the kernel.
-#include "core/cuda/attention_hopper.h"
-#include "core/cuda/attention_launch.h"
-#include "core/cuda/attention_mma.cuh"
-#include "core/cuda/attention_plain.cuh"
+#include "core/cuda/attention/hopper/hopper.h"
+#include "core/cuda/attention/launch.h"
+#include "core/cuda/attention/mma.cuh"
+#include "core/cuda/attention/plain.cuh"
 #include "core/cuda/stages.h"
 
 namespace pfa {

@@ -6,7 +6,7 @@
 
 #include <cuda.h>
 
-#include "core/cuda/attention_fragments.cuh"
+#include "core/cuda/attention/fragments.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PFA_HOPPER_CODE 1
