@@ -1,10 +1,12 @@
-// Times every stage of the block in training, forward and backward, and what its time cannot be below; cpu_block.py compiles and runs it.
+// Times every stage of the block in training, forward and backward, and what its time cannot be below; cpu_block.py
+// compiles and runs it.
 //
 //   cpu_stages DTYPE BATCH SEQ_LEN EMBED_DIM NUM_HEADS DROPOUT ROUNDS
 //
-// prints a line for each stage: its name, the least time of ROUNDS in seconds, and its floor in seconds. The floor of a matrix product
-// and of attention is its multiplications and additions over 80% of the cores' peak, measured by a loop of multiply-adds in registers;
-// that of the residual, which reads two tensors of x's size and writes two, is a copy of two.
+// prints a line for each stage: its name, the least time of ROUNDS in seconds, and its floor in seconds. The floor of a
+// matrix product and of attention is its multiplications and additions over 80% of the cores' peak, measured by a loop
+// of multiply-adds in registers; that of the residual, which reads two tensors of x's size and writes two, is a copy of
+// two.
 #include <omp.h>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -39,7 +41,8 @@ double least_time(int rounds, const std::function<void()>& run) {
   return least;
 }
 
-// Multiplications and additions a second of all threads. The file is compiled for this processor, so these are its widest vectors.
+// Multiplications and additions a second of all threads. The file is compiled for this processor, so these are its
+// widest vectors.
 double peak(bool bfloat16, int threads) {
   constexpr int64_t steps = 4000000;
   constexpr int sums = 12;  // hide the latency
@@ -77,7 +80,8 @@ double peak(bool bfloat16, int threads) {
   };
   if (bfloat16) {
     operations *= 2;
-    return operations * sums * steps * threads / least_time(3, [&] { cpu::parallel_for(threads, threads, run_bfloat16); });
+    return operations * sums * steps * threads /
+           least_time(3, [&] { cpu::parallel_for(threads, threads, run_bfloat16); });
   }
 #endif
   return operations * sums * steps * threads / least_time(3, [&] { cpu::parallel_for(threads, threads, run); });
@@ -110,7 +114,8 @@ int main(int count, char** arguments) {
     char* data = allocate(size * size_of(dtype));
     for (int64_t i = 0; i < size; ++i) {
       const float value = scale * normal(random);
-      std::memcpy(data + i * size_of(dtype), reinterpret_cast<const char*>(&value) + 4 - size_of(dtype), size_of(dtype));
+      std::memcpy(data + i * size_of(dtype), reinterpret_cast<const char*>(&value) + 4 - size_of(dtype),
+                  size_of(dtype));
     }
     return data;
   };
@@ -137,7 +142,8 @@ int main(int count, char** arguments) {
   context.threads = cpu::max_threads();
   p.seed = 1;
   char* const saved = allocate(saved_bytes(p));
-  const Params forward = plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
+  const Params forward =
+      plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
   const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
   const double qkv = 2.0 * rows * 3 * embed * embed, output = 2.0 * rows * embed * embed;
@@ -174,7 +180,8 @@ int main(int count, char** arguments) {
   for (const auto& stage : stages) stage.run(context, *stage.params);
   for (const auto& stage : stages) {
     const double seconds = least_time(rounds, [&] { stage.run(context, *stage.params); });
-    std::printf("%s %.9g %.9g\n", stage.name, seconds, stage.operations ? stage.operations / operations_per_second : copy);
+    std::printf("%s %.9g %.9g\n", stage.name, seconds,
+                stage.operations ? stage.operations / operations_per_second : copy);
   }
   return 0;
 }

@@ -1,5 +1,5 @@
-// The attention block as a function of PyTorch's autograd, for gpu_block.py. In C++, as the peers and Paddle's operators are: in small
-// cases host time counts.
+// The attention block as a function of PyTorch's autograd, for gpu_block.py. In C++, as the peers and Paddle's
+// operators are: in small cases host time counts.
 #include <c10/cuda/CUDAStream.h>
 #include <torch/extension.h>
 
@@ -80,8 +80,8 @@ class Block {
 
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, Block* block, const Tensor& x, const Tensor& qkv_weight,
-                        const Tensor& qkv_bias, const Tensor& linear_weight, const Tensor& linear_bias, const Tensor& ln_scale,
-                        const Tensor& ln_bias) {
+                        const Tensor& qkv_bias, const Tensor& linear_weight, const Tensor& linear_bias,
+                        const Tensor& ln_scale, const Tensor& ln_bias) {
     variable_list kept{x, qkv_weight, qkv_bias, linear_weight, linear_bias, ln_scale, ln_bias};
     Tensor saved;
     Tensor out = block->forward(kept, &saved);
@@ -105,8 +105,8 @@ struct Function : torch::autograd::Function<Function> {
 Tensor run(Block& block, const variable_list& inputs, bool training) {
   TORCH_CHECK(inputs.size() == kInputs, "expected ", static_cast<int>(kInputs), " tensors, got ", inputs.size());
   if (!training) return block.forward(inputs, nullptr);
-  return Function::apply(&block, inputs[kX], inputs[kQkvWeight], inputs[kQkvBias], inputs[kLinearWeight], inputs[kLinearBias],
-                         inputs[kLnScale], inputs[kLnBias]);
+  return Function::apply(&block, inputs[kX], inputs[kQkvWeight], inputs[kQkvBias], inputs[kLinearWeight],
+                         inputs[kLinearBias], inputs[kLnScale], inputs[kLnBias]);
 }
 
 }  // namespace

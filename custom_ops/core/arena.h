@@ -1,5 +1,5 @@
-// Pieces of one block of memory, one after another. Memory is planned by walking an Arena twice: once from null to learn the size, once
-// over the memory to place pointers.
+// Pieces of one block of memory, one after another. Memory is planned by walking an Arena twice: once from null to
+// learn the size, once over the memory to place pointers.
 #pragma once
 
 #include <cstddef>

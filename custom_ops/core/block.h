@@ -2,8 +2,8 @@
 //
 //   [layer norm] -> QKV projection -> attention -> output projection -> bias + dropout + residual [+ layer norm]
 //
-// A caller fills in the sizes, types, switches and inputs of Params, then `out` or d_out and the gradients that it wants, gets memory and
-// runs:
+// A caller fills in the sizes, types, switches and inputs of Params, then `out` or d_out and the gradients that it
+// wants, gets memory and runs:
 //
 //   saved_bytes(p), forward_workspace_bytes(context, p, saves)    block_forward(context, p, saved, workspace)
 //   saved_bytes(p), backward_workspace_bytes(context, p)          block_backward(context, p, saved, workspace)
@@ -20,8 +20,8 @@
 
 namespace pfa {
 
-// Places what backward reads again, O(B*S*E + B*H*S) numbers, and returns its size. The layer-normalised x is not among them: it is
-// computed anew.
+// Places what backward reads again, O(B*S*E + B*H*S) numbers, and returns its size. The layer-normalised x is not among
+// them: it is computed anew.
 inline size_t place_saved(Params& p, void* saved) {
   Arena arena(saved);
   const size_t rows = p.rows();
@@ -49,8 +49,8 @@ struct ForwardPlan {
   size_t workspace_bytes;
 };
 
-// Places what the forward pass writes. Without `saves` what is needed of what place_saved places lies in the workspace: the output
-// projection then goes to `out` itself and the final layer norm runs there, and statistics are not kept.
+// Places what the forward pass writes. Without `saves` what is needed of what place_saved places lies in the workspace:
+// the output projection then goes to `out` itself and the final layer norm runs there, and statistics are not kept.
 template <class Context>
 ForwardPlan plan_forward(const Context& context, Params p, bool saves, void* saved, void* workspace) {
   const size_t rows = p.rows();
@@ -107,12 +107,14 @@ struct BackwardPlan {
   size_t workspace_bytes;
 };
 
-// Places what the backward pass reads and writes. It leaves `saved` as it is: what make_hidden writes there is there already.
+// Places what the backward pass reads and writes. It leaves `saved` as it is: what make_hidden writes there is there
+// already.
 //
-// Memory is shared by what lives at different times. d_linear, and the workspace of the stages that make and read it, end before d_qkv
-// begins. d_attn_out, hidden and d_hidden follow each other in one place; that is d_x itself, where the last of them becomes d_x, unless
-// d_residual waits there, or the last of them is d_hidden and narrower than d_x. So layer_norm_backward and qkv_linear_backward find what
-// they read where they write, in numbers of one type. Where only d_attn_out has been there, the workspace of qkv_linear_backward follows it.
+// Memory is shared by what lives at different times. d_linear, and the workspace of the stages that make and read it,
+// end before d_qkv begins. d_attn_out, hidden and d_hidden follow each other in one place; that is d_x itself, where
+// the last of them becomes d_x, unless d_residual waits there, or the last of them is d_hidden and narrower than d_x.
+// So layer_norm_backward and qkv_linear_backward find what they read where they write, in numbers of one type. Where
+// only d_attn_out has been there, the workspace of qkv_linear_backward follows it.
 template <class Context>
 BackwardPlan plan_backward(const Context& context, Params p, const void* saved, void* workspace) {
   place_saved(p, const_cast<void*>(saved));
@@ -141,8 +143,8 @@ BackwardPlan plan_backward(const Context& context, Params p, const void* saved, 
 
   const size_t attention_workspace = stage_workspace_bytes(context, p, Phase::kAttentionBackward);
   const size_t input_workspace = stage_workspace_bytes(context, p, Phase::kInputBackward);
-  const bool in_d_x =
-      p.d_x && !p.final_layer_norm && row_bytes * p.heads_dim() <= residual && !(p.pre_layer_norm && has_wide_residual(p));
+  const bool in_d_x = p.d_x && !p.final_layer_norm && row_bytes * p.heads_dim() <= residual &&
+                      !(p.pre_layer_norm && has_wide_residual(p));
   const bool is_free_again = !in_d_x && !has_own_hidden(p);
   const size_t later = has_own_hidden(p) ? activation : is_free_again ? input_workspace : 0;
   void* shared = in_d_x ? p.d_x : arena.take(std::max(row_bytes * p.heads_dim(), later));

@@ -63,8 +63,8 @@ inline Dropout dropout_of(double rate, bool training, bool upscales) {
   return {static_cast<uint32_t>(rate * 65536.0 + 0.5), !upscales ? 1.0 : kept > 0 ? 1.0 / kept : 0.0};
 }
 
-// Stages whose workspace may lie in the same memory. Backward: the residual and the output projection; attention; and the QKV projection
-// and the first layer norm.
+// Stages whose workspace may lie in the same memory. Backward: the residual and the output projection; attention; and
+// the QKV projection and the first layer norm.
 enum class Phase { kForward, kOutputBackward, kAttentionBackward, kInputBackward };
 
 // What is added to (float dtype), or must be nonzero in (bool, integer dtypes) the scores. Element (b, h, i, j) lies
@@ -82,15 +82,16 @@ struct Params {
   int64_t embed_dim = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
-  // Where these heads stand in a layer whose heads are spread over devices: dropout masks are those of the whole. 0 heads in all: these
-  // are all.
+  // Where these heads stand in a layer whose heads are spread over devices: dropout masks are those of the whole. 0
+  // heads in all: these are all.
   int64_t first_head = 0;
   int64_t total_heads = 0;
 
   // types
-  DType dtype = DType::kFloat32;           // weights, linear biases, all activations but these, and their gradients
-  DType residual_dtype = DType::kFloat32;  // x, residual, out, and their gradients: dtype, or float32 beside a 16-bit one
-  DType norm_dtype = DType::kFloat32;      // layer-norm scales and biases, and their gradients: residual_dtype or float32
+  DType dtype = DType::kFloat32;  // weights, linear biases, all activations but these, and their gradients
+  DType residual_dtype =
+      DType::kFloat32;                 // x, residual, out, and their gradients: dtype, or float32 beside a 16-bit one
+  DType norm_dtype = DType::kFloat32;  // layer-norm scales and biases, and their gradients: residual_dtype or float32
 
   // switches
   bool pre_layer_norm = false;
@@ -126,19 +127,20 @@ struct Params {
   void* pre_ln_rstd = nullptr;       // [M] accumulator type
   void* qkv = nullptr;               // [batch, seq_len, 3, H, D]
   void* log_sum_exp = nullptr;       // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
-  // [batch, H, seq_len] accumulator type: log_sum_exp is that of scores - score_shift. Scores may be so large, and a float mask may put
-  // a row so far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
+  // [batch, H, seq_len] accumulator type: log_sum_exp is that of scores - score_shift. Scores may be so large, and a
+  // float mask may put a row so far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs
+  // score_shift is in units of log2.
   void* score_shift = nullptr;
   void* attn_out = nullptr;  // [batch, seq_len, H, D]
-  // [M, E] residual_dtype: z; with dropout and a final layer norm the normalised z, in which rounding loses less where a row's mean is
-  // large
+  // [M, E] residual_dtype: z; with dropout and a final layer norm the normalised z, in which rounding loses less where
+  // a row's mean is large
   void* residual = nullptr;
   void* ln_mean = nullptr;  // [M] accumulator type, only if residual is z
   void* ln_rstd = nullptr;  // [M] accumulator type
 
   // intermediates
-  void* hidden =
-      nullptr;  // [M, E]: layer-normalised x; without pre_layer_norm x itself, or what dtype holds of it (has_own_hidden)
+  void* hidden = nullptr;  // [M, E]: layer-normalised x; without pre_layer_norm x itself, or what dtype holds of it
+                           // (has_own_hidden)
 
   // gradient of the result, and of the inputs
   const void* d_out = nullptr;      // [M, E] residual_dtype
@@ -167,7 +169,8 @@ struct Params {
   int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
 
-// The inputs, in the order of the operator: DO(Name, name) for each, separated by commas. First those that have gradients.
+// The inputs, in the order of the operator: DO(Name, name) for each, separated by commas. First those that have
+// gradients.
 #define PFA_DIFFERENTIABLE_INPUTS(DO)                                                                 \
   DO(X, x), DO(QKVWeight, qkv_weight), DO(LinearWeight, linear_weight), DO(PreLnScale, pre_ln_scale), \
       DO(PreLnBias, pre_ln_bias), DO(LnScale, ln_scale), DO(LnBias, ln_bias), DO(QKVBias, qkv_bias),  \
@@ -196,7 +199,8 @@ constexpr InputPointers kInputPointers[kGradientCount] = {PFA_DIFFERENTIABLE_INP
 
 inline bool has_output_dropout(const Params& p) { return p.dropout.threshold != 0 || p.dropout.scale != 1.0; }
 
-// Whether the residual stream is of a wider type than the products: x, residual, out and their gradients are float32, the rest is 16-bit.
+// Whether the residual stream is of a wider type than the products: x, residual, out and their gradients are float32,
+// the rest is 16-bit.
 inline bool has_wide_residual(const Params& p) { return p.residual_dtype != p.dtype; }
 
 // Whether hidden is memory of its own, made by layer_norm_forward or narrow_x, and not x.
@@ -206,7 +210,9 @@ inline bool has_own_hidden(const Params& p) { return p.pre_layer_norm || has_wid
 inline bool has_own_d_linear(const Params& p) { return has_output_dropout(p) || has_wide_residual(p); }
 
 // What the gradients asked for make necessary.
-inline bool needs_d_hidden(const Params& p) { return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias)); }
+inline bool needs_d_hidden(const Params& p) {
+  return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias));
+}
 inline bool needs_d_qkv(const Params& p) { return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias; }
 inline bool needs_d_linear(const Params& p) { return needs_d_qkv(p) || p.d_linear_weight || p.d_linear_bias; }
 

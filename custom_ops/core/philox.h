@@ -1,15 +1,15 @@
-// Dropout masks: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as a
-// function of (seed, offset, stage, element), the same on every device and for every tiling.
+// Dropout masks: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as
+// a function of (seed, offset, stage, element), the same on every device and for every tiling.
 //
-// One call gives four 32-bit words, that is eight 16-bit numbers; an element is kept when its number is >= the threshold.
-// With n = 2 * offset + stage (64 bits; stage 0: attention, 1: output dropout), the key is
-// (low(seed), high(seed) + high(n)) and the counter is (c0, c1, c2, low(n)).
+// One call gives four 32-bit words, that is eight 16-bit numbers; an element is kept when its number is >= the
+// threshold. With n = 2 * offset + stage (64 bits; stage 0: attention, 1: output dropout), the key is (low(seed),
+// high(seed) + high(n)) and the counter is (c0, c1, c2, low(n)).
 //
-// Attention, element (b, h, i, j), with H the heads of the whole layer and h counted among them: c0 = (j / 16) * 4 + (j % 8) / 2, c1 = (i / 16) * 8 + i % 8, c2 = b * H + h, and the number
-// is half j % 2 (0: low 16 bits) of word ((i % 16) / 8) * 2 + (j % 16) / 8. So the eight numbers of a call are those that
-// one thread of a tensor-core instruction holds of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors.
-// Output, element (row, column) of [M, E] with index e = row * E + column: c0, c1 = low, high(e / 8), c2 = 0, and the number
-// is half e % 2 of word (e % 8) / 2.
+// Attention, element (b, h, i, j), with H the heads of the whole layer and h counted among them: c0 = (j / 16) * 4 + (j
+// % 8) / 2, c1 = (i / 16) * 8 + i % 8, c2 = b * H + h, and the number is half j % 2 (0: low 16 bits) of word ((i % 16)
+// / 8) * 2 + (j % 16) / 8. So the eight numbers of a call are those that one thread of a tensor-core instruction holds
+// of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors. Output, element (row, column) of [M, E] with
+// index e = row * E + column: c0, c1 = low, high(e / 8), c2 = 0, and the number is half e % 2 of word (e % 8) / 2.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Where queries, keys, values, the attention's result, and the gradients of these lie: the rows of one head, one row a token.
+// Where queries, keys, values, the attention's result, and the gradients of these lie: the rows of one head, one row a
+// token.
 //
 // Query, key and value are packed: qkv is [batch, seq_len, 3, H, D], attn_out [batch, seq_len, H, D].
 #pragma once
@@ -65,6 +66,8 @@ struct QkvLayout {
   }
 };
 
-inline QkvLayout qkv_layout(const Params& p) { return {p.seq_len, p.num_heads, p.head_dim, p.first_head, p.heads_in_all()}; }
+inline QkvLayout qkv_layout(const Params& p) {
+  return {p.seq_len, p.num_heads, p.head_dim, p.first_head, p.heads_in_all()};
+}
 
 }  // namespace pfa

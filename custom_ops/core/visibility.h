@@ -1,9 +1,9 @@
-// Who sees whom, by position: which keys a query may see, and which queries may see a key. What the mask hides beyond that is not known
-// here.
+// Who sees whom, by position: which keys a query may see, and which queries may see a key. What the mask hides beyond
+// that is not known here.
 //
-// Positions of queries and keys count from 0. Kernels ask four things: over which keys to walk for a tile of queries, over which
-// queries for a tile of keys, whether a tile has to be looked at element by element, and then whether a query sees a key. A new kind of
-// visibility changes the answers here and no kernel.
+// Positions of queries and keys count from 0. Kernels ask four things: over which keys to walk for a tile of queries,
+// over which queries for a tile of keys, whether a tile has to be looked at element by element, and then whether a
+// query sees a key. A new kind of visibility changes the answers here and no kernel.
 #pragma once
 
 #include <type_traits>

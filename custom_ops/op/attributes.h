@@ -1,7 +1,7 @@
 // The operator's interface: its inputs and attributes, in one place for registration, checks and kernels.
 //
-// An absent optional input is a one-element placeholder whose bit in `present` is clear: Paddle's own optional inputs break the
-// gradient in static graphs. Forward and gradient share the same attributes, as Paddle requires.
+// An absent optional input is a one-element placeholder whose bit in `present` is clear: Paddle's own optional inputs
+// break the gradient in static graphs. Forward and gradient share the same attributes, as Paddle requires.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ enum Switch : int64_t {
   kUpscaleInTrain = 16,
   kSaveForBackward = 32,
   kFixedSeed = 64,
-  // Dygraph's: backward runs for the same tensors as forward, so `needs_grad` holds. A program may run with more of them trained than
-  // when it was traced, so there it says nothing.
+  // Dygraph's: backward runs for the same tensors as forward, so `needs_grad` holds. A program may run with more of
+  // them trained than when it was traced, so there it says nothing.
   kNeedsGradHolds = 128,
 };
 

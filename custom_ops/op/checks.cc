@@ -15,8 +15,8 @@ std::string text(Shape shape) {
 }
 
 [[noreturn]] void fail(const char* kind, Input input, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument(std::string("[custom_fused_attention] ") + kind + ": " + kInputNames[input] + ": expected " +
-                              expected + ", got " + got);
+  throw std::invalid_argument(std::string("[custom_fused_attention] ") + kind + ": " + kInputNames[input] +
+                              ": expected " + expected + ", got " + got);
 }
 
 bool agree(int64_t expected, int64_t got) { return expected == got || expected < 0 || got < 0; }
@@ -51,13 +51,14 @@ void check_shapes(const std::array<Shape, kInputCount>& shapes, const Attributes
     const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
     const std::string width = std::to_string(embed_dim);
     fail("ValueError", kQKVWeight,
-         splits ? "shape " + text(std::array{int64_t{3}, num_heads, embed_dim / heads, embed_dim}) + " for x with embed_dim " +
-                      width + " and " + std::to_string(heads) + " heads"
-                : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width + " for x of shape " +
-                      text(x),
+         splits ? "shape " + text(std::array{int64_t{3}, num_heads, embed_dim / heads, embed_dim}) +
+                      " for x with embed_dim " + width + " and " + std::to_string(heads) + " heads"
+                : "shape [3, num_heads, head_dim, " + width + "] with num_heads * head_dim = " + width +
+                      " for x of shape " + text(x),
          text(weight));
   }
-  if (attributes.first_head < 0 || (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
+  if (attributes.first_head < 0 ||
+      (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
     fail("ValueError", kQKVWeight, "heads among the " + std::to_string(heads) + " in all",
          std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
   }
@@ -68,7 +69,8 @@ void check_shapes(const std::array<Shape, kInputCount>& shapes, const Attributes
            text(shapes[input]));
     }
   };
-  check(kLinearWeight, std::array{attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
+  check(kLinearWeight,
+        std::array{attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
   check(kPreLnScale, std::array{embed_dim});
   check(kPreLnBias, std::array{embed_dim});
   check(kLnScale, std::array{embed_dim});
@@ -115,20 +117,18 @@ void check_dtypes(const std::array<std::string, kInputCount>& dtypes, const Attr
     if (norm && got != *norm) fail("TypeError", input, *norm + " like the other layer-norm parameters", got);
     norm = &got;
   }
-  if (attributes.has(kAttnMask) && !is_one_of(dtypes[kAttnMask], {"float32", "float64", "float16", "bfloat16", "bool", "uint8",
-                                                                  "int8", "int16", "int32", "int64"})) {
+  if (attributes.has(kAttnMask) && !is_one_of(dtypes[kAttnMask], {"float32", "float64", "float16", "bfloat16", "bool",
+                                                                  "uint8", "int8", "int16", "int32", "int64"})) {
     fail("TypeError", kAttnMask, "a float dtype, bool, uint8 or a signed integer dtype", dtypes[kAttnMask]);
   }
 }
 
-// For Python, which checks with it what goes into a static graph: there an exception during Paddle's shape inference would end the
-// process. shapes holds the dimensions of all inputs one after another. Returns null, or a message that is valid until the next call
-// on this thread.
-extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(const int64_t* shapes,
-                                                                                           const int32_t* ranks,
-                                                                                           const char* const* dtypes,
-                                                                                           int64_t present, int64_t first_head,
-                                                                                           int64_t total_heads) {
+// For Python, which checks with it what goes into a static graph: there an exception during Paddle's shape inference
+// would end the process. shapes holds the dimensions of all inputs one after another. Returns null, or a message that
+// is valid until the next call on this thread.
+extern "C" __attribute__((visibility("default"))) const char* custom_fused_attention_check(
+    const int64_t* shapes, const int32_t* ranks, const char* const* dtypes, int64_t present, int64_t first_head,
+    int64_t total_heads) {
   thread_local std::string message;
   std::array<Shape, kInputCount> dimensions;
   std::array<std::string, kInputCount> names;

@@ -21,8 +21,8 @@ struct Shape {
   int64_t operator[](size_t i) const { return sizes[i]; }
 };
 
-// Throw std::invalid_argument whose message begins "[custom_fused_attention] ValueError: " or "... TypeError: ", for Python to raise
-// as that, then names the argument, what was expected and what came.
+// Throw std::invalid_argument whose message begins "[custom_fused_attention] ValueError: " or "... TypeError: ", for
+// Python to raise as that, then names the argument, what was expected and what came.
 void check_shapes(const std::array<Shape, kInputCount>& shapes, const Attributes& attributes);
 void check_dtypes(const std::array<std::string, kInputCount>& dtypes, const Attributes& attributes);
 

@@ -59,7 +59,9 @@ CudaDevice::~CudaDevice() {
   if (context.device != previous_) cudaSetDevice(previous_);
 }
 
-std::pair<uint64_t, uint64_t> CudaDevice::draw() const { return phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1); }
+std::pair<uint64_t, uint64_t> CudaDevice::draw() const {
+  return phi::DefaultCUDAGenerator(context.device)->IncrementOffset(1);
+}
 
 void CudaDevice::clear(void* memory, size_t bytes) const {
   cuda::check(cudaMemsetAsync(memory, 0, bytes, context.stream), "cudaMemsetAsync");

@@ -1,4 +1,5 @@
-// The devices that the operator runs on: for each, the core's context from Paddle's state, and Paddle's generator of random numbers.
+// The devices that the operator runs on: for each, the core's context from Paddle's state, and Paddle's generator of
+// random numbers.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,8 @@
-// The Paddle operator custom_fused_attention and its gradient: describes tensors and attributes to the core, gets memory from Paddle's
-// allocator, and runs the block on the tensors' device.
+// The Paddle operator custom_fused_attention and its gradient: describes tensors and attributes to the core, gets
+// memory from Paddle's allocator, and runs the block on the tensors' device.
 //
-// Outputs: Out, and Saved, the bytes that the core keeps for backward (one byte when nothing is saved). When backward finds nothing saved
-// it runs the forward pass again.
+// Outputs: Out, and Saved, the bytes that the core keeps for backward (one byte when nothing is saved). When backward
+// finds nothing saved it runs the forward pass again.
 
 #include <array>
 #include <new>
@@ -58,7 +58,8 @@ Shape shape_of(const paddle::Tensor& tensor) {
 
 const char* kind_of(const paddle::Tensor& tensor) {
   if (tensor.is_selected_rows()) return "SelectedRows";
-  return tensor.is_sparse_coo_tensor() || tensor.is_sparse_csr_tensor() ? "a sparse tensor" : "a tensor of another kind";
+  return tensor.is_sparse_coo_tensor() || tensor.is_sparse_csr_tensor() ? "a sparse tensor"
+                                                                        : "a tensor of another kind";
 }
 
 // Whether the tensor has memory that may be read; `name` is what errors call it.
@@ -70,7 +71,8 @@ void check_memory(const paddle::Tensor& tensor, const std::string& name) {
   // Where a program's input was never given, Paddle's shape is of rank -1.
   const bool is_known = tensor.defined() && tensor.dims().size() >= 0;
   if (!is_known || (!tensor.initialized() && tensor.numel() != 0)) {
-    throw std::invalid_argument(begin + "ValueError: " + name + ": expected a tensor with values, got one without memory");
+    throw std::invalid_argument(begin + "ValueError: " + name +
+                                ": expected a tensor with values, got one without memory");
   }
 }
 
@@ -96,7 +98,8 @@ void check(const Tensors& tensors, const Attributes& attributes) {
   }
   if (!has_kernels_for(*tensors[kX])) {
     throw std::invalid_argument(
-        "[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got one on " +
+        "[custom_fused_attention] ValueError: x: expected a tensor on a device that this build has kernels for, got "
+        "one on " +
         tensors[kX]->place().DebugString());
   }
 }
@@ -137,7 +140,8 @@ Params describe(const Tensors& tensors, const Attributes& attributes) {
   p.causal = attributes.has(kCausal);
   p.pre_ln_epsilon = number(attributes.pre_ln_epsilon);
   p.ln_epsilon = number(attributes.ln_epsilon);
-  p.attn_dropout = dropout_of(number(attributes.attn_dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
+  p.attn_dropout =
+      dropout_of(number(attributes.attn_dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
   p.dropout = dropout_of(number(attributes.dropout_rate), !attributes.is_test, attributes.has(kUpscaleInTrain));
   for (int i = 0; i < kGradientCount; ++i) {
     if (attributes.has(static_cast<Input>(i))) p.*kInputPointers[i].value = tensors[i]->data();
@@ -174,7 +178,8 @@ void choose_seed(Device& device, Params& p, const Attributes& attributes) {
 
 // Runs the forward pass into p.out, which saves for backward into `saved` unless that is null.
 template <class Device>
-void run_forward(Device& device, Params p, const Attributes& attributes, paddle::Tensor* saved, const paddle::Place& place) {
+void run_forward(Device& device, Params p, const Attributes& attributes, paddle::Tensor* saved,
+                 const paddle::Place& place) {
   paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
   choose_seed(device, p, attributes);
   block_forward(device.context, p, saved ? saved->data() : nullptr, workspace.data());
@@ -189,7 +194,8 @@ void run_forward(Device& device, Params p, const Attributes& attributes, paddle:
 #endif
 }
 
-// Runs f. Paddle ends the process on exceptions other than its own, so those of the core and of the checks are made into these.
+// Runs f. Paddle ends the process on exceptions other than its own, so those of the core and of the checks are made
+// into these.
 template <class F>
 auto guarded(F&& f) {
   try {
@@ -220,8 +226,8 @@ paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attribut
   return out;
 }
 
-std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved, const paddle::Tensor& d_out,
-                                            const Attributes& attributes) {
+std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle::Tensor& saved,
+                                            const paddle::Tensor& d_out, const Attributes& attributes) {
   const paddle::Tensor& x = *tensors[kX];
   // Paddle leaves out what it has freed, so that the one tensor that is left stands for all.
   if (!saved.defined() || saved.impl() == d_out.impl()) raise(common::errors::Fatal("%s", kReleased));
@@ -253,8 +259,8 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
       p.*kInputPointers[i].gradient = gradients.back().data();
       continue;
     }
-    // What nobody reads must still be a tensor: for absent inputs, which are of one element, and in dygraph for those that need none.
-    // One zero does for all of a dtype.
+    // What nobody reads must still be a tensor: for absent inputs, which are of one element, and in dygraph for those
+    // that need none. One zero does for all of a dtype.
     if (unwanted.empty() || unwanted.back().dtype() != tensors[i]->dtype()) {
       unwanted.push_back(allocate({1}, tensors[i]->dtype(), x.place()));
     }
@@ -283,7 +289,8 @@ std::vector<paddle::Tensor> forward_alone(PFA_TENSORS, PFA_ATTRIBUTES) {
       [&]() -> std::vector<paddle::Tensor> { return {run_forward_op(PFA_ADDRESSES, PFA_ATTRIBUTE_VALUES, nullptr)}; });
 }
 
-std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out, PFA_ATTRIBUTES) {
+std::vector<paddle::Tensor> backward(PFA_TENSORS, const paddle::Tensor& saved, const paddle::Tensor& d_out,
+                                     PFA_ATTRIBUTES) {
   return guarded([&] { return run_backward_op(PFA_ADDRESSES, saved, d_out, PFA_ATTRIBUTE_VALUES); });
 }
 
@@ -292,8 +299,8 @@ std::vector<paddle::Tensor> double_backward(const paddle::Tensor&, const paddle:
   raise(common::errors::Unimplemented("custom_fused_attention has no second-order gradient"));
 }
 
-// No checks here: in Paddle 3's static graphs an exception at this point ends the process. Python checks what goes into a graph, and
-// the kernels what comes at run time.
+// No checks here: in Paddle 3's static graphs an exception at this point ends the process. Python checks what goes into
+// a graph, and the kernels what comes at run time.
 std::vector<Sizes> infer_shapes(PFA_SHAPES, PFA_ATTRIBUTES) {
   const Attributes attributes = PFA_ATTRIBUTE_VALUES;
   return {x, {attributes.saves() ? -1 : 1}};

@@ -29,7 +29,8 @@ Sharding sharding_of(const Tensors& tensors, const Attributes& attributes) {
   return sharding;
 }
 
-TensorDistAttr make_attr(const DistMetaTensor& tensor, const Mapping& mapping, const std::vector<int64_t>& partial_over = {}) {
+TensorDistAttr make_attr(const DistMetaTensor& tensor, const Mapping& mapping,
+                         const std::vector<int64_t>& partial_over = {}) {
   TensorDistAttr attr = tensor.dist_attr();
   attr.clean_partial_status();
   attr.set_default_dynamic_dims(Mapping(mapping.size(), 1));

@@ -1,5 +1,6 @@
-// How the operator's tensors are spread over a mesh of processes in Paddle's auto-parallel engine (Paddle 3.x, whose custom operators
-// may have such rules): inputs stay sharded over the batch, and the weights over heads where the operator holds a part of the heads.
+// How the operator's tensors are spread over a mesh of processes in Paddle's auto-parallel engine (Paddle 3.x, whose
+// custom operators may have such rules): inputs stay sharded over the batch, and the weights over heads where the
+// operator holds a part of the heads.
 #pragma once
 
 #include "op/attributes.h"

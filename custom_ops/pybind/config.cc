@@ -15,10 +15,11 @@ double checked_rate(double rate) {
 }  // namespace
 
 DType dtype_of(const std::string& name) {
-  static const std::map<std::string, DType> names = {
-      {"float32", DType::kFloat32}, {"float64", DType::kFloat64}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16},
-      {"bool", DType::kBool},       {"uint8", DType::kUInt8},     {"int8", DType::kInt8},       {"int16", DType::kInt16},
-      {"int32", DType::kInt32},     {"int64", DType::kInt64}};
+  static const std::map<std::string, DType> names = {{"float32", DType::kFloat32}, {"float64", DType::kFloat64},
+                                                     {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16},
+                                                     {"bool", DType::kBool},       {"uint8", DType::kUInt8},
+                                                     {"int8", DType::kInt8},       {"int16", DType::kInt16},
+                                                     {"int32", DType::kInt32},     {"int64", DType::kInt64}};
   const auto it = names.find(name);
   if (it == names.end()) throw py::value_error("dtype: expected the name of a number type, got " + name);
   return it->second;
@@ -38,7 +39,8 @@ DType float_dtype_of(const char* entry, const std::string& name) {
 
 Config parse_config(const py::dict& config) {
   std::map<std::string, py::object> left;
-  for (const auto& item : config) left[item.first.cast<std::string>()] = py::reinterpret_borrow<py::object>(item.second);
+  for (const auto& item : config)
+    left[item.first.cast<std::string>()] = py::reinterpret_borrow<py::object>(item.second);
   const auto take = [&](const char* name, auto& value) {
     const auto it = left.find(name);
     if (it == left.end()) return false;
@@ -59,14 +61,16 @@ Config parse_config(const py::dict& config) {
   std::string dtype, residual_dtype, norm_dtype, mode = "upscale_in_train";
   require("dtype", dtype);
   p.dtype = float_dtype_of("dtype", dtype);
-  p.residual_dtype = take("residual_dtype", residual_dtype) ? float_dtype_of("residual_dtype", residual_dtype) : p.dtype;
+  p.residual_dtype =
+      take("residual_dtype", residual_dtype) ? float_dtype_of("residual_dtype", residual_dtype) : p.dtype;
   p.norm_dtype = take("norm_dtype", norm_dtype) ? float_dtype_of("norm_dtype", norm_dtype) : p.residual_dtype;
   if (has_wide_residual(p) && !(p.residual_dtype == DType::kFloat32 && is_16bit_float(p.dtype))) {
     throw py::value_error("residual_dtype: expected dtype, or float32 beside a 16-bit dtype, got " + residual_dtype +
                           " beside " + dtype);
   }
   if (p.norm_dtype != p.residual_dtype && !(p.norm_dtype == DType::kFloat32 && is_16bit_float(p.residual_dtype))) {
-    throw py::value_error("norm_dtype: expected residual_dtype, or float32 beside a 16-bit residual_dtype, got " + norm_dtype);
+    throw py::value_error("norm_dtype: expected residual_dtype, or float32 beside a 16-bit residual_dtype, got " +
+                          norm_dtype);
   }
   take("pre_layer_norm", p.pre_layer_norm);
   take("final_layer_norm", p.final_layer_norm);

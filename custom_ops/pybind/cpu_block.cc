@@ -76,7 +76,8 @@ Input find_differentiable(const std::string& name) {
 const void* checked(const py::object& object, const std::string& name, DType dtype, const Sizes& shape) {
   if (!py::isinstance<py::array>(object)) throw py::type_error(name + ": expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
-  if (!array.dtype().is(py::dtype(numpy_name(dtype)))) throw py::type_error(name + ": expected dtype " + numpy_name(dtype));
+  if (!array.dtype().is(py::dtype(numpy_name(dtype))))
+    throw py::type_error(name + ": expected dtype " + numpy_name(dtype));
   if (!(array.flags() & py::array::c_style)) throw py::value_error(name + ": expected a contiguous array");
   if (Sizes(array.shape(), array.shape() + array.ndim()) != shape) {
     throw py::value_error(name + ": expected shape " + py::str(py::cast(shape)).cast<std::string>() + ", got " +
@@ -97,8 +98,9 @@ Mask mask_of(const py::object& object, const Params& p) {
   for (py::ssize_t i = 0; i < rank; ++i) {
     const py::ssize_t axis = 4 - rank + i;
     if (axis < 0 || (array.shape(i) != 1 && array.shape(i) != scores[axis])) {
-      throw py::value_error("attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len], got " +
-                            py::str(array.attr("shape")).cast<std::string>());
+      throw py::value_error(
+          "attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len], got " +
+          py::str(array.attr("shape")).cast<std::string>());
     }
     mask.strides[axis] = array.shape(i) == 1 ? 0 : array.strides(i) / array.itemsize();
   }
@@ -163,11 +165,13 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
   Params p = describe(inputs, config);
   cpu::Context context = make_context(isa);
   p.d_out = checked(d_out, "d_out", p.residual_dtype, input_shape(p, kX));
-  if (static_cast<size_t>(saved.size()) != saved_bytes(p)) throw py::value_error("saved: expected what forward returned");
+  if (static_cast<size_t>(saved.size()) != saved_bytes(p))
+    throw py::value_error("saved: expected what forward returned");
   py::dict gradients;
   for (const std::string& name : needs) {
     const Input input = find_differentiable(name);
-    if (input == kGradientCount || !(p.*kInputPointers[input].value)) throw py::value_error("needs: no such input: " + name);
+    if (input == kGradientCount || !(p.*kInputPointers[input].value))
+      throw py::value_error("needs: no such input: " + name);
     py::array gradient(py::dtype(numpy_name(input_dtype(p, input))), input_shape(p, input));
     p.*kInputPointers[input].gradient = gradient.mutable_data();
     gradients[name.c_str()] = gradient;
@@ -191,17 +195,20 @@ std::vector<std::string> instruction_sets() {
 
 void bind_cpu(py::module_& module) {
   static const std::string inputs_doc =
-      "inputs is a dict of contiguous NumPy arrays: x, qkv_weight, linear_weight, and optionally qkv_bias, linear_bias,\n"
+      "inputs is a dict of contiguous NumPy arrays: x, qkv_weight, linear_weight, and optionally qkv_bias, "
+      "linear_bias,\n"
       "pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, attn_mask (any strides); bfloat16 as uint16.\n";
-  static const std::string forward_doc = "Returns (out, saved); saved, None without `saves`, is for backward.\n" + inputs_doc +
-                                         kConfigDoc + "\nisa: one of instruction_sets(), by default the best.";
+  static const std::string forward_doc = "Returns (out, saved); saved, None without `saves`, is for backward.\n" +
+                                         inputs_doc + kConfigDoc +
+                                         "\nisa: one of instruction_sets(), by default the best.";
   static const std::string backward_doc =
       "Returns the gradients of the inputs named in `needs` as a dict.\n" + inputs_doc + kConfigDoc;
   module.def("forward", forward, py::arg("inputs"), py::arg("config"), py::arg("seed") = 0, py::arg("offset") = 0,
              py::arg("saves") = true, py::arg("isa") = "", forward_doc.c_str());
-  module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"), py::arg("needs"),
-             py::arg("isa") = "", backward_doc.c_str());
-  module.def("instruction_sets", instruction_sets, "The instruction sets that this processor has kernels for, slowest first.");
+  module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"),
+             py::arg("needs"), py::arg("isa") = "", backward_doc.c_str());
+  module.def("instruction_sets", instruction_sets,
+             "The instruction sets that this processor has kernels for, slowest first.");
 }
 
 }  // namespace pfa

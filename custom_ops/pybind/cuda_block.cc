@@ -1,5 +1,5 @@
-// The block on device memory, for Python: class CudaBlock. The caller owns all memory, whatever library it comes from, and says
-// where it lies: an array is an address (an int) or an object with __cuda_array_interface__.
+// The block on device memory, for Python: class CudaBlock. The caller owns all memory, whatever library it comes from,
+// and says where it lies: an array is an address (an int) or an object with __cuda_array_interface__.
 #include "pybind/cuda_block.h"
 
 #ifdef PFA_WITH_CUDA
@@ -26,7 +26,8 @@ const std::string& doc() {
       "\n\n"
       "Methods take `arrays`, a dict from the names of Params' pointers (x, qkv_weight, out, d_x, ...) to addresses or "
       "objects\n"
-      "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a tuple\n"
+      "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a "
+      "tuple\n"
       "of an array, its dtype (such as bool, int32 or float16) and four strides in elements, 0 where it broadcasts.\n"
       "`stream` is the address of a CUDA stream. Nothing is synchronised.";
   return text;
@@ -127,8 +128,8 @@ class CudaBlock {
     return pfa::backward_workspace_bytes(context(0), params(arrays));
   }
 
-  void forward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream, uint64_t seed,
-               uint64_t offset) const {
+  void forward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream,
+               uint64_t seed, uint64_t offset) const {
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
     Params p = params(arrays);
@@ -152,7 +153,8 @@ class CudaBlock {
     return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
   }
 
-  void run_stage(const std::string& name, const py::dict& arrays, uintptr_t stream, uint64_t seed, uint64_t offset) const {
+  void run_stage(const std::string& name, const py::dict& arrays, uintptr_t stream, uint64_t seed,
+                 uint64_t offset) const {
     const auto it = stages().find(name);
     if (it == stages().end()) throw py::value_error("run_stage: unknown stage " + name);
     CurrentDevice current(device_);
@@ -165,7 +167,8 @@ class CudaBlock {
 
  private:
   cuda::Context context(uintptr_t stream) const {
-    return cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, config_.allow_tf32, config_.deterministic);
+    return cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, config_.allow_tf32,
+                              config_.deterministic);
   }
 
   Params params(const py::dict& arrays) const {
@@ -200,13 +203,15 @@ void bind_cuda(py::module_& module) {
       .def("forward_workspace_bytes", &CudaBlock::forward_workspace_bytes, py::arg("arrays"), py::arg("saves"))
       .def("backward_workspace_bytes", &CudaBlock::backward_workspace_bytes, py::arg("arrays"))
       .def("forward", &CudaBlock::forward, py::arg("arrays"), py::arg("saved"), py::arg("workspace"), py::arg("stream"),
-           py::arg("seed") = 0, py::arg("offset") = 0, "Writes out, and what backward needs to `saved` unless that is None.")
-      .def("backward", &CudaBlock::backward, py::arg("arrays"), py::arg("saved"), py::arg("workspace"), py::arg("stream"),
-           "Writes the gradients that are in `arrays`.")
+           py::arg("seed") = 0, py::arg("offset") = 0,
+           "Writes out, and what backward needs to `saved` unless that is None.")
+      .def("backward", &CudaBlock::backward, py::arg("arrays"), py::arg("saved"), py::arg("workspace"),
+           py::arg("stream"), "Writes the gradients that are in `arrays`.")
       .def("stage_workspace_bytes", &CudaBlock::stage_workspace_bytes, py::arg("arrays"), py::arg("backward"))
-      .def("run_stage", &CudaBlock::run_stage, py::arg("name"), py::arg("arrays"), py::arg("stream"), py::arg("seed") = 0,
-           py::arg("offset") = 0,
-           "Runs one stage, such as residual_backward, on the arrays it reads and writes; attention_forward writes seed and "
+      .def("run_stage", &CudaBlock::run_stage, py::arg("name"), py::arg("arrays"), py::arg("stream"),
+           py::arg("seed") = 0, py::arg("offset") = 0,
+           "Runs one stage, such as residual_backward, on the arrays it reads and writes; attention_forward writes "
+           "seed and "
            "offset "
            "to random_state.");
 }

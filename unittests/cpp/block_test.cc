@@ -1,5 +1,5 @@
-// The whole block on every instruction set of this processor: in float64 the result against its definition and the gradients against
-// differences, in the other types against float64.
+// The whole block on every instruction set of this processor: in float64 the result against its definition and the
+// gradients against differences, in the other types against float64.
 #include "core/block.h"
 
 #include <cmath>

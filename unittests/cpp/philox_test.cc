@@ -16,7 +16,8 @@ int main() {
   };
   int failures = 0;
   for (const Case& c : cases) {
-    const pfa::PhiloxWords words = pfa::philox({c.key[0], c.key[1], c.counter[3]}, c.counter[0], c.counter[1], c.counter[2]);
+    const pfa::PhiloxWords words =
+        pfa::philox({c.key[0], c.key[1], c.counter[3]}, c.counter[0], c.counter[1], c.counter[2]);
     for (int i = 0; i < 4; ++i) {
       if (words.w[i] != c.expected[i]) {
         std::printf("word %d: expected %08x, got %08x\n", i, c.expected[i], words.w[i]);

@@ -1,5 +1,5 @@
-// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, Philox on vectors against the scalar
-// one, masks as bits, and transposition.
+// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, Philox on vectors
+// against the scalar one, masks as bits, and transposition.
 #include "core/cpu/system_headers.h"
 
 #define PFA_ISA test
@@ -42,7 +42,8 @@ void test_16bit(int exponent_bits, int mantissa_bits) {
     const double expected = value_of(half.bits, exponent_bits, mantissa_bits);
     expect(wide == expected || (std::isnan(wide) && std::isnan(expected)), "to_float", bits);
     const T back = from_float<T>(wide);
-    expect(std::isnan(wide) ? std::isnan(to_float(back)) : back.bits == half.bits, "from_float of an exact value", bits);
+    expect(std::isnan(wide) ? std::isnan(to_float(back)) : back.bits == half.bits, "from_float of an exact value",
+           bits);
   }
   // Of every two neighbours of one sign: the middle goes to the even one, and to either side of it to the nearer.
   for (uint32_t bits = 0; bits + 1 < (((1u << exponent_bits) - 1) << mantissa_bits); ++bits) {
@@ -92,7 +93,8 @@ void test_philox() {
   const PhiloxVectors shared = philox_vector(state, 0x87654321u, c1, 0xFEDCBA98u);
   for (int lane = 0; lane < kLanes<uint32_t>; ++lane) {
     const PhiloxWords expected = philox(state, 0x87654321u, c1[lane], 0xFEDCBA98u);
-    for (int word = 0; word < 4; ++word) expect(shared.w[word][lane] == expected.w[word], "philox_vector, one c0", lane);
+    for (int word = 0; word < 4; ++word)
+      expect(shared.w[word][lane] == expected.w[word], "philox_vector, one c0", lane);
   }
 }
 

@@ -1,10 +1,12 @@
-// The gradient of attention. With s = q k^T + mask (q scaled), p = exp(s - score_shift - log_sum_exp), r the dropout factors:
+// The gradient of attention. With s = q k^T + mask (q scaled), p = exp(s - score_shift - log_sum_exp), r the dropout
+// factors:
 //
 //   dv = (r p)^T do,  dp = do v^T,  ds = p (r dp - delta),  delta = sum over d of do o,  dq = ds k,  dk = ds^T q
 //
-// The scores are computed again, tile by tile. A unit of work is a range of query tiles against a range of key tiles of one head,
-// for dq, for dk and dv, or for both. With enough heads a head is one unit; else it is split by query tiles for dq and by key tiles
-// for dk and dv. Either way every element is summed over the same tiles in the same order, so the bits do not depend on the split.
+// The scores are computed again, tile by tile. A unit of work is a range of query tiles against a range of key tiles of
+// one head, for dq, for dk and dv, or for both. With enough heads a head is one unit; else it is split by query tiles
+// for dq and by key tiles for dk and dv. Either way every element is summed over the same tiles in the same order, so
+// the bits do not depend on the split.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -113,7 +115,8 @@ struct AttentionBackward {
     return heads < 2 * context.threads && heads % context.threads != 0;
   }
 
-  // The number of ranges that the tiles of a head that is split are cut into; a range has at most tiles / parts tiles, rounded up.
+  // The number of ranges that the tiles of a head that is split are cut into; a range has at most tiles / parts tiles,
+  // rounded up.
   static int64_t parts(const Context& context, const Params& p) {
     const int64_t heads = p.batch * p.num_heads;
     return std::min<int64_t>(key_tiles(p), (4 * context.threads + heads - 1) / heads);
@@ -192,8 +195,8 @@ struct AttentionBackward {
       score_gradients(keys, width, tiles);
       if (unit.wants_key_value) {
         const int64_t offset = (j0 - unit.key_begin) * padded;
-        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.probability, score_stride, 1}, tiles.d_out_rows, padded,
-                         {tiles.d_value + offset, padded, dropout_scale, true});
+        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.probability, score_stride, 1}, tiles.d_out_rows,
+                         padded, {tiles.d_value + offset, padded, dropout_scale, true});
         micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.d_score, score_stride, 1}, tiles.query_rows, padded,
                          {tiles.d_key + offset, padded, query_scale<A>(p), true});
       }
@@ -233,7 +236,8 @@ struct AttentionBackward {
     }
   }
 
-  // From scores and the gradient of what is kept of p, times the scale of dropout: what dv is made of, r p without that scale, and ds.
+  // From scores and the gradient of what is kept of p, times the scale of dropout: what dv is made of, r p without that
+  // scale, and ds.
   static void score_gradients(int64_t keys, int64_t width, const Tiles& tiles) {
     constexpr int numbers = kNumbers<T>;
     constexpr int64_t score_stride = kQueryTile / numbers;
@@ -256,7 +260,8 @@ struct AttentionBackward {
           store_operands(tiles.probability + (j + n) * score_stride + i / numbers, kept);
           store_operands(tiles.d_score + (j + n) * score_stride + i / numbers, d_score[n]);
         }
-        if constexpr (kPaired<T>) store(tiles.d_score_rows + j / 2 * kQueryTile + i, narrow_pair(d_score[0], d_score[1]));
+        if constexpr (kPaired<T>)
+          store(tiles.d_score_rows + j / 2 * kQueryTile + i, narrow_pair(d_score[0], d_score[1]));
       }
     }
   }

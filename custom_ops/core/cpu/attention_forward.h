@@ -1,6 +1,6 @@
-// o = dropout(softmax(q k^T + mask)) v, a tile of queries at a time: for each tile of keys the scores are computed, the running
-// maximum and sum of every query's softmax are brought up to date, and o is rescaled and added to (online softmax: Milakov and
-// Gimelshein, 2018). Of the scores only the log-sum-exp of each query is kept.
+// o = dropout(softmax(q k^T + mask)) v, a tile of queries at a time: for each tile of keys the scores are computed, the
+// running maximum and sum of every query's softmax are brought up to date, and o is rescaled and added to (online
+// softmax: Milakov and Gimelshein, 2018). Of the scores only the log-sum-exp of each query is kept.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -87,8 +87,8 @@ struct AttentionForward {
       if (tiles.kept) keep_tile(p, bh, i0, j0, queries, keys, tiles.kept);
       online_softmax(keys, width, tiles);
       if (j0 > 0) rescale_out(queries, shape.padded, tiles);
-      micro_gemm<A, P>(queries, shape.padded, operands<T>(keys), {tiles.probability, 1, kQueryTile}, value_rows, shape.padded,
-                       {tiles.out, shape.padded, A(1), j0 > 0});
+      micro_gemm<A, P>(queries, shape.padded, operands<T>(keys), {tiles.probability, 1, kQueryTile}, value_rows,
+                       shape.padded, {tiles.out, shape.padded, A(1), j0 > 0});
     }
     write(p, bh, i0, queries, tiles);
   }

@@ -1,10 +1,10 @@
 // What the attention's two passes share: the tiling, operands packed as tiles, and masked, dropped scores.
 //
-// A tile of scores is held transposed, [keys][queries], so that vectors run along the queries: the row-wise softmax needs no sums
-// across a vector.
+// A tile of scores is held transposed, [keys][queries], so that vectors run along the queries: the row-wise softmax
+// needs no sums across a vector.
 //
-// An operand P of the products holds kNumbers numbers that follow each other along the sum (simd.h). Where the sum runs over
-// head_dim, a tile is packed along the depth, [rows][depth]; where it runs over queries or keys, along the rows,
+// An operand P of the products holds kNumbers numbers that follow each other along the sum (simd.h). Where the sum runs
+// over head_dim, a tile is packed along the depth, [rows][depth]; where it runs over queries or keys, along the rows,
 // [rows / kNumbers][padded]. With one number the two are the same.
 
 namespace pfa::cpu::PFA_ISA {
@@ -65,7 +65,8 @@ void pack_along_depth(const HeadRows<const T>& rows, int64_t first, int64_t coun
   }
 }
 
-// The tile [count][stride] of pack_along_depth packed along the rows: [operands(count)][padded]. With one number it is that tile.
+// The tile [count][stride] of pack_along_depth packed along the rows: [operands(count)][padded]. With one number it is
+// that tile.
 template <class T>
 Operand<T>* pack_along_rows(Operand<T>* tile, int64_t count, const HeadShape<T>& shape, Operand<T>* packed) {
   if constexpr (kPaired<T>) {
@@ -115,9 +116,10 @@ inline A mask_term(M value) {
 
 // Adds the mask to scores [keys][kQueryTile].
 template <class A, class M>
-void add_mask_typed(const Mask& mask, int64_t b, int64_t h, int64_t i0, int64_t j0, int64_t queries, int64_t keys, A* scores) {
-  const M* origin = static_cast<const M*>(mask.data) + b * mask.strides[0] + h * mask.strides[1] + i0 * mask.strides[2] +
-                    j0 * mask.strides[3];
+void add_mask_typed(const Mask& mask, int64_t b, int64_t h, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
+                    A* scores) {
+  const M* origin = static_cast<const M*>(mask.data) + b * mask.strides[0] + h * mask.strides[1] +
+                    i0 * mask.strides[2] + j0 * mask.strides[3];
   const int64_t i_stride = mask.strides[2];
   const int64_t j_stride = mask.strides[3];
   if (i_stride == 0) {
@@ -174,10 +176,11 @@ inline int64_t visible_keys(const Params& p, int64_t i0, int64_t queries) {
   return p.causal ? std::min(p.seq_len, i0 + queries) : p.seq_len;
 }
 
-// scores [keys][kQueryTile] = scale * k @ q^T + mask; `keys_packed` is [keys][stride], `query_transposed` [depth][kQueryTile].
+// scores [keys][kQueryTile] = scale * k @ q^T + mask; `keys_packed` is [keys][stride], `query_transposed`
+// [depth][kQueryTile].
 template <class T, class A = Accumulator<T>>
-void score_tile(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
-                const Operand<T>* keys_packed, const Operand<T>* query_transposed, A* scores) {
+void score_tile(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t i0, int64_t j0, int64_t queries,
+                int64_t keys, const Operand<T>* keys_packed, const Operand<T>* query_transposed, A* scores) {
   const int64_t width = round_up(queries, kLanes<A>);
   micro_gemm<A, Operand<T>>(keys, width, shape.depth, {keys_packed, shape.stride, 1}, query_transposed, kQueryTile,
                             {scores, kQueryTile, query_scale<A>(p), false});
@@ -191,7 +194,8 @@ void score_tile(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t 
 }
 
 // Bit i of kept[j]: whether the element of query i0 + i and key j0 + j is kept. i0 is a multiple of 32 and j0 of 16.
-inline void keep_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys, uint64_t* kept) {
+inline void keep_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
+                      uint64_t* kept) {
   static_assert(kQueryTile == 64, "a row of the tile is a word of bits");
   constexpr int lanes = kLanes<uint32_t>;
   constexpr int chunk = lanes < 8 ? lanes : 8;  // lanes of consecutive queries

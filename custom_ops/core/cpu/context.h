@@ -18,8 +18,12 @@ inline void qkv_linear_forward(Context& context, const Params& p) { context.kern
 inline void qkv_linear_backward(Context& context, const Params& p) { context.kernels->qkv_linear_backward(context, p); }
 inline void attention_forward(Context& context, const Params& p) { context.kernels->attention_forward(context, p); }
 inline void attention_backward(Context& context, const Params& p) { context.kernels->attention_backward(context, p); }
-inline void output_linear_forward(Context& context, const Params& p) { context.kernels->output_linear_forward(context, p); }
-inline void output_linear_backward(Context& context, const Params& p) { context.kernels->output_linear_backward(context, p); }
+inline void output_linear_forward(Context& context, const Params& p) {
+  context.kernels->output_linear_forward(context, p);
+}
+inline void output_linear_backward(Context& context, const Params& p) {
+  context.kernels->output_linear_backward(context, p);
+}
 inline void residual_forward(Context& context, const Params& p) { context.kernels->residual_forward(context, p); }
 inline void residual_backward(Context& context, const Params& p) { context.kernels->residual_backward(context, p); }
 inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {

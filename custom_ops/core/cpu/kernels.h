@@ -1,4 +1,5 @@
-// The stages of the block, compiled once for every instruction set; the best that this processor has is chosen at run time.
+// The stages of the block, compiled once for every instruction set; the best that this processor has is chosen at run
+// time.
 #pragma once
 
 #include <cstddef>

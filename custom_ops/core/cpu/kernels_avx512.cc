@@ -10,8 +10,8 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 namespace pfa::cpu {
 extern const Kernels kAvx512Kernels;
 constexpr Kernels kAvx512Kernels = avx512::make_kernels("avx512", [] {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 });
 }  // namespace pfa::cpu
 PFA_END_TARGET

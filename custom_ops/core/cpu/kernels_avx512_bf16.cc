@@ -1,5 +1,5 @@
-// The stages for x86-64 processors with AVX-512 and its dot products of bfloat16 numbers, where the compiler knows them; and the same with
-// matrix products on the tiles of AMX.
+// The stages for x86-64 processors with AVX-512 and its dot products of bfloat16 numbers, where the compiler knows
+// them; and the same with matrix products on the tiles of AMX.
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
 #include "core/cpu/system_headers.h"
 
@@ -13,8 +13,8 @@ uint64_t features(unsigned leaf) {
 }
 
 bool has_bfloat16_products() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && (features(1) >> 5 & 1);
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && (features(1) >> 5 & 1);
 }
 
 #if __has_include(<amxbf16intrin.h>) && defined(__linux__)

@@ -1,5 +1,5 @@
-// What stands before the QKV projection: hidden = layer_norm(x) and its gradient, which is added to what the residual branch left; or,
-// without a layer norm, x rounded to the type of the products.
+// What stands before the QKV projection: hidden = layer_norm(x) and its gradient, which is added to what the residual
+// branch left; or, without a layer norm, x rounded to the type of the products.
 
 namespace pfa::cpu::PFA_ISA {
 

@@ -1,14 +1,14 @@
-// Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend, with 16-bit numbers widened on the way in and rounded
-// on the way out.
+// Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend, with 16-bit numbers widened on the way
+// in and rounded on the way out.
 //
-// Both operands are packed into panels as wide as a block of the micro kernel, [width] operands of one k after another, zero beyond the
-// matrix: b once, by all threads; a by each thread for the rows it works at. The sum over k runs in its order for every element of c,
-// whatever the blocks: the bits of the result do not depend on the number of threads.
+// Both operands are packed into panels as wide as a block of the micro kernel, [width] operands of one k after another,
+// zero beyond the matrix: b once, by all threads; a by each thread for the rows it works at. The sum over k runs in its
+// order for every element of c, whatever the blocks: the bits of the result do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
-// A matrix [count, depth] whose element (i, k) lies at data[i * stride + k * depth_stride]; one of the strides is 1. The product sums
-// over the depth.
+// A matrix [count, depth] whose element (i, k) lies at data[i * stride + k * depth_stride]; one of the strides is 1.
+// The product sums over the depth.
 template <class T>
 struct MatrixView {
   const T* data;
@@ -16,7 +16,8 @@ struct MatrixView {
   int64_t depth_stride;
 };
 
-// c [m, n], row-major, = a [m, k] @ b [n, k]^T + bias [n] + addend [m, n]. bias and addend may be null; addend may be c.
+// c [m, n], row-major, = a [m, k] @ b [n, k]^T + bias [n] + addend [m, n]. bias and addend may be null; addend may be
+// c.
 template <class T, class R>
 struct Product {
   int64_t m, n, k;
@@ -27,8 +28,8 @@ struct Product {
   R* c;
 };
 
-// The k_count numbers from k0 on of rows [first, first + count) as panels: out [panels][depth][kWidth], where depth is operands(k_count) or
-// more. A vector more than that may be written.
+// The k_count numbers from k0 on of rows [first, first + count) as panels: out [panels][depth][kWidth], where depth is
+// operands(k_count) or more. A vector more than that may be written.
 template <int kWidth, class T>
 struct PanelPacker {
   using P = Operand<T>;
@@ -40,7 +41,8 @@ struct PanelPacker {
     const int64_t filled = operands<T>(k_count);
     if (view.depth_stride == 1) {
       for (int64_t i = 0; i < count; i += kWidth) {
-        transpose_panel(source + i * view.stride, view.stride, std::min<int64_t>(kWidth, count - i), k_count, out + i * depth);
+        transpose_panel(source + i * view.stride, view.stride, std::min<int64_t>(kWidth, count - i), k_count,
+                        out + i * depth);
         std::fill(out + (i * depth + filled * kWidth), out + (i + kWidth) * depth, P(0));
       }
       return;
@@ -53,7 +55,8 @@ struct PanelPacker {
       const T* low = source + k * kNumbers<T> * view.depth_stride;
       const T* high = (k + 1) * kNumbers<T> <= k_count ? low + view.depth_stride : nullptr;
       for (int64_t i = 0; i < count; i += kWidth) {
-        copy_row(low + i, high ? high + i : nullptr, std::min<int64_t>(kWidth, count - i), out + (i * depth + k * kWidth));
+        copy_row(low + i, high ? high + i : nullptr, std::min<int64_t>(kWidth, count - i),
+                 out + (i * depth + k * kWidth));
       }
     }
   }
@@ -84,7 +87,8 @@ struct PanelPacker {
       for (int64_t i = (kWidth - 1) / lanes * lanes; i >= 0; i -= lanes) {
         Vec<P> block[lanes];
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) block[l] = i + l < rows ? load_operands(source + (i + l) * stride + k) : Vec<P>{};
+        for (int l = 0; l < lanes; ++l)
+          block[l] = i + l < rows ? load_operands(source + (i + l) * stride + k) : Vec<P>{};
         transpose_block<P>(block);
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l) store(out + l * kWidth + i, block[l]);
@@ -145,7 +149,8 @@ class MatrixProduct {
   static constexpr int64_t kMaxPackedColumns = 128;
   // With so few rows a product is turned round, if that spares packing b: see `turned_`.
   static constexpr int64_t kFewRows = 64;
-  // b is packed for at most so many k at a time, unless c has more rows: what is packed is never larger than c, or is moderate.
+  // b is packed for at most so many k at a time, unless c has more rows: what is packed is never larger than c, or is
+  // moderate.
   static constexpr int64_t kMaxSpan = 4096;
 
   // Of how the work is cut only run_ reaches the bits of the result, and it depends on k alone.
@@ -311,21 +316,22 @@ class MatrixProduct {
           for (int64_t i = 0; i < block.rows; i += panel_rows_) {
             if (!is_last) prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, block.rows);
             multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, block.rows - i),
-                            std::min(kPanelColumns, writable_columns - j), {sums + i * stride + j, stride, A(1), continues});
+                            std::min(kPanelColumns, writable_columns - j),
+                            {sums + i * stride + j, stride, A(1), continues});
           }
         }
       } else {
         const auto* a = reinterpret_cast<const P*>(a_.data + block.row * a_.stride + k);
         for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
-          micro_panel<kVectors>(block.rows, depth, TileOperand<P>{a, a_.stride / kNumbers<T>, 1}, b + j * depth, kPanelColumns,
-                                TileResult<A>{sums + j, stride, A(1), continues});
+          micro_panel<kVectors>(block.rows, depth, TileOperand<P>{a, a_.stride / kNumbers<T>, 1}, b + j * depth,
+                                kPanelColumns, TileResult<A>{sums + j, stride, A(1), continues});
         }
       }
     }
   }
 
-  // Of `size` operands those from part first / all on that belong to panel_rows_ of all rows: the next panel comes near while this one is
-  // multiplied.
+  // Of `size` operands those from part first / all on that belong to panel_rows_ of all rows: the next panel comes near
+  // while this one is multiplied.
   void prefetch_part(const P* panel, int64_t size, int64_t first, int64_t all) const {
     constexpr int64_t line = 64 / sizeof(P);
     const int64_t end = size * std::min(first + panel_rows_, all) / all;
@@ -339,7 +345,8 @@ class MatrixProduct {
     multiply_whole_panels(depth, a, b, {whole, kPanelColumns, A(1), false});
     for (int64_t r = 0; r < rows; ++r) {
       A* target = c.data + r * c.row_stride;
-      for (int64_t i = 0; i < columns; ++i) target[i] = (c.accumulate ? target[i] : A(0)) + whole[r * kPanelColumns + i];
+      for (int64_t i = 0; i < columns; ++i)
+        target[i] = (c.accumulate ? target[i] : A(0)) + whole[r * kPanelColumns + i];
     }
   }
 
@@ -403,7 +410,7 @@ class MatrixProduct {
   int64_t rows_in_all_, columns_in_all_;
   MatrixView<T> a_, b_;
   bool packs_a_;
-  bool shares_b_;  // one packed b for all threads; else each thread packs what its block needs, as no other block needs it
+  bool shares_b_;  // one packed b for all threads; else each thread packs what its block alone needs
   bool own_sums_;  // sums do not go to c itself
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a block

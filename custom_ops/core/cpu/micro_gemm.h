@@ -1,6 +1,7 @@
-// Small matrix products on tiles that lie in the caches: c (+)= scale * a @ b, with c and b row-major and padded to whole vectors
-// along n, and a in any layout. A block of c is held in registers while the sum over k runs; a is broadcast, b loaded as vectors.
-// The operands are of c's type, or pairs of bfloat16 numbers that follow each other along k (simd.h), and then k counts pairs.
+// Small matrix products on tiles that lie in the caches: c (+)= scale * a @ b, with c and b row-major and padded to
+// whole vectors along n, and a in any layout. A block of c is held in registers while the sum over k runs; a is
+// broadcast, b loaded as vectors. The operands are of c's type, or pairs of bfloat16 numbers that follow each other
+// along k (simd.h), and then k counts pairs.
 
 namespace pfa::cpu::PFA_ISA {
 

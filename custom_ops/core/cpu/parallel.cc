@@ -15,8 +15,8 @@ void run_parallel(int64_t count, int threads, LoopBody body, void* closure) {
     for (int64_t i = 0; i < count; ++i) body(closure, i, 0);
     return;
   }
-  // Not OpenMP's own dynamic loop: for that GCC calls functions of libgomp that the runtime inside Paddle, LLVM's, does not have,
-  // and a second runtime that is loaded by chance would then run every index on every thread.
+  // Not OpenMP's own dynamic loop: for that GCC calls functions of libgomp that the runtime inside Paddle, LLVM's, does
+  // not have, and a second runtime that is loaded by chance would then run every index on every thread.
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
   {

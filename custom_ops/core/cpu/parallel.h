@@ -13,13 +13,14 @@ using LoopBody = void (*)(void* closure, int64_t index, int thread);
 
 void run_parallel(int64_t count, int threads, LoopBody body, void* closure);
 
-// Calls f(index, thread) for every index in [0, count), each on one of `threads` threads, numbered from 0. Which thread takes
-// which index is not fixed: results must depend on the index alone.
+// Calls f(index, thread) for every index in [0, count), each on one of `threads` threads, numbered from 0. Which thread
+// takes which index is not fixed: results must depend on the index alone.
 template <class F>
 void parallel_for(int64_t count, int threads, F&& f) {
   using Closure = std::remove_reference_t<F>;
   run_parallel(
-      count, threads, [](void* closure, int64_t index, int thread) { (*static_cast<Closure*>(closure))(index, thread); }, &f);
+      count, threads,
+      [](void* closure, int64_t index, int thread) { (*static_cast<Closure*>(closure))(index, thread); }, &f);
 }
 
 }  // namespace pfa::cpu

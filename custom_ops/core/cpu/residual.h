@@ -1,5 +1,5 @@
-// The block's last stage, in one pass over the rows: z = x + dropout(y + linear_bias), out = layer_norm(z), and its gradient.
-// y, the output projection, stands where z, or with dropout the normalised z, will: in p.residual.
+// The block's last stage, in one pass over the rows: z = x + dropout(y + linear_bias), out = layer_norm(z), and its
+// gradient. y, the output projection, stands where z, or with dropout the normalised z, will: in p.residual.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -99,8 +99,8 @@ struct Residual {
           if (p.residual != p.out) store_row(row, width, residual);
           scale_row(row, width, memory.scale, memory.bias);
         } else {
-          // The statistics are those of z as it is kept, so that backward finds the same normalised row; and whether it is kept
-          // makes no difference to the result.
+          // The statistics are those of z as it is kept, so that backward finds the same normalised row; and whether it
+          // is kept makes no difference to the result.
           if (!std::is_same_v<R, A> || p.residual != p.out) store_row(row, width, residual);
           if (!std::is_same_v<R, A>) load_row(residual, width, row);
           normalize_row(row, width, p.ln_epsilon, memory.scale, memory.bias, mean, rstd);

@@ -1,6 +1,6 @@
-// Row-wise pieces that layer norm and residual share: statistics, normalisation and its gradient, and sums over rows that come out
-// the same for any number of threads: rows are cut into chunks by their number alone, each chunk has sums of its own, and these are
-// added in order.
+// Row-wise pieces that layer norm and residual share: statistics, normalisation and its gradient, and sums over rows
+// that come out the same for any number of threads: rows are cut into chunks by their number alone, each chunk has sums
+// of its own, and these are added in order.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -54,8 +54,8 @@ A row_squared_distance(const A* row, A mean, int64_t count) {
 
 // row = (row - mean) * rstd * scale + bias, with mean and variance over the row; scale and bias may be null.
 template <class A>
-void normalize_row(A* __restrict row, int64_t count, double epsilon, const A* __restrict scale, const A* __restrict bias,
-                   A& mean, A& rstd) {
+void normalize_row(A* __restrict row, int64_t count, double epsilon, const A* __restrict scale,
+                   const A* __restrict bias, A& mean, A& rstd) {
   mean = row_sum(row, count) / count;
   const A variance = row_squared_distance(row, mean, count) / count;
   rstd = A(1) / std::sqrt(variance + static_cast<A>(epsilon));
@@ -79,8 +79,8 @@ void standardize_row(A* __restrict row, int64_t count, A mean, A rstd) {
   for (int64_t i = 0; i < count; ++i) row[i] = (row[i] - mean) * rstd;
 }
 
-// Turns `gradient` (of the layer norm's output) into the gradient of its input, and adds to the sums for scale and bias unless they are
-// null. `normal` is the normalised row before scale and bias.
+// Turns `gradient` (of the layer norm's output) into the gradient of its input, and adds to the sums for scale and bias
+// unless they are null. `normal` is the normalised row before scale and bias.
 template <class A>
 void normalize_row_backward(const A* __restrict normal, A* __restrict gradient, int64_t count, A rstd,
                             const A* __restrict scale, A* __restrict d_scale, A* __restrict d_bias) {
@@ -98,7 +98,8 @@ void normalize_row_backward(const A* __restrict normal, A* __restrict gradient, 
   for (int64_t i = 0; i < count; ++i) gradient[i] = (gradient[i] - gradient_mean - normal[i] * projection) * rstd;
 }
 
-// Sums over rows, one row of [count] for each chunk, kept in the stage's workspace; null where the result is not wanted.
+// Sums over rows, one row of [count] for each chunk, kept in the stage's workspace; null where the result is not
+// wanted.
 template <class A>
 struct ChunkSums {
   A* data = nullptr;

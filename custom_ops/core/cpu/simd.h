@@ -1,5 +1,5 @@
-// Vectors of PFA_VECTOR_BYTES bytes in the compiler's vector extension: loads and stores that convert 16-bit floats, exp, Philox.
-// Included by stages.h only, inside an instruction set.
+// Vectors of PFA_VECTOR_BYTES bytes in the compiler's vector extension: loads and stores that convert 16-bit floats,
+// exp, Philox. Included by stages.h only, inside an instruction set.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -106,8 +106,9 @@ inline void transpose_block(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// 16-bit floats, exactly widened, and narrowed by rounding to nearest even. The float16 forms move the exponent by a multiplication
-// with a power of two, which renders subnormals too; written without branches so that loops over them become vector code.
+// 16-bit floats, exactly widened, and narrowed by rounding to nearest even. The float16 forms move the exponent by a
+// multiplication with a power of two, which renders subnormals too; written without branches so that loops over them
+// become vector code.
 
 inline float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
@@ -169,7 +170,8 @@ inline Vec<float> load_wide(const BFloat16* source) {
 inline Vec<float> load_wide(const Float16* source) {
 #if PFA_VECTOR_BYTES == 64
   // The masked form, for GCC warns of the plain one.
-  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+  return bit_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
 #elif PFA_VECTOR_BYTES == 32
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
 #else
@@ -189,8 +191,8 @@ inline void store_row(const Accumulator<T>* __restrict source, int64_t count, T*
   for (int64_t i = 0; i < count; ++i) target[i] = from_float<T>(source[i]);
 }
 
-// What the products of the attention's tiles are made of: numbers of the accumulator's type or, with the instructions for it, pairs
-// of bfloat16 numbers that follow each other along the sum, the first in the low half.
+// What the products of the attention's tiles are made of: numbers of the accumulator's type or, with the instructions
+// for it, pairs of bfloat16 numbers that follow each other along the sum, the first in the low half.
 template <class T>
 struct OperandOf {
   using type = Accumulator<T>;
@@ -259,8 +261,8 @@ inline int64_t operands(int64_t count) {
   return (count + kNumbers<T> - 1) / kNumbers<T>;
 }
 
-// Cody and Waite's reduction x = n ln 2 + r, |r| <= ln(2) / 2, then a polynomial in r; error under 2 units in the last place.
-// -inf and what underflows give 0, NaN gives NaN; x is at most a little above 0 where this is used.
+// Cody and Waite's reduction x = n ln 2 + r, |r| <= ln(2) / 2, then a polynomial in r; error under 2 units in the last
+// place. -inf and what underflows give 0, NaN gives NaN; x is at most a little above 0 where this is used.
 inline Vec<float> vexp(Vec<float> x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = x * 1.44269504088896341f + magic;
@@ -326,8 +328,8 @@ struct PhiloxVectors {
   Vec<uint32_t> w[4];
 };
 
-// Rounds first_round and on of philox() on every lane. The even and the odd lanes go through them as the low halves of 64-bit lanes,
-// whose high halves the multiplication ignores.
+// Rounds first_round and on of philox() on every lane. The even and the odd lanes go through them as the low halves of
+// 64-bit lanes, whose high halves the multiplication ignores.
 inline PhiloxVectors philox_rounds(PhiloxState state, int first_round, const Vec<uint32_t> (&counter)[4]) {
   Vec<uint64_t> half[2][4];
   for (int odd = 0; odd < 2; ++odd) {
@@ -353,7 +355,8 @@ inline PhiloxVectors philox_rounds(PhiloxState state, int first_round, const Vec
 }
 
 // philox() of philox.h on every lane.
-inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Vec<uint32_t> counter1, uint32_t counter2) {
+inline PhiloxVectors philox_vector(PhiloxState state, Vec<uint32_t> counter0, Vec<uint32_t> counter1,
+                                   uint32_t counter2) {
   return philox_rounds(state, 0, {counter0, counter1, broadcast(counter2), broadcast(state.counter3)});
 }
 

@@ -1,4 +1,5 @@
-// All stages for one instruction set: the including file has defined PFA_ISA, the namespace they go to, and PFA_VECTOR_BYTES.
+// All stages for one instruction set: the including file has defined PFA_ISA, the namespace they go to, and
+// PFA_VECTOR_BYTES.
 
 #include "core/cpu/simd.h"
 

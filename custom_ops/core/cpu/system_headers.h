@@ -1,5 +1,5 @@
-// What the stages include from outside. It comes before the instruction set is raised, so that no function shared with other
-// files is compiled for a processor that may not be there.
+// What the stages include from outside. It comes before the instruction set is raised, so that no function shared with
+// other files is compiled for a processor that may not be there.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,8 @@
 
 #define PFA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define PFA_BEGIN_TARGET(features) PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define PFA_BEGIN_TARGET(features) \
+  PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define PFA_BEGIN_WIDE_TARGET(features) PFA_BEGIN_TARGET(features)
 #define PFA_END_TARGET PFA_PRAGMA(clang attribute pop)
 #else

@@ -1,5 +1,5 @@
-// Products of bfloat16 panels on the tiles of AMX: [32, 32] sums in four tiles of [16, 16]. A panel of a is [32][depth] pairs, row by
-// row, one of b [depth][32]; depth is a multiple of 16.
+// Products of bfloat16 panels on the tiles of AMX: [32, 32] sums in four tiles of [16, 16]. A panel of a is [32][depth]
+// pairs, row by row, one of b [depth][32]; depth is a multiple of 16.
 
 #ifndef PFA_TILE_PRODUCTS
 #define PFA_TILE_PRODUCTS 0

@@ -27,8 +27,8 @@ Context make_context(cudaStream_t stream, int device, bool allow_tf32, bool dete
     Context& entry = known[device];
     if (entry.num_sms == 0) {
       entry.device = device;
-      entry.compute_capability =
-          10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+      entry.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                 attribute(cudaDevAttrComputeCapabilityMinor, device);
       entry.max_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       entry.num_sms = attribute(cudaDevAttrMultiProcessorCount, device);
     }

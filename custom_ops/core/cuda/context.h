@@ -1,7 +1,7 @@
 // What every CUDA stage needs to know of where it runs, and the checks around launches.
 //
-// A stage only queues work on `stream`: it never synchronises and never allocates device memory, so that the block can be
-// captured into a CUDA graph. The binding makes `device` current before it calls a stage.
+// A stage only queues work on `stream`: it never synchronises and never allocates device memory, so that the block can
+// be captured into a CUDA graph. The binding makes `device` current before it calls a stage.
 #pragma once
 
 #include <cuda_runtime_api.h>

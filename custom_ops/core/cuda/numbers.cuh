@@ -66,7 +66,9 @@ __device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) {
   const uint32_t bits = reinterpret_cast<const uint32_t&>(pair);
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
 }
-__device__ __forceinline__ void narrow_pair(float low, float high, __half2& pair) { pair = __floats2half2_rn(low, high); }
+__device__ __forceinline__ void narrow_pair(float low, float high, __half2& pair) {
+  pair = __floats2half2_rn(low, high);
+}
 __device__ __forceinline__ void narrow_pair(float low, float high, __nv_bfloat162& pair) {
   pair = __floats2bfloat162_rn(low, high);
 }
@@ -139,8 +141,8 @@ __device__ __forceinline__ PhiloxWords output_words(PhiloxState state, int64_t i
 
 // Multiplies N elements by 0 or scale, threshold > 0; index is that of the first and a multiple of N, a divisor of 8.
 template <int N, class A>
-__device__ __forceinline__ void apply_output_dropout(const PhiloxWords& words, uint32_t threshold, A scale, int64_t index,
-                                                     A (&value)[N]) {
+__device__ __forceinline__ void apply_output_dropout(const PhiloxWords& words, uint32_t threshold, A scale,
+                                                     int64_t index, A (&value)[N]) {
   static_assert(N == 1 || N == 2 || N == 4 || N == 8, "one call serves eight elements");
   const int first = N == 8 ? 0 : static_cast<int>(index % 8);
   const uint32_t limit = (threshold << 16) - 1;  // a number in the upper half exceeds it when it is >= threshold

@@ -1,7 +1,8 @@
 // The stages of the block (stages.md) on CUDA. Each queues its kernels on the context's stream and returns.
 //
-// The output projection adds the bias, and x where there is no output dropout; so without a final layer norm nothing may be left for the
-// residual stage. In backward it rounds, where x is of a wider type. d_qkv_bias belongs to attention_backward.
+// The output projection adds the bias, and x where there is no output dropout; so without a final layer norm nothing
+// may be left for the residual stage. In backward it rounds, where x is of a wider type. d_qkv_bias belongs to
+// attention_backward.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,9 @@
-// Attention, backward: d_q, d_k, d_v from d_out, with the probabilities computed anew from q, k and the saved log-sum-exp.
+// Attention, backward: d_q, d_k, d_v from d_out, with the probabilities computed anew from q, k and the saved
+// log-sum-exp.
 //
 // With P the probabilities and R what dropout does to them (0 or drop_scale): d_v = (P R)^T d_out, dP = d_out v^T R,
-// dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q. The sums of these over the
-// tokens are the gradient of the QKV bias.
+// dS = P (dP - delta) with delta = sum over head dims of d_out * out, d_q = D^-0.5 dS k, d_k = D^-0.5 dS^T q. The sums
+// of these over the tokens are the gradient of the QKV bias.
 #include <algorithm>
 
 #include "core/arena.h"
@@ -21,8 +22,8 @@ constexpr int kRowMultiple = 128;  // per-row statistics are padded to whole til
 
 constexpr int kRowThreads = 256;
 
-// `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, lse2 and shift2; past seq_len 0, +inf and 0, which make
-// probabilities 0. Clears the sums of d_q and of the bias and the counts of progress as well.
+// `lanes` neighbouring threads per row of [B, H, rows_padded]: delta, lse2 and shift2; past seq_len 0, +inf and 0,
+// which make probabilities 0. Clears the sums of d_q and of the bias and the counts of progress as well.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kRowThreads) attention_backward_rows(const AttentionArgs args, const int lanes) {
   const int rows = kRowThreads / lanes;
@@ -95,8 +96,8 @@ void backward_plain(const Context& context, const AttentionArgs& args) {
     const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
     launch(context, "attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim>, blocks,
            plain::kThreads, 0, args);
-    launch(context, "attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, blocks, plain::kThreads,
-           0, args);
+    launch(context, "attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, blocks,
+           plain::kThreads, 0, args);
   });
 }
 
@@ -153,7 +154,8 @@ size_t place_workspace(const Context& context, const Params& p, char* memory, At
     }
     args.dq_sum = static_cast<float*>(arena.take((args.dq_slots - args.dq_lent_slots) * slot));
     args.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * args.dq_slots)));
-    if (p.d_qkv_bias) args.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.token_stride()));
+    if (p.d_qkv_bias)
+      args.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.token_stride()));
   }
   return arena.used();
 }
@@ -180,7 +182,8 @@ size_t attention_backward_workspace_bytes(const Context& context, const Params& 
   AttentionArgs args = attention_args(p);
   const size_t bytes = place_workspace(context, p, nullptr, args);
   // Addresses that are not known yet may rule out the kernels that sum the bias.
-  return !p.d_qkv_bias ? bytes : std::max(bytes, column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()));
+  return !p.d_qkv_bias ? bytes
+                       : std::max(bytes, column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()));
 }
 
 void attention_backward(Context& context, const Params& p) {
@@ -191,7 +194,8 @@ void attention_backward(Context& context, const Params& p) {
   }
   if (!p.d_qkv_bias) return;
   if (args.bias_sums) {
-    add_row_blocks(context, DType::kFloat32, args.bias_sums, kBiasCopies, 3 * p.heads_dim(), {{p.d_qkv_bias, p.dtype}, {}, {}});
+    add_row_blocks(context, DType::kFloat32, args.bias_sums, kBiasCopies, 3 * p.heads_dim(),
+                   {{p.d_qkv_bias, p.dtype}, {}, {}});
   } else {
     column_sums(context, p.dtype, p.d_qkv, p.rows(), 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
   }

@@ -1,11 +1,13 @@
 // What all attention kernels share: their arguments, the mask and the dropout bits.
 //
-// Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for exp.
+// Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for
+// exp.
 //
-// Backward finds the probabilities of forward only if both subtract the same number from the same scores, rounded alike. Where a row's
-// highest score is beyond kLargeScore, the last bit of a score is worth so much that this counts: both scale a score and subtract from it
-// in one operation, but with a mask, where the masked score is rounded first; and backward subtracts the highest score before the sum of
-// exponentials, beside which that would be lost. Elsewhere backward subtracts both at once.
+// Backward finds the probabilities of forward only if both subtract the same number from the same scores, rounded
+// alike. Where a row's highest score is beyond kLargeScore, the last bit of a score is worth so much that this counts:
+// both scale a score and subtract from it in one operation, but with a mask, where the masked score is rounded first;
+// and backward subtracts the highest score before the sum of exponentials, beside which that would be lost. Elsewhere
+// backward subtracts both at once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -53,12 +55,13 @@ struct AttentionArgs {
   const void* d_out;  // [B, S, H, D]
   void* d_qkv;        // [B, S, 3, H, D]
   void* delta;        // [B, H, rows_padded]: sum over d of d_out * out
-  void* lse2;         // [B, H, rows_padded]: log_sum_exp * log2(e), and score_shift unless that is large; +inf past seq_len
-  void* shift2;       // [B, H, rows_padded]: score_shift if it is large, else 0
-  int rows_padded;    // seq_len rounded up to whole tiles of queries
+  void* lse2;    // [B, H, rows_padded]: log_sum_exp * log2(e), and score_shift unless that is large; +inf past seq_len
+  void* shift2;  // [B, H, rows_padded]: score_shift if it is large, else 0
+  int rows_padded;  // seq_len rounded up to whole tiles of queries
 
-  // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of the sums; the first dq_lent_slots lie in
-  // memory that will be another result's. What dq_lag means is said in attention_hopper_backward.cu.
+  // For blocks that add to d_q together; null and 0 for others. Head h has slot h % dq_slots of the sums; the first
+  // dq_lent_slots lie in memory that will be another result's. What dq_lag means is said in
+  // attention_hopper_backward.cu.
   float* dq_lent_sum;  // [dq_lent_slots, rows_padded, dq_columns]
   float* dq_sum;       // [dq_slots - dq_lent_slots, rows_padded, dq_columns]
   int dq_lent_slots;
@@ -91,8 +94,8 @@ inline AttentionArgs attention_args(const Params& p) {
   a.head_dim = static_cast<int>(p.head_dim);
   a.causal = p.causal;
   a.vectors = p.head_dim * size_of(p.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(p.qkv) % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(p.attn_out) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_attn_out) % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(p.d_qkv) % 16 == 0;
+              reinterpret_cast<uintptr_t>(p.attn_out) % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(p.d_attn_out) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_qkv) % 16 == 0;
   a.drops = p.attn_dropout.threshold > 0;
   a.drop_limit = (p.attn_dropout.threshold << 16) - 1;
   a.score_scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
@@ -121,7 +124,8 @@ __device__ __forceinline__ HeadIndex head_index(const AttentionArgs& a, uint32_t
 __device__ __forceinline__ float* dq_sums(const AttentionArgs& a, uint32_t head) {
   const int slot = static_cast<int>(head % a.dq_slots);
   float* first = slot < a.dq_lent_slots ? a.dq_lent_sum : a.dq_sum;
-  return first + static_cast<int64_t>(slot < a.dq_lent_slots ? slot : slot - a.dq_lent_slots) * a.rows_padded * a.dq_columns;
+  return first +
+         static_cast<int64_t>(slot < a.dq_lent_slots ? slot : slot - a.dq_lent_slots) * a.rows_padded * a.dq_columns;
 }
 
 // `which` 0, 1, 2: q, k, v (or their gradients) of a head, at token 0.
@@ -140,10 +144,11 @@ __device__ __forceinline__ Acc infinity() {
   return static_cast<Acc>(INFINITY);
 }
 
-// What backward needs to know of a row: its highest score in log2 units, and the sum of exponentials beside it. The highest score may be
-// 1e9 or -1e9, where a rounding error outweighs everything else: it is kept as it is.
+// What backward needs to know of a row: its highest score in log2 units, and the sum of exponentials beside it. The
+// highest score may be 1e9 or -1e9, where a rounding error outweighs everything else: it is kept as it is.
 template <class Acc>
-__device__ __forceinline__ void store_row_statistics(const AttentionArgs& a, uint32_t head, int row, Acc maximum, Acc sum) {
+__device__ __forceinline__ void store_row_statistics(const AttentionArgs& a, uint32_t head, int row, Acc maximum,
+                                                     Acc sum) {
   if (!a.log_sum_exp || row >= a.seq_len) return;
   const int64_t index = head * static_cast<int64_t>(a.seq_len) + row;
   static_cast<Acc*>(a.log_sum_exp)[index] = sum > 0 ? log(sum) : infinity<Acc>();
@@ -161,8 +166,8 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
-// What a mask element adds to a score in log2 units. Finite values stay finite, because a product rounded towards zero does not
-// overflow: only -inf, false and 0 forbid a key.
+// What a mask element adds to a score in log2 units. Finite values stay finite, because a product rounded towards zero
+// does not overflow: only -inf, false and 0 forbid a key.
 __device__ __forceinline__ float additive_mask(float value) { return __fmul_rz(value, static_cast<float>(kLog2e)); }
 __device__ __forceinline__ double additive_mask(double value) { return __dmul_rz(value, kLog2e); }
 

@@ -1,4 +1,5 @@
-// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the kernel.
+// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the
+// kernel.
 #include "core/cuda/attention/hopper/hopper.h"
 #include "core/cuda/attention/launch.h"
 #include "core/cuda/attention/mma.cuh"
@@ -13,8 +14,8 @@ template <class T, class Acc>
 void forward_plain(const Context& context, const AttentionArgs& args) {
   with_head_dim<64, 128, 256>(args.head_dim, [&](auto head_dim) {
     const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
-    launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>, blocks,
-           plain::kThreads, 0, args);
+    launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>,
+           blocks, plain::kThreads, 0, args);
   });
 }
 
@@ -26,8 +27,8 @@ void forward_mma(const Context& context, const AttentionArgs& args) {
       constexpr bool kGeneral = decltype(general)::value;
       using Shape = tensor::ForwardShape<T, kHeadDim>;
       const int64_t blocks = ceil_div(args.seq_len, Shape::kQueries) * args.batch * args.num_heads;
-      launch(context, "attention_forward_mma", tensor::attention_forward_mma<T, kHeadDim, kGeneral>, blocks, tensor::kThreads,
-             Shape::kSharedBytes, args);
+      launch(context, "attention_forward_mma", tensor::attention_forward_mma<T, kHeadDim, kGeneral>, blocks,
+             tensor::kThreads, Shape::kSharedBytes, args);
     });
   });
 }

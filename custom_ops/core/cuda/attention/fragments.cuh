@@ -1,8 +1,8 @@
 // The 16 x 16 pieces of a tile that one warp holds as tensor-core accumulators, and what attention does to them.
 //
-// Of such a piece lane 4 g + t (g < 8, t < 4) holds eight numbers c[0..7]: c[e] lies in row g + 8 * (e / 2 % 2) and column
-// 2 t + e % 2 + 8 * (e / 4). The forward pass has queries as rows ("rows are queries"); the gradients of keys and values have
-// keys as rows, so that P^T and dS^T can be operands from registers.
+// Of such a piece lane 4 g + t (g < 8, t < 4) holds eight numbers c[0..7]: c[e] lies in row g + 8 * (e / 2 % 2) and
+// column 2 t + e % 2 + 8 * (e / 4). The forward pass has queries as rows ("rows are queries"); the gradients of keys
+// and values have keys as rows, so that P^T and dS^T can be operands from registers.
 #pragma once
 
 #include <type_traits>
@@ -43,9 +43,10 @@ __device__ __forceinline__ uint32_t clear_negative(uint32_t packed) {
 __device__ __forceinline__ int lane_row(int e) { return static_cast<int>(threadIdx.x % 32 / 4) + e / 2 % 2 * 8; }
 __device__ __forceinline__ int lane_column(int e) { return static_cast<int>(threadIdx.x % 4) * 2 + e % 2 + e / 4 * 8; }
 
-// The eight elements' random numbers in the upper 16 bits, to be compared with drop_limit, where rows are queries: i0 and j0 are the
-// piece's first query and key.
-__device__ __forceinline__ void numbers_by_query(PhiloxState key, uint32_t head, int i0, int j0, uint32_t (&numbers)[8]) {
+// The eight elements' random numbers in the upper 16 bits, to be compared with drop_limit, where rows are queries: i0
+// and j0 are the piece's first query and key.
+__device__ __forceinline__ void numbers_by_query(PhiloxState key, uint32_t head, int i0, int j0,
+                                                 uint32_t (&numbers)[8]) {
   const uint32_t lane = threadIdx.x % 32;
   const PhiloxWords words =
       philox(key, static_cast<uint32_t>(j0) / 4 + lane % 4, static_cast<uint32_t>(i0) / 2 + lane / 4, head);
@@ -56,20 +57,22 @@ __device__ __forceinline__ void numbers_by_query(PhiloxState key, uint32_t head,
   }
 }
 
-// The same where rows are keys. A call of Philox covers one query and two neighbouring keys; this lane needs two queries and one
-// key, so it makes the call for one of the queries and trades halves with the lane that holds the neighbouring key.
+// The same where rows are keys. A call of Philox covers one query and two neighbouring keys; this lane needs two
+// queries and one key, so it makes the call for one of the queries and trades halves with the lane that holds the
+// neighbouring key.
 __device__ __forceinline__ void numbers_by_key(PhiloxState key, uint32_t head, int j0, int i0, uint32_t (&numbers)[8]) {
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t g = lane / 4;
   const bool odd = g % 2;
-  const PhiloxWords words =
-      philox(key, static_cast<uint32_t>(j0) / 4 + g / 2, static_cast<uint32_t>(i0) / 2 + lane % 4 * 2 + (odd ? 1 : 0), head);
+  const PhiloxWords words = philox(key, static_cast<uint32_t>(j0) / 4 + g / 2,
+                                   static_cast<uint32_t>(i0) / 2 + lane % 4 * 2 + (odd ? 1 : 0), head);
   const uint32_t mine = odd ? 0x7632 : 0x5410;
   const uint32_t theirs = odd ? 0x5410 : 0x7632;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t own = __byte_perm(words.w[2 * half], words.w[2 * half + 1], mine);
-    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(words.w[2 * half], words.w[2 * half + 1], theirs), 4);
+    const uint32_t other =
+        __shfl_xor_sync(0xFFFFFFFFu, __byte_perm(words.w[2 * half], words.w[2 * half + 1], theirs), 4);
     const uint32_t first = odd ? other : own;   // query 2 t
     const uint32_t second = odd ? own : other;  // query 2 t + 1
     numbers[4 * half + 0] = first << 16;
@@ -79,15 +82,17 @@ __device__ __forceinline__ void numbers_by_key(PhiloxState key, uint32_t head, i
   }
 }
 
-// Zero, or minus the value, for an element that is dropped. Predicated moves, because selects would crowd the unit that computes the
-// random numbers.
+// Zero, or minus the value, for an element that is dropped. Predicated moves, because selects would crowd the unit that
+// computes the random numbers.
 __device__ __forceinline__ void zero_dropped(float& value, uint32_t number, uint32_t drop_limit) {
   asm("{\n.reg .pred kept;\nsetp.hi.u32 kept, %1, %2;\n@!kept mov.f32 %0, 0f00000000;\n}"
       : "+f"(value)
       : "r"(number), "r"(drop_limit));
 }
 __device__ __forceinline__ void negate_dropped(float& value, uint32_t number, uint32_t drop_limit) {
-  asm("{\n.reg .pred kept;\nsetp.hi.u32 kept, %1, %2;\n@!kept neg.f32 %0, %0;\n}" : "+f"(value) : "r"(number), "r"(drop_limit));
+  asm("{\n.reg .pred kept;\nsetp.hi.u32 kept, %1, %2;\n@!kept neg.f32 %0, %0;\n}"
+      : "+f"(value)
+      : "r"(number), "r"(drop_limit));
 }
 __device__ __forceinline__ void zero_unless_positive(float& value, float condition) {
   asm("{\n.reg .pred positive;\nsetp.gt.f32 positive, %1, 0f00000000;\n@!positive mov.f32 %0, 0f00000000;\n}"
@@ -95,8 +100,8 @@ __device__ __forceinline__ void zero_unless_positive(float& value, float conditi
       : "f"(condition));
 }
 
-// Scores to units of log2, with the mask, in one rounding as everywhere (add_fetched). Elements outside of seq_len read the last row or
-// column instead.
+// Scores to units of log2, with the mask, in one rounding as everywhere (add_fetched). Elements outside of seq_len read
+// the last row or column instead.
 template <bool kRowsAreKeys>
 __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
                                          float scale_log2, float (&scores)[8]) {
@@ -106,13 +111,15 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
 #pragma unroll
   for (int i = 0; i < 2; ++i) rows[i] = mask_offset + min(row0 + lane_row(2 * i), args.seq_len - 1) * row_stride;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) columns[i] = min(column0 + lane_column(i / 2 * 4 + i % 2), args.seq_len - 1) * column_stride;
+  for (int i = 0; i < 4; ++i)
+    columns[i] = min(column0 + lane_column(i / 2 * 4 + i % 2), args.seq_len - 1) * column_stride;
   with_mask_elements(args.mask, [&](const auto* elements) {
     if (args.mask.strides[2] == 0) {  // the same for all queries
       constexpr int kKeys = kRowsAreKeys ? 2 : 4;
       float added[kKeys];
 #pragma unroll
-      for (int i = 0; i < kKeys; ++i) added[i] = mask_log2<float>(elements[kRowsAreKeys ? rows[i] : rows[0] + columns[i]]);
+      for (int i = 0; i < kKeys; ++i)
+        added[i] = mask_log2<float>(elements[kRowsAreKeys ? rows[i] : rows[0] + columns[i]]);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         scores[e] = fmaf(scores[e], scale_log2, added[kRowsAreKeys ? e / 2 % 2 : e / 4 * 2 + e % 2]);
@@ -127,8 +134,8 @@ __device__ __forceinline__ void add_mask(const AttentionArgs& args, int64_t mask
   });
 }
 
-// A mask element in 32 bits, to be understood later: as it is, but a double as a float, rounded towards zero so that it stays finite,
-// and 1 for a nonzero int64.
+// A mask element in 32 bits, to be understood later: as it is, but a double as a float, rounded towards zero so that it
+// stays finite, and 1 for a nonzero int64.
 template <class T>
 __device__ __forceinline__ uint32_t mask_bits(const T* from) {
   if constexpr (std::is_same<T, double>::value) {
@@ -148,8 +155,9 @@ __device__ __forceinline__ uint32_t mask_bits(const T* from) {
   }
 }
 
-// Starts loading the mask of 16 rows and 2 * kCount columns, in the order in which a warp holds their scores, unless its elements have
-// 8 bytes: there are no registers for those. Elements outside of seq_len read the last row or column instead.
+// Starts loading the mask of 16 rows and 2 * kCount columns, in the order in which a warp holds their scores, unless
+// its elements have 8 bytes: there are no registers for those. Elements outside of seq_len read the last row or column
+// instead.
 template <bool kRowsAreKeys, int kCount>
 __device__ __forceinline__ void fetch_mask(const AttentionArgs& args, int64_t mask_offset, int row0, int column0,
                                            uint32_t (&bits)[kCount]) {
@@ -161,7 +169,8 @@ __device__ __forceinline__ void fetch_mask(const AttentionArgs& args, int64_t ma
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = min(row0 + lane_row(2 * i), args.seq_len - 1);
-      rows[i] = static_cast<const char*>(args.mask.data) + mask_offset * static_cast<int64_t>(sizeof(T)) + row * row_bytes;
+      rows[i] =
+          static_cast<const char*>(args.mask.data) + mask_offset * static_cast<int64_t>(sizeof(T)) + row * row_bytes;
     }
     const int column = column0 + lane_column(0);
     if (column0 + 2 * kCount <= args.seq_len) {
@@ -234,7 +243,8 @@ __device__ __forceinline__ void add_fetched(const AttentionArgs& args, int64_t m
         const int column = min(column0 + 2 * i + lane_column(e), args.seq_len - 1);
         const int64_t query = kRowsAreKeys ? column : row;
         const int64_t key = kRowsAreKeys ? row : column;
-        const float added = mask_log2<float>(elements[mask_offset + query * args.mask.strides[2] + key * args.mask.strides[3]]);
+        const float added =
+            mask_log2<float>(elements[mask_offset + query * args.mask.strides[2] + key * args.mask.strides[3]]);
         scores[i + e] = fmaf(scores[i + e], scale_log2, added);
       }
       asm volatile("" ::: "memory");  // keeps the loads of all pieces from being in flight together
@@ -248,11 +258,11 @@ __device__ __forceinline__ void add_fetched(const AttentionArgs& args, int64_t m
   });
 }
 
-// Stores 16 rows that a warp holds as accumulators of 8 columns each, through the warp's own 16 rows of shared memory (kStride
-// elements apart), as whole vectors.
+// Stores 16 rows that a warp holds as accumulators of 8 columns each, through the warp's own 16 rows of shared memory
+// (kStride elements apart), as whole vectors.
 template <class T, int kHeadDim, int kStride>
-__device__ __forceinline__ void store_rows(const float (&sums)[kHeadDim / 8][4], float factor0, float factor1, T* shared, T* to,
-                                           int64_t stride, int row0, const AttentionArgs& args) {
+__device__ __forceinline__ void store_rows(const float (&sums)[kHeadDim / 8][4], float factor0, float factor1,
+                                           T* shared, T* to, int64_t stride, int row0, const AttentionArgs& args) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -274,7 +284,8 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kHeadDim / 8][4],
       const int row = i / kVectors;
       const int d = i % kVectors * kVector;
       if (row0 + row < args.seq_len && d < args.head_dim) {
-        *reinterpret_cast<uint4*>(to + (row0 + row) * stride + d) = *reinterpret_cast<const uint4*>(shared + row * kStride + d);
+        *reinterpret_cast<uint4*>(to + (row0 + row) * stride + d) =
+            *reinterpret_cast<const uint4*>(shared + row * kStride + d);
       }
     }
   } else {

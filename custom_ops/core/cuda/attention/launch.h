@@ -15,11 +15,12 @@ namespace pfa {
 namespace cuda {
 
 template <class... Args>
-void launch(const Context& context, const char* name, void (*kernel)(Args...), int64_t blocks, int threads, size_t shared_bytes,
-            const typename std::common_type<Args>::type&... args) {
+void launch(const Context& context, const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
+            size_t shared_bytes, const typename std::common_type<Args>::type&... args) {
   if (blocks > INT_MAX) throw std::runtime_error(std::string(name) + ": too many blocks: " + std::to_string(blocks));
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          name);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, context.stream>>>(args...);
   check_launch(name);
@@ -40,8 +41,8 @@ inline cudaFuncAttributes kernel_attributes(const Context& context, const void* 
   return found->second;
 }
 
-// Whether the mma.sync kernels can run: a device of compute capability 8.0 or later and code for 8.0 or later, not for 7.0 compiled
-// anew by the driver.
+// Whether the mma.sync kernels can run: a device of compute capability 8.0 or later and code for 8.0 or later, not
+// for 7.0 compiled anew by the driver.
 bool tensor_cores_serve(const Context& context);
 
 // Calls f with the smallest of the head dims in `kHeadDims` that is at least head_dim, as a std::integral_constant.
@@ -50,7 +51,8 @@ void with_head_dim(int64_t head_dim, F&& f) {
   if constexpr (sizeof...(kOthers) > 0) {
     if (head_dim > kFirst) return with_head_dim<kOthers...>(head_dim, static_cast<F&&>(f));
   }
-  if (head_dim > kFirst) throw std::runtime_error("attention: head_dim up to 256 is expected, got " + std::to_string(head_dim));
+  if (head_dim > kFirst)
+    throw std::runtime_error("attention: head_dim up to 256 is expected, got " + std::to_string(head_dim));
   f(std::integral_constant<int, kFirst>{});
 }
 

@@ -1,8 +1,10 @@
-// Attention with mma.sync, ldmatrix and cp.async for float16, bfloat16, and float32 rounded to TF32: compute capability 8.0 and later.
+// Attention with mma.sync, ldmatrix and cp.async for float16, bfloat16, and float32 rounded to TF32: compute
+// capability 8.0 and later.
 //
-// Every warp owns 16-row strips of the tile and keeps its scores, probabilities and sums in registers; blocks share nothing and
-// add to nothing, so results are the same bits each time. Tiles lie in shared memory with 16 bytes between rows, which spreads the
-// eight rows of an ldmatrix over all banks. kGeneral kernels know masks and dropout, the others are kept lean.
+// Every warp owns 16-row strips of the tile and keeps its scores, probabilities and sums in registers; blocks share
+// nothing and add to nothing, so results are the same bits each time. Tiles lie in shared memory with 16 bytes between
+// rows, which spreads the eight rows of an ldmatrix over all banks. kGeneral kernels know masks and dropout, the others
+// are kept lean.
 #pragma once
 
 #include "core/cuda/attention/fragments.cuh"
@@ -29,7 +31,9 @@ constexpr int kStride = kHeadDim + kVector<T>;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -63,17 +67,20 @@ __device__ __forceinline__ void load_operand(uint32_t (&r)[4], const T* p) {
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same<T, float>::value) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else if constexpr (std::is_same<T, __half>::value) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
@@ -83,7 +90,8 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Starts copying rows [row0, row0 + kRows) into shared memory; zeros stand for what lies outside of seq_len and head_dim.
+// Starts copying rows [row0, row0 + kRows) into shared memory; zeros stand for what lies outside of seq_len and
+// head_dim.
 template <class T, int kRows, int kHeadDim>
 __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int row0, const AttentionArgs& args) {
   if (args.vectors) {
@@ -94,9 +102,10 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
       const int d = i % kVectors * kVector<T>;
       const bool inside = row0 + row < args.seq_len && d < args.head_dim;
       const T* source = inside ? from + (row0 + row) * stride + d : from;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<T, kHeadDim> + d)),
-                   "l"(source), "r"(inside ? 16 : 0)
-                   : "memory");
+      asm volatile(
+          "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<T, kHeadDim> + d)),
+          "l"(source), "r"(inside ? 16 : 0)
+          : "memory");
     }
   } else {
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kThreads) {
@@ -133,8 +142,9 @@ __device__ __forceinline__ void dot_rows(float (&c)[kStrips][kColumns / 8][4], c
   }
 }
 
-// Eight numbers of a 16 x 16 piece of accumulators as left operands of one instruction (16 bits) or two (TF32; there the lane's
-// neighbouring columns 2 t and 2 t + 1 take the places t and t + 4 of the sum, and sum_rows reads its rows in that order).
+// Eight numbers of a 16 x 16 piece of accumulators as left operands of one instruction (16 bits) or two (TF32; there
+// the lane's neighbouring columns 2 t and 2 t + 1 take the places t and t + 4 of the sum, and sum_rows reads its rows
+// in that order).
 template <class T>
 __device__ __forceinline__ void pack_piece(uint32_t (*to)[4], const float (&from)[8]) {
   if constexpr (std::is_same<T, float>::value) {
@@ -258,7 +268,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(AttentionArgs 
     for (int m = 0; m < kStrips; ++m) {
       const int strip = row0 + warp_row + 16 * m;
       const bool edge = col0 + kKeys > args.seq_len || (args.causal && col0 + kKeys - 1 > strip);
-      const float scale = kGeneral && args.mask.data ? 1.0f : scale_log2;  // what scores are still to be multiplied with
+      const float scale =
+          kGeneral && args.mask.data ? 1.0f : scale_log2;  // what scores are still to be multiplied with
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[m][2 * n]);
@@ -350,11 +361,12 @@ __device__ __forceinline__ bool any_large(const float* shift2) {
   return __any_sync(0xFFFFFFFFu, large);
 }
 
-// Applies the mask, and the shifts of the queries if any is large, to the products of queries and keys of a tile, 16 rows by kColumns * 8
-// columns; gives what these must still be multiplied with to be in units of log2.
+// Applies the mask, and the shifts of the queries if any is large, to the products of queries and keys of a tile, 16
+// rows by kColumns * 8 columns; gives what these must still be multiplied with to be in units of log2.
 template <bool kGeneral, bool kRowsAreKeys, int kColumns>
-__device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t mask_offset, float scale_log2, int row0,
-                                              int column0, bool large, const float* shift2, float (&s)[kColumns][4]) {
+__device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t mask_offset, float scale_log2,
+                                              int row0, int column0, bool large, const float* shift2,
+                                              float (&s)[kColumns][4]) {
   const bool masked = kGeneral && args.mask.data;
   if (!masked && !large) return scale_log2;
 #pragma unroll
@@ -372,11 +384,11 @@ __device__ __forceinline__ float shift_scores(const AttentionArgs& args, int64_t
   return 1.0f;
 }
 
-// One piece of the gradients. In: `s` scores in units of log2 once multiplied with `scale`, `dp` the products of d_out and values. Out:
-// `s` the probabilities that dropout keeps, `dp` the gradients of the scores.
+// One piece of the gradients. In: `s` scores in units of log2 once multiplied with `scale`, `dp` the products of d_out
+// and values. Out: `s` the probabilities that dropout keeps, `dp` the gradients of the scores.
 template <bool kGeneral, bool kRowsAreKeys>
-__device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, float scale,
-                                                int row0, int column0, bool edge, const float (&lse2)[4],
+__device__ __forceinline__ void score_gradients(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
+                                                float scale, int row0, int column0, bool edge, const float (&lse2)[4],
                                                 const float (&delta)[4], float (&s)[8], float (&dp)[8]) {
   const float drop_scale = static_cast<float>(args.drop_scale);
   uint32_t numbers[8];
@@ -419,7 +431,8 @@ struct BackwardShape {
   static constexpr int kInner = kRowBytes <= 128 ? 64 : kRowBytes <= 384 ? 32 : 16;
   static constexpr int kStages = kRowBytes <= 256 ? 2 : 1;
   static constexpr size_t kSharedBytes = sizeof(T) * kStride<T, kHeadDim> * 2 * (kOuter + kStages * kInner);
-  static constexpr bool kSplit = kHeadDim > 128;  // d_k and d_v each by a launch of its own: both don't fit in registers
+  static constexpr bool kSplit =
+      kHeadDim > 128;  // d_k and d_v each by a launch of its own: both don't fit in registers
 };
 
 // Of attention_backward_q_mma, as registers allow.
@@ -476,7 +489,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
     if (Shape::kStages > 1 && row0 + kQueries < args.seq_len) {
       stage ^= 1;
       copy_rows<T, kQueries, kHeadDim>(q_tiles + stage * kQueries * kRow, q, stride, row0 + kQueries, args);
-      copy_rows<T, kQueries, kHeadDim>(d_out_tiles + stage * kQueries * kRow, d_out, args.heads_dim(), row0 + kQueries, args);
+      copy_rows<T, kQueries, kHeadDim>(d_out_tiles + stage * kQueries * kRow, d_out, args.heads_dim(), row0 + kQueries,
+                                       args);
       copies_commit();
     }
 
@@ -497,8 +511,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
         lse2[i] = lse2_head[row];
         delta[i] = delta_head[row];
       }
-      score_gradients<kGeneral, true>(args, philox_key, h.random, scale, key0 + warp_row, row0 + 16 * n, edge, lse2, delta,
-                                      reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+      score_gradients<kGeneral, true>(args, philox_key, h.random, scale, key0 + warp_row, row0 + 16 * n, edge, lse2,
+                                      delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
                                       reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     if (kValueGradient) {
@@ -524,8 +538,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(AttentionA
   const float drop_scale = static_cast<float>(args.drop_scale);
   T* shared = k_tile + warp_row * kRow;
   if (kKeyGradient) {
-    store_rows<T, kHeadDim, kRow>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride, key0 + warp_row,
-                                  args);
+    store_rows<T, kHeadDim, kRow>(dk[0], scale, scale, shared, qkv_head<T>(args, args.d_qkv, h, 1), stride,
+                                  key0 + warp_row, args);
   }
   if (kValueGradient) {
     store_rows<T, kHeadDim, kRow>(dv[0], drop_scale, drop_scale, shared, qkv_head<T>(args, args.d_qkv, h, 2), stride,
@@ -576,8 +590,8 @@ __global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kGene
 
   const int end = args.causal ? min(args.seq_len, row0 + Shape::kOuter) : args.seq_len;
   copy_rows<T, Shape::kOuter, kHeadDim>(q_tile, qkv_head<T>(args, qkv, h, 0), stride, row0, args);
-  copy_rows<T, Shape::kOuter, kHeadDim>(d_out_tile, out_head<T>(args, const_cast<void*>(args.d_out), h), args.heads_dim(), row0,
-                                        args);
+  copy_rows<T, Shape::kOuter, kHeadDim>(d_out_tile, out_head<T>(args, const_cast<void*>(args.d_out), h),
+                                        args.heads_dim(), row0, args);
   copy_rows<T, kKeys, kHeadDim>(k_tiles, k, stride, 0, args);
   copy_rows<T, kKeys, kHeadDim>(v_tiles, v, stride, 0, args);
   copies_commit();
@@ -603,8 +617,8 @@ __global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kGene
         shift_scores<kGeneral, false>(args, mask_offset, scale_log2, row0 + warp_row, col0, large, shift2, s[0]);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      score_gradients<kGeneral, false>(args, philox_key, h.random, scale, row0 + warp_row, col0 + 16 * n, edge, lse2, delta,
-                                       reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+      score_gradients<kGeneral, false>(args, philox_key, h.random, scale, row0 + warp_row, col0 + 16 * n, edge, lse2,
+                                       delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
                                        reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     uint32_t ds[1][kKeys / kDepth<T>][4];
@@ -620,8 +634,8 @@ __global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kGene
 
   __syncthreads();
   const float scale = static_cast<float>(args.score_scale);
-  store_rows<T, kHeadDim, kRow>(dq[0], scale, scale, q_tile + warp_row * kRow, qkv_head<T>(args, args.d_qkv, h, 0), stride,
-                                row0 + warp_row, args);
+  store_rows<T, kHeadDim, kRow>(dq[0], scale, scale, q_tile + warp_row * kRow, qkv_head<T>(args, args.d_qkv, h, 0),
+                                stride, row0 + warp_row, args);
 #endif
 }
 

@@ -1,7 +1,9 @@
-// Attention without tensor cores: for float32, float64 and devices before compute capability 8.0, any head dim up to 256.
+// Attention without tensor cores: for float32, float64 and devices before compute capability 8.0, any head dim up to
+// 256.
 //
-// A block of 16 x 16 threads owns a square tile of scores. Head dims are walked in chunks, so shared memory does not grow with
-// them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the sums over keys.
+// A block of 16 x 16 threads owns a square tile of scores. Head dims are walked in chunks, so shared memory does not
+// grow with them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the
+// sums over keys.
 #pragma once
 
 #include "core/cuda/attention/common.cuh"
@@ -90,7 +92,8 @@ __device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const T* a, int64
   }
 }
 
-// Head dim that element e of thread tx holds in the sums of a chunk: whole 16-byte vectors, neighbouring threads beside each other.
+// Head dim that element e of thread tx holds in the sums of a chunk: whole 16-byte vectors, neighbouring threads beside
+// each other.
 template <class Acc>
 __device__ __forceinline__ int sum_column(int e) {
   constexpr int kV = Tile<Acc>::kVector;
@@ -99,8 +102,8 @@ __device__ __forceinline__ int sum_column(int e) {
 
 // sums[r][4 chunk + e] += sum over j of tile.scores[ty + 16 r][j] * b[b0 + j][chunk * 64 + sum_column(e)]
 template <class T, class Acc, int kHeadDim>
-__device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16], const T* b, int64_t b_stride,
-                         int b0, const AttentionArgs& args) {
+__device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16], const T* b,
+                         int64_t b_stride, int b0, const AttentionArgs& args) {
   using Shape = Tile<Acc>;
   constexpr int kN = Shape::kPerThread;
   constexpr int kV = Shape::kVector;
@@ -154,7 +157,8 @@ __device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadI
   const int64_t* s = args.mask.strides;
   const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
   Acc score;
-  with_mask_elements(args.mask, [&](const auto* elements) { score = fma(product, scale, mask_log2<Acc>(elements[index])); });
+  with_mask_elements(args.mask,
+                     [&](const auto* elements) { score = fma(product, scale, mask_log2<Acc>(elements[index])); });
   return score;
 }
 
@@ -234,12 +238,12 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArg
   }
 }
 
-// From the products q . k and d_out . v of element (i, j): `sum_p`, what d_out is weighted with in d_v (less drop_scale), and
-// `d_score`, the gradient of the score.
+// From the products q . k and d_out . v of element (i, j): `sum_p`, what d_out is weighted with in d_v (less
+// drop_scale), and `d_score`, the gradient of the score.
 template <class Acc>
-__device__ __forceinline__ void score_gradient(const AttentionArgs& args, const HeadIndex& h, PhiloxState philox_key, int i,
-                                               int j, Acc lse2, Acc shift2, Acc delta, Acc product, Acc d_product, Acc& sum_p,
-                                               Acc& d_score) {
+__device__ __forceinline__ void score_gradient(const AttentionArgs& args, const HeadIndex& h, PhiloxState philox_key,
+                                               int i, int j, Acc lse2, Acc shift2, Acc delta, Acc product,
+                                               Acc d_product, Acc& sum_p, Acc& d_score) {
   const Acc p = exp2_of(min(score_log2(args, h, product, i, j) - shift2 - lse2, Acc(0)));
   const bool kept = !args.drops || (attention_random(philox_key, h.random, i, j) << 16) > args.drop_limit;
   sum_p = kept ? p : Acc(0);
@@ -284,8 +288,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Attentio
           Acc sum_p = 0;
           Acc d_score = 0;
           if (i < args.seq_len) {
-            score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2[i], delta[i], s[r][c], dp[r][c], sum_p,
-                           d_score);
+            score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2[i], delta[i], s[r][c], dp[r][c],
+                           sum_p, d_score);
           }
           dp[r][c] = d_score;
           tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = sum_p;
@@ -352,8 +356,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(Attention
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
           Acc sum_p, d_score;
-          score_gradient(args, h, philox_key, row0 + ty + 16 * r, col0 + tx + 16 * c, lse2[r], shift2[r], delta[r], s[r][c],
-                         dp[r][c], sum_p, d_score);
+          score_gradient(args, h, philox_key, row0 + ty + 16 * r, col0 + tx + 16 * c, lse2[r], shift2[r], delta[r],
+                         s[r][c], dp[r][c], sum_p, d_score);
           tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = d_score;
         }
       }

@@ -1,6 +1,6 @@
-// The part of cuBLASLt that the linear stages use, opened at run time: a build needs neither its headers nor its library, and
-// uses whichever of versions 11 to 13 the process has loaded. Types and values are those of cublasLt.h, whose binary
-// interface is the same in these versions.
+// The part of cuBLASLt that the linear stages use, opened at run time: a build needs neither its headers nor its
+// library, and uses whichever of versions 11 to 13 the process has loaded. Types and values are those of cublasLt.h,
+// whose binary interface is the same in these versions.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -63,15 +63,16 @@ struct Api {
   Status (*heuristic)(Handle, MatmulDesc, MatrixLayout a, MatrixLayout b, MatrixLayout c, MatrixLayout d, Preference,
                       int requested, HeuristicResult*, int* returned);
   Status (*matmul)(Handle, MatmulDesc, const void* alpha, const void* a, MatrixLayout, const void* b, MatrixLayout,
-                   const void* beta, const void* c, MatrixLayout, void* d, MatrixLayout, const Algorithm*, void* workspace,
-                   size_t workspace_bytes, cudaStream_t);
+                   const void* beta, const void* c, MatrixLayout, void* d, MatrixLayout, const Algorithm*,
+                   void* workspace, size_t workspace_bytes, cudaStream_t);
 };
 
-// The library's functions. Looks first in what set_library was given, then among the libraries that the process has loaded,
-// then along the loader's search path. Throws std::runtime_error if there is none.
+// The library's functions. Looks first in what set_library was given, then among the libraries that the process has
+// loaded, then along the loader's search path. Throws std::runtime_error if there is none.
 const Api& api();
 
-// A dlopen handle of cuBLASLt, for a binding that knows where the library lies; to be called before the first stage runs.
+// A dlopen handle of cuBLASLt, for a binding that knows where the library lies; to be called before the first stage
+// runs.
 void set_library(void* library);
 
 // The handle of the current device, created at its first use.

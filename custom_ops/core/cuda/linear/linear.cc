@@ -1,11 +1,12 @@
 // The two projections and their gradients, as matrix products. M = rows, N = 3*H*D, E = embed_dim.
 //
-//   forward   qkv [M, N] = hidden @ qkv_weight^T + qkv_bias;  residual [M, E] = attn_out @ linear_weight + linear_bias (+ x)
-//   backward  d_qkv_weight = d_qkv^T @ hidden, d_hidden = d_qkv @ qkv_weight (+ d_residual)
+//   forward   qkv [M, N] = hidden @ qkv_weight^T + qkv_bias;  residual [M, E] = attn_out @ linear_weight + linear_bias
+//   (+ x) backward  d_qkv_weight = d_qkv^T @ hidden, d_hidden = d_qkv @ qkv_weight (+ d_residual)
 //             d_linear_weight = attn_out^T @ d_linear, d_attn_out = d_linear @ linear_weight^T
 //
-// Biases ride on the products, and so does the residual where there is no dropout between. Their gradients do not: cuBLASLt's own sums
-// take longer on large matrices than the product and column_sums one after the other. That of qkv_bias belongs to attention.
+// Biases ride on the products, and so does the residual where there is no dropout between. Their gradients do not:
+// cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
+// qkv_bias belongs to attention.
 #include "core/cuda/linear/matrix_product.h"
 
 #include <algorithm>
@@ -112,7 +113,9 @@ size_t wide_bias_bytes(const Params& p) {
 
 }  // namespace
 
-void qkv_linear_forward(Context& context, const Params& p) { matrix_product(context, qkv_product(p), p.stage_workspace); }
+void qkv_linear_forward(Context& context, const Params& p) {
+  matrix_product(context, qkv_product(p), p.stage_workspace);
+}
 
 void output_linear_forward(Context& context, const Params& p) {
   MatrixProduct product = output_product(p);
@@ -147,7 +150,8 @@ size_t linear_workspace_bytes(const Context& context, const Params& p, Phase pha
       return std::max(bytes(true, qkv_product(p)), wide_bias_bytes(p) + bytes(true, output_product(p)));
     case Phase::kOutputBackward:
       return std::max({p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0,
-                       bytes(p.d_linear_weight, d_linear_weight_product(p)), bytes(needs_d_qkv(p), d_attn_out_product(p))});
+                       bytes(p.d_linear_weight, d_linear_weight_product(p)),
+                       bytes(needs_d_qkv(p), d_attn_out_product(p))});
     case Phase::kInputBackward:
       return std::max(bytes(p.d_qkv_weight, d_qkv_weight_product(p)), bytes(needs_d_hidden(p), d_hidden_product(p)));
     default:

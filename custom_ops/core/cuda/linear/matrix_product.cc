@@ -1,9 +1,9 @@
 // Matrix products by cuBLASLt. Row-major matrices are column-major ones transposed, so cuBLASLt is asked for
 // d^T = op(b)^T op(a)^T: its A is our b, its B our a, its bias runs along the columns of d.
 //
-// A plan is what cuBLASLt needs to know of a product: descriptors and the algorithm its heuristic names. Plans are kept per
-// thread, since the bias pointer of a call is set in the descriptor. Products of unaligned matrices get no workspace, so that
-// the size told before the pointers are known is enough.
+// A plan is what cuBLASLt needs to know of a product: descriptors and the algorithm its heuristic names. Plans are kept
+// per thread, since the bias pointer of a call is set in the descriptor. Products of unaligned matrices get no
+// workspace, so that the size told before the pointers are known is enough.
 #include "core/cuda/linear/matrix_product.h"
 
 #include <algorithm>
@@ -100,8 +100,8 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
   set_alignment(lt::kPreferenceMinAlignmentD, p.result_dtype);
   lt::HeuristicResult result{};
   int found = 0;
-  const lt::Status status =
-      api.heuristic(lt::handle(context.device), plan->desc, plan->a, plan->b, plan->d, plan->d, preference, 1, &result, &found);
+  const lt::Status status = api.heuristic(lt::handle(context.device), plan->desc, plan->a, plan->b, plan->d, plan->d,
+                                          preference, 1, &result, &found);
   api.preference_destroy(preference);
   plan->supported = status == 0 && found > 0 && result.status == 0;
   plan->algorithm = result.algorithm;
@@ -131,8 +131,9 @@ MatrixProduct without_bias(MatrixProduct p) {
 }
 
 bool is_aligned(const MatrixProduct& p) {
-  const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) | reinterpret_cast<uintptr_t>(p.c) |
-                    reinterpret_cast<uintptr_t>(p.d) | reinterpret_cast<uintptr_t>(p.bias);
+  const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) |
+                    reinterpret_cast<uintptr_t>(p.c) | reinterpret_cast<uintptr_t>(p.d) |
+                    reinterpret_cast<uintptr_t>(p.bias);
   return bits % kAlignment == 0;
 }
 
@@ -142,7 +143,8 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) {
     // No rows to sum over: only weight gradients of an empty batch come here, and they add nothing.
-    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.result_dtype), context.stream), "matrix_product: cudaMemsetAsync");
+    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.result_dtype), context.stream),
+          "matrix_product: cudaMemsetAsync");
     return;
   }
 
@@ -165,10 +167,11 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
   const double alpha64 = 1.0, beta64 = p.adds_c ? 1.0 : 0.0;
   const float alpha32 = 1.0f, beta32 = p.adds_c ? 1.0f : 0.0f;
   const bool is_double = p.dtype == DType::kFloat64;
-  lt::check(api.matmul(lt::handle(context.device), plan.desc, is_double ? static_cast<const void*>(&alpha64) : &alpha32, p.b,
-                       plan.a, p.a, plan.b, is_double ? static_cast<const void*>(&beta64) : &beta32, p.adds_c ? p.c : p.d,
-                       plan.d, p.d, plan.d, &plan.algorithm, workspace, plan.workspace_bytes, context.stream),
-            "cublasLtMatmul");
+  lt::check(
+      api.matmul(lt::handle(context.device), plan.desc, is_double ? static_cast<const void*>(&alpha64) : &alpha32, p.b,
+                 plan.a, p.a, plan.b, is_double ? static_cast<const void*>(&beta64) : &beta32, p.adds_c ? p.c : p.d,
+                 plan.d, p.d, plan.d, &plan.algorithm, workspace, plan.workspace_bytes, context.stream),
+      "cublasLtMatmul");
 }
 
 size_t matrix_product_workspace_bytes(const Context& context, const MatrixProduct& p) {

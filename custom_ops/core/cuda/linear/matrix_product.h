@@ -6,8 +6,8 @@
 namespace pfa {
 namespace cuda {
 
-// d[m, n] = op(a)[m, k] @ op(b)[k, n] (+ c) (+ bias), all row-major; op(a) is a, or where a is stored as [k, m] its transpose,
-// likewise b.
+// d[m, n] = op(a)[m, k] @ op(b)[k, n] (+ c) (+ bias), all row-major; op(a) is a, or where a is stored as [k, m] its
+// transpose, likewise b.
 struct MatrixProduct {
   DType dtype = DType::kFloat32;         // of a and b
   DType result_dtype = DType::kFloat32;  // of c, d and bias: dtype, or float32 beside a 16-bit one

@@ -54,8 +54,8 @@ __device__ __forceinline__ void store_as(DType, void* target, int64_t index, dou
 
 template <class A>
 __global__ void __launch_bounds__(kWidth* kHeight)
-    add_row_blocks_kernel(const A* __restrict__ partial, int64_t row_blocks, int64_t cols, ColumnSum sum0, ColumnSum sum1,
-                          ColumnSum sum2) {
+    add_row_blocks_kernel(const A* __restrict__ partial, int64_t row_blocks, int64_t cols, ColumnSum sum0,
+                          ColumnSum sum1, ColumnSum sum2) {
   const ColumnSum target = blockIdx.y == 0 ? sum0 : blockIdx.y == 1 ? sum1 : sum2;
   if (!target.sum) return;
   partial += blockIdx.y * row_blocks * cols;
@@ -90,8 +90,8 @@ int64_t launch_column_sums(Context& context, const void* matrix, int64_t rows, i
   const int64_t wanted = std::max<int64_t>(1, 4 * context.num_sms / col_blocks);
   const int64_t row_blocks = std::min({wanted, max_row_blocks(context), (rows + kHeight - 1) / kHeight});
   const dim3 grid(static_cast<unsigned>(col_blocks), static_cast<unsigned>(row_blocks));
-  column_sums_kernel<T, kVec><<<grid, dim3(kWidth, kHeight), 0, context.stream>>>(static_cast<const T*>(matrix), rows, cols,
-                                                                                  static_cast<Accumulator<T>*>(partial));
+  column_sums_kernel<T, kVec><<<grid, dim3(kWidth, kHeight), 0, context.stream>>>(
+      static_cast<const T*>(matrix), rows, cols, static_cast<Accumulator<T>*>(partial));
   check_launch("column_sums_kernel");
   return row_blocks;
 }
@@ -104,7 +104,8 @@ size_t column_sums_workspace_bytes(const Context& context, DType dtype, int64_t 
   return std::min(max_row_blocks(context), (rows + kHeight - 1) / kHeight) * cols * size_of(accumulator_of(dtype));
 }
 
-void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows, int64_t cols, void* sums, void* workspace) {
+void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows, int64_t cols, void* sums,
+                 void* workspace) {
   if (rows == 0) {
     check(cudaMemsetAsync(sums, 0, cols * size_of(dtype), context.stream), "column_sums: cudaMemsetAsync");
     return;
@@ -128,11 +129,11 @@ void add_row_blocks(Context& context, DType accumulator, const void* partial, in
   const dim3 grid(static_cast<unsigned>((cols + kWidth - 1) / kWidth), count);
   const dim3 block(kWidth, kHeight);
   if (accumulator == DType::kFloat64) {
-    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const double*>(partial), row_blocks, cols, sums[0],
-                                                              sums[1], sums[2]);
+    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const double*>(partial), row_blocks, cols,
+                                                              sums[0], sums[1], sums[2]);
   } else {
-    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const float*>(partial), row_blocks, cols, sums[0],
-                                                              sums[1], sums[2]);
+    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const float*>(partial), row_blocks, cols,
+                                                              sums[0], sums[1], sums[2]);
   }
   check_launch("add_row_blocks_kernel");
 }
@@ -144,8 +145,8 @@ void add_bias(Context& context, DType dtype, void* matrix, const void* bias, int
   const int64_t blocks = std::min<int64_t>((size + kThreads - 1) / kThreads, 8 * static_cast<int64_t>(context.num_sms));
   dispatch_float(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    add_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(static_cast<T*>(matrix),
-                                                                                       static_cast<const T*>(bias), size, cols);
+    add_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(
+        static_cast<T*>(matrix), static_cast<const T*>(bias), size, cols);
     check_launch("add_bias_kernel");
   });
 }

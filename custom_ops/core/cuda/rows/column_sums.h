@@ -1,5 +1,5 @@
-// Sums over the rows of a matrix, in two steps of fixed order: every block sums some rows into the workspace, then the blocks'
-// sums are added. The gradients of biases and of layer-norm parameters are such sums.
+// Sums over the rows of a matrix, in two steps of fixed order: every block sums some rows into the workspace, then the
+// blocks' sums are added. The gradients of biases and of layer-norm parameters are such sums.
 #pragma once
 
 #include "core/cuda/context.h"
@@ -8,7 +8,8 @@ namespace pfa {
 namespace cuda {
 
 // sums[j] = sum over i of matrix[i][j], both of `dtype`.
-void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows, int64_t cols, void* sums, void* workspace);
+void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows, int64_t cols, void* sums,
+                 void* workspace);
 
 size_t column_sums_workspace_bytes(const Context& context, DType dtype, int64_t rows, int64_t cols);
 

@@ -10,7 +10,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class From, class To, int kVec>
-__global__ void __launch_bounds__(kThreads) convert_kernel(const From* __restrict__ from, To* __restrict__ to, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    convert_kernel(const From* __restrict__ from, To* __restrict__ to, int64_t count) {
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
   if (index >= count) return;
   float value[kVec];
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const From* __restric
 template <class From, class To>
 void run(Context& context, const void* from, void* to, int64_t count) {
   constexpr int kVec = 8;
-  const bool vectors = count % kVec == 0 && (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
+  const bool vectors =
+      count % kVec == 0 && (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
   const auto launch = [&](auto* kernel, int numbers) {
     kernel<<<static_cast<unsigned>(ceil_div(count, kThreads * numbers)), kThreads, 0, context.stream>>>(
         static_cast<const From*>(from), static_cast<To*>(to), count);

@@ -1,7 +1,7 @@
 // What the kernels over rows share: the shape of their thread blocks and sums over the threads of a row.
 //
-// A row is held in registers by a group of threads, threadIdx.y being the group and threadIdx.x the thread within it; a group
-// is a whole number of warps.
+// A row is held in registers by a group of threads, threadIdx.y being the group and threadIdx.x the thread within it; a
+// group is a whole number of warps.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +35,8 @@ inline bool all_aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// Groups wait each by itself, or (kTogether) all in one barrier. The former leaves them independent, but as the compiler sees
-// no barrier's number it reserves all 16, and no more than four such blocks fit on a multiprocessor.
+// Groups wait each by itself, or (kTogether) all in one barrier. The former leaves them independent, but as the
+// compiler sees no barrier's number it reserves all 16, and no more than four such blocks fit on a multiprocessor.
 template <bool kTogether>
 __device__ __forceinline__ void group_barrier() {
   if constexpr (kTogether) {
@@ -46,7 +46,8 @@ __device__ __forceinline__ void group_barrier() {
   }
 }
 
-// Sums N values over the group. `slots` is shared memory of N * kMaxWarps numbers, free until the group's next barrier but one.
+// Sums N values over the group. `slots` is shared memory of N * kMaxWarps numbers, free until the group's next barrier
+// but one.
 template <bool kTogether, int N, class A>
 __device__ __forceinline__ void group_sum(A (&value)[N], A* slots) {
 #pragma unroll

@@ -6,8 +6,8 @@
 namespace pfa {
 namespace cuda {
 
-// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a number is read
-// before it is overwritten.
+// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a
+// number is read before it is overwritten.
 struct NormRowsForward {
   DType dtype = DType::kFloat32;      // of y, x, z and n
   DType out_dtype = DType::kFloat32;  // dtype; or 16-bit beside a float32 z that is y
@@ -30,8 +30,8 @@ struct NormRowsForward {
 
 void norm_rows_forward(Context& context, const NormRowsForward& args);
 
-// d_z = layer_norm'(d_out) + d_added, d_y = dropout'(d_z), and the sums of the parameters' gradients over the rows. Without
-// a layer norm d_z is d_out. d_z may lie where d_out or d_added does, if their types are the same.
+// d_z = layer_norm'(d_out) + d_added, d_y = dropout'(d_z), and the sums of the parameters' gradients over the rows.
+// Without a layer norm d_z is d_out. d_z may lie where d_out or d_added does, if their types are the same.
 struct NormRowsBackward {
   DType dtype = DType::kFloat32;        // of z, d_added and d_z
   DType d_out_dtype = DType::kFloat32;  // dtype, or 16-bit beside float32

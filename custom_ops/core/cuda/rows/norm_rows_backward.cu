@@ -1,14 +1,14 @@
 // Layer norm, dropout and the parameters' gradients, backward (norm_rows.h).
 //
-//   g = d_out * scale,  n = (z - mean) * rstd,  d_z = rstd * (g - mean(g) - n * mean(g * n)) + d_added,  d_y = dropout'(d_z)
-//   d_scale = sum of d_out * n,  d_bias = sum of d_out,  d_y_sum = sum of d_y, over the rows
+//   g = d_out * scale,  n = (z - mean) * rstd,  d_z = rstd * (g - mean(g) - n * mean(g * n)) + d_added,  d_y =
+//   dropout'(d_z) d_scale = sum of d_out * n,  d_bias = sum of d_out,  d_y_sum = sum of d_y, over the rows
 //
 // With dropout n is given in place of z.
 //
-// Few blocks walk over many rows, so that the sums over rows stay in registers until the end; then every block writes one
-// row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows into its
-// own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be read by
-// vectors, take one kernel for d_z and d_y and another for the sums.
+// Few blocks walk over many rows, so that the sums over rows stay in registers until the end; then every block writes
+// one row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows
+// into its own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be
+// read by vectors, take one kernel for d_z and d_y and another for the sums.
 #include "core/cuda/rows/norm_rows.h"
 
 #include <type_traits>
@@ -27,7 +27,8 @@ constexpr int kSumHeight = 16;
 // kNormSum: d_y is d_z, or what its narrower type holds of it, and its sum is wanted.
 enum class Kind { kNorm, kNormSum, kNormDropout, kDropout };
 
-// T: the type of z, d_added and d_z; P: of the scale; G: of d_out; Y: of d_y. Vectors are as many numbers as 16 bytes hold of T.
+// T: the type of z, d_added and d_z; P: of the scale; G: of d_out; Y: of d_y. Vectors are as many numbers as 16 bytes
+// hold of T.
 template <class T, class P, class G, class Y>
 struct Kernel {
   using A = Accumulator<T>;
@@ -77,7 +78,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 #if __CUDA_ARCH__ >= 800
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(exists ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(exists ? 16 : 0)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(exists ? 8 : 0) : "memory");
   }
@@ -149,10 +151,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   const int vectors = cols / kVec;
   const auto in_row = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) < vectors; };
 
-  // All groups of a block take as many turns. Where there is no row or column the copies are zeros, and so is what they add to sums.
+  // All groups of a block take as many turns. Where there is no row or column the copies are zeros, and so is what they
+  // add to sums.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
   const int step = static_cast<int>(gridDim.x * blockDim.y);
-  const auto turns_from = [&](int64_t row) { return row < k.rows ? static_cast<int>((k.rows - row + step - 1) / step) : 0; };
+  const auto turns_from = [&](int64_t row) {
+    return row < k.rows ? static_cast<int>((k.rows - row + step - 1) / step) : 0;
+  };
   const int turns = turns_from(first);
   const int own_turns = turns_from(first + threadIdx.y);
 
@@ -389,7 +394,8 @@ int64_t launch(Context& context, const Kernel<T, P, G, Y>& kernel) {
   const auto shared_bytes = [&] {
     const size_t threads = shape.group_threads * shape.groups;
     const size_t copies = sizeof(uint4) * kRowsInFlight<T, kKind> * kInputs<kKind> * kItems<T> * threads;
-    const size_t exchange = sizeof(Accumulator<T>) * kVectorSize<T> * kItems<T> * kSums<kKind> * (threads + kPadding<T>);
+    const size_t exchange =
+        sizeof(Accumulator<T>) * kVectorSize<T> * kItems<T> * kSums<kKind> * (threads + kPadding<T>);
     const size_t factors = kKind == Kind::kDropout ? 0 : sizeof(P) * kVectorSize<T> * kItems<T> * shape.group_threads;
     return std::max(copies + factors, exchange);
   };
@@ -422,8 +428,8 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
                                      static_cast<T*>(args.d_z),
                                      static_cast<Y*>(args.d_y),
                                      static_cast<A*>(workspace)};
-  const bool by_vectors =
-      args.cols % kVectorSize<T> == 0 && all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
+  const bool by_vectors = args.cols % kVectorSize<T> == 0 &&
+                          all_aligned({args.d_out, args.z, args.scale, args.d_added, args.d_z, args.d_y});
   const ColumnSum d_scale = {args.d_scale, args.norm_dtype};
   const ColumnSum d_bias = {args.d_bias, args.norm_dtype};
   const ColumnSum d_y_sum = {args.d_y_sum, args.d_y_dtype};

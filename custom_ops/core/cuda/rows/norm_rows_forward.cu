@@ -1,8 +1,8 @@
 // Residual sum with dropout, and layer norm, forward (norm_rows.h).
 //
-// A group of threads holds its row in registers, all of it on its way before the first number is used. Rows that no group can hold, or
-// that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the result will be, unless z is y itself,
-// and reads it again for each step.
+// A group of threads holds its row in registers, all of it on its way before the first number is used. Rows that no
+// group can hold, or that cannot be read by vectors, go through a kernel that keeps z, rounded to its dtype, where the
+// result will be, unless z is y itself, and reads it again for each step.
 #include "core/cuda/rows/norm_rows.h"
 
 #include <type_traits>
@@ -16,7 +16,8 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupThreads = 512;
 constexpr int kLongThreads = 256;
-// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest blocks share a multiprocessor's registers.
+// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest blocks share a multiprocessor's
+// registers.
 template <class T>
 constexpr int kFewItems = sizeof(T) == 2 ? 2 : 4;
 
@@ -208,7 +209,8 @@ template <class T, class P, class O>
 void run(Context& context, const NormRowsForward& args) {
   using A = Accumulator<T>;
   const bool is_y = args.out && !args.x && args.dropout.threshold == 0 && args.dropout.scale == 1.0;
-  if (!std::is_same<T, O>::value && !is_y) throw std::runtime_error("norm_rows_forward: z waits where only out may lie");
+  if (!std::is_same<T, O>::value && !is_y)
+    throw std::runtime_error("norm_rows_forward: z waits where only out may lie");
   void* kept = is_y ? nullptr : !args.out ? args.z : args.normalized ? args.normalized : args.out;
   const Kernel<T, P, O> kernel = {args.rows,
                                   args.cols,
@@ -246,7 +248,8 @@ void run(Context& context, const NormRowsForward& args) {
     case 4:
       return launch(norm_rows_forward_kernel<T, P, O, 4>, 4);
     default:
-      norm_long_rows_forward_kernel<T, P, O><<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
+      norm_long_rows_forward_kernel<T, P, O>
+          <<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
       check_launch("norm_long_rows_forward_kernel");
   }
 }

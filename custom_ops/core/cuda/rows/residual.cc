@@ -1,5 +1,5 @@
-// Dropout, residual sum and final layer norm, forward and backward, as work on rows (norm_rows.h). The output projection has
-// added the bias; and x too where there is no dropout.
+// Dropout, residual sum and final layer norm, forward and backward, as work on rows (norm_rows.h). The output
+// projection has added the bias; and x too where there is no dropout.
 #include "core/cuda/rows/norm_rows.h"
 #include "core/cuda/stages.h"
 

@@ -1,20 +1,21 @@
 // Attention, backward, on Hopper: a block owns 128 keys and walks over the queries; d_k and d_v stay in registers.
 //
-// Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for d_v and d_k.
-// dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64 each computes 64 of the
-// tile's 128 queries, else each computes half of the head dims of 64 queries. A third warpgroup copies, and takes the block's next
-// tile of keys while the others are at work on this one.
+// Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for
+// d_v and d_k. dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64
+// each computes 64 of the tile's 128 queries, else each computes half of the head dims of 64 queries. A third warpgroup
+// copies, and takes the block's next tile of keys while the others are at work on this one.
 //
-// d_q is added up in float32 in device memory, in the order in which threads hold it. There are sums for as many heads as blocks can be
-// working on, few enough for the L2 cache: head h has slot h % dq_slots of them. The block that has done tile t of head h brings tile t
-// of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads are left to a kernel of their own. Blocks take tiles
-// in the order of heads, and only when they run, so that whatever one waits for is under way in another.
+// d_q is added up in float32 in device memory, in the order in which threads hold it. There are sums for as many heads
+// as blocks can be working on, few enough for the L2 cache: head h has slot h % dq_slots of them. The block that has
+// done tile t of head h brings tile t of d_q of head h - dq_lag to its place and clears its sums; the last dq_lag heads
+// are left to a kernel of their own. Blocks take tiles in the order of heads, and only when they run, so that whatever
+// one waits for is under way in another.
 //
-// d_q and d_v, on their way out of registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for
-// what is added to all keys alike moves all scores of a query alike.
+// d_q and d_v, on their way out of registers, are summed over the tokens as well: the gradient of the QKV bias. The sum
+// of d_k is zero, for what is added to all keys alike moves all scores of a query alike.
 //
-// Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees have no walk;
-// elements of any other mask are loaded a step ahead.
+// Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees
+// have no walk; elements of any other mask are loaded a step ahead.
 #include "core/cuda/attention/hopper/hopper.h"
 
 #if CUDART_VERSION >= 12010
@@ -48,8 +49,8 @@ struct BackwardShape {
   static constexpr int kScoreBlockBytes = kKeys * kRowBytes;   // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScoreBlockBytes;
   static constexpr int kRowStatisticBytes = kQueries * 4;
-  // Of the computing threads at a barrier, or one for each warp: compute-sanitizer follows only the former, which with small tiles of
-  // queries takes 8% longer.
+  // Of the computing threads at a barrier, or one for each warp: compute-sanitizer follows only the former, which with
+  // small tiles of queries takes 8% longer.
   static constexpr int kArrivals = kQueries > 64 || kSanitized ? 256 : 8;
   static constexpr size_t kSharedBytes =
       1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 3 * kRowStatisticBytes);
@@ -111,11 +112,11 @@ __device__ __forceinline__ void add_count(uint32_t* count) {
 
 // What `values` of d_q or d_v (`which` 0 or 2) add to the gradient of the QKV bias.
 template <int kHeadDim>
-__device__ __forceinline__ void add_to_bias(const AttentionArgs& args, const float (&values)[kHeadDim / 2], float factor,
-                                            const HeadIndex& h, int which, int column0) {
+__device__ __forceinline__ void add_to_bias(const AttentionArgs& args, const float (&values)[kHeadDim / 2],
+                                            float factor, const HeadIndex& h, int which, int column0) {
   if (!args.bias_sums) return;
-  float* sums =
-      args.bias_sums + blockIdx.x % kBiasCopies * args.token_stride() + which * args.heads_dim() + h.head * args.head_dim;
+  float* sums = args.bias_sums + blockIdx.x % kBiasCopies * args.token_stride() + which * args.heads_dim() +
+                h.head * args.head_dim;
   add_column_sums<kHeadDim>(values, factor, sums + column0, args.head_dim - column0);
 }
 
@@ -132,7 +133,8 @@ struct QueryGradient {
   __device__ __forceinline__ void load(const AttentionArgs& args, uint32_t head, int row0) {
     const float4* from = sums(args, head, row0);
 #pragma unroll
-    for (int i = 0; i < 8 * kBlocks; ++i) *reinterpret_cast<float4*>(&values[i / 8][i % 8 * 4]) = __ldcg(from + i * 128);
+    for (int i = 0; i < 8 * kBlocks; ++i)
+      *reinterpret_cast<float4*>(&values[i / 8][i % 8 * 4]) = __ldcg(from + i * 128);
   }
 
   __device__ __forceinline__ void clear(const AttentionArgs& args, uint32_t head, int row0) const {
@@ -142,7 +144,8 @@ struct QueryGradient {
   }
 
   // `strip`: the rows of `block` that belong to the warp.
-  __device__ __forceinline__ void store(const AttentionArgs& args, uint32_t head, int row0, char* block, int strip) const {
+  __device__ __forceinline__ void store(const AttentionArgs& args, uint32_t head, int row0, char* block,
+                                        int strip) const {
     const float scale = static_cast<float>(args.score_scale);
     const HeadIndex h = head_index(args, head);
     T* to = qkv_head<T>(args, args.d_qkv, h, 0);
@@ -235,13 +238,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int row0 = n * kQueries;
           if (step >= kStages) barrier_wait(&q_empty[stage], (step / kStages - 1) % 2);
           barrier_expect(&q_full[stage], Shape::kQueryBytes + 2 * Shape::kRowStatisticBytes);
-          copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0, batch);
+          copy_tile<kQueries, kHeadDim>(q_tiles + stage * Shape::kQueryBytes, qkv_map, &q_full[stage], head, 0, row0,
+                                        batch);
           copy_bytes(lse2_tiles + stage * kQueries, lse2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
           copy_bytes(shift2_tiles + stage * kQueries, shift2 + row0, Shape::kRowStatisticBytes, &q_full[stage]);
           if (step >= kStages) barrier_wait(&d_out_empty[stage], (step / kStages - 1) % 2);
           barrier_expect(&d_out_full[stage], Shape::kQueryBytes + Shape::kRowStatisticBytes);
-          copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head, 0, row0,
-                                        batch);
+          copy_tile<kQueries, kHeadDim>(d_out_tiles + stage * Shape::kQueryBytes, d_out_map, &d_out_full[stage], head,
+                                        0, row0, batch);
           copy_bytes(delta_tiles + stage * kQueries, delta + row0, Shape::kRowStatisticBytes, &d_out_full[stage]);
         }
       }
@@ -344,7 +348,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         pin(s);
       }
 
-      // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit form is kept.
+      // s: scores, then probabilities; those that dropout drops get a minus sign. With 128 queries only their 16-bit
+      // form is kept.
       float added_by_mask[2];  // to the scores of the thread's keys
       if (kMask == kKeyMask) {
         with_added_by_bits(args.mask, [&](auto added_by) {
@@ -409,7 +414,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int m = 0; m < kQueries / 16; ++m) wgmma<T, 1>(dv, p[m], d_out_columns + m * kColumnsStep, 1);
         wgmma_commit();
       };
-      constexpr bool kSignedOperand = kDrops && kPackedOnly;  // there are no registers for probabilities with and without signs
+      constexpr bool kSignedOperand =
+          kDrops && kPackedOnly;  // there are no registers for probabilities with and without signs
       if constexpr (kSignedOperand) {
         wgmma_wait<0>();
       } else {
@@ -428,7 +434,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float probability = kPackedOnly ? unpack<T>(p[m][(e + i) / 2], i % 2) : s[8 * m + e + i];
             float d = dp[8 * m + e + i];
             if (kDrops) zero_unless_positive(d, probability);
-            dp[8 * m + e + i] = (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
+            dp[8 * m + e + i] =
+                (kDrops ? fabsf(probability) : probability) * (d * drop_scale - (i % 2 ? rows.y : rows.x));
           }
         }
 #pragma unroll
@@ -448,7 +455,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
       const uint64_t scores = columns_operand(score_tile + (kHeadDim > 64 ? 0 : group * Shape::kScoreBlockBytes), 0);
 #pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) wgmma<T, 1, 1>(dq, scores + k * kColumnsStep, k_columns + k * kColumnsStep, k > 0);
+      for (int k = 0; k < kKeys / 16; ++k)
+        wgmma<T, 1, 1>(dq, scores + k * kColumnsStep, k_columns + k * kColumnsStep, k > 0);
       wgmma_commit();
       const uint64_t q_columns = columns_operand(q_tile, kQueries * kRowBytes);
 #pragma unroll
@@ -523,14 +531,15 @@ void backward(const Context& context, const AttentionArgs& args, DType dtype) {
   const CUtensorMap d_out_map = tensor_map(args.d_out, dtype, args, 1);
   with_mask_kind(args, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
-      launch(context, "attention_backward_hopper", backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>,
-             blocks(context, args), kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,
+      launch(context, "attention_backward_hopper",
+             backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>, blocks(context, args),
+             kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args,
              heads_per_group(args, kElementBytes));
     });
   });
   const int64_t heads = std::min<int64_t>(args.dq_lag, args.batch * args.num_heads);
-  launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim>, heads * (args.rows_padded / kQueriesTaken),
-         256, 0, args);
+  launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim>,
+         heads * (args.rows_padded / kQueriesTaken), 256, 0, args);
 }
 
 }  // namespace
@@ -540,11 +549,12 @@ void attention_backward_hopper_plan(const Context& context, AttentionArgs& args)
   const int64_t heads = args.batch * args.num_heads;
   const int64_t blocks = hopper::blocks(context, args);
   const int64_t tiles = ceil_div(args.seq_len, hopper::kKeys);
-  // While a head's longest tile is worked on, blocks get through so many heads; and a few spare ones, so that hardly anyone waits.
+  // While a head's longest tile is worked on, blocks get through so many heads; and a few spare ones, so that hardly
+  // anyone waits.
   const int64_t at_work = args.causal ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
   const int64_t spare = 1 + at_work / (args.causal ? 6 : 2);
-  // The heads of a group are worked on together, so what is taken must be of an earlier group. With causal masks the shortest tiles come
-  // last in it, and when they are done the longest of a head `at_work` heads before are.
+  // The heads of a group are worked on together, so what is taken must be of an earlier group. With causal masks the
+  // shortest tiles come last in it, and when they are done the longest of a head `at_work` heads before are.
   const int64_t group = hopper::heads_per_group(args, hopper::kElementBytes);
   const int64_t lag = args.causal ? std::max(group, at_work - group + spare) : spare;
   args.dq_columns = args.head_dim > 64 ? 128 : 64;

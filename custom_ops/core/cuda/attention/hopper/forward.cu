@@ -1,13 +1,14 @@
-// Attention, forward, on Hopper: the copy engine brings tiles of 128 keys and values, each warpgroup computes 64 rows of queries.
+// Attention, forward, on Hopper: the copy engine brings tiles of 128 keys and values, each warpgroup computes 64 rows
+// of queries.
 //
-// Head dims up to 64: two blocks of two warpgroups share a multiprocessor, and one computes products while another computes
-// exponentials. Else, or with a mask that is read in place, registers are too few for that, and there is one block of two computing
-// warpgroups and one that copies; each computing warpgroup starts the next tile's scores before this tile's sums, and the two take
-// turns at the tensor cores.
+// Head dims up to 64: two blocks of two warpgroups share a multiprocessor, and one computes products while another
+// computes exponentials. Else, or with a mask that is read in place, registers are too few for that, and there is one
+// block of two computing warpgroups and one that copies; each computing warpgroup starts the next tile's scores before
+// this tile's sums, and the two take turns at the tensor cores.
 //
-// A mask that is the same for all queries is brought to shared memory in units of log2 before the walk over the keys, which then
-// leaves out tiles before the first and after the last key that may be seen. Any other mask comes by tiles with the copy engine, or,
-// where its strides do not allow that, is read in place.
+// A mask that is the same for all queries is brought to shared memory in units of log2 before the walk over the keys,
+// which then leaves out tiles before the first and after the last key that may be seen. Any other mask comes by tiles
+// with the copy engine, or, where its strides do not allow that, is read in place.
 #include "core/cuda/attention/hopper/hopper.h"
 
 #if CUDART_VERSION >= 12010
@@ -24,7 +25,8 @@ constexpr int kKeys = 128;
 constexpr int kQueries = 128;  // of a block: 64 of each computing warpgroup
 constexpr int kStages = 2;
 constexpr int kMostTilesBytes = 225 * 1024;  // in a multiprocessor's only block
-constexpr int kMaskTiles = 32;  // tiles of keys whose mask is in shared memory at a time, where it is the same for all queries
+constexpr int kMaskTiles =
+    32;  // tiles of keys whose mask is in shared memory at a time, where it is the same for all queries
 
 template <int kHeadDim, MaskKind kMask>
 struct ForwardShape {
@@ -37,8 +39,8 @@ struct ForwardShape {
   static constexpr int kTilesBytes = 2 * kQueryBytes + 2 * kStages * kTileBytes;
 };
 
-// How a tile of a mask comes to shared memory, of a warpgroup's 64 queries: in 1 or 2 parts, one after the other in 1 or 2 stages, of
-// so many blocks of 128 bytes a query.
+// How a tile of a mask comes to shared memory, of a warpgroup's 64 queries: in 1 or 2 parts, one after the other in 1
+// or 2 stages, of so many blocks of 128 bytes a query.
 struct MaskCopies {
   int log2_parts;
   int log2_stages;
@@ -47,22 +49,25 @@ struct MaskCopies {
 
 #if PFA_HOPPER_CODE
 
-// What a warpgroup knows of its 64 rows, maxima in units of log2; a thread holds rows lane_row(0) and lane_row(2) of its warp's 16.
+// What a warpgroup knows of its 64 rows, maxima in units of log2; a thread holds rows lane_row(0) and lane_row(2) of
+// its warp's 16.
 struct Rows {
   float maximum[2] = {-INFINITY, -INFINITY};
   float total[2] = {0.0f, 0.0f};
 };
 
-// Which of some tiles of keys have a mask other than zeros, and the first and the last tile with a key that may be seen.
+// Which of some tiles of keys have a mask other than zeros, and the first and the last tile with a key that may be
+// seen.
 struct KeyTiles {
   uint32_t masked;
   int first;
   int last;
 };
 
-// Brings the mask of tiles chunk * kMaskTiles.. below `tiles` to shared memory, in units of log2, a tile per warp at a time.
-__device__ __forceinline__ void load_key_mask(const AttentionArgs& args, int64_t mask_offset, int chunk, int tiles, int warp,
-                                              int warps, float* to, KeyTiles& found) {
+// Brings the mask of tiles chunk * kMaskTiles.. below `tiles` to shared memory, in units of log2, a tile per warp at a
+// time.
+__device__ __forceinline__ void load_key_mask(const AttentionArgs& args, int64_t mask_offset, int chunk, int tiles,
+                                              int warp, int warps, float* to, KeyTiles& found) {
   found.masked = 0;
   for (int i = warp; i < kMaskTiles; i += warps) {
     const int tile = chunk * kMaskTiles + i;
@@ -114,10 +119,11 @@ __device__ __forceinline__ float2 added_by_pair(uint64_t pair) {
                      mask_log2<float>(__uint_as_float(static_cast<uint32_t>(pair >> 32))));
 }
 
-// Applies the warp's 16 rows of part kPart of a mask tile, which lies as the copy engine wrote it, and gives the scale that scores
-// still need.
+// Applies the warp's 16 rows of part kPart of a mask tile, which lies as the copy engine wrote it, and gives the scale
+// that scores still need.
 template <int kBlocks, int kPart>
-__device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* strip, float scale_log2, float (&s)[kKeys / 2]) {
+__device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* strip, float scale_log2,
+                                                 float (&s)[kKeys / 2]) {
   float scale = 1.0f;
   with_mask_elements(mask, [&](const auto* elements) {
     using Element = std::remove_cv_t<std::remove_reference_t<decltype(*elements)>>;
@@ -131,7 +137,8 @@ __device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* s
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const int byte = 8 * n * kSize;
-        const char* from = lane_rows + byte / kRowBytes * kCopyBytes + (place ^ (byte % kRowBytes / 16 * 16)) + byte % 16;
+        const char* from =
+            lane_rows + byte / kRowBytes * kCopyBytes + (place ^ (byte % kRowBytes / 16 * 16)) + byte % 16;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const Pair pair = *reinterpret_cast<const Pair*>(from + half * 8 * kRowBytes);
@@ -153,8 +160,9 @@ __device__ __forceinline__ float apply_mask_tile(const Mask& mask, const char* s
   return scale;
 }
 
-// Scores of 64 rows and kKeys keys, times `scale` in units of log2, to probabilities; gives what the sums so far must be multiplied
-// with. kVotes: the scale may be 1 in some tiles and not in others, so that large scores are rounded before they are subtracted from.
+// Scores of 64 rows and kKeys keys, times `scale` in units of log2, to probabilities; gives what the sums so far must
+// be multiplied with. kVotes: the scale may be 1 in some tiles and not in others, so that large scores are rounded
+// before they are subtracted from.
 template <bool kVotes>
 __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, int row0, int col0, Rows& rows,
                                         float (&correction)[2], float (&s)[kKeys / 2]) {
@@ -202,8 +210,8 @@ __device__ __forceinline__ void softmax(const AttentionArgs& args, float scale, 
 
 // Probabilities, after dropout, as operands of the product with the values.
 template <class T, bool kDrops>
-__device__ __forceinline__ void probabilities(const AttentionArgs& args, PhiloxState philox_key, uint32_t head, int row0,
-                                              int col0, float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
+__device__ __forceinline__ void probabilities(const AttentionArgs& args, PhiloxState philox_key, uint32_t head,
+                                              int row0, int col0, float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) {
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
     if (kDrops) {
@@ -307,8 +315,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
   }
   __syncthreads();
 
-  // Tiles are walked from the last to the first; where the mask has to be read to know the last, from the first, and then from that
-  // after `skipped` others to the last that matters.
+  // Tiles are walked from the last to the first; where the mask has to be read to know the last, from the first, and
+  // then from that after `skipped` others to the last that matters.
   const int tiles = (end + kKeys - 1) / kKeys;
   int steps = tiles - 1;  // after the first
   int skipped = 0;
@@ -319,27 +327,30 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&k_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&k_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], from_head, 1, tile_of(n) * kKeys,
-                               from_batch);
+    copy_tile<kKeys, kHeadDim>(k_tiles + stage * Shape::kTileBytes, qkv_map, &k_full[stage], from_head, 1,
+                               tile_of(n) * kKeys, from_batch);
   };
   const auto copy_values = [&](int n) {
     const int stage = n % kStages;
     if (n >= kStages) barrier_wait(&v_empty[stage], (n / kStages - 1) % 2);
     barrier_expect(&v_full[stage], Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], from_head, 2, tile_of(n) * kKeys,
-                               from_batch);
+    copy_tile<kKeys, kHeadDim>(v_tiles + stage * Shape::kTileBytes, qkv_map, &v_full[stage], from_head, 2,
+                               tile_of(n) * kKeys, from_batch);
   };
-  const auto mask_stage = [&](int group, int stage) { return masks + (stage * 2 + group) * mask_copies.blocks * kCopyBytes; };
+  const auto mask_stage = [&](int group, int stage) {
+    return masks + (stage * 2 + group) * mask_copies.blocks * kCopyBytes;
+  };
   const auto copy_mask = [&](int group, int n, int part) {
     const int copy = (n << mask_copies.log2_parts) + part;
     const int stage = copy & mask_copies.log2_stages;
-    if (copy > mask_copies.log2_stages) barrier_wait(&mask_empty[group][stage], ((copy >> mask_copies.log2_stages) - 1) & 1);
+    if (copy > mask_copies.log2_stages)
+      barrier_wait(&mask_empty[group][stage], ((copy >> mask_copies.log2_stages) - 1) & 1);
     barrier_expect(&mask_full[group][stage], mask_copies.blocks * kCopyBytes);
     const int columns = kKeys >> mask_copies.log2_parts;
     for (int i = 0; i < mask_copies.blocks; ++i) {
       copy_block(mask_stage(group, stage) + i * kCopyBytes, mask_map, &mask_full[group][stage],
-                 tile_of(n) * kKeys + part * columns + i * (columns / mask_copies.blocks), args.mask.strides[1] ? from_head : 0,
-                 0, row0 + group * 64, args.mask.strides[0] ? from_batch : 0);
+                 tile_of(n) * kKeys + part * columns + i * (columns / mask_copies.blocks),
+                 args.mask.strides[1] ? from_head : 0, 0, row0 + group * 64, args.mask.strides[0] ? from_batch : 0);
     }
   };
   const auto release = [&](uint64_t* barrier) {
@@ -433,7 +444,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
         const int column0 = tile_of(n) * kKeys + 2 * i;
         uint32_t elements[kPart];
         fetch_mask<false>(args, mask_offset, strip, column0, elements);
-        add_fetched<false>(args, mask_offset, strip, column0, scale_log2, elements, reinterpret_cast<float (&)[kPart]>(s[i]));
+        add_fetched<false>(args, mask_offset, strip, column0, scale_log2, elements,
+                           reinterpret_cast<float (&)[kPart]>(s[i]));
       }
       scale = 1.0f;
     }
@@ -460,7 +472,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     wgmma_wait<0>();
     pin(s);
     release(&k_empty[0]);
-    softmax<kMask == kKeyMask || kMask == kTiledMask>(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction, s);
+    softmax<kMask == kKeyMask || kMask == kTiledMask>(args, mask_scores(0), strip, tile_of(0) * kKeys, rows, correction,
+                                                      s);
     probabilities<T, kDrops>(args, philox_key, h.random, strip, tile_of(0) * kKeys, s, p);
     constexpr int kTurn = 1;  // named barriers 1 and 2: the warpgroup's turn at the tensor cores
     if (group == 1 && steps > 0) named_arrive(kTurn, 256);
@@ -540,8 +553,8 @@ void forward(const Context& context, const AttentionArgs& args, DType dtype, con
   }
   with_bool(args.drops, [&](auto drops) {
     const auto kernel = forward_kernel<T, kHeadDim, kMask, decltype(drops)::value>;
-    // Tiles begin at a multiple of 1024 bytes. Two blocks with a tiled mask just fit, if no more is left for that than lies before the
-    // first multiple behind what the kernel declares.
+    // Tiles begin at a multiple of 1024 bytes. Two blocks with a tiled mask just fit, if no more is left for that than
+    // lies before the first multiple behind what the kernel declares.
     size_t to_multiple = 1024;
     if (kMask == kTiledMask && Shape::kBlocksPerSm == 2) {
       to_multiple -= kernel_attributes(context, reinterpret_cast<const void*>(kernel)).sharedSizeBytes % 1024;

@@ -16,7 +16,8 @@ void attention_forward_hopper(const Context& context, const AttentionArgs& args,
 // Sets dq_columns, dq_slots and dq_lag.
 void attention_backward_hopper_plan(const Context& context, AttentionArgs& args);
 
-// delta, lse2 and shift2 must have been computed, and the sums of d_q, bias_sums and progress cleared. Blocks add to sums in no fixed order.
+// delta, lse2 and shift2 must have been computed, and the sums of d_q, bias_sums and progress cleared. Blocks add to
+// sums in no fixed order.
 void attention_backward_hopper(const Context& context, const AttentionArgs& args, DType dtype);
 
 #else

@@ -20,9 +20,11 @@ struct TileIndex {
   int tiles;
 };
 
-// Tiles start in the order of `index`: head by head. With causal masks, where tiles differ in length, heads go in groups that fit in
-// the L2 cache, and within a group the same tile of every head comes before the next, so that long tiles start first.
-__device__ __forceinline__ TileIndex tile_index(const AttentionArgs& args, uint32_t index, int heads_per_group, int tiles) {
+// Tiles start in the order of `index`: head by head. With causal masks, where tiles differ in length, heads go in
+// groups that fit in the L2 cache, and within a group the same tile of every head comes before the next, so that long
+// tiles start first.
+__device__ __forceinline__ TileIndex tile_index(const AttentionArgs& args, uint32_t index, int heads_per_group,
+                                                int tiles) {
   const uint32_t heads = static_cast<uint32_t>(args.batch * args.num_heads);
   const uint32_t first = index / (heads_per_group * tiles) * heads_per_group;
   const uint32_t size = min(static_cast<uint32_t>(heads_per_group), heads - first);
@@ -34,7 +36,8 @@ inline int heads_per_group(const AttentionArgs& args, int bytes_per_element) {
   if (!args.causal) return 1;
   constexpr int64_t kCacheBytes = 24 << 20;
   const int64_t head_bytes = static_cast<int64_t>(bytes_per_element) * args.seq_len * args.head_dim;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.batch * args.num_heads, kCacheBytes / head_bytes)));
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(args.batch * args.num_heads, kCacheBytes / head_bytes)));
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -47,9 +50,11 @@ inline EncodeTiled encode_tiled() {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
           "cuTensorMapEncodeTiled");
 #else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), "cuTensorMapEncodeTiled");
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
 #endif
-    if (!entry || found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    if (!entry || found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTiled>(entry);
   }();
   return function;
@@ -67,10 +72,10 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, const AttentionArgs
   const cuuint32_t box[5] = {kBlockColumns, 1, 1, kCopyRows, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status =
-      encode_tiled()(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-                     const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_tiled()(
+      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
+      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
   }
@@ -98,14 +103,17 @@ constexpr int64_t kMaxTiledMaskBytes = 4;  // of an element
 inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
   const Mask& mask = args.mask;
   const int64_t size = size_of(mask.dtype);
-  if (size > kMaxTiledMaskBytes || mask.strides[3] != 1 || reinterpret_cast<uintptr_t>(mask.data) % 16 != 0) return false;
+  if (size > kMaxTiledMaskBytes || mask.strides[3] != 1 || reinterpret_cast<uintptr_t>(mask.data) % 16 != 0)
+    return false;
   for (int i = 0; i < 3; ++i) {
-    if (mask.strides[i] < 0 || mask.strides[i] * size % 16 != 0 || mask.strides[i] * size >= int64_t{1} << 40) return false;
+    if (mask.strides[i] < 0 || mask.strides[i] * size % 16 != 0 || mask.strides[i] * size >= int64_t{1} << 40)
+      return false;
   }
   const bool by_batch = mask.strides[0] != 0;
   const bool by_head = mask.strides[1] != 0;
-  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_head ? args.num_heads : 1), 1,
-                               static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_batch ? args.batch : 1)};
+  const cuuint64_t sizes[5] = {
+      static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_head ? args.num_heads : 1), 1,
+      static_cast<cuuint64_t>(args.seq_len), static_cast<cuuint64_t>(by_batch ? args.batch : 1)};
   const auto bytes = [&](int i) { return static_cast<cuuint64_t>(mask.strides[i] ? mask.strides[i] * size : 16); };
   const cuuint64_t strides[4] = {bytes(1), 16, bytes(2), bytes(0)};
   const cuuint32_t box[5] = {static_cast<cuuint32_t>(kRowBytes / size), 1, 1, kCopyRows, 1};
@@ -113,8 +121,8 @@ inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
   const CUtensorMapDataType type = size == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : size == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
                                                : CU_TENSOR_MAP_DATA_TYPE_UINT32;
-  return encode_tiled()(map, type, 5, const_cast<void*>(mask.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  return encode_tiled()(map, type, 5, const_cast<void*>(mask.data), sizes, strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
