@@ -24,7 +24,7 @@ enum class DType : int32_t {
   kInt64,
 };
 
-inline size_t size_of(DType dtype) {
+constexpr size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
     case DType::kInt64:

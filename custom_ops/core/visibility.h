@@ -50,6 +50,9 @@ struct Visibility {
     return first_key < keys_of(end_query - 1).first || end_key > keys_of(first_query).end;
   }
 
+  // Whether walks over keys or queries differ in length.
+  PFA_HOST_DEVICE bool is_uneven() const { return causal; }
+
   PFA_HOST_DEVICE bool sees(Index query, Index key) const { return keys_of(query).contains(key); }
 };
 

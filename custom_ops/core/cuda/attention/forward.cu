@@ -1,8 +1,9 @@
-// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. Chooses the
-// kernel.
-#include "core/cuda/attention/hopper/hopper.h"
+// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. The stage, and
+// the launches of the plain and the mma kernels.
+#include "core/cuda/attention/implementations.h"
 #include "core/cuda/attention/launch.h"
 #include "core/cuda/attention/mma.cuh"
+#include "core/cuda/attention/passes.h"
 #include "core/cuda/attention/plain.cuh"
 #include "core/cuda/stages.h"
 
@@ -10,60 +11,50 @@ namespace pfa {
 namespace cuda {
 namespace {
 
-template <class T, class Acc>
-void forward_plain(const Context& context, const AttentionArgs& args) {
-  with_head_dim<64, 128, 256>(args.head_dim, [&](auto head_dim) {
-    const int64_t blocks = ceil_div(args.seq_len, plain::Tile<Acc>::kRows) * args.batch * args.num_heads;
-    launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>,
-           blocks, plain::kThreads, 0, args);
-  });
-}
-
 template <class T, int... kHeadDims>
-void forward_mma(const Context& context, const AttentionArgs& args) {
-  with_head_dim<kHeadDims...>(args.head_dim, [&](auto head_dim) {
-    with_bool(args.mask.data || args.drops, [&](auto general) {
+void forward_mma(const Context& context, const ForwardArgs& args) {
+  with_head_dim<kHeadDims...>(args.head_dim(), [&](auto head_dim) {
+    with_bool(args.mask.data || args.drops, [&](auto mask_or_dropout) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      constexpr bool kGeneral = decltype(general)::value;
-      using Shape = tensor::ForwardShape<T, kHeadDim>;
-      const int64_t blocks = ceil_div(args.seq_len, Shape::kQueries) * args.batch * args.num_heads;
-      launch(context, "attention_forward_mma", tensor::attention_forward_mma<T, kHeadDim, kGeneral>, blocks,
-             tensor::kThreads, Shape::kSharedBytes, args);
+      constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
+      using Shape = mma::ForwardShape<T, kHeadDim>;
+      launch(context, "attention_forward_mma", mma::attention_forward_mma<T, kHeadDim, kMaskOrDropout>,
+             ceil_div(args.visibility.queries, Shape::kQueries) * args.heads(), mma::kThreads, Shape::kSharedBytes,
+             args);
     });
   });
 }
 
-template <class T>
-void forward_16bit(const Context& context, const AttentionArgs& args) {
-  if (tensor_cores_serve(context)) {
-    forward_mma<T, 64, 96, 128, 192, 256>(context, args);
-  } else {
-    forward_plain<T, float>(context, args);
-  }
-}
-
 }  // namespace
 
-bool tensor_cores_serve(const Context& context) {
-  const void* kernel = reinterpret_cast<const void*>(tensor::attention_forward_mma<__half, 64, false>);
-  return context.compute_capability >= 80 && kernel_attributes(context, kernel).ptxVersion >= 80;
+bool mma_is_built(const Context& context) {
+  const void* kernel = reinterpret_cast<const void*>(mma::attention_forward_mma<__half, 64, false>);
+  return kernel_attributes(context, kernel).ptxVersion >= 80;
+}
+
+void mma_attention_forward(Context& context, const Params& p) {
+  const ForwardArgs args = forward_args(p);
+  if (p.dtype == DType::kFloat32) return forward_mma<float, 64, 128>(context, args);
+  dispatch_16bit(p.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    forward_mma<T, 64, 96, 128, 192, 256>(context, args);
+  });
+}
+
+void plain_attention_forward(Context& context, const Params& p) {
+  const ForwardArgs args = forward_args(p);
+  dispatch_float(p.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    using Acc = Accumulator<T>;
+    with_head_dim<64, 128, 256>(args.head_dim(), [&](auto head_dim) {
+      launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>,
+             ceil_div(args.visibility.queries, plain::Tile<Acc>::kRows) * args.heads(), plain::kThreads, 0, args);
+    });
+  });
 }
 
 void attention_forward(Context& context, const Params& p) {
-  const AttentionArgs args = attention_args(p);
-  if (p.rows() == 0) return;
-  if (hopper_serves(context, args, p.dtype)) return attention_forward_hopper(context, args, p.dtype);
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return forward_16bit<__half>(context, args);
-    case DType::kBFloat16:
-      return forward_16bit<__nv_bfloat16>(context, args);
-    case DType::kFloat64:
-      return forward_plain<double, double>(context, args);
-    default:
-      if (tensor::tf32_serves(context, args)) return forward_mma<float, 64, 128>(context, args);
-      return forward_plain<float, float>(context, args);
-  }
+  if (p.rows() > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
 }
 
 }  // namespace cuda

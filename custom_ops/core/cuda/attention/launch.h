@@ -1,4 +1,4 @@
-// Host side that the attention stages share: launching, and the choice of a kernel by head dim.
+// Host side that the attention kernels share: launching, and the choice of a kernel by head dim.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,10 +40,6 @@ inline cudaFuncAttributes kernel_attributes(const Context& context, const void* 
   }
   return found->second;
 }
-
-// Whether the mma.sync kernels can run: a device of compute capability 8.0 or later and code for 8.0 or later, not
-// for 7.0 compiled anew by the driver.
-bool tensor_cores_serve(const Context& context);
 
 // Calls f with the smallest of the head dims in `kHeadDims` that is at least head_dim, as a std::integral_constant.
 template <int kFirst, int... kOthers, class F>

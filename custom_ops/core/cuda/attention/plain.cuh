@@ -1,12 +1,13 @@
 // Attention without tensor cores: for float32, float64 and devices before compute capability 8.0, any head dim up to
 // 256.
 //
-// A block of 16 x 16 threads owns a square tile of scores. Head dims are walked in chunks, so shared memory does not
+// A thread block of 16 x 16 owns a square tile of scores. Head dims are walked in chunks, so shared memory does not
 // grow with them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the
 // sums over keys.
 #pragma once
 
-#include "core/cuda/attention/common.cuh"
+#include "core/cuda/attention/score_gradient.cuh"
+#include "core/cuda/numbers.cuh"
 
 namespace pfa {
 namespace cuda {
@@ -41,21 +42,29 @@ struct Tile {
 template <class Acc>
 using Square = Acc[Tile<Acc>::kPerThread][Tile<Acc>::kPerThread];
 
+// to[row][0..kWidth - 1] = rows row0.. of `from`, head dims d0..; zeros past the last row and head dim.
 template <class T, class Acc, int kWidth>
-__device__ void load_rows(Acc* to, int to_stride, const T* from, int64_t from_stride, int row0, int rows, int d0,
+__device__ void load_rows(Acc* to, int to_stride, const HeadRows<const T>& from, int row0, int rows, int d0,
                           int head_dim) {
   for (int i = threadIdx.x; i < Tile<Acc>::kRows * kWidth; i += kThreads) {
     const int row = i / kWidth;
     const int d = d0 + i % kWidth;
     const bool inside = row0 + row < rows && d < head_dim;
-    to[row * to_stride + i % kWidth] = inside ? widen(from[(row0 + row) * from_stride + d]) : Acc(0);
+    to[row * to_stride + i % kWidth] = inside ? widen(from.row(row0 + row)[d]) : Acc(0);
   }
 }
 
-// result[r][c] = sum over d of a[a0 + ty + 16 r][d] * b[b0 + tx + 16 c][d]
+// Some rows of a head: those from `first` on, of `count` in all.
+template <class T>
+struct RowSpan {
+  const HeadRows<const T>& rows;
+  int first;
+  int count;
+};
+
+// result[r][c] = sum over d of a[ty + 16 r][d] * b[tx + 16 c][d]
 template <class T, class Acc>
-__device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const T* a, int64_t a_stride, int a0, const T* b,
-                         int64_t b_stride, int b0, const AttentionArgs& args) {
+__device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const RowSpan<T>& a, const RowSpan<T>& b, int head_dim) {
   using Shape = Tile<Acc>;
   constexpr int kN = Shape::kPerThread;
   constexpr int kV = Shape::kVector;
@@ -68,10 +77,10 @@ __device__ void dot_rows(Tile<Acc>& tile, Square<Acc>& result, const T* a, int64
 #pragma unroll
     for (int c = 0; c < kN; ++c) result[r][c] = 0;
   }
-  for (int d0 = 0; d0 < args.head_dim; d0 += Shape::kDotChunk) {
+  for (int d0 = 0; d0 < head_dim; d0 += Shape::kDotChunk) {
     __syncthreads();
-    load_rows<T, Acc, Shape::kDotChunk>(as, Shape::kDotStride, a, a_stride, a0, args.seq_len, d0, args.head_dim);
-    load_rows<T, Acc, Shape::kDotChunk>(bs, Shape::kDotStride, b, b_stride, b0, args.seq_len, d0, args.head_dim);
+    load_rows<T, Acc, Shape::kDotChunk>(as, Shape::kDotStride, a.rows, a.first, a.count, d0, head_dim);
+    load_rows<T, Acc, Shape::kDotChunk>(bs, Shape::kDotStride, b.rows, b.first, b.count, d0, head_dim);
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < Shape::kDotChunk; d += kV) {
@@ -100,10 +109,10 @@ __device__ __forceinline__ int sum_column(int e) {
   return e / kV * 16 * kV + static_cast<int>(threadIdx.x % 16) * kV + e % kV;
 }
 
-// sums[r][4 chunk + e] += sum over j of tile.scores[ty + 16 r][j] * b[b0 + j][chunk * 64 + sum_column(e)]
+// sums[r][4 chunk + e] += sum over j of tile.scores[ty + 16 r][j] * b[j][chunk * 64 + sum_column(e)]
 template <class T, class Acc, int kHeadDim>
-__device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16], const T* b,
-                         int64_t b_stride, int b0, const AttentionArgs& args) {
+__device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16], const RowSpan<T>& b,
+                         int head_dim) {
   using Shape = Tile<Acc>;
   constexpr int kN = Shape::kPerThread;
   constexpr int kV = Shape::kVector;
@@ -112,8 +121,8 @@ __device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHe
 #pragma unroll
   for (int chunk = 0; chunk < kHeadDim / Shape::kSumChunk; ++chunk) {
     __syncthreads();
-    load_rows<T, Acc, Shape::kSumChunk>(tile.operand, Shape::kSumStride, b, b_stride, b0, args.seq_len,
-                                        chunk * Shape::kSumChunk, args.head_dim);
+    load_rows<T, Acc, Shape::kSumChunk>(tile.operand, Shape::kSumStride, b.rows, b.first, b.count,
+                                        chunk * Shape::kSumChunk, head_dim);
     __syncthreads();
 #pragma unroll 4
     for (int j = 0; j < Shape::kRows; ++j) {
@@ -133,240 +142,207 @@ __device__ void sum_rows(Tile<Acc>& tile, Acc (&sums)[Tile<Acc>::kPerThread][kHe
   }
 }
 
+// Writes rows row0 + ty + 16 r below `rows` of the sums, times a factor for each.
 template <class T, class Acc, int kHeadDim>
-__device__ void store_sums(T* to, int64_t stride, int row0, Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16],
-                           const Acc (&factor)[Tile<Acc>::kPerThread], const AttentionArgs& args) {
+__device__ void store_sums(const HeadRows<T>& to, int row0, int rows, int head_dim,
+                           const Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16],
+                           const Acc (&factor)[Tile<Acc>::kPerThread]) {
 #pragma unroll
   for (int r = 0; r < Tile<Acc>::kPerThread; ++r) {
     const int row = row0 + threadIdx.x / 16 + 16 * r;
-    if (row >= args.seq_len) continue;
+    if (row >= rows) continue;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       const int d = i / 4 * Tile<Acc>::kSumChunk + sum_column<Acc>(i % 4);
-      if (d < args.head_dim) to[row * stride + d] = narrow<T>(sums[r][i] * factor[r]);
+      if (d < head_dim) to.row(row)[d] = narrow<T>(sums[r][i] * factor[r]);
     }
   }
 }
 
-// Turns the product q . k of element (i, j) into its score in log2 units; -inf where j is not to be seen.
+// The same with one factor.
+template <class T, class Acc, int kHeadDim>
+__device__ void store_sums(const HeadRows<T>& to, int row0, int rows, int head_dim,
+                           const Acc (&sums)[Tile<Acc>::kPerThread][kHeadDim / 16], double factor) {
+  Acc factors[Tile<Acc>::kPerThread];
+#pragma unroll
+  for (int r = 0; r < Tile<Acc>::kPerThread; ++r) factors[r] = static_cast<Acc>(factor);
+  store_sums<T, Acc, kHeadDim>(to, row0, rows, head_dim, sums, factors);
+}
+
+// The score of query i and key j in units of log2, from their product; -inf where j is not to be seen.
 template <class Acc>
-__device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadIndex& h, Acc product, int i, int j) {
-  if (i >= args.seq_len || j >= args.seq_len || (args.causal && j > i)) return -infinity<Acc>();
+__device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadState& head, Acc product, int i, int j) {
+  if (i >= args.visibility.queries || !args.visibility.sees(i, j)) return -infinity<Acc>();
   const Acc scale = static_cast<Acc>(args.score_scale * kLog2e);
   if (!args.mask.data) return scaled(product, scale);
-  const int64_t* s = args.mask.strides;
-  const int64_t index = h.batch * s[0] + h.head * s[1] + i * s[2] + j * s[3];
+  const int64_t index = head.mask_offset + i * args.mask.strides[2] + j * args.mask.strides[3];
   Acc score;
   with_mask_elements(args.mask,
                      [&](const auto* elements) { score = fma(product, scale, mask_log2<Acc>(elements[index])); });
   return score;
 }
 
+// Whether dropout keeps the element of query i and key j.
+__device__ __forceinline__ bool keeps(const AttentionArgs& args, const HeadState& head, int i, int j) {
+  return !args.drops || (attention_random(head.philox_key, head.index.dropout_head, i, j) << 16) > args.drop_limit;
+}
+
 template <class T, class Acc, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) attention_forward_plain(AttentionArgs args) {
+__global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
-    const int tiles = (args.seq_len + Shape::kRows - 1) / Shape::kRows;
-    const HeadIndex h = head_index(args, blockIdx.x / tiles);
-    const int row0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * Shape::kRows;
     write_random_state(args);
-    const int64_t stride = args.token_stride();
-    T* qkv = static_cast<T*>(const_cast<void*>(args.qkv));
-    const T* q = qkv_head<T>(args, qkv, h, 0);
-    const T* k = qkv_head<T>(args, qkv, h, 1);
-    const T* v = qkv_head<T>(args, qkv, h, 2);
+    const int queries = args.visibility.queries;
+    const int keys = args.visibility.keys;
+    const TileIndex index = tile_of_block<Shape::kRows>(queries, true);
+    const ForwardHead<T> head = forward_head<T>(args, index.head, args.drops);
+    const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
-    PhiloxState philox_key{};
-    if (args.drops) philox_key = forward_philox(args);
 
-    Acc sums[kN][kHeadDim / 16];
-    Acc maximum[kN], total[kN];
-#pragma unroll
-    for (int r = 0; r < kN; ++r) {
-      maximum[r] = -infinity<Acc>();
-      total[r] = 0;
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) sums[r][i] = 0;
-    }
-
-    const int end = args.causal ? min(args.seq_len, row0 + Shape::kRows) : args.seq_len;
-    for (int col0 = 0; col0 < end; col0 += Shape::kRows) {
+    Acc sums[kN][kHeadDim / 16] = {};
+    RowSoftmax<Acc> rows[kN];
+    const Range<int> walk = args.visibility.keys_of(row0, row0 + Shape::kRows);
+    for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
       Square<Acc> s;
-      dot_rows(tile, s, q, stride, row0, k, stride, col0, args);
+      dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
         const int i = row0 + ty + 16 * r;
-        Acc top = maximum[r];
+        Acc highest = -infinity<Acc>();
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
-          s[r][c] = score_log2(args, h, s[r][c], i, col0 + tx + 16 * c);
-          top = max(top, s[r][c]);
+          s[r][c] = score_log2(args, head, s[r][c], i, col0 + tx + 16 * c);
+          highest = max(highest, s[r][c]);
         }
 #pragma unroll
-        for (int lane = 8; lane > 0; lane /= 2) top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, lane));
-        const Acc base = top == -infinity<Acc>() ? Acc(0) : top;
-        const Acc correction = exp2_of(maximum[r] - base);
-        maximum[r] = top;
-        total[r] *= correction;
+        for (int lane = 8; lane > 0; lane /= 2) highest = max(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, lane));
+        Acc correction;
+        const Acc base = rows[r].raise(highest, correction);
+        rows[r].total *= correction;
 #pragma unroll
         for (int e = 0; e < kHeadDim / 16; ++e) sums[r][e] *= correction;
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
-          const int j = col0 + tx + 16 * c;
-          Acc probability = exp2_of(s[r][c] - base);
-          total[r] += probability;
-          if (args.drops && (attention_random(philox_key, h.random, i, j) << 16) <= args.drop_limit) probability = 0;
-          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = probability;
+          const Acc p = exp2_of(s[r][c] - base);
+          rows[r].total += p;
+          const bool kept = keeps(args, head, i, col0 + tx + 16 * c);
+          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = kept ? p : Acc(0);
         }
       }
-      sum_rows<T, Acc, kHeadDim>(tile, sums, v, stride, col0, args);
+      sum_rows<T, Acc, kHeadDim>(tile, sums, {head.v, col0, keys}, args.head_dim());
     }
 
     Acc factor[kN];
 #pragma unroll
     for (int r = 0; r < kN; ++r) {
-#pragma unroll
-      for (int lane = 8; lane > 0; lane /= 2) total[r] += __shfl_xor_sync(0xFFFFFFFFu, total[r], lane);
-      factor[r] = total[r] > 0 ? static_cast<Acc>(args.drop_scale) / total[r] : Acc(0);
-      const int row = row0 + ty + 16 * r;
-      if (tx == 0) store_row_statistics(args, h.flat, row, maximum[r], total[r]);
+      factor[r] = rows[r].template finish<16>(args, head.index, row0 + ty + 16 * r);
     }
-    store_sums<T, Acc, kHeadDim>(out_head<T>(args, args.out, h), args.heads_dim(), row0, sums, factor, args);
+    store_sums<T, Acc, kHeadDim>(head.out, row0, queries, args.head_dim(), sums, factor);
   }
 }
 
-// From the products q . k and d_out . v of element (i, j): `sum_p`, what d_out is weighted with in d_v (less
-// drop_scale), and `d_score`, the gradient of the score.
 template <class Acc>
-__device__ __forceinline__ void score_gradient(const AttentionArgs& args, const HeadIndex& h, PhiloxState philox_key,
-                                               int i, int j, Acc lse2, Acc shift2, Acc delta, Acc product,
-                                               Acc d_product, Acc& sum_p, Acc& d_score) {
-  const Acc p = exp2_of(min(score_log2(args, h, product, i, j) - shift2 - lse2, Acc(0)));
-  const bool kept = !args.drops || (attention_random(philox_key, h.random, i, j) << 16) > args.drop_limit;
-  sum_p = kept ? p : Acc(0);
-  d_score = p * ((kept ? d_product * static_cast<Acc>(args.drop_scale) : Acc(0)) - delta);
+struct ElementGradient {
+  Acc kept;     // P where dropout keeps it, else 0: what d_out is weighted with in d_v, less drop_scale
+  Acc d_score;  // dS
+};
+
+// From the products q . k and d_out . v of query i and key j.
+template <class Acc>
+__device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardArgs& args, const HeadState& head, int i,
+                                                                 int j, const RowStatistics<Acc>& row, Acc product,
+                                                                 Acc d_product) {
+  const Acc p = exp2_of(min(score_log2(args, head, product, i, j) - row.shift2 - row.lse2, Acc(0)));
+  const bool kept = keeps(args, head, i, j);
+  return {kept ? p : Acc(0),
+          score_gradient(p, kept ? d_product : Acc(0), static_cast<Acc>(args.drop_scale), row.delta)};
 }
 
 // d_k and d_v of a tile of keys: rows of the tile are keys, columns are queries.
 template <class T, class Acc, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(AttentionArgs args) {
+__global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
-    const int tiles = (args.seq_len + Shape::kRows - 1) / Shape::kRows;
-    const HeadIndex h = head_index(args, blockIdx.x / tiles);
-    const int key0 = static_cast<int>(blockIdx.x % tiles) * Shape::kRows;
-    const int64_t stride = args.token_stride();
-    T* qkv = static_cast<T*>(const_cast<void*>(args.qkv));
-    const T* q = qkv_head<T>(args, qkv, h, 0);
-    const T* k = qkv_head<T>(args, qkv, h, 1);
-    const T* v = qkv_head<T>(args, qkv, h, 2);
-    const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
-    const Acc* lse2 = static_cast<const Acc*>(args.lse2) + h.flat * static_cast<int64_t>(args.rows_padded);
-    const Acc* delta = static_cast<const Acc*>(args.delta) + h.flat * static_cast<int64_t>(args.rows_padded);
-    const Acc* shift2 = static_cast<const Acc*>(args.shift2) + h.flat * static_cast<int64_t>(args.rows_padded);
+    const int queries = args.visibility.queries;
+    const int keys = args.visibility.keys;
+    const TileIndex index = tile_of_block<Shape::kRows>(keys, false);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc>(args, index.head, args.drops);
+    const int key0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
-    PhiloxState philox_key{};
-    if (args.drops) philox_key = backward_philox(args);
 
     Acc dk[kN][kHeadDim / 16] = {};
     Acc dv[kN][kHeadDim / 16] = {};
-    for (int row0 = args.causal ? key0 : 0; row0 < args.seq_len; row0 += Shape::kRows) {
+    const Range<int> walk = args.visibility.queries_of(key0, key0 + Shape::kRows);
+    for (int row0 = walk.first / Shape::kRows * Shape::kRows; row0 < walk.end; row0 += Shape::kRows) {
       Square<Acc> s, dp;
-      dot_rows(tile, s, k, stride, key0, q, stride, row0, args);
-      dot_rows(tile, dp, v, stride, key0, d_out, args.heads_dim(), row0, args);
+      dot_rows<T, Acc>(tile, s, {head.k, key0, keys}, {head.q, row0, queries}, args.head_dim());
+      dot_rows<T, Acc>(tile, dp, {head.v, key0, keys}, {head.d_out, row0, queries}, args.head_dim());
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
           const int i = row0 + tx + 16 * c;
-          Acc sum_p = 0;
-          Acc d_score = 0;
-          if (i < args.seq_len) {
-            score_gradient(args, h, philox_key, i, key0 + ty + 16 * r, lse2[i], shift2[i], delta[i], s[r][c], dp[r][c],
-                           sum_p, d_score);
-          }
-          dp[r][c] = d_score;
-          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = sum_p;
+          const auto gradient =
+              element_gradient(args, head, i, key0 + ty + 16 * r, head.statistics(i), s[r][c], dp[r][c]);
+          dp[r][c] = gradient.d_score;
+          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = gradient.kept;
         }
       }
-      sum_rows<T, Acc, kHeadDim>(tile, dv, d_out, args.heads_dim(), row0, args);
+      sum_rows<T, Acc, kHeadDim>(tile, dv, {head.d_out, row0, queries}, args.head_dim());
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll
         for (int c = 0; c < kN; ++c) tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = dp[r][c];
       }
-      sum_rows<T, Acc, kHeadDim>(tile, dk, q, stride, row0, args);
+      sum_rows<T, Acc, kHeadDim>(tile, dk, {head.q, row0, queries}, args.head_dim());
     }
-
-    Acc factor[kN];
-#pragma unroll
-    for (int r = 0; r < kN; ++r) factor[r] = static_cast<Acc>(args.score_scale);
-    store_sums<T, Acc, kHeadDim>(qkv_head<T>(args, args.d_qkv, h, 1), stride, key0, dk, factor, args);
-#pragma unroll
-    for (int r = 0; r < kN; ++r) factor[r] = static_cast<Acc>(args.drop_scale);
-    store_sums<T, Acc, kHeadDim>(qkv_head<T>(args, args.d_qkv, h, 2), stride, key0, dv, factor, args);
+    store_sums<T, Acc, kHeadDim>(head.d_k, key0, keys, args.head_dim(), dk, args.score_scale);
+    store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
   }
 }
 
 // d_q of a tile of queries.
 template <class T, class Acc, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) attention_backward_q_plain(AttentionArgs args) {
+__global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
-    const int tiles = (args.seq_len + Shape::kRows - 1) / Shape::kRows;
-    const HeadIndex h = head_index(args, blockIdx.x / tiles);
-    const int row0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * Shape::kRows;
-    const int64_t stride = args.token_stride();
-    T* qkv = static_cast<T*>(const_cast<void*>(args.qkv));
-    const T* q = qkv_head<T>(args, qkv, h, 0);
-    const T* k = qkv_head<T>(args, qkv, h, 1);
-    const T* v = qkv_head<T>(args, qkv, h, 2);
-    const T* d_out = out_head<T>(args, const_cast<void*>(args.d_out), h);
-    const int64_t statistics = h.flat * static_cast<int64_t>(args.rows_padded);
+    const int queries = args.visibility.queries;
+    const int keys = args.visibility.keys;
+    const TileIndex index = tile_of_block<Shape::kRows>(queries, true);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc>(args, index.head, args.drops);
+    const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
-    PhiloxState philox_key{};
-    if (args.drops) philox_key = backward_philox(args);
 
     Acc dq[kN][kHeadDim / 16] = {};
-    Acc lse2[kN], shift2[kN], delta[kN];
+    RowStatistics<Acc> rows[kN];
 #pragma unroll
-    for (int r = 0; r < kN; ++r) {
-      const int row = row0 + ty + 16 * r;
-      lse2[r] = row < args.seq_len ? static_cast<const Acc*>(args.lse2)[statistics + row] : infinity<Acc>();
-      shift2[r] = row < args.seq_len ? static_cast<const Acc*>(args.shift2)[statistics + row] : Acc(0);
-      delta[r] = row < args.seq_len ? static_cast<const Acc*>(args.delta)[statistics + row] : Acc(0);
-    }
-    const int end = args.causal ? min(args.seq_len, row0 + Shape::kRows) : args.seq_len;
-    for (int col0 = 0; col0 < end; col0 += Shape::kRows) {
+    for (int r = 0; r < kN; ++r) rows[r] = head.statistics(row0 + ty + 16 * r);
+    const Range<int> walk = args.visibility.keys_of(row0, row0 + Shape::kRows);
+    for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
       Square<Acc> s, dp;
-      dot_rows(tile, s, q, stride, row0, k, stride, col0, args);
-      dot_rows(tile, dp, d_out, args.heads_dim(), row0, v, stride, col0, args);
+      dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
+      dot_rows<T, Acc>(tile, dp, {head.d_out, row0, queries}, {head.v, col0, keys}, args.head_dim());
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
-          Acc sum_p, d_score;
-          score_gradient(args, h, philox_key, row0 + ty + 16 * r, col0 + tx + 16 * c, lse2[r], shift2[r], delta[r],
-                         s[r][c], dp[r][c], sum_p, d_score);
-          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = d_score;
+          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] =
+              element_gradient(args, head, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r], s[r][c], dp[r][c]).d_score;
         }
       }
-      sum_rows<T, Acc, kHeadDim>(tile, dq, k, stride, col0, args);
+      sum_rows<T, Acc, kHeadDim>(tile, dq, {head.k, col0, keys}, args.head_dim());
     }
-    Acc factor[kN];
-#pragma unroll
-    for (int r = 0; r < kN; ++r) factor[r] = static_cast<Acc>(args.score_scale);
-    store_sums<T, Acc, kHeadDim>(qkv_head<T>(args, args.d_qkv, h, 0), stride, row0, dq, factor, args);
+    store_sums<T, Acc, kHeadDim>(head.d_q, row0, queries, args.head_dim(), dq, args.score_scale);
   }
 }
 

@@ -1,8 +1,8 @@
 // Hopper's own instructions (sm_90a): bulk tensor copies that signal barriers in shared memory, and warpgroup matrix
 // products.
 //
-// Tiles lie in shared memory as the copy engine writes them with the 128-byte swizzle: blocks of 64 columns (128 bytes
-// a row), rows one after the other, the 16-byte vector v of row r at place v ^ (r % 8). Blocks start at multiples of
+// Tiles lie in shared memory as the copy engine writes them with the 128-byte swizzle: panels of 64 columns (128 bytes
+// a row), rows one after the other, the 16-byte vector v of row r at place v ^ (r % 8). Panels start at multiples of
 // 1024 bytes.
 #pragma once
 
@@ -20,7 +20,7 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-constexpr int kBlockColumns = 64;
+constexpr int kPanelColumns = 64;
 constexpr int kRowBytes = 128;
 constexpr int kCopyRows = 64;  // rows of one bulk copy: 8 KiB
 constexpr int kCopyBytes = kCopyRows * kRowBytes;
@@ -58,6 +58,14 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// The warp's threads have read what the barrier stands for: each arrives where it counts more than 8 arrivals, else one
+// of them.
+template <int kArrivals>
+__device__ __forceinline__ void release_by_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (kArrivals > 8 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 // Makes freshly initialised barriers known to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -66,10 +74,7 @@ __device__ __forceinline__ void barrier_init_fence() {
 // Makes ordinary writes to shared memory known to the copy engine and the tensor cores.
 __device__ __forceinline__ void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-template <int kId, int kCount>
-__device__ __forceinline__ void named_sync() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
-}
+// Named barriers, of `count` threads: some wait, others only arrive.
 __device__ __forceinline__ void named_sync(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
@@ -77,29 +82,15 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Starts copying kCopyRows rows x 64 columns of tensor [B, S, 3 or 1, H, D] to shared memory.
-__device__ __forceinline__ void copy_block(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int head,
-                                           int which, int row, int batch) {
+// Starts copying kCopyRows rows x 64 columns of a tensor map with coordinates (column, head, part, row, batch).
+__device__ __forceinline__ void copy_panel(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int head,
+                                           int part, int row, int batch) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, "
       "%7}], "
       "[%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(which), "r"(row), "r"(batch)
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(part), "r"(row), "r"(batch)
       : "memory");
-}
-
-// Copies kRows rows x kColumns columns as blocks of 64 columns.
-template <int kRows, int kColumns>
-__device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int head, int which,
-                                          int row, int batch) {
-#pragma unroll
-  for (int column = 0; column < kColumns; column += kBlockColumns) {
-#pragma unroll
-    for (int r = 0; r < kRows; r += kCopyRows) {
-      copy_block(static_cast<char*>(to) + (column / kBlockColumns * kRows + r) * kRowBytes, map, barrier, column, head,
-                 which, row + r, batch);
-    }
-  }
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
@@ -114,102 +105,16 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
                : "memory");
 }
 
-// Writes a warp's 16 x 16 piece, packed as lanes hold it, to where the swizzle puts rows row0.. and columns column0..
-// of a block.
-__device__ __forceinline__ void store_piece(void* block, int row0, int column0, const uint32_t (&piece)[4]) {
-  const int lane = threadIdx.x % 32;
-  const int row = row0 + lane % 16;
-  const int vector = column0 / 8 + lane / 16;
-  const uint32_t address = shared_address(block) + row * kRowBytes + ((vector ^ (row % 8)) * 16);
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece[0]),
-               "r"(piece[1]), "r"(piece[2]), "r"(piece[3])
-               : "memory");
-}
-
-// Stores a warp's 16 rows of sums, times a factor per lane's row, by way of rows row0.. of `block`, which are the
-// warp's own. They are rows first_row.. of a matrix with `rows` rows and `columns` columns.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void store_strip(const float (&sums)[kHeadDim / 2], float factor0, float factor1,
-                                            char* block, int row0, T* to, int64_t stride, int first_row, int rows,
-                                            int columns) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int column = 0; column < kHeadDim; column += kBlockColumns) {
-#pragma unroll
-    for (int n = 0; n < kBlockColumns / 16; ++n) {
-      uint32_t piece[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float* pair = &sums[column / 2 + 8 * n + 2 * e];
-        const float factor = e % 2 ? factor1 : factor0;
-        piece[e] = pack<T>(pair[0] * factor, pair[1] * factor);
-      }
-      store_piece(block, row0, 16 * n, piece);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + lane / 8;
-      const int vector = lane % 8;
-      const int d = column + vector * 8;
-      if (first_row + row < rows && d < columns) {
-        *reinterpret_cast<uint4*>(to + (first_row + row) * stride + d) =
-            *reinterpret_cast<const uint4*>(block + (row0 + row) * kRowBytes + (vector ^ row % 8) * 16);
-      }
-    }
-    __syncwarp();
-  }
-}
-
-__device__ __forceinline__ void add_to(float* to, float a, float b, float c, float d) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-__device__ __forceinline__ void add_to(float* to, float a, float b) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
-}
-
-// Of 2 kCount sums each thread hands one half to the lane 2 kCount away, and adds the other lane's to its own other
-// half.
-template <int kCount>
-__device__ __forceinline__ void exchange_halves(const float (&sums)[2 * kCount], float (&kept)[kCount]) {
-  const bool upper = threadIdx.x & 2 * kCount;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float low = sums[i];
-    const float high = sums[kCount + i];
-    kept[i] = (upper ? high : low) + __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, 2 * kCount);
-  }
-}
-
-// Adds the sums over a warp's 16 rows, which `values` holds as store_strip takes them, times a factor, to
-// sums[0..columns - 1].
-template <int kHeadDim>
-__device__ __forceinline__ void add_column_sums(const float (&values)[kHeadDim / 2], float factor, float* sums,
-                                                int columns) {
-#pragma unroll
-  for (int column = 0; column < kHeadDim; column += kBlockColumns) {
-    // A thread has two rows of columns 8 n + 2 (lane % 4) and the next, n = 0..7. In the end n = lane / 4.
-    float of_8[16], of_4[8], of_2[4], of_1[2];
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      of_8[i] = values[column / 2 + i / 2 * 4 + i % 2] + values[column / 2 + i / 2 * 4 + 2 + i % 2];
-    exchange_halves<8>(of_8, of_4);
-    exchange_halves<4>(of_4, of_2);
-    exchange_halves<2>(of_2, of_1);
-    const int d = column + threadIdx.x % 32 * 2;
-    if (d < columns) add_to(sums + d, of_1[0] * factor, of_1[1] * factor);
-  }
-}
-
-// Operand descriptors. Rows along the product's M or N and columns along its K:
+// Operand descriptors (PTX ISA, "Matrix Descriptor Format" of wgmma): bits 0-13 the address, 16-29 the leading and
+// 32-45 the stride byte offset, each over 16, and bits 62-63 the 128-byte swizzle. Rows along the product's M or N and
+// columns along its K:
 __device__ __forceinline__ uint64_t rows_operand(const void* p) {
   return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (uint64_t{1} << 16) |
          (shared_address(p) >> 4 & 0x3FFF);
 }
-// Columns along the product's M or N and rows along its K ("transposed"); blocks of 64 columns are block_bytes apart.
-__device__ __forceinline__ uint64_t columns_operand(const void* p, int block_bytes) {
-  return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (static_cast<uint64_t>(block_bytes / 16) << 16) |
+// Columns along the product's M or N and rows along its K ("transposed"); panels of 64 columns are panel_bytes apart.
+__device__ __forceinline__ uint64_t columns_operand(const void* p, int panel_bytes) {
+  return (uint64_t{1} << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (static_cast<uint64_t>(panel_bytes / 16) << 16) |
          (shared_address(p) >> 4 & 0x3FFF);
 }
 constexpr int kRowsStep = 32 / 16;                 // 16 along K in a rows_operand

@@ -1,0 +1,120 @@
+// What a thread block works on: a tile of a head, and what it knows of that head. Shared by all kernels.
+#pragma once
+
+#include "core/cuda/attention/args.h"
+
+namespace pfa {
+namespace cuda {
+
+// A thread block's share where each has one tile of one head.
+struct TileIndex {
+  uint32_t head;  // batch * H + head
+  int first;      // the tile's first query or key
+};
+
+// The tile of this thread block, of `count` queries or keys in tiles of kRows. Under a causal mask the last queries
+// have the longest walk, and so do the first keys: `from_last` starts the last tiles of a head first.
+template <int kRows>
+__device__ __forceinline__ TileIndex tile_of_block(int count, bool from_last) {
+  const int tiles = (count + kRows - 1) / kRows;
+  const int tile = static_cast<int>(blockIdx.x % tiles);
+  return {blockIdx.x / tiles, (from_last ? tiles - 1 - tile : tile) * kRows};
+}
+
+__device__ __forceinline__ PhiloxState philox_of(const ForwardArgs& args) {
+  return philox_state(args.seed, args.offset, DropoutStage::kAttention);
+}
+
+__device__ __forceinline__ PhiloxState philox_of(const BackwardArgs& args) {
+  return philox_state(args.random_state[0], args.random_state[1], DropoutStage::kAttention);
+}
+
+// What tells a head's scores from those of others.
+struct HeadState {
+  HeadIndex index;
+  int64_t mask_offset;     // of its element (0, 0)
+  PhiloxState philox_key;  // only with dropout
+};
+
+template <class Args>
+__device__ __forceinline__ HeadState head_state(const Args& args, uint32_t flat, bool drops) {
+  const HeadIndex h = args.layout.head(flat);
+  const int64_t* strides = args.mask.strides;
+  return {h, h.batch * strides[0] + h.head * strides[1], drops ? philox_of(args) : PhiloxState{}};
+}
+
+// A head's inputs.
+template <class T>
+struct Head : HeadState {
+  HeadRows<const T> q;
+  HeadRows<const T> k;
+  HeadRows<const T> v;
+};
+
+template <class T>
+struct ForwardHead : Head<T> {
+  HeadRows<T> out;
+};
+
+template <class Acc>
+struct RowStatistics {
+  Acc lse2;
+  Acc shift2;
+  Acc delta;
+};
+
+template <class T, class Acc>
+struct BackwardHead : Head<T> {
+  HeadRows<const T> d_out;
+  HeadRows<T> d_q;
+  HeadRows<T> d_k;
+  HeadRows<T> d_v;
+  const Acc* lse2;  // [rows_padded], as the others
+  const Acc* shift2;
+  const Acc* delta;
+
+  __device__ __forceinline__ RowStatistics<Acc> statistics(int row) const {
+    return {lse2[row], shift2[row], delta[row]};
+  }
+};
+
+template <class T, class Args>
+__device__ __forceinline__ Head<T> head_of(const Args& args, uint32_t flat, bool drops) {
+  const HeadState state = head_state(args, flat, drops);
+  const T* qkv = static_cast<const T*>(args.qkv);
+  return {state, args.layout.rows(qkv, state.index, QkvPart::kQuery), args.layout.rows(qkv, state.index, QkvPart::kKey),
+          args.layout.rows(qkv, state.index, QkvPart::kValue)};
+}
+
+template <class T>
+__device__ __forceinline__ ForwardHead<T> forward_head(const ForwardArgs& args, uint32_t flat, bool drops) {
+  const Head<T> head = head_of<T>(args, flat, drops);
+  return {head, args.layout.out_rows(static_cast<T*>(args.out), head.index)};
+}
+
+template <class T, class Acc>
+__device__ __forceinline__ BackwardHead<T, Acc> backward_head(const BackwardArgs& args, uint32_t flat, bool drops) {
+  const Head<T> head = head_of<T>(args, flat, drops);
+  const QkvLayout& layout = args.layout;
+  T* d_qkv = static_cast<T*>(args.d_qkv);
+  const int64_t statistics = head.index.flat * args.rows_padded;
+  return {head,
+          layout.out_rows(static_cast<const T*>(args.d_out), head.index),
+          layout.rows(d_qkv, head.index, QkvPart::kQuery),
+          layout.rows(d_qkv, head.index, QkvPart::kKey),
+          layout.rows(d_qkv, head.index, QkvPart::kValue),
+          static_cast<const Acc*>(args.lse2) + statistics,
+          static_cast<const Acc*>(args.shift2) + statistics,
+          static_cast<const Acc*>(args.delta) + statistics};
+}
+
+// Called by all threads of a forward kernel: leaves the random state to the stages that come later.
+__device__ __forceinline__ void write_random_state(const ForwardArgs& args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && args.random_state) {
+    args.random_state[0] = args.seed;
+    args.random_state[1] = args.offset;
+  }
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,43 @@
+// The ways to compute attention on a GPU, and which one a call takes: the first of the list that serves it.
+#pragma once
+
+#include <cstddef>
+
+#include "core/cuda/context.h"
+#include "core/params.h"
+
+namespace pfa {
+namespace cuda {
+
+enum class Pass { kForward, kBackward };
+
+struct AttentionImplementation {
+  const char* name;
+  // Why it does not serve a call; null if it does. A pointer that is not placed yet is null, and will be aligned.
+  const char* (*why_not)(const Context& context, const Params& p, Pass pass);
+  void (*forward)(Context& context, const Params& p);
+  // Of backward's workspace; may be asked before pointers are placed (stages.md).
+  size_t (*backward_workspace_bytes)(const Context& context, const Params& p);
+  void (*backward)(Context& context, const Params& p);  // d_qkv, and d_qkv_bias where it is wanted
+};
+
+// Tensor maps, the copy engine and warpgroup products of compute capability 9.0 (hopper/).
+extern const AttentionImplementation kHopperAttention;
+// mma.sync of compute capability 8.0 and later (mma.cuh).
+extern const AttentionImplementation kMmaAttention;
+// Any device and float dtype (plain.cuh).
+extern const AttentionImplementation kPlainAttention;
+
+// Fastest first; the last serves whatever the block accepts.
+constexpr const AttentionImplementation* kAttentionImplementations[] = {&kHopperAttention, &kMmaAttention,
+                                                                        &kPlainAttention};
+
+inline const AttentionImplementation& attention_implementation(const Context& context, const Params& p, Pass pass) {
+  for (const AttentionImplementation* implementation : kAttentionImplementations) {
+    if (!implementation->why_not(context, p, pass)) return *implementation;
+  }
+  return kPlainAttention;
+}
+
+}  // namespace cuda
+}  // namespace pfa

@@ -1,0 +1,81 @@
+// Backward's first kernel: the row statistics that the kernels after it read (BackwardArgs), and zeros for the sums
+// that they add to.
+#pragma once
+
+#include "core/cuda/attention/heads.cuh"
+#include "core/cuda/attention/hopper/schedule.h"
+#include "core/cuda/attention/launch.h"
+#include "core/cuda/numbers.cuh"
+
+namespace pfa {
+namespace cuda {
+
+constexpr int kStatisticsMultiple = 128;  // rows_padded is one of it: whole tiles of any kernel
+
+constexpr int kStatisticsThreads = 256;
+
+// `lanes` neighbouring threads make the statistics of one row, and its zeros.
+template <class T, class Acc>
+__global__ void __launch_bounds__(kStatisticsThreads)
+    attention_row_statistics(const BackwardArgs args, const hopper::BackwardSchedule schedule, const int lanes) {
+  const int rows = kStatisticsThreads / lanes;
+  const int lane = threadIdx.x % lanes;
+  const uint32_t groups = args.rows_padded / rows;  // of rows, in a head
+  const HeadIndex h = args.layout.head(blockIdx.x / groups);
+  const int row = blockIdx.x % groups * rows + threadIdx.x / lanes;
+  hopper::clear_sums(args, schedule, h, row, lane, lanes);
+  Acc delta = 0;
+  Acc lse2 = infinity<Acc>();
+  Acc shift2 = 0;
+  if (row < args.visibility.queries) {
+    const T* out = args.layout.out_rows(static_cast<const T*>(args.out), h).row(row);
+    const T* d_out = args.layout.out_rows(static_cast<const T*>(args.d_out), h).row(row);
+    if (args.vectors) {
+      constexpr int kVec = kVectorSize<T>;
+      for (int d = lane * kVec; d < args.head_dim(); d += lanes * kVec) {
+        const Vector<T, kVec> a = load_vector<kVec>(out + d);
+        const Vector<T, kVec> b = load_vector<kVec>(d_out + d);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) delta += widen(a.value[e]) * widen(b.value[e]);
+      }
+    } else {
+      for (int d = lane; d < args.head_dim(); d += lanes) delta += widen(out[d]) * widen(d_out[d]);
+    }
+    const int64_t statistic = h.flat * args.layout.seq_len + row;
+    lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
+    shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
+    if (!(fabs(shift2) > static_cast<Acc>(kLargeScore))) {
+      lse2 += shift2;
+      shift2 = 0;
+    }
+  }
+  for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
+  if (lane == 0) {
+    const int64_t index = h.flat * args.rows_padded + row;
+    static_cast<Acc*>(args.delta)[index] = delta;
+    static_cast<Acc*>(args.lse2)[index] = lse2;
+    static_cast<Acc*>(args.shift2)[index] = shift2;
+  }
+}
+
+template <class T, class Acc>
+void make_row_statistics(const Context& context, const BackwardArgs& args,
+                         const hopper::BackwardSchedule& schedule = {}) {
+  int lanes = 2;
+  while (lanes < 32 && lanes * 16 < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
+  launch(context, "attention_row_statistics", attention_row_statistics<T, Acc>,
+         args.heads() * (args.rows_padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule,
+         lanes);
+}
+
+// Places the statistics in `arena`.
+inline void place_row_statistics(Arena& arena, const Params& p, BackwardArgs& args) {
+  args.rows_padded = static_cast<int>(ceil_div(args.visibility.queries, kStatisticsMultiple) * kStatisticsMultiple);
+  const size_t bytes = args.heads() * args.rows_padded * size_of(accumulator_of(p.dtype));
+  args.delta = arena.take(bytes);
+  args.lse2 = arena.take(bytes);
+  args.shift2 = arena.take(bytes);
+}
+
+}  // namespace cuda
+}  // namespace pfa
