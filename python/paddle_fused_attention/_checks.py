@@ -62,7 +62,9 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {_shown(value)}")
     if not 1 <= value < 2**31:
-        raise ValueError(f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}")
+        raise ValueError(
+            f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}"
+        )
     return int(value)
 
 

@@ -1,7 +1,8 @@
-"""What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of weights.
+"""What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of
+weights.
 
-A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for blocks that
-may differ in it.
+A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for
+blocks that may differ in it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
         for name, width in widths.items():
             if width != widths[first]:
                 raise CheckpointError(
-                    f"--num-heads: expected a number for each width, as PATTERN=H, since {first} is {widths[first]} wide and "
-                    f"{name} is {width}; got {num_heads}"
+                    f"--num-heads: expected a number for each width, as PATTERN=H, since {first} is {widths[first]} "
+                    f"wide and {name} is {width}; got {num_heads}"
                 )
     for name, width in widths.items():
         count = heads[name]
@@ -70,7 +71,9 @@ def orders_of(normalize_before: bool | None, blocks: list[Block], signs: Signs) 
     if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
         raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
     option = f"--normalize-{'before' if normalize_before else 'after'}"
-    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv}
+    told = {
+        block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv
+    }
     open_ones = [name for name, order in told.items() if order is None]
     if normalize_before is None and open_ones:
         raise CheckpointError(
@@ -86,8 +89,8 @@ def orders_of(normalize_before: bool | None, blocks: list[Block], signs: Signs) 
     stacks = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in open_ones})
     if len(stacks) > 1:
         raise CheckpointError(
-            f"{option}: expected one stack of layers, found {stacks[0]} and {stacks[1]}, which may differ: pack them one after the "
-            "other, by --names"
+            f"{option}: expected one stack of layers, found {stacks[0]} and {stacks[1]}, which may differ: pack them "
+            "one after the other, by --names"
         )
     return {name: bool(normalize_before if order is None else order) for name, order in told.items()}
 

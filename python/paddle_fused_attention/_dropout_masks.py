@@ -1,4 +1,5 @@
-"""What the operator's dropout keeps, where it runs and ordinary ops are to drop the same. The operator itself is asked, in dygraph."""
+"""What the operator's dropout keeps, where it runs and ordinary ops are to drop the same. The operator itself is asked,
+in dygraph."""
 
 from __future__ import annotations
 
@@ -17,22 +18,27 @@ _WIDEST_HEAD = 64
 
 def generator_of(x: paddle.Tensor) -> Any:
     """Paddle's generator of a tensor's device, which the operator draws from."""
-    return core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
+    return (
+        core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
+    )
 
 
 @paddle.no_grad()
 def _dropped(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
     """What the operator makes of other tensors with the seed of a block."""
     with without_auto_cast():
-        inner = Block(x, qkv_weight, linear_weight, **others, seed=block.seed, add_residual=False, final_layer_norm=False)
+        inner = Block(
+            x, qkv_weight, linear_weight, **others, seed=block.seed, add_residual=False, final_layer_norm=False
+        )
         return _op.fused_attention(inner)
 
 
 def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_heads: int = 0) -> paddle.Tensor | None:
-    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries, keys]; None: all.
+    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries,
+    keys]; None: all.
 
-    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator itself is asked: with
-    equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
+    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator
+    itself is asked: with equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
     """
     rate, like = block.attn_dropout_rate, block.x
     if rate == 0.0 or 0 in shape:
@@ -62,7 +68,8 @@ def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_h
 
 
 def kept_output(block: Block) -> paddle.Tensor:
-    """Which elements of the output projection the operator's dropout keeps, as bool. The generator moves on as by one call."""
+    """Which elements of the output projection the operator's dropout keeps, as bool. The generator moves on as by one
+    call."""
     x = block.x
     embed_dim = x.shape[-1]
     zeros = [paddle.zeros(shape, "float32") for shape in (x.shape, block.qkv_weight.shape, [embed_dim, embed_dim])]

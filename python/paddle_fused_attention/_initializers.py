@@ -1,4 +1,5 @@
-"""What an initializer that the user names means for parameters that pack three projections: what it means for three of their own."""
+"""What an initializer that the user names means for parameters that pack three projections: what it means for three of
+their own."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ _FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInit
 
 
 def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
-    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False for no parameter.
+    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False
+    for no parameter.
 
-    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one included, is
-    applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out, or [embed_dim].
+    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one
+    included, is applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out,
+    or [embed_dim].
 
     Raises:
         TypeError, ValueError: `attr` is none, or assigns an array of another shape; errors call it `argument`.
@@ -34,11 +37,15 @@ def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_b
     try:
         attr = paddle.ParamAttr._to_attr(attr)
     except TypeError:
-        raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}") from None
+        raise TypeError(
+            f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}"
+        ) from None
     if attr is False:
         if is_bias:
             return False
-        raise ValueError(f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed")
+        raise ValueError(
+            f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed"
+        )
     attr = copy.copy(attr)
     if attr.name is not None:
         attr.name = f"{attr.name}.{name}"

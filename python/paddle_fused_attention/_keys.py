@@ -1,5 +1,5 @@
-"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes one input
-for all three, computes what was asked for; and the block of ordinary ops where they are not."""
+"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes
+one input for all three, computes what was asked for; and the block of ordinary ops where they are not."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from ._ordinary_ops import attention_part, residual_tail, result_dtype
 def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     """The key and the value, each the query where it is None; None if both are the query itself.
 
-    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal contents have one
-    each. While a graph is built nothing but the name of a value is known.
+    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal
+    contents have one each. While a graph is built nothing but the name of a value is known.
 
     Raises:
         TypeError: key or value is no Tensor.
         NotImplementedError: Other keys or values with tensors of Paddle's auto-parallel engine.
     """
     dygraph = in_dynamic_mode()
-    given = {name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"}
+    given = {
+        name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"
+    }
     for name, tensor in given.items():
         check_tensor(name, tensor, required=True)
         if isinstance(tensor, core.eager.Tensor) != dygraph:
@@ -79,11 +81,12 @@ def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
 
 @paddle.jit.not_to_static
 def attention_to_keys(block: Block, keys: tuple) -> paddle.Tensor:
-    """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in `keys`,
-    ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops, which store the scores.
+    """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in
+    `keys`, ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops,
+    which store the scores.
 
-    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops what the operator would, so that it does not
-    matter which of the two runs; in a graph it is Paddle's.
+    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops what the operator would, so
+    that it does not matter which of the two runs; in a graph it is Paddle's.
 
     Raises:
         TypeError, ValueError: A tensor does not fit the others.

@@ -1,4 +1,5 @@
-"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading starts from."""
+"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading
+starts from."""
 
 from __future__ import annotations
 
@@ -44,10 +45,11 @@ class OwnEntries(nn.Layer):
 
 
 class LoadsAnyFloat(OwnEntries):
-    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in dygraph.
+    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in
+    dygraph.
 
-    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are float32, and
-    checkpoints may be bfloat16 as a whole.
+    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are
+    float32, and checkpoints may be bfloat16 as a whole.
     """
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
@@ -59,8 +61,8 @@ class LoadsAnyFloat(OwnEntries):
 
 
 def state_being_loaded() -> dict | None:
-    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in dygraph. Paddle tells
-    layers in no other way."""
+    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in
+    dygraph. Paddle tells layers in no other way."""
     if not in_dynamic_mode():
         return None
     frame: FrameType | None = sys._getframe(1)
@@ -88,7 +90,8 @@ class Target:
 
 
 def cast(value: Any, dtype: Any) -> Any:
-    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in NumPy."""
+    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in
+    NumPy."""
     if isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype == np.uint16):
         tensor = paddle.to_tensor(value, place=paddle.CPUPlace())
     elif isinstance(value, paddle.Tensor):

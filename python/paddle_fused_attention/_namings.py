@@ -1,7 +1,9 @@
-"""What families of models call the parts of an attention block, and what tells that a block of such names computes something else.
+"""What families of models call the parts of an attention block, and what tells that a block of such names computes
+something else.
 
-The names alone don't say what a model computes: BERT's are also those of models with rotary or relative positions. So a block
-counts as known only where every name in its layer is one that the naming knows, and nothing above it speaks of another attention.
+The names alone don't say what a model computes: BERT's are also those of models with rotary or relative positions. So a
+block counts as known only where every name in its layer is one that the naming knows, and nothing above it speaks of
+another attention.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 class Naming:
     """The names of a layer's parts, without what comes before them in a checkpoint.
 
-    `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns are those of
-    query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they are; versions before 0.2 packed
-    them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what else stands in the layer.
-    `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever wrote the file. `normalize_before`: where
-    the layer norm stands; None: these names don't tell, but what `order` names may, with the answer, above the layer. `buffers`: under
-    `packed`, and no parameters. `decoder`: beside it the attention is that of a decoder.
+    `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns
+    are those of query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they
+    are; versions before 0.2 packed them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what
+    else stands in the layer. `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever
+    wrote the file. `normalize_before`: where the layer norm stands; None: these names don't tell, but what `order`
+    names may, with the answer, above the layer. `buffers`: under `packed`, and no parameters. `decoder`: beside it the
+    attention is that of a decoder.
     """
 
     title: str
@@ -155,7 +158,11 @@ _SIGNS = (
     (r"pooler\.weight|qa_classifier", "these are BigBird's names, whose attention is sparse", ("Hugging Face BERT",)),
     (r"char_embeddings", "these are CANINE's names, some of whose attention is local", ("Hugging Face BERT",)),
     (r"bbox_embeddings", "these are BROS's names, which adds positions of boxes to the scores", ("Hugging Face BERT",)),
-    (r"visual_projection\.visual_projection", "in GIT's names, where text sees all of an image", ("Hugging Face BERT",)),
+    (
+        r"visual_projection\.visual_projection",
+        "in GIT's names, where text sees all of an image",
+        ("Hugging Face BERT",),
+    ),
     (
         r"encoder\.LayerNorm\.weight",
         "a norm after the last layer is that of a model whose norms stand before",
@@ -212,7 +219,10 @@ class Signs:
                 return f"there is {words} but no {positions}: positions enter elsewhere, perhaps in the attention"
             numbers = f"{place}embeddings.position_ids"
             if naming.title == "Hugging Face BERT" and _first(self._arrays.get(numbers)) == 2:
-                return f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer, whose attention is an approximation"
+                return (
+                    f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer, whose attention is an "
+                    "approximation"
+                )
         return None
 
     @staticmethod
@@ -229,7 +239,9 @@ class Signs:
         """Where a naming's layer norm stands; None if nothing tells."""
         if naming.normalize_before is not None:
             return naming.normalize_before
-        told = {answer for place in above(prefix) for name, answer in naming.order.items() if place + name in self._names}
+        told = {
+            answer for place in above(prefix) for name, answer in naming.order.items() if place + name in self._names
+        }
         return told.pop() if len(told) == 1 else None
 
 

@@ -1,6 +1,7 @@
 """Loads the operator library and calls the operator custom_fused_attention in each of Paddle's graph modes.
 
-The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared first.
+The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared
+first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ OP_TYPE = "custom_fused_attention"
 # The same without a gradient: Paddle records operators that have one even where none is wanted.
 _FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
-# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
+# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input
+# i.
 INPUT_NAMES = (
     "X",
     "QKVWeight",
@@ -70,8 +72,8 @@ SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
 NEEDS_GRAD_HOLDS = 128
 
-# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and attributes
-# for one, and would give both the same dropout masks.
+# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and
+# attributes for one, and would give both the same dropout masks.
 _calls = itertools.count(1)
 
 _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
@@ -94,8 +96,8 @@ def _load() -> Any:
     if installed != built_for:
         kinds = {True: "with CUDA", False: "for the CPU"}
         raise ImportError(
-            f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that is installed is "
-            f"{installed[0]} {kinds[installed[1]]}. {rebuild}"
+            f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that "
+            f"is installed is {installed[0]} {kinds[installed[1]]}. {rebuild}"
         )
     libraries = glob(str(Path(__file__).with_name("_C*.so")))
     if not libraries:
@@ -105,8 +107,8 @@ def _load() -> Any:
     # Since Paddle 3.2 the names of the new operators are handed on.
     names = () if registered is None else (registered,)
     paddle.base.framework.OpProtoHolder.instance().update_op_proto(*names)
-    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of functions with
-    # keyword-only arguments, and on 3.3 it never ends over some jumps.
+    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of
+    # functions with keyword-only arguments, and on 3.3 it never ends over some jumps.
     core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     return ctypes.CDLL(libraries[0])
 
@@ -144,8 +146,8 @@ def _raise_checked(message: str) -> None:
 def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> Any:
     """Calls the operator and returns Out.
 
-    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
-    these heads' part of a sum.
+    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so
+    many; Out is then these heads' part of a sum.
     """
     fields: Any = block
     inputs, numbers = fields[OF_TENSORS], fields[OF_NUMBERS]
@@ -227,8 +229,8 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them
-    in as constants."""
+    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome:
+    Paddle takes them in as constants."""
     takes_eager = in_to_static_mode()
     for name, value in zip(names, values):
         if value is None:
@@ -236,8 +238,8 @@ def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
         if isinstance(value, core.eager.Tensor):
             if not takes_eager:
                 raise TypeError(
-                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers after "
-                    "paddle.enable_static()"
+                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers "
+                    "after paddle.enable_static()"
                 )
         elif not _is_dense_variable(value):
             raise TypeError(f"{name}: expected a dense tensor, got {value}")
@@ -250,7 +252,8 @@ def _is_dense_variable(value: Any) -> bool:
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph itself."""
+    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph
+    itself."""
     if _dygraph_tracer() is None:
         check_graph(names, values)
         return
@@ -267,7 +270,8 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 def _wants_grad_static(inputs: Sequence[Any]) -> bool:
-    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under no_grad too."""
+    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under
+    no_grad too."""
     wanted = [value is not None and not value.stop_gradient for value in inputs]
     if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
         return False
@@ -283,8 +287,8 @@ def _warn_of_mask(mask: Any) -> None:
         return
     _has_warned_of_mask = True
     warnings.warn(
-        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it is made of will "
-        "not be trained through it. Set its stop_gradient to True if that is meant.",
+        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it "
+        "is made of will not be trained through it. Set its stop_gradient to True if that is meant.",
         UserWarning,
         stacklevel=4,
     )
@@ -329,8 +333,8 @@ def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
 
 
 def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
-    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set, so such
-    inputs, and placeholders, go in as copies without it."""
+    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set,
+    so such inputs, and placeholders, go in as copies without it."""
     from paddle.base.layer_helper import LayerHelper
 
     helper = LayerHelper(OP_TYPE)

@@ -1,8 +1,8 @@
-"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone, so queries that
-attend to cached keys and values, or to other tensors, are served here.
+"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone,
+so queries that attend to cached keys and values, or to other tensors, are served here.
 
-Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such matrices on the
-CPU.
+Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such
+matrices on the CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ._dropout_masks import kept_scores
 def additive_mask(name: str, mask: Any, x: Any) -> Any:
     """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x; errors call it `name`.
 
-    Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike instead of
-    giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own product is 0 * inf.
+    Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike
+    instead of giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own
+    product is 0 * inf.
     """
     if mask is None:
         return None
@@ -55,7 +56,8 @@ def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_na
     shape = list(tensor.shape)
     if len(shape) != len(expected) or not all(map(_agrees, expected, shape)):
         raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, got {shape}"
+            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, "
+            f"got {shape}"
         )
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: expected {other_name}'s dtype {_dtype_name(other)}, got {_dtype_name(tensor)}")
@@ -63,7 +65,9 @@ def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_na
 
 def _check_mask_dtype(name: str, mask: Any) -> None:
     if _dtype_name(mask) not in _MASK_DTYPES:
-        raise TypeError(f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}")
+        raise TypeError(
+            f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}"
+        )
 
 
 def _check_mask(mask: Any, scores: Sequence[int]) -> None:
@@ -73,7 +77,8 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
     shape = list(mask.shape)
     if len(shape) > 4 or not all(n == 1 or _agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))):
         raise ValueError(
-            f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got {shape}"
+            f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got "
+            f"{shape}"
         )
     _check_mask_dtype("attn_mask", mask)
 
@@ -146,7 +151,8 @@ def _project(h: Any, weight: Any, bias: Any) -> Any:
 
 
 def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None) -> Any:
-    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and dropout."""
+    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and
+    dropout."""
     num_heads, head_dim = q.shape[1], q.shape[3]
     scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
@@ -156,7 +162,8 @@ def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None
 
 
 def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
-    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is of `dtype`.
+    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is
+    of `dtype`.
 
     `keep` says what dropout keeps; None: what Paddle's own does.
     """
@@ -175,7 +182,8 @@ def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
 
 @paddle.jit.not_to_static
 def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: str = "cache") -> tuple:
-    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of x itself.
+    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of
+    x itself.
 
     For inference. Among themselves the queries are masked by the mask alone, as in Paddle: `causal` is not read.
 
@@ -209,7 +217,9 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
             scale, shift = _cast_all((block.pre_ln_scale, block.pre_ln_bias), compute)
             h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
         q, k, v = paddle.unbind(_project(h, weight, bias))
-        k, v = (paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v)))
+        k, v = (
+            paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v))
+        )
         o = _attend(block, q, k, v, causal=False)
         out = residual_tail(block, paddle.matmul(o, linear_weight), dtype)
         return out, paddle.cast(k, dtype), paddle.cast(v, dtype)
@@ -223,8 +233,9 @@ def result_dtype(x: Any) -> Any:
 
 @paddle.jit.not_to_static
 def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
-    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries come from x and the
-    keys and values from the two tensors in `keys`, which the first layer norm normalises as it does x.
+    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries
+    come from x and the keys and values from the two tensors in `keys`, which the first layer norm normalises as it does
+    x.
 
     In dygraph dropout drops what the operator would.
 

@@ -18,7 +18,8 @@ def is_plain(layer: Any, kind: type[Any]) -> bool:
 
 
 def is_plain_dropout(layer: Any) -> bool:
-    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a number."""
+    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a
+    number."""
     return (
         is_plain(layer, nn.Dropout)
         and layer.mode == "upscale_in_train"
@@ -47,7 +48,11 @@ def origin_of_forward(kind: Any) -> str | None:
 
 
 def reason_against_class(kind: Any, *known: str) -> str | None:
-    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are modules whose
-    forward is welcome, too."""
+    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are
+    modules whose forward is welcome, too."""
     origin = origin_of_forward(kind)
-    return None if origin is None or origin in known else f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+    return (
+        None
+        if origin is None or origin in known
+        else f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+    )

@@ -1,5 +1,5 @@
-"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over processes, and what
-comes after the sum is made of Paddle's ordinary ops.
+"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over
+processes, and what comes after the sum is made of Paddle's ordinary ops.
 
 The processes are those of a communication group, or of one dimension of a mesh in Paddle's auto-parallel engine.
 """
@@ -19,8 +19,8 @@ from ._ordinary_ops import attention_part, residual_tail, result_dtype
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
-    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads, in dygraph; None:
-    none.
+    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads,
+    in dygraph; None: none.
 
     Raises:
         NotImplementedError: A tensor of the auto-parallel engine on Paddle 2, whose custom operators take none.
@@ -42,8 +42,8 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
 
 
 def attention_over_mesh(block: Block, axis: int) -> Any:
-    """A block that is checked, with a weight that is sharded by heads over dimension `axis` of its mesh; the other tensors are sharded
-    as that asks for."""
+    """A block that is checked, with a weight that is sharded by heads over dimension `axis` of its mesh; the other
+    tensors are sharded as that asks for."""
     mesh = block.qkv_weight.process_mesh
     size = mesh.shape[axis]
     total_heads = block.qkv_weight.shape[1]
@@ -71,10 +71,12 @@ def attention_of_part(
     share: Callable | None = None,
     keys: tuple | None = None,
 ) -> Any:
-    """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of these heads.
+    """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of
+    these heads.
 
-    `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads.
-    The block's seed fixes the masks of the attention. `keys` are a key and a value other than x, which the operator does not serve.
+    `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for
+    their own heads. The block's seed fixes the masks of the attention. `keys` are a key and a value other than x, which
+    the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     part = block._replace(

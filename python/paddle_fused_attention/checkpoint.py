@@ -1,10 +1,12 @@
-"""Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for bit.
+"""Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for
+bit.
 
-A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator computes it;
-what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names begin with
-a word of their own in every family. What is lost by packing, the old layout and names, goes into the metadata that belong to the
-arrays; without them a block goes back to what its family's names stand for. With Paddle's naming only query, key and value are packed,
-and the names are those of a model after ``paddle_fused_attention.convert``.
+A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator
+computes it; what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for.
+The packed names begin with a word of their own in every family. What is lost by packing, the old layout and names, goes
+into the metadata that belong to the arrays; without them a block goes back to what its family's names stand for. With
+Paddle's naming only query, key and value are packed, and the names are those of a model after
+``paddle_fused_attention.convert``.
 """
 
 from __future__ import annotations
@@ -77,14 +79,14 @@ def pack(
 
     Args:
         arrays: NumPy arrays by name, bfloat16 as uint16; other values, and those of other keys, are passed on.
-        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the names of blocks:
-            the first that fits holds.
+        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the
+            names of blocks: the first that fits holds.
         names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell: those of one
-            stack of layers.
+        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell:
+            those of one stack of layers.
         progress: Called with the number of blocks that are done and their total.
-        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer tell, or else
-            ``file_layout``.
+        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer
+            tell, or else ``file_layout``.
         file_layout: What the arrays' file tells of it; None: nothing.
         metadata: Of the arrays' file.
         config: What the config.json of a model tells, such as its ``model_type``.
@@ -93,8 +95,8 @@ def pack(
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
-        CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for, what tells of the
-            layout is not of one mind, or a packed name is taken.
+        CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for,
+            what tells of the layout is not of one mind, or a packed name is taken.
     """
     check_layout("layout", layout)
     check_layout("file_layout", file_layout)
@@ -133,7 +135,9 @@ def pack(
         old, new = _pack_block(arrays, block, heads[block.name], orders.get(block.name), stored)
         taken = sorted(name for name in new if name in arrays)
         if taken:
-            raise CheckpointError(f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one")
+            raise CheckpointError(
+                f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one"
+            )
         replaced[old[0]] = new
         gone.update(old)
         report.converted[block.name] = _describe(block, new, orders.get(block.name), stored)
@@ -155,17 +159,18 @@ def unpack(
     layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
-    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of models too.
+    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of
+    models too.
 
     Args:
         arrays, names, progress: As of :func:`pack`.
         layout: How the weights were stored before, where the metadata don't tell; None: as those of the family are.
-        metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out as the family
-            stores them and a layer norm's parameters as weight and bias.
+        metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out
+            as the family stores them and a layer norm's parameters as weight and bias.
 
     Raises:
-        CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata are broken, or
-            `layout` does not fit them or the shapes in a layer.
+        CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata
+            are broken, or `layout` does not fit them or the shapes in a layer.
     """
     check_layout("layout", layout)
     memory = _memory(metadata)
@@ -227,11 +232,15 @@ def _memory(metadata: Mapping[str, str] | None) -> dict[str, dict]:
             if was["naming"] not in titles or was["layout"] not in LAYOUTS or tuple(was["norm"]) not in NORM_NAMES:
                 raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise CheckpointError(f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else") from None
+        raise CheckpointError(
+            f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else"
+        ) from None
     return memory
 
 
-def _metadata(old: Mapping[str, str] | None, memory: dict[str, dict], arrays: dict, layout: str | None) -> dict[str, str]:
+def _metadata(
+    old: Mapping[str, str] | None, memory: dict[str, dict], arrays: dict, layout: str | None
+) -> dict[str, str]:
     new = {key: value for key, value in (old or {}).items() if key != METADATA_BLOCKS}
     packed = set(packed_blocks_in(arrays))
     memory = {name: was for name, was in memory.items() if name in packed}
@@ -250,7 +259,9 @@ def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | 
                 f"{block.name}: expected {was['naming']}'s, by the file's metadata, found {block.naming.title}'s"
             )
         if layout not in (None, was["layout"]):
-            raise CheckpointError(f"--layout {layout}: {block.name} was stored {form(was['layout'])}, by the file's metadata")
+            raise CheckpointError(
+                f"--layout {layout}: {block.name} was stored {form(was['layout'])}, by the file's metadata"
+            )
         return was["layout"], tuple(was["norm"])
     found = layout or block.naming.layout
     for name, told in layout_by_shapes(arrays, block, arrays[f"{block.name}.qkv_weight"].shape[-1]).items():
@@ -306,7 +317,9 @@ def _describe(block: Block, new: dict[str, Any], normalize_before: bool | None, 
         stay = ", once its other linear weights, [out, in] here too, are transposed" if layout == "out-in" else ""
         return f"{where}, for a model after paddle_fused_attention.convert(model) ({part}){stay}"
     _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
-    arguments = f"{embed_dim}, {heads}" + (", normalize_before=True, final_layer_norm=False" if normalize_before else "")
+    arguments = f"{embed_dim}, {heads}" + (
+        ", normalize_before=True, final_layer_norm=False" if normalize_before else ""
+    )
     absent = [part for part in ("qkv_bias", "linear_bias") if f"{block.name}.{part}" not in new]
     use = f"FusedMultiHeadAttention({arguments}{', causal=True' if naming.causal else ''})"
     if naming.decoder:
@@ -332,7 +345,9 @@ def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]
     if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
         raise CheckpointError(f"{block.name}.qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
     for part, array in parts.items():
-        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(part, (shape[3],))
+        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(
+            part, (shape[3],)
+        )
         if array.shape != expected:
             raise CheckpointError(f"{block.name}.{part}: expected shape {list(expected)}, got {list(array.shape)}")
     return parts

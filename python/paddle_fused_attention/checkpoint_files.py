@@ -1,10 +1,11 @@
 """Reads and writes checkpoints as NumPy arrays by name; bfloat16 is uint16, as Paddle has it.
 
-Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files of these
-kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that stands in them.
+Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files
+of these kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that
+stands in them.
 
-What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into .pdparams as a
-second pickle behind Paddle's own: paddle.load reads the first one and stops.
+What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into
+.pdparams as a second pickle behind Paddle's own: paddle.load reads the first one and stops.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Checkpoint:
     Attributes:
         arrays: NumPy arrays by name, RawTensors, and whatever else the file holds. Arrays may be read-only.
         metadata: of a .safetensors file, also after it went through .pdparams.
-        layout: how the file says that the weights of linear layers are stored: "in-out" (Paddle), "out-in" (PyTorch); None: not
-            at all. `write` does not store it.
+        layout: how the file says that the weights of linear layers are stored: "in-out" (Paddle), "out-in" (PyTorch);
+            None: not at all. `write` does not store it.
     """
 
     arrays: dict[str, Any]
@@ -105,7 +106,8 @@ def load_state(path: Path, return_numpy: bool = False) -> Any:
     """What ``paddle.load`` gives in dygraph for a file that ``paddle.save`` wrote, but runs nothing that stands in it.
 
     Args:
-        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an optimizer's, say.
+        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an
+            optimizer's, say.
         return_numpy: NumPy arrays, read-only, for tensors.
 
     Raises:
@@ -226,8 +228,8 @@ def _joined(value: Any) -> Any:
 def _as_paddle(value: Any, return_numpy: bool) -> Any:
     """Tensors out of the arrays that were tensors.
 
-    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each tensor as a
-    pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
+    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each
+    tensor as a pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
     """
     if isinstance(value, dict) and isinstance(value.get(_NAME_TABLE), dict):
         names = value.pop(_NAME_TABLE)
@@ -261,7 +263,9 @@ def _as_paddle(value: Any, return_numpy: bool) -> Any:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+    return (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+    )
 
 
 def _any(value: Any, condition: Any) -> bool:
@@ -345,7 +349,8 @@ def _read_torch(path: Path) -> Checkpoint:
         if not is_tensor(value) and _any(value, is_tensor):
             keys = ", ".join(shown(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
             raise CheckpointError(
-                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): save that alone"
+                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): "
+                "save that alone"
             )
     return Checkpoint(found, layout="out-in")
 

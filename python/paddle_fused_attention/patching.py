@@ -1,7 +1,7 @@
 """Puts this package in the place of ``paddle.incubate.nn``'s fused attention, and takes it out again.
 
-Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them is
-given ours.
+Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them
+is given ours.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class _Patched:
 
 
 def patch() -> _Patched:
-    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and ``paddle.incubate.nn.functional.fused_multi_head_attention``
-    those of :mod:`paddle_fused_attention.incubate`.
+    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and
+    ``paddle.incubate.nn.functional.fused_multi_head_attention`` those of :mod:`paddle_fused_attention.incubate`.
 
-    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already), and for
-    code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may be nested: each
-    is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
+    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already),
+    and for code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may
+    be nested: each is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
 
     Returns:
         A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.

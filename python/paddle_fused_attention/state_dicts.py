@@ -1,8 +1,8 @@
 """The state of converted models under the names that it has without conversion, and back.
 
-A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections.
-Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts for the model as it was, and
-optimizer states.
+A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate
+projections. Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts
+for the model as it was, and optimizer states.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _KINDS = ("weight", "bias")
 
 
 def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and order.
+    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and
+    order.
 
-    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one needs nothing:
-    ``model.set_state_dict`` takes these names, too.
+    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one
+    needs nothing: ``model.set_state_dict`` takes these names, too.
 
     Raises:
         TypeError: ``model`` is not a layer.
@@ -38,10 +39,13 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
 
 
 def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
-    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them wants."""
+    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them
+    wants."""
     loaded = state_being_loaded()
     if loaded is not None:
-        state = _exchanged(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
+        state = _exchanged(
+            state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded)
+        )
         return {name: Target(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
     if _wants_separate():
         return _exchanged(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
@@ -49,7 +53,8 @@ def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
 
 
 def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
-    """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by side."""
+    """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by
+    side."""
     entries: dict[str, Any] = {}
     for kind in _KINDS:
         packed = attention._parameters[f"qkv_{kind}"]
@@ -124,8 +129,8 @@ _OLD_NAMES = {
 
 
 def with_old_names(state: dict, prefix: str) -> dict:
-    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is set_state_dict that
-    asks, and what it loads has these."""
+    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is
+    set_state_dict that asks, and what it loads has these."""
     loaded = state_being_loaded()
     if loaded is None:
         return state
@@ -156,8 +161,8 @@ def _wants_separate() -> bool:
 
 
 def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, str, Any, list[str], dict]]:
-    """For every packed parameter of a model and every group of a state: the packing, "weight" or "bias", the parameter, what
-    Paddle called those that it was made of, and the group."""
+    """For every packed parameter of a model and every group of a state: the packing, "weight" or "bias", the parameter,
+    what Paddle called those that it was made of, and the group."""
     for layer in model.sublayers(include_self=True):
         packing: Any = getattr(layer, "_packing", None)
         for kind in _KINDS if packing is not None else ():
@@ -168,12 +173,13 @@ def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, str, Any
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
-    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after :func:`convert`.
+    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after
+    :func:`convert`.
 
-    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such as powers of
-    beta, which must be the same for the three projections, one is kept. What the step is afterwards is the same as without conversion
-    for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW; Lamb and Lars take norms of whole
-    parameters, and see the three projections as one.
+    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such
+    as powers of beta, which must be the same for the three projections, one is kept. What the step is afterwards is the
+    same as without conversion for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW;
+    Lamb and Lars take norms of whole parameters, and see the three projections as one.
 
     Args:
         model: A converted model. What its parameters were called before is what the keys of the state begin with.
@@ -200,7 +206,8 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
 
 
 def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
-    """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as it was before.
+    """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as
+    it was before.
 
     Args:
         model: The converted model, before :func:`revert`.
@@ -222,7 +229,8 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
                 values = [value.clone() for _ in names]
             else:
                 raise ValueError(
-                    f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got {list(value.shape)}"
+                    f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got "
+                    f"{list(value.shape)}"
                 )
             group.update({name + rest: value for name, value in zip(names, values)})
     return result

@@ -1,4 +1,5 @@
-"""Conversion between separate query, key and value projections, as ``paddle.nn.Linear`` holds them, and the packed form."""
+"""Conversion between separate query, key and value projections, as ``paddle.nn.Linear`` holds them, and the packed
+form."""
 
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
     """Packs three projection weights for :func:`fused_multi_head_attention`.
 
     Args:
-        wq, wk, wv: Weights of ``paddle.nn.Linear``, ``[embed_dim, embed_dim]`` (in, out), all Tensors or all NumPy arrays, of one
-            dtype. A weight in (out, in) layout, as PyTorch holds it, is transposed first.
+        wq, wk, wv: Weights of ``paddle.nn.Linear``, ``[embed_dim, embed_dim]`` (in, out), all Tensors or all NumPy
+            arrays, of one dtype. A weight in (out, in) layout, as PyTorch holds it, is transposed first.
         num_heads: A divisor of embed_dim.
 
     Returns:
@@ -79,8 +80,8 @@ def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
 
 
 def unpack_qkv_weight(qkv_weight: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three ``[embed_dim, embed_dim]``, contiguous
-    copies."""
+    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three ``[embed_dim,
+    embed_dim]``, contiguous copies."""
     _check_packed("qkv_weight", qkv_weight, 4, "[3, num_heads, head_dim, num_heads * head_dim]")
     embed_dim = qkv_weight.shape[3]
     wq, wk, wv = (_copy(qkv_weight[i].reshape([embed_dim, embed_dim]).T) for i in range(3))

@@ -1,7 +1,7 @@
 """How the operator serves attention classes that it does not know by itself: one adapter a class.
 
-:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An adapter says where
-the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
+:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An
+adapter says where the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from .._ordinary_ops import additive_mask
 
 
 class AttentionAdapter:
-    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call :func:`register_adapter`.
+    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call
+    :func:`register_adapter`.
 
-    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)`` of projections
-    q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a ``paddle.nn.Linear`` after them. A
-    layer that has parameters, buffers or sublayers beside those that the adapter names is left alone, as is one whose forward
-    gives other numbers than the operator when :func:`convert` tries both, or whose class is only derived from the registered one.
+    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)``
+    of projections q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a
+    ``paddle.nn.Linear`` after them. A layer that has parameters, buffers or sublayers beside those that the adapter
+    names is left alone, as is one whose forward gives other numbers than the operator when :func:`convert` tries both,
+    or whose class is only derived from the registered one.
 
     Attributes:
-        projections: The names of the three projections of query, key and value, or of the one that has the columns of all three in
-            turn.
-        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and not for all
-            heads, [3, num_heads, head_dim].
+        projections: The names of the three projections of query, key and value, or of the one that has the columns of
+            all three in turn.
+        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and
+            not for all heads, [3, num_heads, head_dim].
         output: The name of the projection after attention.
         attn_dropout: The name of the ``paddle.nn.Dropout`` of the attention's weights; None: there is none, or
             :meth:`attn_dropout_rate` tells.
@@ -69,7 +71,8 @@ class AttentionAdapter:
         """What a call of the layer with these arguments means.
 
         Returns:
-            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal; None: the operator
+            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal;
+                None: the operator
             does not serve such a call, and the class's own forward runs.
         """
         raise NotImplementedError(f"{type(self).__name__}.inputs: expected a method of the adapter's own, found none")
@@ -113,8 +116,8 @@ class PaddleAdapter(AttentionAdapter):
 
 
 class VisionTransformerAdapter(AttentionAdapter):
-    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``, ``proj_drop``,
-    ``scale``."""
+    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``,
+    ``proj_drop``, ``scale``."""
 
     projections = ("qkv",)
     output = "proj"

@@ -1,8 +1,8 @@
 """``paddle.nn.TransformerEncoderLayer`` with its attention, norm1, dropout1 and the first residual as one operator.
 
-All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A call whose
-parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization, attention weights that
-are asked for) the parts are called one by one.
+All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A
+call whose parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization,
+attention weights that are asked for) the parts are called one by one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,21 @@ _KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transf
 
 
 class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
-    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base class, and of what
-    PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where ``self_attn.need_weights`` is set, the result is a
-    tuple that ends with the attention's weights, ``[batch, num_heads, seq_len, keys]``, by ordinary ops."""
+    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base
+    class, and of what PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where
+    ``self_attn.need_weights`` is set, the result is a tuple that ends with the attention's weights, ``[batch,
+    num_heads, seq_len, keys]``, by ordinary ops."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fuse(self)
 
     def forward(
-        self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None, output_attentions: bool = False
+        self,
+        src: paddle.Tensor,
+        src_mask: paddle.Tensor | None = None,
+        cache: Any = None,
+        output_attentions: bool = False,
     ) -> Any:
         check_tensor("src", src, required=True)
         src_mask = additive_mask("src_mask", src_mask, src)
@@ -73,8 +78,8 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         )
 
     def _attend_by_parts(self, src: Any, mask: Any, cache: Any, output_attentions: bool) -> tuple:
-        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if they are
-        wanted."""
+        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if
+        they are wanted."""
         attention = self.self_attn
         hidden = self.norm1(src) if self.normalize_before else src
         needed_weights = getattr(attention, "need_weights", False)
@@ -82,7 +87,9 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
             attention.need_weights = True
         try:
             found = (
-                attention(hidden, hidden, hidden, mask, cache) if cache is not None else attention(hidden, hidden, hidden, mask)
+                attention(hidden, hidden, hidden, mask, cache)
+                if cache is not None
+                else attention(hidden, hidden, hidden, mask)
             )
         finally:
             if output_attentions:

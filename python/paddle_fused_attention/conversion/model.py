@@ -30,38 +30,42 @@ _PROJECTIONS = (
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
-    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``, of either
-    norm order, with its layer norm, dropout and residual, and the layers whose class has an adapter (:func:`register_adapter`).
-    Outputs and gradients are the same, up to rounding; dropout draws other masks.
+    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``,
+    of either norm order, with its layer norm, dropout and residual, and the layers whose class has an adapter
+    (:func:`register_adapter`). Outputs and gradients are the same, up to rounding; dropout draws other masks.
 
-    The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value projections become
-    ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all else stays the object that it
-    was: other parameters, sublayers, modes, hooks. What is changed later is followed: dropout rates, modes, hooks, replaced
-    sublayers, attention weights that are asked for; such a call takes the class's own way where the operator has none. Of the
-    packed projections, which remain as sublayers, ``weight`` and ``bias`` can't be reached. Gradient hooks
-    (``Tensor.register_hook``) of their parameters are lost; Paddle does not tell of them.
+    The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value
+    projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all
+    else stays the object that it was: other parameters, sublayers, modes, hooks. What is changed later is followed:
+    dropout rates, modes, hooks, replaced sublayers, attention weights that are asked for; such a call takes the class's
+    own way where the operator has none. Of the packed projections, which remain as sublayers, ``weight`` and ``bias``
+    can't be reached. Gradient hooks (``Tensor.register_hook``) of their parameters are lost; Paddle does not tell of
+    them.
 
-    Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and ``paddle.jit.to_static``.
-    Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names from before.
+    Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and
+    ``paddle.jit.to_static``. Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names
+    from before.
 
-    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all alike.
+    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all
+    alike.
 
-    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``, ``need_weights``;
-    parts that were replaced, have hooks or a forward of their own, or share parameters with others; classes whose forward was
-    replaced by anything but PaddleNLP and PaddleFormers.
+    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``,
+    ``need_weights``; parts that were replaced, have hooks or a forward of their own, or share parameters with others;
+    classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
 
     Args:
         model: A layer, of dygraph. A layer that is used several times is converted once.
-        return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if some attention
-            was left alone or none was found.
+        return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if
+            some attention was left alone or none was found.
 
     Returns:
-        The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts by layer name.
+        The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts
+            by layer name.
 
     Raises:
         TypeError: ``model`` is not a layer.
-        RuntimeError: Static-graph mode is on, or the model is in use already: an optimizer holds a parameter that would be packed,
-            or the model is wrapped for several devices or made static.
+        RuntimeError: Static-graph mode is on, or the model is in use already: an optimizer holds a parameter that would
+            be packed, or the model is wrapped for several devices or made static.
     """
     _check_model("convert", model)
     report = Report()
@@ -82,14 +86,14 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
 
 
 def revert(model: nn.Layer) -> nn.Layer:
-    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the values, the names and
-    Paddle's names (``Parameter.name``) that they had.
+    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the
+    values, the names and Paddle's names (``Parameter.name``) that they had.
 
     Raises:
         TypeError: ``model`` is not a layer.
         RuntimeError: Static-graph mode is on, or the model is wrapped for several devices or made static
-            (:func:`separate_state_dict` saves such a model under the names from before). An optimizer that holds packed parameters
-            is warned of.
+            (:func:`separate_state_dict` saves such a model under the names from before). An optimizer that holds packed
+            parameters is warned of.
     """
     _check_model("revert", model)
     layers = model.sublayers(include_self=True)
@@ -162,7 +166,9 @@ def _is_attention(layer: nn.Layer) -> bool:
         for part in layer.sublayers()
     ):
         return False
-    return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(names <= set(layer._sub_layers) for names in _PROJECTIONS)
+    return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(
+        names <= set(layer._sub_layers) for names in _PROJECTIONS
+    )
 
 
 def _without_adapter(layer: nn.Layer) -> str:
@@ -197,8 +203,8 @@ def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
 
 
 def _check_unused(function: str, changed: list, parameters: dict) -> None:
-    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that everything alive
-    is looked through."""
+    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that
+    everything alive is looked through."""
     if not changed:
         return
     ours = {id(layer) for layer in changed}
@@ -216,20 +222,21 @@ def _check_unused(function: str, changed: list, parameters: dict) -> None:
         ):
             what = "wrapped by" if _is_wrapper(holder) else "made static by paddle.jit.to_static in"
             raise RuntimeError(
-                f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; {function} first, "
-                "then make the optimizer, then paddle.DataParallel or fleet.distributed_model, then paddle.jit.to_static"
+                f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; "
+                f"{function} first, then make the optimizer, then paddle.DataParallel or fleet.distributed_model, "
+                "then paddle.jit.to_static"
             )
 
 
 def _refuse_optimizer(function: str, optimizer: str, parameter: str) -> None:
     if function == "convert":
         raise RuntimeError(
-            f"convert: expected a model whose optimizer is still to be made, got one of which a {optimizer} holds {parameter}, "
-            "which would be replaced; delete that optimizer, and make it after convert"
+            f"convert: expected a model whose optimizer is still to be made, got one of which a {optimizer} holds "
+            f"{parameter}, which would be replaced; delete that optimizer, and make it after convert"
         )
     warnings.warn(
-        f"revert: a {optimizer} holds {parameter}, which is no longer the model's; make a new optimizer to train it on, with the "
-        "state that separate_optimizer_state gives before revert",
+        f"revert: a {optimizer} holds {parameter}, which is no longer the model's; make a new optimizer to train it "
+        "on, with the state that separate_optimizer_state gives before revert",
         stacklevel=4,
     )
 
@@ -240,7 +247,9 @@ def _parameters_of(optimizer: Any) -> Iterable:
 
 
 def _is_wrapper(layer: nn.Layer) -> bool:
-    return isinstance(layer, paddle.DataParallel) or type(layer).__module__.startswith("paddle.distributed.fleet.meta_parallel")
+    return isinstance(layer, paddle.DataParallel) or type(layer).__module__.startswith(
+        "paddle.distributed.fleet.meta_parallel"
+    )
 
 
 def _is_finished(layer: Any) -> bool:

@@ -1,9 +1,10 @@
 """Attention layers whose query, key and value projections are packed into the operator's parameters.
 
-Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and
-``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear, and compute with their part of
-the packed parameters. All else (output projection, dropouts, attributes, hooks) is left as it is. A call that the operator serves runs
-it; every other call runs the class's own forward. So whatever is done to the parts later is never passed over.
+Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim,
+embed_dim] and ``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear,
+and compute with their part of the packed parameters. All else (output projection, dropouts, attributes, hooks) is left
+as it is. A call that the operator serves runs it; every other call runs the class's own forward. So whatever is done to
+the parts later is never passed over.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_c
 class Packing:
     """How projections are packed.
 
-    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for each head if
-    ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by projection and "weight" or "bias".
+    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for
+    each head if ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by
+    projection and "weight" or "bias".
     """
 
     projections: tuple[str, ...]
@@ -105,8 +107,8 @@ class PackedLinear(nn.Linear):
     def _refusal(self, name: str) -> RuntimeError:
         # No AttributeError: who asks by hasattr() must not take it for a layer without weights.
         return RuntimeError(
-            f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its attention's "
-            f"qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
+            f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its "
+            f"attention's qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
         )
 
     def extra_repr(self) -> str:
@@ -149,8 +151,9 @@ class PackedAttention(OwnEntries):
         output = self._sub_layers.get(self._adapter.output)
         if type(output).__module__.startswith("paddle.nn.quant") and _packed_parts(self):
             raise RuntimeError(
-                f"{self._adapter.output}: expected all projections of an attention quantized or none, got packed query, key and value "
-                f"projections beside a {type(output).__name__}; paddle_fused_attention.revert(model) before it is quantized"
+                f"{self._adapter.output}: expected all projections of an attention quantized or none, got packed "
+                f"query, key and value projections beside a {type(output).__name__}; "
+                "paddle_fused_attention.revert(model) before it is quantized"
             )
 
     @paddle.jit.not_to_static
@@ -219,7 +222,8 @@ def _new_packed(original: type) -> Any:
     adapter = adapter_for(original)
     if adapter is None:
         raise TypeError(
-            f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none"
+            f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got "
+            "none"
         )
     kind: Any = packed_class(original, adapter)
     return kind.__new__(kind)

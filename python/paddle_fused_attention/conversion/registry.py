@@ -30,8 +30,8 @@ def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> 
     """Makes :func:`convert` serve the layers of a class.
 
     Args:
-        attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``. Classes
-            that are derived from it are not meant. What was registered for it before is replaced.
+        attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``.
+            Classes that are derived from it are not meant. What was registered for it before is replaced.
         adapter: An :class:`AttentionAdapter`.
 
     Raises:
@@ -41,10 +41,13 @@ def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> 
     if isinstance(attention_class, str):
         if not _DOTTED_NAME.fullmatch(attention_class):
             raise ValueError(
-                f"attention_class: expected a class or its full name, as 'package.module.Class', got {attention_class!r}"
+                "attention_class: expected a class or its full name, as 'package.module.Class', got "
+                f"{attention_class!r}"
             )
     elif not isinstance(attention_class, type) or not issubclass(attention_class, nn.Layer):
-        raise TypeError(f"attention_class: expected a subclass of paddle.nn.Layer or its full name, got {attention_class!r}")
+        raise TypeError(
+            f"attention_class: expected a subclass of paddle.nn.Layer or its full name, got {attention_class!r}"
+        )
     if attention_class is nn.MultiHeadAttention or attention_class == full_name(nn.MultiHeadAttention):
         raise ValueError(
             "attention_class: expected a class of your own or of another library, got paddle.nn.MultiHeadAttention"
@@ -66,8 +69,8 @@ def adapter_for(kind: type) -> AttentionAdapter | None:
 
 
 def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, prefix: str = "") -> str | None:
-    """Why an attention can't be packed; None if it can. `owners` says in how many places each layer and parameter is; `prefix`
-    comes before the names of parts."""
+    """Why an attention can't be packed; None if it can. `owners` says in how many places each layer and parameter is;
+    `prefix` comes before the names of parts."""
     reason = adapter.reason_against(attention)
     if reason is not None:
         return reason
@@ -83,7 +86,10 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
     for name in adapter.dropouts():
         part = getattr(attention, name, None)
         if not isinstance(part, nn.Dropout) or not is_plain_dropout(part):
-            return f"its {prefix}{name} is a {type(part).__name__}, not a paddle.nn.Dropout of mode 'upscale_in_train' without hooks"
+            return (
+                f"its {prefix}{name} is a {type(part).__name__}, not a paddle.nn.Dropout of mode 'upscale_in_train' "
+                "without hooks"
+            )
     layers = [getattr(attention, name) for name in projections]
     reason = _reason_against_shapes(adapter.num_heads(attention), layers, getattr(attention, adapter.output))
     if reason is not None:
@@ -94,7 +100,9 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
         parameters = [getattr(layer, kind) for layer in layers]
         for parameter in parameters:
             if parameter is not None and (parameter.is_dist() or not parameter._is_initialized()):
-                found = "spread over devices" if parameter.is_dist() else "without values, as paddle.LazyGuard leaves it"
+                found = (
+                    "spread over devices" if parameter.is_dist() else "without values, as paddle.LazyGuard leaves it"
+                )
                 return f"the {kind} of a projection is {found}"
         if parameters[0] is not None and len({repr(training_of(p)) for p in parameters}) > 1:
             return f"the {kind} of {', '.join(projections)} differ in dtype or in how they are trained"
@@ -112,15 +120,17 @@ def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | N
         if list(layer.weight.shape) != [embed_dim, columns]:
             return f"a projection has a weight of shape {list(layer.weight.shape)}, not [{embed_dim}, {columns}]"
     if list(output.weight.shape) != [embed_dim, embed_dim]:
-        return f"its output projection has a weight of shape {list(output.weight.shape)}, not [{embed_dim}, {embed_dim}]"
+        return (
+            f"its output projection has a weight of shape {list(output.weight.shape)}, not [{embed_dim}, {embed_dim}]"
+        )
     if num_heads < 1 or embed_dim % num_heads:
         return f"its width {embed_dim} is no multiple of its {num_heads} heads"
     return None
 
 
 def reason_against_adapted(attention: Any, adapter: AttentionAdapter, owners: dict) -> str | None:
-    """As :func:`reason_against`, for a class that the package does not know well: nothing may be there that the adapter does not name,
-    and the numbers of a copy must be those of the class's own forward."""
+    """As :func:`reason_against`, for a class that the package does not know well: nothing may be there that the adapter
+    does not name, and the numbers of a copy must be those of the class's own forward."""
     if not is_plain(attention, type(attention)):
         return "it has hooks or a forward of its own"
     reason = reason_against(attention, adapter, owners)
@@ -156,7 +166,10 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
     for wanted, found in zip(expected, actual):
         size, difference = float(wanted.abs().max()), float((found - wanted).abs().max())
         if not difference <= 1e-4 * size:
-            return f"its forward gives other numbers than the operator: they differ by {difference:.2g} where the largest is {size:.2g}"
+            return (
+                f"its forward gives other numbers than the operator: they differ by {difference:.2g} where the "
+                f"largest is {size:.2g}"
+            )
     return None
 
 

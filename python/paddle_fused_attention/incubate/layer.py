@@ -21,27 +21,29 @@ __all__ = ["FusedMultiHeadAttention"]
 class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
     """The built-in layer, with its parameters and attributes; only the computation is this package's.
 
-    As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it: AMP's
-    decorator, for one, keeps its layer-norm parameters in float32.
+    As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it:
+    AMP's decorator, for one, keeps its layer-norm parameters in float32.
 
     Parameters: ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and ``qkv_bias`` [3, num_heads, head_dim], with
     ``transpose_qkv_wb`` [embed_dim, 3 * embed_dim] and [3 * embed_dim]; ``linear_weight`` [embed_dim, embed_dim],
-    ``linear_bias`` [embed_dim]; ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim] with ``normalize_before``, else ``ln_scale``
-    and ``ln_bias``.
+    ``linear_bias`` [embed_dim]; ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim] with ``normalize_before``, else
+    ``ln_scale`` and ``ln_bias``.
 
     Args:
         embed_dim: Width of the input and the output.
         num_heads: A divisor of embed_dim.
-        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the
+            attention.
         kdim, vdim: Unused; the layer is for self-attention.
         normalize_before: Whether the input is layer-normalised (True) or the output (False).
         need_weights: False.
         qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
-            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are applied to the
-            parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for that of a convolution.
+            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are
+            applied to the parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for
+            that of a convolution.
         epsilon: Of the layer norm.
-        nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``, which divides
-            num_heads, and its id: see the function. 1 and -1: none.
+        nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``,
+            which divides num_heads, and its id: see the function. 1 and -1: none.
         transpose_qkv_wb: The form of qkv_weight and qkv_bias.
         name: Shown by ``repr``.
 
@@ -122,11 +124,11 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever they are;
-                here others than the query are computed as what they are, by ordinary ops: see
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever
+                they are; here others than the query are computed as what they are, by ordinary ops: see
                 :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
-            attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and integer
-                masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
+            attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and
+                integer masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
             cache: ``cache_kv`` of the function, or None.
 
         Returns:
@@ -144,7 +146,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             return self._attend_to_itself(query, attn_mask, cache)
         return self._attend_to_keys(query, attn_mask, cache, keys)
 
-    def _attend_to_itself(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None) -> Any:
+    def _attend_to_itself(
+        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None
+    ) -> Any:
         return fused_multi_head_attention(
             query,
             self.qkv_weight,
