@@ -183,8 +183,8 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, metadata))
     for name, what in report.converted.items():
         _print(f"{name}: {what}", sys.stdout)
-    for name, why in report.left_alone.items():
-        _print(f"{name or '(the model)'}: left alone, {why}", sys.stdout)
+    for line in report.lines_of_left_alone():
+        _print(line, sys.stdout)
     done = "packed" if arguments.command == "convert" else "unpacked"
     unchanged = sum(1 for name in arrays if name in read.arrays)
     counts = f"{len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged"

@@ -18,6 +18,8 @@ from paddle.nn.initializer.normal import NormalInitializer, TruncatedNormalIniti
 from paddle.nn.initializer.uniform import UniformInitializer
 from paddle.nn.initializer.xavier import XavierInitializer
 
+from .weights import pack_projections
+
 _FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
 
 
@@ -59,12 +61,12 @@ def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_b
             raise ValueError(f"{argument}: expected an array of shape {separate} to assign to {name}, got {found}")
         packed = packed and found == separate
     if packed and initializer is not None:
-        initializer = _for_three(initializer, separate)
+        initializer = _for_three(initializer, separate, shape[1])
     attr.initializer = initializer
     return attr
 
 
-def _for_three(initializer: Any, shape: list[int]) -> Any:
+def _for_three(initializer: Any, shape: list[int], num_heads: int) -> Any:
     own = type(initializer).__module__.startswith("paddle.")
     if own and isinstance(initializer, (XavierInitializer, MSRAInitializer)):
         initializer = copy.copy(initializer)
@@ -72,31 +74,34 @@ def _for_three(initializer: Any, shape: list[int]) -> Any:
         return initializer
     if own and isinstance(initializer, _FOR_EACH_ELEMENT) and not getattr(initializer, "_diag_num", 0):
         return initializer
-    return _ForThree(initializer, shape)
+    return _ForThree(initializer, shape, num_heads)
 
 
 class _ForThree(Initializer):
     """Applies an initializer to three parameters of `shape` and packs them."""
 
-    def __init__(self, initializer: Any, shape: list[int]) -> None:
+    def __init__(self, initializer: Any, shape: list[int], num_heads: int) -> None:
         super().__init__()
         self._initializer = initializer
         self._shape = shape
+        self._num_heads = num_heads
 
     def forward(self, param: Any, block: Any = None) -> Any:
         block = self._check_block(block)
         if not in_dynamic_or_pir_mode():
             with paddle.static.program_guard(block.program):
-                paddle.assign(self._packed([self._variable(param.dtype, block) for _ in range(3)], param.shape), param)
+                paddle.assign(
+                    pack_projections([self._variable(param.dtype, block) for _ in range(3)], self._num_heads), param
+                )
             return None
         if not in_dynamic_mode():
             meta = type(param)(self._shape, param.dtype)
-            return self._packed([self._initializer(meta, block) for _ in range(3)], param.shape)
+            return pack_projections([self._initializer(meta, block) for _ in range(3)], self._num_heads)
         with paddle.no_grad():
             parts = [framework.EagerParamBase(shape=self._shape, dtype=param.dtype) for _ in range(3)]
             for part in parts:
                 self._initializer(part, block)
-            self._packed(parts, param.shape)._share_underline_tensor_to(param)
+            pack_projections(parts, self._num_heads)._share_underline_tensor_to(param)
         return None
 
     def _variable(self, dtype: Any, block: Any) -> Any:
@@ -107,8 +112,3 @@ class _ForThree(Initializer):
         parameter.desc.set_is_parameter(False)
         parameter.persistable = False
         return framework.Variable(block, name=name, shape=self._shape, dtype=dtype, persistable=False)
-
-    def _packed(self, parts: list, shape: Sequence[int]) -> Any:
-        # [in, out] as paddle.nn.Linear has it, packed as [out, in]
-        parts = [paddle.transpose(part, [1, 0]) if len(self._shape) == 2 else part for part in parts]
-        return paddle.reshape(paddle.stack(parts), list(shape))

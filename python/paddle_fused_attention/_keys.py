@@ -16,6 +16,11 @@ from ._dropout_masks import generator_of, kept_output
 from ._ordinary_ops import attention_part, residual_tail, result_dtype
 
 
+def are_query(query: Any, key: Any, value: Any) -> bool:
+    """Whether a key and a value are the same object as the query, or None, which stands for it."""
+    return (key is None or key is query) and (value is None or value is query)
+
+
 @paddle.jit.not_to_static
 def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     """The key and the value, each the query where it is None; None if both are the query itself.
@@ -27,6 +32,8 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
         TypeError: key or value is no Tensor.
         NotImplementedError: Other keys or values with tensors of Paddle's auto-parallel engine.
     """
+    if are_query(query, key, value):
+        return None
     dygraph = in_dynamic_mode()
     given = {
         name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"

@@ -26,6 +26,7 @@ from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
 from ._block import OF_NUMBERS, OF_SWITCHES, OF_TENSORS, TENSORS, Block
+from ._checks import dtype_name
 
 OP_TYPE = "custom_fused_attention"
 # The same without a gradient: Paddle records operators that have one even where none is wanted.
@@ -305,7 +306,7 @@ def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 
     """Refuses shapes and dtypes that the operator does not take, before there are values."""
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
-    dtypes = [b"" if value is None else str(value.dtype).split(".")[-1].lower().encode() for value in inputs]
+    dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
     message = _check(
         (ctypes.c_int64 * len(dimensions))(*dimensions),
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),

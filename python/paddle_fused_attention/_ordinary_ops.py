@@ -17,6 +17,7 @@ from paddle.framework import in_dynamic_mode
 from . import _amp, _op
 from ._amp import without_auto_cast
 from ._block import TENSORS, Block
+from ._checks import dtype_name
 from ._dropout_masks import kept_scores
 
 
@@ -43,10 +44,6 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
 _MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
-def _dtype_name(tensor: Any) -> str:
-    return str(tensor.dtype).split(".")[-1].lower()
-
-
 def _agrees(wanted: Any, size: int) -> bool:
     """Whether a size is as expected; names stand for any, and -1 for one that is not known yet."""
     return isinstance(wanted, str) or wanted == size or -1 in (wanted, size)
@@ -60,13 +57,13 @@ def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_na
             f"got {shape}"
         )
     if tensor.dtype != other.dtype:
-        raise TypeError(f"{name}: expected {other_name}'s dtype {_dtype_name(other)}, got {_dtype_name(tensor)}")
+        raise TypeError(f"{name}: expected {other_name}'s dtype {dtype_name(other)}, got {dtype_name(tensor)}")
 
 
 def _check_mask_dtype(name: str, mask: Any) -> None:
-    if _dtype_name(mask) not in _MASK_DTYPES:
+    if dtype_name(mask) not in _MASK_DTYPES:
         raise TypeError(
-            f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}"
+            f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {dtype_name(mask)}"
         )
 
 
@@ -283,6 +280,6 @@ def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: 
 
 
 def _as_float32(tensor: Any) -> Any:
-    if tensor is None or _dtype_name(tensor) not in ("float32", "float16", "bfloat16"):
+    if tensor is None or dtype_name(tensor) not in ("float32", "float16", "bfloat16"):
         return tensor
     return paddle.cast(tensor, "float32")

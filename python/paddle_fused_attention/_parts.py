@@ -1,10 +1,11 @@
-"""Whether layers that are to be replaced compute what their classes do, and nothing else."""
+"""The parts of layers: whether they compute what their classes do, and nothing else; and their parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from paddle import nn
+from paddle.framework import in_dynamic_mode
 
 
 def is_plain(layer: Any, kind: type[Any]) -> bool:
@@ -39,6 +40,13 @@ def reason_against_linear(name: str, layer: Any) -> str | None:
         return reason
     extra = sorted({*layer._parameters, *layer._buffers, *layer._sub_layers} - {"weight", "bias"})
     return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
+
+
+def parameters_of(layer: Any, *names: str) -> list:
+    """Parameters of a layer. Paddle takes several microseconds to find each as an attribute, which only static graphs
+    need: they have other values behind the attributes."""
+    known = layer._parameters if in_dynamic_mode() else {}
+    return [known[name] if name in known else getattr(layer, name) for name in names]
 
 
 def origin_of_forward(kind: Any) -> str | None:

@@ -37,7 +37,7 @@ from ._namings import (
     reason_against,
 )
 from .report import Report
-from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from .weights import pack_projections, separate_projections
 
 METADATA = "paddle_fused_attention."  # keys that begin so are ours
 METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, when it is in a format that would say otherwise
@@ -205,7 +205,7 @@ def unpack(
 
 
 def _nothing(what: str, names: str, report: Report) -> str:
-    left = [f"{name or '(the model)'}: left alone, {why}" for name, why in report.left_alone.items()]
+    left = report.lines_of_left_alone()
     more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
     found = ": " + "; ".join(left[:3]) + more if left else ""
     return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + found
@@ -284,13 +284,9 @@ def _pack_block(
     *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
     if layout == "out-in":
         weights, out = [weight.T for weight in weights], out.T
-    if len(naming.qkv) == 1:
-        weights = np.split(weights[0], 3, axis=1)
-        biases = [None] * 3 if biases[0] is None else np.split(biases[0], 3)
-    (wq, wk, wv), (bq, bk, bv) = weights, biases
     new = {
-        "qkv_weight": pack_qkv_weight(wq, wk, wv, num_heads),
-        "qkv_bias": None if bq is None else pack_qkv_bias(bq, bk, bv, num_heads),
+        "qkv_weight": pack_projections(weights, num_heads),
+        "qkv_bias": None if biases[0] is None else pack_projections(biases, num_heads),
     }
     if naming.only_qkv:
         ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
@@ -357,11 +353,9 @@ def _unpack_block(
     arrays: dict[Any, Any], block: Block, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
 ) -> tuple[list[str], dict[str, Any]]:
     """The names that go and the arrays that come."""
-    weights = list(unpack_qkv_weight(parts["qkv_weight"]))
-    biases = list(unpack_qkv_bias(parts["qkv_bias"])) if "qkv_bias" in parts else []
-    if len(block.naming.qkv) == 1:
-        weights = [np.concatenate(weights, axis=1)]
-        biases = [np.concatenate(biases)] if biases else []
+    count = len(block.naming.qkv)
+    weights = separate_projections(parts["qkv_weight"], count)
+    biases = separate_projections(parts["qkv_bias"], count) if "qkv_bias" in parts else []
     if "linear_weight" in parts:
         weights.append(parts["linear_weight"])
     if layout == "out-in":

@@ -22,9 +22,10 @@ import numpy as np
 import paddle
 
 from . import _safetensors_files, _torch_files
+from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
 from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
-from .checkpoint import CheckpointError
+from .checkpoint import METADATA, METADATA_LAYOUT, CheckpointError
 
 SUFFIXES = (".pdparams", ".safetensors")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -35,10 +36,6 @@ _NAME_TABLE = "StructuredToParameterName@@"
 _BIG_TABLE = "UnpackBigParamInfor@@"
 _METADATA = "paddle_fused_attention.metadata"
 
-# Keys of the package's own in metadata. The layout is that of the tensors, whatever the kind of file.
-OWN_METADATA = "paddle_fused_attention."
-_LAYOUT_KEY = OWN_METADATA + "layout"
-_LAYOUTS = ("in-out", "out-in")
 # PaddleNLP writes "np" into files in Paddle's layout, but so does who stores PyTorch's through NumPy.
 _LAYOUT_OF_FORMAT = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
 
@@ -172,9 +169,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
-    own = (metadata or {}).get(_LAYOUT_KEY)
-    if own is not None and own not in _LAYOUTS:
-        raise FormatError(f"expected {_LAYOUT_KEY} to be {' or '.join(_LAYOUTS)} in its metadata, got {shown(own)}")
+    own = (metadata or {}).get(METADATA_LAYOUT)
+    if own is not None and own not in LAYOUTS:
+        raise FormatError(f"expected {METADATA_LAYOUT} to be {' or '.join(LAYOUTS)} in its metadata, got {shown(own)}")
     return own or of_kind
 
 
@@ -404,7 +401,7 @@ def _common_metadata(each: list[dict[str, str] | None]) -> dict[str, str] | None
     for metadata in each:
         for name, text in (metadata or {}).items():
             if merged.setdefault(name, text) != text:
-                if name == "format" or name.startswith(OWN_METADATA):
+                if name == "format" or name.startswith(METADATA):
                     raise FormatError(f"its files disagree about {shown(name)} in their metadata")
                 different.add(name)
     if all(metadata is None for metadata in each):

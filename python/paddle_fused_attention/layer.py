@@ -7,14 +7,13 @@ from typing import Any
 import paddle
 from paddle import nn
 from paddle.base.data_feeder import convert_dtype
-from paddle.framework import in_dynamic_mode
 
 from ._block import MODES, TENSORS, Block
 from ._checks import INFINITY, check_count, check_number, check_switches
 from ._initializers import attribute_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
-from ._parts import is_plain, origin_of_forward, reason_against_linear
+from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
 from .functional import self_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -163,32 +162,22 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         """
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        if (key is None or key is query) and (value is None or value is query):
-            return self._run(self._block(query, attn_mask))
         keys = other_keys(query, key, value)
-        if keys is None:
-            return self._run(self._block(query, attn_mask))
-        return self._run_to_keys(self._block(query, attn_mask), keys)
+        return self._run(self._block(query, attn_mask), keys)
 
     @paddle.jit.not_to_static
     def _block(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> Block:
-        # Reading them as attributes costs several microseconds: Paddle looks for each in Python.
-        known = self._parameters if in_dynamic_mode() else {}
-        parameters = [known[name] if name in known else getattr(self, name) for name in _PARAMETERS]
         epsilon = self.epsilon
         # fmt: off
         return Block._make((
-            query, *parameters, attn_mask,
+            query, *parameters_of(self, *_PARAMETERS), attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
         )).checked()
         # fmt: on
 
-    def _run(self, block: Block) -> paddle.Tensor:
-        return self_attention(block)
-
-    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
-        return attention_to_keys(block, keys)
+    def _run(self, block: Block, keys: tuple | None) -> paddle.Tensor:
+        return self_attention(block) if keys is None else attention_to_keys(block, keys)
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
         """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes

@@ -21,7 +21,7 @@ from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
 from ._block import TENSORS, Block
-from ._checks import INFINITY, check_number
+from ._checks import INFINITY, check_model, check_number
 from ._op import check_tensors
 from ._split_heads import attention_of_part
 from .layer import FusedMultiHeadAttention
@@ -260,10 +260,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
         super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, block: Block) -> paddle.Tensor:
-        return parallel_attention(block, self.group)
-
-    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
+    def _run(self, block: Block, keys: tuple | None) -> paddle.Tensor:
         return parallel_attention(block, self.group, keys)
 
     def extra_repr(self) -> str:
@@ -380,11 +377,6 @@ def _split_parameters(model: nn.Layer) -> dict[str, tuple[ParallelFusedMultiHead
     return found
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
-
-
 def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     """The state dict that a model would have with all its :class:`ParallelFusedMultiHeadAttention` on one process.
 
@@ -394,7 +386,7 @@ def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     Raises:
         TypeError: model is not a layer.
     """
-    _check_model(model)
+    check_model(model)
     state = model.state_dict()
     for key, (layer, name) in _split_parameters(model).items():
         if key not in state:
@@ -416,7 +408,7 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
         TypeError: model is not a layer, or state_dict is not a dict of tensors or arrays.
         ValueError: A parameter that is to be split does not have the whole layer's shape.
     """
-    _check_model(model)
+    check_model(model)
     if not isinstance(state_dict, dict):
         raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
     state = dict(state_dict)

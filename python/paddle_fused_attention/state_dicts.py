@@ -16,11 +16,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from ._checks import check_model
 from ._loading import Target, cast, state_being_loaded
+from .weights import KINDS
 
 # Their checkpoints are read into models that are not converted.
 _SAVING_LIBRARIES = ("paddlenlp.", "paddleformers.")
-_KINDS = ("weight", "bias")
 
 
 def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
@@ -33,8 +34,7 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     Raises:
         TypeError: ``model`` is not a layer.
     """
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     return model.state_dict()
 
 
@@ -56,13 +56,13 @@ def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> di
     """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by
     side."""
     entries: dict[str, Any] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         packed = attention._parameters[f"qkv_{kind}"]
         if packed is not None:
             entries.update(replacement(kind, packed))
-    names = [f"{name}.{kind}" for name in attention._packing.projections for kind in _KINDS]
+    names = [f"{name}.{kind}" for name in attention._packing.projections for kind in KINDS]
     names = [name for name in names if name in entries] + [name for name in entries if name not in names]
-    ours = {f"{prefix}qkv_{kind}" for kind in _KINDS}
+    ours = {f"{prefix}qkv_{kind}" for kind in KINDS}
     result: dict[str, Any] = OrderedDict()
     for name, value in state.items():
         if name in ours:
@@ -75,7 +75,7 @@ def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> di
 def _copies(attention: Any, kind: str, packed: Any) -> dict:
     packing = attention._packing
     with paddle.no_grad():
-        values = packing.separate(kind, packed)
+        values = packing.separate(packed)
     for name, value in zip(packing.projections, values):
         value.name = packing.parameter_names[name, kind]
         value.stop_gradient = packed.stop_gradient
@@ -97,8 +97,7 @@ class _PartTarget:
     def __init__(self, attention: Any, kind: str, index: int) -> None:
         self._attention, self._kind, self._index = attention, kind, index
         packing = attention._packing
-        columns = 3 * attention._parameters["qkv_weight"].shape[3] // len(packing.projections)
-        self.shape = [attention._parameters["qkv_weight"].shape[3], columns][0 if kind == "weight" else 1 :]
+        self.shape = packing.shape(attention._parameters[f"qkv_{kind}"])
         self.name = packing.parameter_names[packing.projections[index], kind]
 
     def __len__(self) -> int:
@@ -110,11 +109,11 @@ class _PartTarget:
         if not isinstance(value, paddle.Tensor):
             value = paddle.to_tensor(np.asarray(value))
         with paddle.no_grad():
-            values = packing.separate(self._kind, packed)
+            values = packing.separate(packed)
             if value.dtype != packed.dtype:
                 raise ValueError(f"{self.name}: expected {packed.dtype}, got {value.dtype}")
             values[self._index] = value.detach()
-            packed.set_value(packing.pack(self._kind, values))
+            packed.set_value(packing.pack(values))
 
 
 # Of a converted encoder layer, by what earlier versions of this package called them.
@@ -160,16 +159,16 @@ def _wants_separate() -> bool:
     return False
 
 
-def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, str, Any, list[str], dict]]:
-    """For every packed parameter of a model and every group of a state: the packing, "weight" or "bias", the parameter,
-    what Paddle called those that it was made of, and the group."""
+def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, list[str], dict]]:
+    """For every packed parameter of a model and every group of a state: the packing, the parameter, what Paddle called
+    those that it was made of, and the group."""
     for layer in model.sublayers(include_self=True):
         packing: Any = getattr(layer, "_packing", None)
-        for kind in _KINDS if packing is not None else ():
+        for kind in KINDS if packing is not None else ():
             packed = layer._parameters[f"qkv_{kind}"]
             if packed is not None:
                 names = [packing.parameter_names[name, kind] for name in packing.projections]
-                yield from ((packing, kind, packed, names, group) for group in _groups(state))
+                yield from ((packing, packed, names, group) for group in _groups(state))
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
@@ -194,14 +193,14 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, kind, packed, names, group in _packed_states(model, result):
+    for packing, packed, names, group in _packed_states(model, result):
         for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
             values = []
             for name in names:
                 if name + rest not in group:
                     raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
                 values.append(_tensor(group.pop(name + rest)))
-            group[packed.name + rest] = _pack_state(packing, kind, packed, values, names[0] + rest)
+            group[packed.name + rest] = _pack_state(packing, packed, values, names[0] + rest)
     return result
 
 
@@ -219,12 +218,12 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, kind, packed, names, group in _packed_states(model, result):
+    for packing, packed, names, group in _packed_states(model, result):
         for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
             value = _tensor(group.pop(packed.name + rest))
             if list(value.shape) == list(packed.shape):
                 with paddle.no_grad():
-                    values = packing.separate(kind, value)
+                    values = packing.separate(value)
             elif value.size == 1:
                 values = [value.clone() for _ in names]
             else:
@@ -237,8 +236,7 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
 
 
 def _check_optimizer_arguments(model: Any, state: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(state, dict):
         raise TypeError(f"state: expected a dict as optimizer.state_dict() gives it, got {type(state).__name__}")
 
@@ -260,12 +258,13 @@ def _tensor(value: Any) -> paddle.Tensor:
     return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(np.asarray(value))
 
 
-def _pack_state(packing: Any, kind: str, packed: Any, values: list, name: str) -> paddle.Tensor:
-    columns = 3 * packed.shape[1] * packed.shape[2] // len(packing.projections)
-    shape = [packed.shape[3], columns] if kind == "weight" else [columns]
+def _pack_state(packing: Any, packed: Any, values: list, name: str) -> paddle.Tensor:
+    shape = packing.shape(packed)
+    if any(value.dtype != values[0].dtype for value in values):
+        raise TypeError(f"state: expected {name} and its like of one dtype, got {[str(v.dtype) for v in values]}")
     if all(list(value.shape) == shape for value in values):
         with paddle.no_grad():
-            return packing.pack(kind, values)
+            return packing.pack(values)
     if any(value.size != 1 for value in values):
         raise ValueError(
             f"state: expected {name} and its like of shape {shape} or one number, got {[list(v.shape) for v in values]}"

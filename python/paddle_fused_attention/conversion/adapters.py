@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
+from .._keys import are_query
 from .._ordinary_ops import additive_mask
 
 
@@ -109,8 +110,8 @@ class PaddleAdapter(AttentionAdapter):
     def inputs(
         self, attention: Any, query: Any, key: Any = None, value: Any = None, attn_mask: Any = None, cache: Any = None
     ) -> tuple[Any, Any, bool] | None:
-        is_self_attention = (key is None or key is query) and (value is None or value is query)
-        if not is_self_attention or cache is not None or attention.need_weights or wants_gradient(attn_mask):
+        served = are_query(query, key, value) and cache is None and not attention.need_weights
+        if not served or wants_gradient(attn_mask):
             return None
         return query, additive_mask("attn_mask", attn_mask, query), False
 
@@ -165,14 +166,9 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
         past_key_value: Any = None,
         output_attentions: bool = False,
     ) -> tuple[Any, Any, bool] | None:
-        is_self_attention = (key is None or key is query) and (value is None or value is query)
-        if (
-            not is_self_attention
-            or use_cache
-            or past_key_value is not None
-            or output_attentions
-            or wants_gradient(attention_mask)
-        ):
+        with_cache = use_cache or past_key_value is not None
+        served = are_query(query, key, value) and not with_cache and not output_attentions
+        if not served or wants_gradient(attention_mask):
             return None
         # Its masks are added as numbers, whatever their dtype, and hide what comes later themselves.
         mask = attention_mask

@@ -16,11 +16,11 @@ from .._block import MODES, Block
 from .._checks import check_tensor
 from .._loading import OwnEntries
 from .._ordinary_ops import additive_mask, attention_with_cache
-from .._parts import is_plain, is_plain_dropout, origin_of_forward, reason_against_class
+from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_of, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, pack, packed_class, parameters_of, rate_of, separate
+from .packed import PackedAttention, pack, packed_class, rate_of, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)

@@ -10,6 +10,7 @@ from typing import Any, Iterable
 import paddle
 from paddle import nn
 
+from .._checks import check_model
 from ..report import Report
 from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_layer, unfuse
 from .packed import PackedAttention, pack, separate
@@ -80,7 +81,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     if return_report:
         return model, report
     if report.left_alone or not report.converted:
-        found = str(Report(left_alone=report.left_alone)) or "found no attention"
+        found = "\n".join(report.lines_of_left_alone()) or "found no attention"
         warnings.warn(f"convert: {found}", stacklevel=2)
     return model
 
@@ -111,8 +112,7 @@ def revert(model: nn.Layer) -> nn.Layer:
 
 
 def _check_model(function: str, model: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     if not paddle.in_dynamic_mode():
         raise RuntimeError(
             f"{function}: expected dygraph mode, got static-graph mode; {function} the model before the graph is built"

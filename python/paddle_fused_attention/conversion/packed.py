@@ -14,17 +14,15 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.framework import in_dynamic_mode
 from paddle.hapi.dynamic_flops import register_hooks
 
 from .._loading import OwnEntries
-from .._parts import is_plain, is_plain_dropout
+from .._parts import is_plain, is_plain_dropout, parameters_of
 from ..functional import fused_multi_head_attention
 from ..state_dicts import translate_state_dict
-from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from ..weights import KINDS, pack_projections, projection_rows, projection_shape, separate_projections
 from .adapters import AttentionAdapter
 
-_PARAMETERS = ("weight", "bias")
 # What a parameter is trained with, beside its dtype.
 _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
 
@@ -43,34 +41,21 @@ class Packing:
     num_heads: int
     parameter_names: dict[tuple[str, str], str]
 
-    def pack(self, kind: str, values: list) -> Any:
-        """Weights [embed_dim, columns] or biases [columns], one a projection, to the packed parameter."""
-        if len(values) == 3:
-            query, key, value = values
-            return (pack_qkv_weight if kind == "weight" else pack_qkv_bias)(query, key, value, self.num_heads)
-        rows = values[0].T if kind == "weight" else values[0]
-        rest = rows.shape[1:]
-        head_dim = rows.shape[0] // (3 * self.num_heads)
-        if not self.interleaved:
-            return rows.reshape([3, self.num_heads, head_dim, *rest])
-        packed = rows.reshape([self.num_heads, 3, head_dim, *rest])
-        return packed.transpose([1, 0, *range(2, len(packed.shape))])
+    def pack(self, parameters: list) -> Any:
+        """The packed parameter of the projections' weights [embed_dim, columns] or biases [columns]."""
+        return pack_projections(parameters, self.num_heads, self.interleaved)
 
-    def separate(self, kind: str, packed: Any) -> list:
-        """The inverse of :meth:`pack`, by copies."""
-        if len(self.projections) == 3:
-            return list((unpack_qkv_weight if kind == "weight" else unpack_qkv_bias)(packed))
-        rows = self.rows(packed)
-        return [rows.T.clone() if kind == "weight" else rows.clone()]
+    def separate(self, packed: Any) -> list:
+        """The inverse of :meth:`pack`, as copies."""
+        return separate_projections(packed, len(self.projections), self.interleaved)
 
-    def rows(self, packed: Any, part: int | None = None) -> Any:
-        """What one projection computes with: [columns, embed_dim] of the weight, [columns] of the bias."""
-        if part is not None:
-            packed = packed[part]
-            return packed.reshape([-1, *packed.shape[2:]])
-        if self.interleaved:
-            packed = packed.transpose([1, 0, *range(2, len(packed.shape))])
-        return packed.reshape([-1, *packed.shape[3:]])
+    def shape(self, packed: Any) -> list[int]:
+        """The shape of one projection's part of a packed parameter."""
+        return projection_shape(packed.shape, len(self.projections))
+
+    def rows(self, packed: Any, part: int | None) -> Any:
+        """What one projection computes with: the weight [columns, embed_dim] or the bias [columns]."""
+        return projection_rows(packed, part, self.interleaved)
 
 
 class PackedLinear(nn.Linear):
@@ -95,12 +80,12 @@ class PackedLinear(nn.Linear):
         raise self._refusal("bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PARAMETERS:
+        if name in KINDS:
             raise self._refusal(name)
         super().__setattr__(name, value)
 
     def add_parameter(self, name: str, parameter: Any) -> Any:
-        if name in _PARAMETERS:
+        if name in KINDS:
             raise self._refusal(name)
         return super().add_parameter(name, parameter)
 
@@ -113,12 +98,6 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return "packed"
-
-
-def parameters_of(layer: Any, *names: str) -> list:
-    """Parameters of a layer. To read them as attributes costs microseconds; static graphs have others behind these."""
-    known = layer._parameters if in_dynamic_mode() else {}
-    return [known[name] if name in known else getattr(layer, name) for name in names]
 
 
 def rate_of(dropout: Any) -> float:
@@ -270,26 +249,26 @@ def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
     names = {
         (name, kind): getattr(layer, kind).name
         for name, layer in zip(projections, layers)
-        for kind in _PARAMETERS
+        for kind in KINDS
         if getattr(layer, kind) is not None
     }
     packing = Packing(tuple(projections), interleaved, adapter.num_heads(attention), names)
     with paddle.no_grad():
         packed: dict[str, Any] = {}
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             values = [getattr(layer, kind) for layer in layers]
             packed[kind] = None
             if values[0] is not None:
-                packed[kind] = _new_parameter(attention, packing.pack(kind, values), values[0], kind == "bias")
+                packed[kind] = _new_parameter(attention, packing.pack(values), values[0], kind == "bias")
     for part, layer in enumerate(layers):
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             layer._parameters.pop(kind, None)
         layer.__dict__["_packed_in"] = (attention,)
         layer.__dict__["_part"] = part if len(layers) == 3 else None
         layer.__class__ = PackedLinear
     attention.__dict__["_packing"] = packing
     attention.__class__ = packed_class(type(attention), adapter)
-    for kind in _PARAMETERS:
+    for kind in KINDS:
         attention._parameters[f"qkv_{kind}"] = packed[kind]
 
 
@@ -297,9 +276,9 @@ def separate(attention: Any) -> None:
     """The inverse of :func:`pack`, in place: projections with parameters of their own, of the names that they had."""
     packing, parts = attention._packing, _packed_parts(attention)
     with paddle.no_grad():
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             packed = attention._parameters.pop(f"qkv_{kind}")
-            values = {} if packed is None else dict(zip(packing.projections, packing.separate(kind, packed)))
+            values = {} if packed is None else dict(zip(packing.projections, packing.separate(packed)))
             for name, layer in parts.items():
                 layer._parameters[kind] = (
                     _new_parameter(attention, values[name], packed, kind == "bias", packing.parameter_names[name, kind])

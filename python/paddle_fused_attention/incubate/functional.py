@@ -13,6 +13,7 @@ from .._op import check_tensors
 from .._ordinary_ops import attention_with_cache
 from ..functional import self_attention
 from ..parallel import group_of_ring, parallel_attention
+from ..weights import pack_projections
 
 __all__ = ["fused_multi_head_attention"]
 
@@ -38,9 +39,7 @@ def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int)
                 f"{name}: expected shape {expected[name]} for x with embed_dim {embed_dim} and transpose_qkv_wb, "
                 f"got {list(tensor.shape)}"
             )
-    shape = [3, num_heads, width // num_heads]
-    weight = paddle.transpose(qkv_weight, [1, 0]).reshape([*shape, embed_dim])
-    return weight, None if qkv_bias is None else qkv_bias.reshape(shape)
+    return tuple(None if t is None else pack_projections([t], num_heads) for t in (qkv_weight, qkv_bias))
 
 
 def seed_of_program() -> int | None:

@@ -139,8 +139,6 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             NotImplementedError: key or value is not the query, and there is a cache.
         """
         check_tensor("query", query, required=True)
-        if (key is None or key is query) and (value is None or value is query):
-            return self._attend_to_itself(query, attn_mask, cache)
         keys = other_keys(query, key, value)
         if keys is None:
             return self._attend_to_itself(query, attn_mask, cache)
