@@ -32,7 +32,7 @@ the names of blocks, and the first that fits holds: --num-heads 'text.*=8' --num
 _FILES = "a .pdparams, .safetensors, .bin, .pt or .pth file, or an index.json of a sharded checkpoint"
 
 
-def _heads(text: str) -> tuple[str | None, int]:
+def _heads_argument(text: str) -> tuple[str | None, int]:
     pattern, equals, number = text.rpartition("=")
     try:
         return (pattern if equals else None), int(number)
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--num-heads",
                 metavar="H",
-                type=_heads,
+                type=_heads_argument,
                 action="append",
                 required=True,
                 help="the number of attention heads; PATTERN=H, repeated: of the blocks with such names",

@@ -98,12 +98,12 @@ class Block(NamedTuple):
             changes.update((name, bool(value)) for name, value in named.items())
         block = self._replace(**changes) if changes else self
         if not pre_layer_norm and not (pre_ln_scale is pre_ln_bias is None):
-            block = block._without_pair("pre_ln_scale")
+            block = block._without_norm_parameters("pre_ln_scale")
         if not final_layer_norm and not (ln_scale is ln_bias is None):
-            block = block._without_pair("ln_scale")
+            block = block._without_norm_parameters("ln_scale")
         return block
 
-    def _without_pair(self, scale: str) -> Block:
+    def _without_norm_parameters(self, scale: str) -> Block:
         """_replace takes several times as long."""
         at = self._fields.index(scale)
         return Block._make((*self[:at], None, None, *self[at + 2 :]))

@@ -24,7 +24,7 @@ def generator_of(x: paddle.Tensor) -> Any:
 
 
 @paddle.no_grad()
-def _dropped(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
+def _operator_result(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
     """What the operator makes of other tensors with the seed of a block."""
     with without_auto_cast():
         inner = Block(
@@ -61,7 +61,7 @@ def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_h
             x[:, start + column, :, column] = 1.0
         generator_of(like).set_state(state)
         x = paddle.to_tensor(x.reshape(batch, tokens, embed_dim), place=like.place)
-        out = _dropped(block, x, weight, linear_weight, attn_dropout_rate=rate)
+        out = _operator_result(block, x, weight, linear_weight, attn_dropout_rate=rate)
         parts.append((out > 0.0).reshape([batch, tokens, heads, width]))
     kept = paddle.concat(parts, axis=-1).transpose([0, 2, 1, 3])
     return kept[:, first_head : first_head + num_heads, :queries, :keys]
@@ -76,4 +76,4 @@ def kept_output(block: Block) -> paddle.Tensor:
     tensors = [tensor._copy_to(x.place, True) for tensor in (*zeros, paddle.ones([embed_dim], "float32"))]
     rates = {"dropout_rate": block.dropout_rate, "attn_dropout_rate": block.attn_dropout_rate}
     inputs, weight, linear_weight, linear_bias = tensors
-    return _dropped(block, inputs, weight, linear_weight, linear_bias=linear_bias, **rates) > 0.0
+    return _operator_result(block, inputs, weight, linear_weight, linear_bias=linear_bias, **rates) > 0.0

@@ -20,10 +20,10 @@ from paddle.nn.initializer.xavier import XavierInitializer
 
 from .weights import pack_projections
 
-_FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
+_ELEMENTWISE = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
 
 
-def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
+def param_attr_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
     """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False
     for no parameter.
 
@@ -61,23 +61,23 @@ def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_b
             raise ValueError(f"{argument}: expected an array of shape {separate} to assign to {name}, got {found}")
         packed = packed and found == separate
     if packed and initializer is not None:
-        initializer = _for_three(initializer, separate, shape[1])
+        initializer = _for_each_projection(initializer, separate, shape[1])
     attr.initializer = initializer
     return attr
 
 
-def _for_three(initializer: Any, shape: list[int], num_heads: int) -> Any:
+def _for_each_projection(initializer: Any, shape: list[int], num_heads: int) -> Any:
     own = type(initializer).__module__.startswith("paddle.")
     if own and isinstance(initializer, (XavierInitializer, MSRAInitializer)):
         initializer = copy.copy(initializer)
         initializer._compute_fans = lambda _: (shape[0], shape[0])
         return initializer
-    if own and isinstance(initializer, _FOR_EACH_ELEMENT) and not getattr(initializer, "_diag_num", 0):
+    if own and isinstance(initializer, _ELEMENTWISE) and not getattr(initializer, "_diag_num", 0):
         return initializer
-    return _ForThree(initializer, shape, num_heads)
+    return _ForEachProjection(initializer, shape, num_heads)
 
 
-class _ForThree(Initializer):
+class _ForEachProjection(Initializer):
     """Applies an initializer to three parameters of `shape` and packs them."""
 
     def __init__(self, initializer: Any, shape: list[int], num_heads: int) -> None:
@@ -91,7 +91,8 @@ class _ForThree(Initializer):
         if not in_dynamic_or_pir_mode():
             with paddle.static.program_guard(block.program):
                 paddle.assign(
-                    pack_projections([self._variable(param.dtype, block) for _ in range(3)], self._num_heads), param
+                    pack_projections([self._startup_variable(param.dtype, block) for _ in range(3)], self._num_heads),
+                    param,
                 )
             return None
         if not in_dynamic_mode():
@@ -104,11 +105,11 @@ class _ForThree(Initializer):
             pack_projections(parts, self._num_heads)._share_underline_tensor_to(param)
         return None
 
-    def _variable(self, dtype: Any, block: Any) -> Any:
+    def _startup_variable(self, dtype: Any, startup_block: Any) -> Any:
         """Of a legacy startup program. Initializers ask for a parameter; what no scope shall keep must not be one."""
         name = unique_name.generate("packed_part")
-        parameter = framework.Parameter(block, self._shape, dtype, name=name)
-        self._initializer(parameter, block)
+        parameter = framework.Parameter(startup_block, self._shape, dtype, name=name)
+        self._initializer(parameter, startup_block)
         parameter.desc.set_is_parameter(False)
         parameter.persistable = False
-        return framework.Variable(block, name=name, shape=self._shape, dtype=dtype, persistable=False)
+        return framework.Variable(startup_block, name=name, shape=self._shape, dtype=dtype, persistable=False)

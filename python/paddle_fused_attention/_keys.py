@@ -13,7 +13,7 @@ from ._amp import without_auto_cast
 from ._block import Block
 from ._checks import check_tensor
 from ._dropout_masks import generator_of, kept_output
-from ._ordinary_ops import attention_part, residual_tail, result_dtype
+from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
 
 
 def are_query(query: Any, key: Any, value: Any) -> bool:
@@ -43,11 +43,11 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
         if isinstance(tensor, core.eager.Tensor) != dygraph:
             expected = "a dygraph Tensor" if dygraph else "a variable of the graph that is built"
             raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
-    keys = tuple(query if tensor is None else tensor for tensor in (key, value))
-    if all(_is_same(query, tensor) for tensor in keys):
+    key_value = tuple(query if tensor is None else tensor for tensor in (key, value))
+    if all(_is_same(query, tensor) for tensor in key_value):
         return None
     if not dygraph:
-        return keys
+        return key_value
     for name, tensor in given.items():
         if tensor.is_dist():
             raise NotImplementedError(
@@ -55,10 +55,10 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
             )
         if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
             raise TypeError(f"{name}: expected a dense Tensor with memory, got one that is sparse or has none")
-    wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
-    if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in keys):
+    wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *key_value))
+    if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in key_value):
         return None
-    return keys
+    return key_value
 
 
 def _is_same(query: Any, other: Any) -> bool:
@@ -87,7 +87,7 @@ def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
 
 
 @paddle.jit.not_to_static
-def attention_to_keys(block: Block, keys: tuple) -> paddle.Tensor:
+def attention_to_keys(block: Block, key_value: tuple) -> paddle.Tensor:
     """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in
     `keys`, ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops,
     which store the scores.
@@ -100,7 +100,7 @@ def attention_to_keys(block: Block, keys: tuple) -> paddle.Tensor:
     """
     draws = in_dynamic_mode() and block.training and (block.dropout_rate > 0.0 or block.attn_dropout_rate > 0.0)
     state = generator_of(block.x).get_state() if draws else None
-    y = attention_part(block, keys)
+    y = attention_before_tail(block, key_value)
     dtype = result_dtype(block.x)
     if 0 in block.x.shape:
         return paddle.cast(y, dtype)

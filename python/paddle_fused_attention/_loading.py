@@ -13,7 +13,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 # What stands between set_state_dict and the layer that is asked.
-_ON_THE_WAY = (
+_CALLS_IN_BETWEEN = (
     *("_state_dict_impl", "state_dict", "_own_entries"),
     *("state_being_loaded", "translate_state_dict", "with_old_names"),
 )
@@ -56,7 +56,7 @@ class LoadsAnyFloat(OwnEntries):
         if state_being_loaded() is not None:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    state[prefix + name] = Target(parameter)
+                    state[prefix + name] = CastingTarget(parameter)
         return state
 
 
@@ -67,13 +67,13 @@ def state_being_loaded() -> dict | None:
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "set_state_dict":
-        if frame.f_code.co_name not in _ON_THE_WAY:
+        if frame.f_code.co_name not in _CALLS_IN_BETWEEN:
             return None
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("state_dict")
 
 
-class Target:
+class CastingTarget:
     """A parameter for set_state_dict, with a set_value that casts."""
 
     def __init__(self, parameter: paddle.Tensor) -> None:

@@ -75,7 +75,7 @@ NEEDS_GRAD_HOLDS = 128
 
 # Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and
 # attributes for one, and would give both the same dropout masks.
-_calls = itertools.count(1)
+_call_numbers = itertools.count(1)
 
 _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
@@ -114,20 +114,20 @@ def _load() -> Any:
     return ctypes.CDLL(libraries[0])
 
 
-_check = _load().custom_fused_attention_check  # of the inputs of a static graph
-_check.restype = ctypes.c_char_p
+_check_inputs = _load().custom_fused_attention_check  # of the inputs of a static graph
+_check_inputs.restype = ctypes.c_char_p
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
-_absent: Any = None
+_absent_tensor: Any = None
 
 
 def _absent_eager() -> Any:
     """The placeholder of absent inputs in dygraph. The kernels never read it, so one on the CPU serves every device."""
-    global _absent
+    global _absent_tensor
     # Beside auto-parallel tensors Paddle makes the object that it is given one of them.
-    if _absent is None or _absent.is_dist():
-        _absent = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
-    return _absent
+    if _absent_tensor is None or _absent_tensor.is_dist():
+        _absent_tensor = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
+    return _absent_tensor
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,7 +188,7 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     check_shapes(inputs, first_head, total_heads)
     drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
     if drops and not switches & FIXED_SEED:
-        seed = next(_calls)
+        seed = next(_call_numbers)
     constants = (*_float_bits(numbers), seed, first_head, total_heads)
     # Every gradient: what is frozen now may be trained when the program runs.
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
@@ -307,7 +307,7 @@ def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
     dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
-    message = _check(
+    message = _check_inputs(
         (ctypes.c_int64 * len(dimensions))(*dimensions),
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
         (ctypes.c_char_p * len(dtypes))(*dtypes),

@@ -44,14 +44,14 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
 _MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
-def _agrees(wanted: Any, size: int) -> bool:
+def _size_agrees(wanted: Any, size: int) -> bool:
     """Whether a size is as expected; names stand for any, and -1 for one that is not known yet."""
     return isinstance(wanted, str) or wanted == size or -1 in (wanted, size)
 
 
 def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_name: str = "x") -> None:
     shape = list(tensor.shape)
-    if len(shape) != len(expected) or not all(map(_agrees, expected, shape)):
+    if len(shape) != len(expected) or not all(map(_size_agrees, expected, shape)):
         raise ValueError(
             f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, "
             f"got {shape}"
@@ -72,7 +72,9 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
     if mask is None:
         return
     shape = list(mask.shape)
-    if len(shape) > 4 or not all(n == 1 or _agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))):
+    if len(shape) > 4 or not all(
+        n == 1 or _size_agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))
+    ):
         raise ValueError(
             f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got "
             f"{shape}"
@@ -85,7 +87,7 @@ def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Non
     _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
 
 
-def _where(condition: Any, value: float, tensor: Any) -> Any:
+def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
     """The tensor with a number where the condition, which broadcasts to it, holds."""
     condition.stop_gradient = True  # legacy programs expand no other bool
     return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
@@ -96,7 +98,7 @@ def _masked(scores: Any, mask: Any) -> Any:
         return scores
     if paddle.is_floating_point(mask):
         return scores + paddle.cast(mask, scores.dtype)
-    return _where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
+    return _filled_where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
 
 
 def _causal_mask(scores: Any) -> Any:
@@ -110,7 +112,7 @@ def _causal_mask(scores: Any) -> Any:
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
     sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
-    return _where(sees_none, 0.0, F.softmax(_where(sees_none, 0.0, scores)))
+    return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))
 
 
 def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
@@ -204,8 +206,8 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
     _check_like(cache_name, cache_k, [batch, num_heads, "cached_len", head_dim], x)
     _check_like(cache_name, cache_v, [batch, num_heads, cache_k.shape[2], head_dim], x)
     cached_len = cache_k.shape[2]
-    keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
-    _check_mask(block.attn_mask, [batch, num_heads, seq_len, keys])
+    num_keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
+    _check_mask(block.attn_mask, [batch, num_heads, seq_len, num_keys])
 
     dtype, compute = x.dtype, _compute_dtype(x)
     with without_auto_cast():
@@ -229,7 +231,7 @@ def result_dtype(x: Any) -> Any:
 
 
 @paddle.jit.not_to_static
-def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
+def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
     """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries
     come from x and the keys and values from the two tensors in `keys`, which the first layer norm normalises as it does
     x.
@@ -248,9 +250,9 @@ def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: 
     with without_auto_cast():
         if auto_cast:  # takes float tensors of several dtypes
             cast = {name: _as_float32(tensor) for name, tensor in zip(TENSORS, block.tensors) if name != "attn_mask"}
-            block, keys = block._replace(**cast), tuple(map(_as_float32, keys))
+            block, key_value = block._replace(**cast), tuple(map(_as_float32, key_value))
         _check_block(block, first_head, total_heads)
-        x, (key, value) = block.x, keys
+        x, (key, value) = block.x, key_value
         _check_like("key", key, [x.shape[0], "keys", x.shape[2]], x, "query")
         _check_like("value", value, list(key.shape), key, "key")
         scores = [x.shape[0], block.qkv_weight.shape[1], x.shape[1], key.shape[1]]

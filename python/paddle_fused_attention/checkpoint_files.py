@@ -88,12 +88,12 @@ def read(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIXES):
-        with _explained(path, ".index.json"):
+        with _errors_in_one_line(path, ".index.json"):
             return _read_index(path)
     if path.suffix not in (*SUFFIXES, *TORCH_SUFFIXES):
         known = ", ".join((*SUFFIXES, *TORCH_SUFFIXES))
         raise CheckpointError(f"{path}: expected a name that ends in {known} or .index.json")
-    with _explained(path, path.suffix):
+    with _errors_in_one_line(path, path.suffix):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_pdparams(path) if path.suffix == ".pdparams" else _read_torch(path)
@@ -111,7 +111,7 @@ def load_state(path: Path, return_numpy: bool = False) -> Any:
         CheckpointError: As in :func:`read`.
     """
     path = Path(path)
-    with _explained(path, "a file of paddle.save"):
+    with _errors_in_one_line(path, "a file of paddle.save"):
         return _as_paddle(_read_pickles(path)[0], return_numpy)
 
 
@@ -122,11 +122,11 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: The kind of file can't hold a value, or the file can't be written.
     """
     check_target(path)
-    _named(checkpoint.arrays, path)
+    _checked_names(checkpoint.arrays, path)
     if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
         raise CheckpointError(f"{path}: expected metadata that is strings by name")
     try:
-        with _replacing(path) as partial:
+        with _written_whole(path) as partial:
             if path.suffix == ".safetensors":
                 _write_safetensors(partial, checkpoint)
             else:
@@ -136,7 +136,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def _explained(path: Path, kind: str) -> Iterator[None]:
+def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
     """Makes a CheckpointError of one line that names the file of whatever goes wrong with its content."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -156,7 +156,7 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _written_whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -175,7 +175,7 @@ def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
     return own or of_kind
 
 
-def _named(found: Any, path: Path) -> dict[str, Any]:
+def _checked_names(found: Any, path: Path) -> dict[str, Any]:
     """`found`, if it is a dict by names."""
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a state dict, got {type(found).__name__}")
@@ -202,10 +202,10 @@ def _read_pickles(path: Path) -> tuple[Any, dict[str, str] | None]:
             metadata = behind.get(_METADATA) if isinstance(behind, dict) else None
             if not is_metadata(metadata) or file.tell() < size:
                 raise FormatError("more stands after its state dict")
-    return _joined(value), metadata
+    return _with_slices_joined(value), metadata
 
 
-def _joined(value: Any) -> Any:
+def _with_slices_joined(value: Any) -> Any:
     """Puts arrays together that Paddle divided, as pickles of protocols 2 and 3 hold at most 4 GB each."""
     if not isinstance(value, dict) or _BIG_TABLE not in value:
         return value
@@ -234,11 +234,11 @@ def _as_paddle(value: Any, return_numpy: bool) -> Any:
             if isinstance(value.get(key), np.ndarray):
                 value[key] = _tensor(value[key], name, return_numpy)
         return value
-    pairs = _any(value, _is_pair)
+    pairs = _any_inside(value, _is_name_and_array)
     done: dict[int, Any] = {}
 
     def visit(value: Any) -> Any:
-        if _is_pair(value):
+        if _is_name_and_array(value):
             return _tensor(value[1], value[0], return_numpy)
         if isinstance(value, np.ndarray):
             return value if pairs else _tensor(value, None, return_numpy)
@@ -259,13 +259,13 @@ def _as_paddle(value: Any, return_numpy: bool) -> Any:
     return visit(value)
 
 
-def _is_pair(value: Any) -> bool:
+def _is_name_and_array(value: Any) -> bool:
     return (
         isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
     )
 
 
-def _any(value: Any, condition: Any) -> bool:
+def _any_inside(value: Any, condition: Any) -> bool:
     """Whether the condition holds for the value or one inside it. Each container is looked into once."""
     seen: set = set()
     left = [value]
@@ -290,7 +290,7 @@ def _tensor(array: np.ndarray, name: Any, return_numpy: bool) -> Any:
 
 def _read_pdparams(path: Path) -> Checkpoint:
     found, metadata = _read_pickles(path)
-    return Checkpoint(_named(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
+    return Checkpoint(_checked_names(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
 
 
 def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
@@ -299,7 +299,7 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
     for name in (_NAME_TABLE, _BIG_TABLE):
         if name in values:
             raise CheckpointError(f"{name}: can't be stored in .pdparams, where Paddle has something else by this name")
-    named = {name: _for_paddle(name, value) for name, value in values.items()}
+    named = {name: _with_names(name, value) for name, value in values.items()}
     if all(isinstance(value, np.ndarray) for value in values.values()):
         named = {**values, _NAME_TABLE: {name: name for name in values}}
     with open(path, "wb") as file:
@@ -308,7 +308,7 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
             pickle.dump({_METADATA: dict(checkpoint.metadata)}, file, protocol=4)
 
 
-def _for_paddle(name: str, value: Any) -> Any:
+def _with_names(name: str, value: Any) -> Any:
     """Pairs of name and array for the arrays in a value; refuses what paddle.load would."""
     done: dict[int, Any] = {}
 
@@ -337,13 +337,13 @@ def _for_paddle(name: str, value: Any) -> Any:
 
 def _read_torch(path: Path) -> Checkpoint:
     with open(path, "rb") as file:
-        found = _named(_torch_files.read(file, path.stat().st_size), path)
+        found = _checked_names(_torch_files.read(file, path.stat().st_size), path)
 
     def is_tensor(value: Any) -> bool:
         return isinstance(value, (np.ndarray, RawTensor))
 
     for name, value in found.items():
-        if not is_tensor(value) and _any(value, is_tensor):
+        if not is_tensor(value) and _any_inside(value, is_tensor):
             keys = ", ".join(shown(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
             raise CheckpointError(
                 f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): "
@@ -358,7 +358,9 @@ def _read_torch(path: Path) -> Checkpoint:
 def _read_safetensors(path: Path) -> Checkpoint:
     arrays, metadata = _safetensors_files.read(path)
     return Checkpoint(
-        _named(arrays, path), metadata, _layout(metadata, _LAYOUT_OF_FORMAT.get((metadata or {}).get("format", "")))
+        _checked_names(arrays, path),
+        metadata,
+        _layout(metadata, _LAYOUT_OF_FORMAT.get((metadata or {}).get("format", ""))),
     )
 
 

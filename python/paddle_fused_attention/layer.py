@@ -10,7 +10,7 @@ from paddle.base.data_feeder import convert_dtype
 
 from ._block import MODES, TENSORS, Block
 from ._checks import INFINITY, check_count, check_number, check_switches
-from ._initializers import attribute_of
+from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
@@ -112,11 +112,11 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         shape = [3, num_heads, self.head_dim, embed_dim]
 
         def weight(parameter_name: str, shape: list[int]) -> Any:
-            attr = attribute_of("weight_attr", weight_attr, parameter_name, shape)
+            attr = param_attr_of("weight_attr", weight_attr, parameter_name, shape)
             return self.create_parameter(shape, attr, default_initializer=xavier)
 
         def bias(parameter_name: str, shape: list[int]) -> Any:
-            attr = attribute_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
+            attr = param_attr_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
         def scale() -> Any:
@@ -162,8 +162,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         """
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        keys = other_keys(query, key, value)
-        return self._run(self._block(query, attn_mask), keys)
+        key_value = other_keys(query, key, value)
+        return self._run(self._block(query, attn_mask), key_value)
 
     @paddle.jit.not_to_static
     def _block(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> Block:
@@ -176,8 +176,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         )).checked()
         # fmt: on
 
-    def _run(self, block: Block, keys: tuple | None) -> paddle.Tensor:
-        return self_attention(block) if keys is None else attention_to_keys(block, keys)
+    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
+        return self_attention(block) if key_value is None else attention_to_keys(block, key_value)
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
         """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes
@@ -311,7 +311,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             prefix = "pre_ln" if normalize_before else "ln"
             parameters.update({f"{prefix}_scale": norm.weight, f"{prefix}_bias": norm.bias})
         weights = [projection.weight for projection in projections[:3]]
-        layer._assign(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
+        layer._assign_parameters(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
         layer.training = mha.training
         return layer
 
@@ -359,7 +359,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             projection.training = self.training
         return mha, norm
 
-    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+    def _assign_parameters(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
         """Copies values into parameters; `origins` are the parameters that a value was made of, where it is not one
         itself."""
         for name, value in parameters.items():

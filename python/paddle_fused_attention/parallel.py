@@ -23,7 +23,7 @@ from paddle.framework import in_dynamic_mode
 from ._block import TENSORS, Block
 from ._checks import INFINITY, check_model, check_number
 from ._op import check_tensors
-from ._split_heads import attention_of_part
+from ._split_heads import attention_over_processes
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -73,7 +73,7 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
 
 
 @paddle.no_grad()
-def _add_up(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
+def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
     """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are
     wrong."""
     data = tensor.detach()
@@ -86,7 +86,7 @@ def _add_up(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
     return tensor
 
 
-def _shared(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
+def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
     """What every process uses for its own heads: its gradient is the sum over the group of what each process made of
     it."""
     if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
@@ -94,7 +94,7 @@ def _shared(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
     # A tensor of its own, so that the hook sees the gradient from this use alone. A PyLayer would have to copy it, and
     # reshape to the same shape gives the tensor itself.
     view = tensor.unsqueeze(0).squeeze(0)
-    view.register_hook(lambda gradient: _add_up(gradient, group))
+    view.register_hook(lambda gradient: _all_reduce(gradient, group))
     return view
 
 
@@ -111,7 +111,7 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
 
 
 @paddle.jit.not_to_static
-def parallel_attention(block: Block, group: Any, keys: tuple | None = None) -> paddle.Tensor:
+def parallel_attention(block: Block, group: Any, key_value: tuple | None = None) -> paddle.Tensor:
     """A block that is checked, where each process of `group` holds an equal share of the heads, in the order of ranks.
 
     With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n,
@@ -135,14 +135,14 @@ def parallel_attention(block: Block, group: Any, keys: tuple | None = None) -> p
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
-    return attention_of_part(
+    return attention_over_processes(
         block._replace(attn_mask=_mask_of_heads(block.attn_mask, block.x, first_head, num_heads, total_heads)),
         first_head,
         total_heads,
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
-        add_up=lambda y: y if group is None else _add_up(y, group),
-        share=lambda tensor: _shared(tensor, group),
-        keys=keys,
+        all_reduce=lambda y: y if group is None else _all_reduce(y, group),
+        sum_gradient=lambda tensor: _with_summed_gradient(tensor, group),
+        key_value=key_value,
     )
 
 
@@ -222,7 +222,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
             )
         _check_seeds(group)
         for parameter_name in _HEAD_AXES:
-            self._keep_share(parameter_name)
+            self._reduce_to_share(parameter_name)
 
     @property
     def group(self) -> Any:
@@ -234,7 +234,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         """The number of processes that the heads are spread over."""
         return 1 if self._group_id is None else self.group.nranks
 
-    def _share(self, name: str, value: Any) -> Any:
+    def _share_of(self, name: str, value: Any) -> Any:
         """This process's part of a whole parameter."""
         group = self.group
         axis = _HEAD_AXES.get(name)
@@ -244,24 +244,24 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         index = [slice(None)] * axis + [slice(size * group.rank, size * (group.rank + 1))]
         return value[tuple(index)]
 
-    def _keep_share(self, name: str) -> None:
+    def _reduce_to_share(self, name: str) -> None:
         """Makes a whole parameter this process's part of it, so that its name, attributes and initial values are the
         whole layer's."""
         parameter = getattr(self, name)
         if parameter is None:
             return
         with paddle.no_grad():
-            share = self._share(name, parameter).clone()
+            share = self._share_of(name, parameter).clone()
         # As Paddle's Layer.to() gives a parameter other data.
         parameter.value().get_tensor()._share_data_with(share.value().get_tensor())
         parameter.is_distributed = True
 
-    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
-        shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
-        super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
+    def _assign_parameters(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+        shares = {name: None if value is None else self._share_of(name, value) for name, value in parameters.items()}
+        super()._assign_parameters(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, block: Block, keys: tuple | None) -> paddle.Tensor:
-        return parallel_attention(block, self.group, keys)
+    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
+        return parallel_attention(block, self.group, key_value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
@@ -331,7 +331,7 @@ def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any
     layer.to(dtype=source.qkv_weight.dtype)
     whole = full_state_dict(source)
     origins = {name: [parameter] for name, parameter in source._parameters.items() if parameter is not None}
-    layer._assign({name: whole.get(name) for name in layer._parameters}, origins)
+    layer._assign_parameters({name: whole.get(name) for name in layer._parameters}, origins)
     layer.training = source.training
     return layer
 
@@ -421,5 +421,5 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
         expected[_HEAD_AXES[name]] *= layer.degree
         if list(state[key].shape) != expected:
             raise ValueError(f"{key}: expected shape {expected}, that of the whole layer, got {list(state[key].shape)}")
-        state[key] = layer._share(name, state[key])
+        state[key] = layer._share_of(name, state[key])
     return model.set_state_dict(state)

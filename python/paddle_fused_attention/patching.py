@@ -14,11 +14,11 @@ import paddle.incubate.nn.functional
 from .incubate import FusedMultiHeadAttention
 from .incubate.functional import fused_multi_head_attention
 
-_PAIRS = (
+_REPLACEMENTS = (
     (paddle.incubate.nn.FusedMultiHeadAttention, FusedMultiHeadAttention),
     (paddle.incubate.nn.functional.fused_multi_head_attention, fused_multi_head_attention),
 )
-_depth = 0
+_patch_depth = 0
 
 
 def _replace(pairs: Any) -> None:
@@ -57,10 +57,10 @@ def patch() -> _Patched:
     Returns:
         A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.
     """
-    global _depth
-    if _depth == 0:
-        _replace(_PAIRS)
-    _depth += 1
+    global _patch_depth
+    if _patch_depth == 0:
+        _replace(_REPLACEMENTS)
+    _patch_depth += 1
     return _Patched()
 
 
@@ -70,9 +70,9 @@ def unpatch() -> None:
     Raises:
         RuntimeError: There is none to undo.
     """
-    global _depth
-    if _depth == 0:
+    global _patch_depth
+    if _patch_depth == 0:
         raise RuntimeError("unpatch: expected a patch() to undo, got none")
-    _depth -= 1
-    if _depth == 0:
-        _replace([(new, old) for old, new in _PAIRS])
+    _patch_depth -= 1
+    if _patch_depth == 0:
+        _replace([(new, old) for old, new in _REPLACEMENTS])

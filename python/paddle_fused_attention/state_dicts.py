@@ -17,7 +17,7 @@ import paddle
 from paddle import nn
 
 from ._checks import check_model
-from ._loading import Target, cast, state_being_loaded
+from ._loading import CastingTarget, cast, state_being_loaded
 from .weights import KINDS
 
 # Their checkpoints are read into models that are not converted.
@@ -43,16 +43,20 @@ def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
     wants."""
     loaded = state_being_loaded()
     if loaded is not None:
-        state = _exchanged(
-            state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded)
+        state = _with_entries_replaced(
+            state, attention, prefix, lambda kind, packed: _loading_targets(attention, kind, packed, prefix, loaded)
         )
-        return {name: Target(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
+        return {
+            name: CastingTarget(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()
+        }
     if _wants_separate():
-        return _exchanged(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
+        return _with_entries_replaced(
+            state, attention, prefix, lambda kind, packed: _separate_entries(attention, kind, packed)
+        )
     return state
 
 
-def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
+def _with_entries_replaced(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
     """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by
     side."""
     entries: dict[str, Any] = {}
@@ -72,7 +76,7 @@ def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> di
     return result
 
 
-def _copies(attention: Any, kind: str, packed: Any) -> dict:
+def _separate_entries(attention: Any, kind: str, packed: Any) -> dict:
     packing = attention._packing
     with paddle.no_grad():
         values = packing.separate(packed)
@@ -82,16 +86,16 @@ def _copies(attention: Any, kind: str, packed: Any) -> dict:
     return {f"{name}.{kind}": value for name, value in zip(packing.projections, values)}
 
 
-def _targets(attention: Any, kind: str, packed: Any, prefix: str, loaded: dict) -> dict:
+def _loading_targets(attention: Any, kind: str, packed: Any, prefix: str, loaded: dict) -> dict:
     packing = attention._packing
     separate = [f"{name}.{kind}" for name in packing.projections]
     names = {prefix + name for name in separate} | {packing.parameter_names[name, kind] for name in packing.projections}
     if f"{prefix}qkv_{kind}" in loaded or names.isdisjoint(loaded):
-        return {f"qkv_{kind}": Target(packed)}
-    return {name: _PartTarget(attention, kind, i) for i, name in enumerate(separate)}
+        return {f"qkv_{kind}": CastingTarget(packed)}
+    return {name: _ProjectionTarget(attention, kind, i) for i, name in enumerate(separate)}
 
 
-class _PartTarget:
+class _ProjectionTarget:
     """A separate projection's parameter for set_state_dict, of which set_value fills the part in the packed one."""
 
     def __init__(self, attention: Any, kind: str, index: int) -> None:
@@ -140,7 +144,8 @@ def with_old_names(state: dict, prefix: str) -> dict:
     }
     norm = prefix + "norm1."
     return OrderedDict(
-        (renamed.get(name, name), Target(value) if name.startswith(norm) else value) for name, value in state.items()
+        (renamed.get(name, name), CastingTarget(value) if name.startswith(norm) else value)
+        for name, value in state.items()
     )
 
 
@@ -159,7 +164,7 @@ def _wants_separate() -> bool:
     return False
 
 
-def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, list[str], dict]]:
+def _packed_parameters(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, list[str], dict]]:
     """For every packed parameter of a model and every group of a state: the packing, the parameter, what Paddle called
     those that it was made of, and the group."""
     for layer in model.sublayers(include_self=True):
@@ -168,7 +173,7 @@ def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, lis
             packed = layer._parameters[f"qkv_{kind}"]
             if packed is not None:
                 names = [packing.parameter_names[name, kind] for name in packing.projections]
-                yield from ((packing, packed, names, group) for group in _groups(state))
+                yield from ((packing, packed, names, group) for group in _dicts_by_parameter(state))
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
@@ -193,8 +198,8 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, packed, names, group in _packed_states(model, result):
-        for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
+    for packing, packed, names, group in _packed_parameters(model, result):
+        for rest in [key[len(names[0]) :] for key in group if _is_key_of(key, names[0])]:
             values = []
             for name in names:
                 if name + rest not in group:
@@ -218,8 +223,8 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, packed, names, group in _packed_states(model, result):
-        for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
+    for packing, packed, names, group in _packed_parameters(model, result):
+        for rest in [key[len(packed.name) :] for key in group if _is_key_of(key, packed.name)]:
             value = _tensor(group.pop(packed.name + rest))
             if list(value.shape) == list(packed.shape):
                 with paddle.no_grad():
@@ -241,7 +246,7 @@ def _check_optimizer_arguments(model: Any, state: Any) -> None:
         raise TypeError(f"state: expected a dict as optimizer.state_dict() gives it, got {type(state).__name__}")
 
 
-def _groups(state: dict) -> list[dict]:
+def _dicts_by_parameter(state: dict) -> list[dict]:
     """The state itself and its master weights, as a dict that may be changed."""
     if isinstance(state.get("master_weights"), dict):
         state["master_weights"] = dict(state["master_weights"])
@@ -249,7 +254,7 @@ def _groups(state: dict) -> list[dict]:
     return [state]
 
 
-def _belongs(key: Any, name: str) -> bool:
+def _is_key_of(key: Any, name: str) -> bool:
     """Whether a key is a parameter's name, or begins with it and an underscore."""
     return isinstance(key, str) and (key == name or key.startswith(name + "_"))
 

@@ -20,7 +20,7 @@ from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_o
 from ..functional import self_attention
 from ..state_dicts import with_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, pack, packed_class, rate_of, separate
+from .packed import PackedAttention, active_rate, pack, packed_class, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
@@ -110,7 +110,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         # fmt: off
         return Block._make((
             src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
-            norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
+            norm._epsilon, norm._epsilon, active_rate(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
             before, attention.training or dropout.training, not before, True, False, MODES[0], None,
         )).checked()
         # fmt: on
@@ -130,7 +130,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return with_old_names(state, prefix)
 
 
-def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
+def reason_against_encoder_layer(layer: Any, uses: dict) -> str | None:
     """Why an encoder layer can't be converted; None if it can."""
     if type(layer) is not nn.TransformerEncoderLayer:
         return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
@@ -157,7 +157,7 @@ def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
         return f"its norm1 is over {list(norm._normalized_shape)}, other than embed_dim {attention.embed_dim}"
     if not is_plain_dropout(dropout):
         return f"its dropout1 has mode={dropout.mode!r} and axis={dropout.axis}"
-    return reason_against(attention, PADDLE_ADAPTER, owners, "self_attn.")
+    return reason_against(attention, PADDLE_ADAPTER, uses, "self_attn.")
 
 
 def fuse(layer: nn.TransformerEncoderLayer) -> None:

@@ -16,7 +16,7 @@ from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_l
 from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
 
-_OURS = __package__.rpartition(".")[0] + "."
+_OUR_MODULES = __package__.rpartition(".")[0] + "."
 # Names by which attention is known where its class says nothing.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _PROJECTIONS = (
@@ -71,7 +71,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     _check_model("convert", model)
     report = Report()
     encoder_layers, attentions = _find(model, report)
-    _check_unused("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
+    _check_not_in_use("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
     for layer in encoder_layers:
         fuse(layer)
     for layer in attentions:
@@ -103,7 +103,7 @@ def revert(model: nn.Layer) -> nn.Layer:
     attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
     parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
-    _check_unused("revert", [*encoder_layers, *attentions], parameters)
+    _check_not_in_use("revert", [*encoder_layers, *attentions], parameters)
     for layer in encoder_layers:
         unfuse(layer)
     for layer in attentions:
@@ -121,7 +121,7 @@ def _check_model(function: str, model: Any) -> None:
 
 def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
     """The encoder layers and the attentions to convert; they and what is left alone are reported."""
-    owners = _owners(model)
+    uses = _count_uses(model)
     layers = list(model.named_sublayers(include_self=True))
     encoder_layers: list = []
     attentions: list = []
@@ -133,11 +133,11 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
             settled.update(map(id, layer.sublayers()))
             continue
         if isinstance(layer, nn.TransformerEncoderLayer):
-            reason = reason_against_encoder_layer(layer, owners)
+            reason = reason_against_encoder_layer(layer, uses)
             found, what = encoder_layers, f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
         elif _is_attention(layer):
             adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
-            reason = _without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, owners)
+            reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
             found, what = attentions, full_name(type(layer))
         else:
             continue
@@ -151,7 +151,9 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
 
 
 def _is_ours(layer: nn.Layer) -> bool:
-    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(_OURS)
+    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(
+        _OUR_MODULES
+    )
 
 
 def _is_attention(layer: nn.Layer) -> bool:
@@ -171,7 +173,7 @@ def _is_attention(layer: nn.Layer) -> bool:
     )
 
 
-def _without_adapter(layer: nn.Layer) -> str:
+def _reason_without_adapter(layer: nn.Layer) -> str:
     if type(layer) is nn.MultiHeadAttention:
         return "not part of a paddle.nn.TransformerEncoderLayer"
     if type(layer).__module__.startswith("paddle.incubate.nn"):
@@ -179,7 +181,7 @@ def _without_adapter(layer: nn.Layer) -> str:
     return f"a {full_name(type(layer))}, for which there is no adapter"
 
 
-def _owners(model: nn.Layer) -> dict:
+def _count_uses(model: nn.Layer) -> dict:
     """In how many places each sublayer and parameter of the model is."""
     counts: dict = {}
     for layer in model.sublayers(include_self=True):
@@ -202,7 +204,7 @@ def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
     return found
 
 
-def _check_unused(function: str, changed: list, parameters: dict) -> None:
+def _check_not_in_use(function: str, changed: list, parameters: dict) -> None:
     """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that
     everything alive is looked through."""
     if not changed:
@@ -212,12 +214,12 @@ def _check_unused(function: str, changed: list, parameters: dict) -> None:
     for holder in gc.get_objects():
         kind = type(holder)
         if issubclass(kind, paddle.optimizer.Optimizer):
-            held = [parameters[id(p)] for p in _parameters_of(holder) if id(p) in parameters]
+            held = [parameters[id(p)] for p in _parameters_of_optimizer(holder) if id(p) in parameters]
             if held:
                 _refuse_optimizer(function, kind.__name__, held[0])
         elif (
             issubclass(kind, nn.Layer)
-            and _is_finished(holder)
+            and _is_wrapped_or_static(holder)
             and not ours.isdisjoint(map(id, holder.sublayers(include_self=True)))
         ):
             what = "wrapped by" if _is_wrapper(holder) else "made static by paddle.jit.to_static in"
@@ -241,7 +243,7 @@ def _refuse_optimizer(function: str, optimizer: str, parameter: str) -> None:
     )
 
 
-def _parameters_of(optimizer: Any) -> Iterable:
+def _parameters_of_optimizer(optimizer: Any) -> Iterable:
     for entry in getattr(optimizer, "_parameter_list", None) or ():
         yield from entry["params"] if isinstance(entry, dict) else (entry,)
 
@@ -252,7 +254,7 @@ def _is_wrapper(layer: nn.Layer) -> bool:
     )
 
 
-def _is_finished(layer: Any) -> bool:
+def _is_wrapped_or_static(layer: Any) -> bool:
     if "_sub_layers" not in layer.__dict__:  # half made
         return False
     return (

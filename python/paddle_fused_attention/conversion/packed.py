@@ -100,7 +100,7 @@ class PackedLinear(nn.Linear):
         return "packed"
 
 
-def rate_of(dropout: Any) -> float:
+def active_rate(dropout: Any) -> float:
     """What a dropout layer drops in the mode it is in."""
     return dropout.p if dropout.training else 0.0
 
@@ -145,7 +145,7 @@ class PackedAttention(OwnEntries):
             factor = scale / usual
             qkv_weight = _scale_query(qkv_weight, factor)
             qkv_bias = None if qkv_bias is None else _scale_query(qkv_bias, factor)
-        dropout_rate = 0.0 if adapter.dropout is None else rate_of(getattr(self, adapter.dropout))
+        dropout_rate = 0.0 if adapter.dropout is None else active_rate(getattr(self, adapter.dropout))
         attn_dropout_rate = adapter.attn_dropout_rate(self)
         return fused_multi_head_attention(
             x,
@@ -212,7 +212,7 @@ def _scale_query(packed: Any, factor: float) -> Any:
     return paddle.concat([packed[:1] * factor, packed[1:]])
 
 
-def training_of(parameter: Any) -> tuple:
+def training_attributes(parameter: Any) -> tuple:
     """How a parameter is trained; what is packed into one parameter must agree in it."""
     return (*(getattr(parameter, name) for name in _TRAINING_ATTRIBUTES), parameter.dtype)
 

@@ -12,7 +12,7 @@ from paddle import nn
 
 from .._parts import is_plain, is_plain_dropout, reason_against_class, reason_against_linear
 from .adapters import AttentionAdapter, PaddleAdapter, PaddleNLPGPTAdapter, VisionTransformerAdapter
-from .packed import pack, training_of
+from .packed import pack, training_attributes
 
 PADDLE_ADAPTER = PaddleAdapter()
 
@@ -68,8 +68,8 @@ def adapter_for(kind: type) -> AttentionAdapter | None:
     return _adapters.get(kind) or _adapters.get(full_name(kind))
 
 
-def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, prefix: str = "") -> str | None:
-    """Why an attention can't be packed; None if it can. `owners` says in how many places each layer and parameter is;
+def reason_against(attention: Any, adapter: AttentionAdapter, uses: dict, prefix: str = "") -> str | None:
+    """Why an attention can't be packed; None if it can. `uses` says in how many places each layer and parameter is;
     `prefix` comes before the names of parts."""
     reason = adapter.reason_against(attention)
     if reason is not None:
@@ -104,11 +104,11 @@ def reason_against(attention: Any, adapter: AttentionAdapter, owners: dict, pref
                     "spread over devices" if parameter.is_dist() else "without values, as paddle.LazyGuard leaves it"
                 )
                 return f"the {kind} of a projection is {found}"
-        if parameters[0] is not None and len({repr(training_of(p)) for p in parameters}) > 1:
+        if parameters[0] is not None and len({repr(training_attributes(p)) for p in parameters}) > 1:
             return f"the {kind} of {', '.join(projections)} differ in dtype or in how they are trained"
     for part in (attention, *layers):
         for child in (part, *part._parameters.values()):
-            if child is not None and owners[id(child)] > 1:
+            if child is not None and uses[id(child)] > 1:
                 return f"it shares its {type(part).__name__} or a parameter of it with another layer"
     return None
 
@@ -128,22 +128,22 @@ def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | N
     return None
 
 
-def reason_against_adapted(attention: Any, adapter: AttentionAdapter, owners: dict) -> str | None:
+def reason_against_adapted(attention: Any, adapter: AttentionAdapter, uses: dict) -> str | None:
     """As :func:`reason_against`, for a class that the package does not know well: nothing may be there that the adapter
     does not name, and the numbers of a copy must be those of the class's own forward."""
     if not is_plain(attention, type(attention)):
         return "it has hooks or a forward of its own"
-    reason = reason_against(attention, adapter, owners)
+    reason = reason_against(attention, adapter, uses)
     if reason is not None:
         return reason
     known = {*adapter.layout(attention)[0], adapter.output, *adapter.dropouts(), *adapter.ignored}
     for name in (*attention._sub_layers, *attention._parameters, *attention._buffers):
         if name not in known:
             return f"it has {name}, which its adapter does not name"
-    return _difference(attention, adapter)
+    return _reason_against_numbers(attention, adapter)
 
 
-def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
+def _reason_against_numbers(attention: Any, adapter: AttentionAdapter) -> str | None:
     copied = copy.deepcopy(attention)
     copied.to(dtype="float32")
     copied.eval()
@@ -161,7 +161,7 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
             return "its adapter does not serve its example"
         actual = copied(*arguments)
     expected, actual = (result if isinstance(result, (tuple, list)) else (result,) for result in (expected, actual))
-    if list(map(_shape, expected)) != list(map(_shape, actual)) or _shape(actual[0]) != x.shape:
+    if list(map(_shape_of, expected)) != list(map(_shape_of, actual)) or _shape_of(actual[0]) != x.shape:
         return "its forward returns something else than the operator"
     for wanted, found in zip(expected, actual):
         size, difference = float(wanted.abs().max()), float((found - wanted).abs().max())
@@ -173,5 +173,5 @@ def _difference(attention: Any, adapter: AttentionAdapter) -> str | None:
     return None
 
 
-def _shape(result: Any) -> Any:
+def _shape_of(result: Any) -> Any:
     return result.shape if isinstance(result, paddle.Tensor) else None

@@ -18,7 +18,7 @@ from ..weights import pack_projections
 __all__ = ["fused_multi_head_attention"]
 
 
-def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
+def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
     """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as
     packed; or one of nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
@@ -129,7 +129,7 @@ def fused_multi_head_attention(
     if len(x.shape) != 3:
         raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
     if transpose_qkv_wb:
-        qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
+        qkv_weight, qkv_bias = pack_transposed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
     if cache_kv is not None and group is not None:
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
     # fmt: off

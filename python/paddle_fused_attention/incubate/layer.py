@@ -13,7 +13,7 @@ from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
 from .._ordinary_ops import additive_mask
 from ..parallel import group_of_ring, parallel_attention
-from .functional import _packed, fused_multi_head_attention, seed_of_program
+from .functional import fused_multi_head_attention, pack_transposed, seed_of_program
 
 __all__ = ["FusedMultiHeadAttention"]
 
@@ -139,10 +139,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             NotImplementedError: key or value is not the query, and there is a cache.
         """
         check_tensor("query", query, required=True)
-        keys = other_keys(query, key, value)
-        if keys is None:
+        key_value = other_keys(query, key, value)
+        if key_value is None:
             return self._attend_to_itself(query, attn_mask, cache)
-        return self._attend_to_keys(query, attn_mask, cache, keys)
+        return self._attend_to_keys(query, attn_mask, cache, key_value)
 
     def _attend_to_itself(
         self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None
@@ -173,7 +173,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
     @paddle.jit.not_to_static
     def _attend_to_keys(
-        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
+        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, key_value: tuple
     ) -> paddle.Tensor:
         if cache is not None:
             raise NotImplementedError(
@@ -184,7 +184,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         group = group_of_ring(self._ring_id)
         weight, bias = self.qkv_weight, self.qkv_bias
         if self.transpose_qkv_wb:
-            weight, bias = _packed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
+            weight, bias = pack_transposed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
         epsilon = self._epsilon
         mask, before = additive_mask("attn_mask", attn_mask, query), self.normalize_before
         # fmt: off
@@ -194,4 +194,4 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             before, self.training, not before, True, False, MODES[0], seed_of_program(),
         )).checked()
         # fmt: on
-        return attention_to_keys(block, keys) if group is None else parallel_attention(block, group, keys)
+        return attention_to_keys(block, key_value) if group is None else parallel_attention(block, group, key_value)
