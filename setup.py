@@ -1,11 +1,11 @@
 """Builds the operator library of paddle_fused_attention for the Paddle that is installed.
 
-The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/op, with their cuda parts
-where Paddle is built with CUDA. What it was built for is written to paddle_fused_attention/_build_info.py, which the package
-compares with the Paddle that it finds at import.
+The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/op, with their cuda
+parts where Paddle is built with CUDA. What it was built for is written to paddle_fused_attention/_build_info.py, which
+the package compares with the Paddle that it finds at import.
 
-Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, the number of compilers to run at once (default: one per core); CUDA_HOME;
-PADDLE_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" (default: the cards that are visible).
+Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, the number of compilers to run at once (default: one per core);
+CUDA_HOME; PADDLE_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" (default: the cards that are visible).
 """
 
 import os
@@ -32,15 +32,16 @@ CORE_CUDA_SOURCES = ["custom_ops/core/cuda/**/*.cc", "custom_ops/core/cuda/**/*.
 OPERATOR_SOURCES = ["custom_ops/op/*.cc"]
 HEADERS = ["custom_ops/**/*.h", "custom_ops/**/*.cuh"]
 
-# The instruction set is chosen at run time, so none is asked for here. GOMP symbols are found in Paddle's own OpenMP runtime,
-# hence -fopenmp for the compiler only.
+# The instruction set is chosen at run time, so none is asked for here. GOMP symbols are found in Paddle's own OpenMP
+# runtime, hence -fopenmp for the compiler only.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Paddle's ABI.
 DEFINES = ["-D_GLIBCXX_USE_CXX11_ABI=1"]
 # The operator uses no Python; without this define Paddle's headers want Python.h.
 OPERATOR_DEFINES = ["-DPADDLE_NO_PYTHON"]
-# Paddle may bring another CUDA runtime than the nvcc that is used here: ours is linked in and its symbols are kept inside.
+# Paddle may bring another CUDA runtime than the nvcc that is used here: ours is linked in and its symbols are kept
+# inside.
 CUDA_LINK_FLAGS = ["-Wl,--as-needed", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 
 
@@ -55,7 +56,8 @@ def import_paddle():
         if error.name != "paddle":
             raise
         raise PlatformError(
-            "paddle_fused_attention is compiled for the Paddle that is installed, and none is. Install it, then build without "
+            "paddle_fused_attention is compiled for the Paddle that is installed, and none is. Install it, "
+            "then build without "
             "isolation:\n    pip install paddlepaddle setuptools wheel    (or paddlepaddle-gpu)\n"
             "    pip install --no-build-isolation ."
         ) from None
@@ -69,7 +71,9 @@ def find_cuda_home():
     if not home and shutil.which("nvcc"):
         home = str(Path(shutil.which("nvcc")).resolve().parents[1])
     if not home or not os.path.exists(os.path.join(home, "bin", "nvcc")):
-        raise PlatformError(f"Paddle is built with CUDA, but bin/nvcc is not in {home}: set CUDA_HOME to the CUDA toolkit.")
+        raise PlatformError(
+            f"Paddle is built with CUDA, but bin/nvcc is not in {home}: set CUDA_HOME to the CUDA toolkit."
+        )
     return home
 
 
@@ -102,7 +106,8 @@ def checksum(compilers):
 
 
 class Toolchain:
-    """The commands that compile one source and link the library, from what paddle.utils.cpp_extension says of Paddle."""
+    """The commands that compile one source and link the library, from what paddle.utils.cpp_extension says of
+    Paddle."""
 
     def __init__(self, paddle):
         self.with_cuda = paddle.is_compiled_with_cuda()
@@ -130,14 +135,25 @@ class Toolchain:
         user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         core = {".cc": [*cxx, *cxx_flags, *includes, *user_flags]}
         if self.with_cuda:
-            nvcc = [os.path.join(cuda_home, "bin", "nvcc"), "-ccbin", cxx[-1], *NVCC_FLAGS, *gencode_flags(architectures)]
+            nvcc = [
+                os.path.join(cuda_home, "bin", "nvcc"),
+                "-ccbin",
+                cxx[-1],
+                *NVCC_FLAGS,
+                *gencode_flags(architectures),
+            ]
             core[".cu"] = [*nvcc, *defines, *includes]
         operator = {".cc": [*cxx, *cxx_flags, *paddle_says.extra_compile_args["cxx"]]}
         operator[".cc"] += [*operator_defines, *operator_includes, *user_flags]
-        # Each with its command and its object. Objects of other commands live side by side, so that going from one Paddle to another
-        # compiles nothing twice. The core includes none of Paddle's headers: its objects serve every Paddle.
+        # Each with its command and its object. Objects of other commands live side by side, so that going from one
+        # Paddle to another compiles nothing twice. The core includes none of Paddle's headers: its objects serve every
+        # Paddle.
         self.compilations = [
-            (source, compilers[Path(source).suffix], Path("build", "objects", f"{name}-{checksum(compilers)}", source + ".o"))
+            (
+                source,
+                compilers[Path(source).suffix],
+                Path("build", "objects", f"{name}-{checksum(compilers)}", source + ".o"),
+            )
             for sources, compilers, name in (
                 (core_sources, core, "core"),
                 (operator_sources, operator, f"paddle-{paddle.__version__}"),
@@ -147,7 +163,9 @@ class Toolchain:
 
         has_iomp = os.path.exists(os.path.join(paddle.sysconfig.get_lib(), "libiomp5.so"))
         self.linker = [*cxx, "-shared"]
-        self.link_flags = [flag for path in paddle_says.library_dirs for flag in (f"-L{path}", f"-Wl,-rpath-link,{path}")]
+        self.link_flags = [
+            flag for path in paddle_says.library_dirs for flag in (f"-L{path}", f"-Wl,-rpath-link,{path}")
+        ]
         self.link_flags += [f"-Wl,-rpath,{path}" for path in paddle_says.runtime_library_dirs]
         self.link_flags += [flag for flag in paddle_says.extra_link_args if flag != "-lcudart"]
         self.link_flags.append("-l:libiomp5.so" if has_iomp else "-fopenmp")
@@ -162,8 +180,8 @@ class Toolchain:
 class BuildOperator(build_ext):
     """Compiles what changed, in parallel, and stops at the first error.
 
-    Paddle's BuildExtension is not used: after a failed compilation 3.3.1 goes on with whatever objects are there, 2.6.2 puts
-    all objects into one folder where equal file names collide, and both compile everything anew each time.
+    Paddle's BuildExtension is not used: after a failed compilation 3.3.1 goes on with whatever objects are there, 2.6.2
+    puts all objects into one folder where equal file names collide, and both compile everything anew each time.
     """
 
     def get_ext_filename(self, fullname):

@@ -3,11 +3,12 @@
     python benchmarks/cpu_block.py [--threads 2 1] [--dtype float32 bfloat16] [--rounds 7] [--case NAME ...]
         [--json FILE] [--chart FILE]
 
-Each library runs in a process of its own; one after another they take a turn at a case, for several rounds (three where they take
-long), and the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
-Paddle's layers have no bfloat16 on the CPU. The growth of each process's peak memory over a training step is read in a fresh process
-that runs nothing else. Then every stage of ours is timed alone and compared with its floor (cpu_stages.cc, for which g++ is needed).
-PyTorch and matplotlib are needed (benchmarks/requirements.txt); without PyTorch its column stays empty.
+Each library runs in a process of its own; one after another they take a turn at a case, for several rounds (three where
+they take long), and the medians are compared: forward in eval mode without gradients, and forward and backward in
+training with dropout 0.1. Paddle's layers have no bfloat16 on the CPU. The growth of each process's peak memory over a
+training step is read in a fresh process that runs nothing else. Then every stage of ours is timed alone and compared
+with its floor (cpu_stages.cc, for which g++ is needed). PyTorch and matplotlib are needed
+(benchmarks/requirements.txt); without PyTorch its column stays empty.
 """
 
 import argparse
@@ -162,7 +163,9 @@ def measure_memory(library, case):
 def start(library, *arguments, threads, **options):
     command = [sys.executable, os.path.abspath(__file__), "--worker", library, *arguments]
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # before any of the libraries is imported
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment, **options
+    )
 
 
 def run_case(workers, case, dtype, rounds):
@@ -196,7 +199,9 @@ def compare(libraries, threads, arguments):
             results[f"{case} {dtype}"] = medians = run_case(workers, case, dtype, arguments.rounds)
             for which, row in medians.items():
                 times = "".join(f"{1e3 * row[name]:>10.1f}" if name in row else f"{'-':>10}" for name in LIBRARIES)
-                ratios = (f"{row[peer] / row['ours']:>14.2f}" if peer in row else f"{'-':>14}" for peer in LIBRARIES[1:])
+                ratios = (
+                    f"{row[peer] / row['ours']:>14.2f}" if peer in row else f"{'-':>14}" for peer in LIBRARIES[1:]
+                )
                 print(f"{case:<18}{dtype:<10}{which:<18}{times}{''.join(ratios)}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
@@ -254,7 +259,11 @@ def time_stages(program, threads, arguments):
         for case in arguments.case:
             command = [program, dtype, *map(str, CASES[case]), str(DROPOUT), str(arguments.rounds)]
             output = subprocess.run(
-                command, env=dict(os.environ, OMP_NUM_THREADS=str(threads)), stdout=subprocess.PIPE, text=True, check=True
+                command,
+                env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             ).stdout
             stages = {name: [float(value) for value in values] for name, *values in map(str.split, output.splitlines())}
             results[f"{case} {dtype}"] = stages
@@ -273,7 +282,11 @@ def draw(results, threads, path):
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True)
     for axis, which in zip(axes, PASSES):
         for i, peer in enumerate(LIBRARIES[1:]):
-            found = [(j, row[which][peer] / row[which]["ours"]) for j, row in enumerate(results.values()) if peer in row[which]]
+            found = [
+                (j, row[which][peer] / row[which]["ours"])
+                for j, row in enumerate(results.values())
+                if peer in row[which]
+            ]
             bars = axis.bar([j + 0.4 * i for j, _ in found], [ratio for _, ratio in found], 0.4, label=f"{peer} / ours")
             axis.bar_label(bars, fmt="%.1f")
         axis.axhline(1, color="black", linewidth=0.8)
@@ -303,7 +316,9 @@ def main():
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they would hold back peers
         os.environ.pop(name, None)
     program = None if arguments.no_stages else build_stages()
-    libraries = [name for name in LIBRARIES if name != "torch" or subprocess.call([sys.executable, "-c", "import torch"]) == 0]
+    libraries = [
+        name for name in LIBRARIES if name != "torch" or subprocess.call([sys.executable, "-c", "import torch"]) == 0
+    ]
     results = {"rounds": arguments.rounds, "seconds": {}, "stages": {}}
     for threads in arguments.threads:
         results["seconds"][threads] = compare(libraries, threads, arguments)

@@ -1,13 +1,14 @@
-"""The attention block on one GPU: ours against PyTorch's ways, attention alone, and each of our stages against its floor.
+"""The attention block on one GPU: ours against PyTorch's ways, attention alone, and each of our stages against its
+floor.
 
-    make gpu-bench
-    PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--compile flash cudnn] [--parts block ...]
+    make gpu-bench PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--compile flash cudnn]
+    [--parts block ...]
 
-All contenders of a case run in one process, taking turns; a time is the median over turns of the time per call, host work
-included. `forward` is inference: no dropout, nothing saved. `training` is forward and gradients of x and of all parameters,
-with the case's dropout; `in a graph` it is a replayed CUDA graph, without host work. Peak memory is what a training step
-allocates beyond what exists before it. The stages are timed as replays of a CUDA graph too; their floors are bytes over the
-copy rate and operations over the rate of a large matrix product, both measured at the start.
+All contenders of a case run in one process, taking turns; a time is the median over turns of the time per call, host
+work included. `forward` is inference: no dropout, nothing saved. `training` is forward and gradients of x and of all
+parameters, with the case's dropout; `in a graph` it is a replayed CUDA graph, without host work. Peak memory is what a
+training step allocates beyond what exists before it. The stages are timed as replays of a CUDA graph too; their floors
+are bytes over the copy rate and operations over the rate of a large matrix product, both measured at the start.
 
 Writes gpu_block.json and gpu_block.png into --out (default: build).
 """
@@ -300,7 +301,11 @@ def product_rate(dtype):
 
 
 def run_block(case, options):
-    x = torch.randn(case.batch, case.seq_len, case.embed_dim, device="cuda").to(getattr(torch, case.dtype)).requires_grad_()
+    x = (
+        torch.randn(case.batch, case.seq_len, case.embed_dim, device="cuda")
+        .to(getattr(torch, case.dtype))
+        .requires_grad_()
+    )
     d_out = torch.randn_like(x)
     parameters = draw_parameters(case)
     forward, training = {}, {}
@@ -348,7 +353,12 @@ def profile(case, call, steps):
 def print_block(result):
     name = result["case"]["name"]
     print(f"\n{name}: milliseconds, and how many times ours")
-    titles = {"forward_ms": "forward", "training_ms": "training", "peak_mib": "peak MiB", "graph_ms": "training in a graph"}
+    titles = {
+        "forward_ms": "forward",
+        "training_ms": "training",
+        "peak_mib": "peak MiB",
+        "graph_ms": "training in a graph",
+    }
     print(f"  {'':22}" + "".join(f"{title:>22}" for title in titles.values()))
     for contender in dict.fromkeys(n for key in titles for n in result[key]):
         line = f"  {contender:22}"
@@ -566,10 +576,15 @@ def main():
     parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
     parser.add_argument("--parts", nargs="*", default=["block", "attention", "masks", "stages"])
     parser.add_argument(
-        "--compile", nargs="*", default=["unfused", "efficient", "flash", "cudnn"], help="PyTorch's ways to try compiled, too"
+        "--compile",
+        nargs="*",
+        default=["unfused", "efficient", "flash", "cudnn"],
+        help="PyTorch's ways to try compiled, too",
     )
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="also list the kernels of our training step")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="also list the kernels of our training step"
+    )
     parser.add_argument("--out", type=Path, default=Path("build"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -595,7 +610,10 @@ def main():
             peers, title = ("flash", "cudnn"), "attention alone, bfloat16"
             report["attention"] = run_attention(ATTENTION, peers, ("flash",), title, options.turns)
         if "masks" in options.parts:
-            peers, title = ("efficient", "cudnn"), "attention with masks, bfloat16; of the work that there is without a mask"
+            peers, title = (
+                ("efficient", "cudnn"),
+                "attention with masks, bfloat16; of the work that there is without a mask",
+            )
             report["masks"] = run_attention(MASKED_ATTENTION, peers, peers, title, options.turns)
     (options.out / "gpu_block.json").write_text(json.dumps(report, indent=1))
     if report["blocks"]:

@@ -13,7 +13,8 @@ REQUIREMENTS = {"matplotlib", "numpy", "safetensors", "sklearn", "tokenizers", "
 
 
 def import_paddle() -> None:
-    """Import Paddle with all cores, errors only in its log, and without its remarks on OMP_NUM_THREADS and on a compiler cache.
+    """Import Paddle with all cores, errors only in its log, and without its remarks on OMP_NUM_THREADS and on a
+    compiler cache.
 
     The variables are read by Paddle and cuBLAS when they are loaded; float32 products are not rounded to TF32.
     """

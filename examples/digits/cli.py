@@ -1,4 +1,5 @@
-"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit status."""
+"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit
+status."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments; bad ones end the program with status 2 and a line that says why."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits",
-        description="Train a vision transformer on handwritten digits, on the fused attention operator and on Paddle's layers.",
+        description=(
+            "Train a vision transformer on handwritten digits, on the fused attention operator and on Paddle's layers."
+        ),
     )
     parser.add_argument("--attention", choices=("fused", "plain", "both"), default="both", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=20, metavar="N", help="default: %(default)s")

@@ -1,8 +1,8 @@
 """Training with checkpoints that go on bit for bit.
 
-All that a step depends on is the parameters, the optimizer's state (with its learning rate), and the number of the step: this
-gives the batch, and the seed of Paddle's generator, from which dropout is drawn. So a checkpoint holds these, and the losses up
-to it.
+All that a step depends on is the parameters, the optimizer's state (with its learning rate), and the number of the
+step: this gives the batch, and the seed of Paddle's generator, from which dropout is drawn. So a checkpoint holds
+these, and the losses up to it.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def load_checkpoint(
     expected = dict(dataclasses.asdict(settings), kind=kind, paddle=paddle.__version__)
     for name, value in expected.items():
         if run.get(name) != value:
-            raise CheckpointError(f"{path}: {name}: expected {value!r}, got a checkpoint of a run with {run.get(name)!r}")
+            raise CheckpointError(
+                f"{path}: {name}: expected {value!r}, got a checkpoint of a run with {run.get(name)!r}"
+            )
     model.set_state_dict(weights)
     optimizer.set_state_dict(moments)
     return step, losses

@@ -1,4 +1,5 @@
-"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit status."""
+"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit
+status."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return `queries`, a list, and `top`; bad ones end the program with status 2 and a line that says why."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.semantic_search",
-        description="Search Paddle's API documentation by meaning, with all-MiniLM-L6-v2 on the fused attention operator.",
+        description=(
+            "Search Paddle's API documentation by meaning, with all-MiniLM-L6-v2 on the fused attention operator."
+        ),
     )
     parser.add_argument("queries", nargs="*", metavar="query", help="what to look for (default: some examples)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="answers to print for each query (default: 5)")

@@ -17,8 +17,8 @@ MODULES = ("paddle", "paddle.nn", "paddle.nn.functional")
 MINIMUM_LENGTH = 40
 
 _SECTION = re.compile(
-    r"(Args|Arguments|Parameters|Call [Pp]arameters|Keyword [Aa]rgs|Attributes?|Inputs?|Outputs?|Shapes?|Returns?|Raises"
-    r"|Return [Tt]ype|Variables|Members|(Code )?Examples?|For [Ee]xample)\s*:+\s*$"
+    r"(Args|Arguments|Parameters|Call [Pp]arameters|Keyword [Aa]rgs|Attributes?|Inputs?|Outputs?|Shapes?|Returns?"
+    r"|Raises|Return [Tt]ype|Variables|Members|(Code )?Examples?|For [Ee]xample)\s*:+\s*$"
 )
 _DIRECTIVE = re.compile(r"\.\.\s*[\w-]+::")
 _MARKUP = (
@@ -101,8 +101,8 @@ def _plain(text: str) -> str:
 def load_corpus(modules: tuple[str, ...] = MODULES) -> list[Entry]:
     """Describe every public function and class of the named modules, each once, in the order of `modules`.
 
-    Things without a docstring, or whose docstring opens with a section, are left out. Several names of one object, or names
-    that differ in spelling alone (``Conv2D``, ``Conv2d``) and share their description, are one entry.
+    Things without a docstring, or whose docstring opens with a section, are left out. Several names of one object, or
+    names that differ in spelling alone (``Conv2D``, ``Conv2d``) and share their description, are one entry.
 
     Raises:
         ImportError: a module is not there.

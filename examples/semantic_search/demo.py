@@ -83,7 +83,9 @@ def print_comparison(results: dict[str, tuple[np.ndarray, float]]) -> None:
         shown = "" if embeddings is reference else f"{difference:.1e}"
         print(f"{name:{width}}  {seconds:7.2f}  {len(embeddings) / seconds:7.0f}  {shown}")
         if not difference < TOLERANCE:
-            failures.append(f"{name}: differs from the fused encoder by {difference:.1e}, expected less than {TOLERANCE}")
+            failures.append(
+                f"{name}: differs from the fused encoder by {difference:.1e}, expected less than {TOLERANCE}"
+            )
     sys.stdout.flush()
     if failures:
         raise DifferenceError("\n".join(failures))

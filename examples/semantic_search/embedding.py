@@ -51,7 +51,9 @@ def make_batches(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = B
     return batches
 
 
-def dygraph_encode(config: EncoderConfig, attention_block: Callable[[EncoderConfig], paddle.nn.Layer], state: State) -> Encode:
+def dygraph_encode(
+    config: EncoderConfig, attention_block: Callable[[EncoderConfig], paddle.nn.Layer], state: State
+) -> Encode:
     """Make an encoder in dygraph with the weights of `state`; return a function from arrays to arrays that runs it."""
     encoder = SentenceEncoder(config, attention_block)
     encoder.eval()

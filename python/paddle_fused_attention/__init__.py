@@ -1,9 +1,9 @@
 """Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU.
 
-Importing it registers the operator with Paddle. A saved model holds the operator by its name: import this package before such
-a model is loaded, by paddle.jit.load or a predictor. Otherwise Paddle 2.6 says that the operator is not registered, Paddle 3
-that "op [] kernel output args (0) defs should equal op outputs (2)", or, since 3.1, where the result of a loaded model is the
-operator's own, calling it is a segmentation fault.
+Importing it registers the operator with Paddle. A saved model holds the operator by its name: import this package
+before such a model is loaded, by paddle.jit.load or a predictor. Otherwise Paddle 2.6 says that the operator is not
+registered, Paddle 3 that "op [] kernel output args (0) defs should equal op outputs (2)", or, since 3.1, where the
+result of a loaded model is the operator's own, calling it is a segmentation fault.
 """
 
 from . import incubate
@@ -11,7 +11,12 @@ from ._flops import count_flops
 from .conversion import AttentionAdapter, VisionTransformerAdapter, convert, register_adapter, revert
 from .functional import fused_multi_head_attention
 from .layer import FusedMultiHeadAttention
-from .parallel import ParallelClipGradByGlobalNorm, ParallelFusedMultiHeadAttention, full_state_dict, load_full_state_dict
+from .parallel import (
+    ParallelClipGradByGlobalNorm,
+    ParallelFusedMultiHeadAttention,
+    full_state_dict,
+    load_full_state_dict,
+)
 from .patching import patch, unpatch
 from .state_dicts import pack_optimizer_state, separate_optimizer_state, separate_state_dict
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight

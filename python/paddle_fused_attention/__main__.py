@@ -20,18 +20,19 @@ _NAMINGS = """known namings:
   Hugging Face ViT          attention.attention.query, ...        -> attention.qkv_weight, ...
   GPT-2, OpenAI GPT         attn.c_attn, attn.c_proj, ln_1        -> attn.qkv_weight, ...
 
-packed: qkv_weight [3, H, D, E] and qkv_bias [3, H, D]. With Paddle's naming that is all, and the names are those of a model after
-paddle_fused_attention.convert(model). With the others linear_weight [E, E], linear_bias [E], and ln_scale and ln_bias [E], or
-pre_ln_scale and pre_ln_bias where the layer norm stands before the attention, are packed too: the names are those of a
-FusedMultiHeadAttention in the attention's place, whose arguments the report gives, but for epsilon, which is the model's own.
+packed: qkv_weight [3, H, D, E] and qkv_bias [3, H, D]. With Paddle's naming that is all, and the names are those of a
+model after paddle_fused_attention.convert(model). With the others linear_weight [E, E], linear_bias [E], and ln_scale
+and ln_bias [E], or pre_ln_scale and pre_ln_bias where the layer norm stands before the attention, are packed too: the
+names are those of a FusedMultiHeadAttention in the attention's place, whose arguments the report gives, but for
+epsilon, which is the model's own.
 
-A block is packed only where its names and shapes say that the operator computes it. Patterns are those of a shell, for the names
-of blocks, and the first that fits holds: --num-heads 'text.*=8' --num-heads 'vision.*=12'."""
+A block is packed only where its names and shapes say that the operator computes it. Patterns are those of a shell, for
+the names of blocks, and the first that fits holds: --num-heads 'text.*=8' --num-heads 'vision.*=12'."""
 
 _FILES = "a .pdparams, .safetensors, .bin, .pt or .pth file, or an index.json of a sharded checkpoint"
 
 
-def _heads(text: str) -> tuple[str | None, int]:
+def _heads_argument(text: str) -> tuple[str | None, int]:
     pattern, equals, number = text.rpartition("=")
     try:
         return (pattern if equals else None), int(number)
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--num-heads",
                 metavar="H",
-                type=_heads,
+                type=_heads_argument,
                 action="append",
                 required=True,
                 help="the number of attention heads; PATTERN=H, repeated: of the blocks with such names",
@@ -70,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
                     action="store_const",
                     const=side == "before",
                     dest="normalize_before",
-                    help=f"the layer norm stands {place}, for blocks of GPT's names without an ln_f or tokens_embed that tells",
+                    help=(
+                        f"the layer norm stands {place}, for blocks of GPT's names without an ln_f or tokens_embed "
+                        "that tells"
+                    ),
                 )
         command.add_argument(
             "--layout",
@@ -125,7 +129,9 @@ def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str,
     by_pattern: dict[str, int] = {}
     for pattern, number in numbers:
         if pattern is None:
-            raise CheckpointError("--num-heads: expected it once, or each time with a pattern, of which '*' fits the rest")
+            raise CheckpointError(
+                "--num-heads: expected it once, or each time with a pattern, of which '*' fits the rest"
+            )
         if by_pattern.setdefault(pattern, number) != number:
             raise CheckpointError(f"--num-heads: expected one number for {pattern!r}, got two that differ")
     return by_pattern
@@ -177,8 +183,8 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, metadata))
     for name, what in report.converted.items():
         _print(f"{name}: {what}", sys.stdout)
-    for name, why in report.left_alone.items():
-        _print(f"{name or '(the model)'}: left alone, {why}", sys.stdout)
+    for line in report.lines_of_left_alone():
+        _print(line, sys.stdout)
     done = "packed" if arguments.command == "convert" else "unpacked"
     unchanged = sum(1 for name in arrays if name in read.arrays)
     counts = f"{len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged"

@@ -1,9 +1,11 @@
-"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: Paddle casts none of custom operators.
+"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: Paddle casts none of custom
+operators.
 
-The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, the weights and the biases of
-the projections go in as the 16-bit dtype, and x with them unless it is float32: then the residual sum and the result are float32 too,
-and x is rounded for the products alone. If the user's black list names the operator all go in as float32. Layer-norm parameters always
-stay, or become, float32; masks are taken in any dtype. float64 is left alone, as by Paddle.
+The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, the weights
+and the biases of the projections go in as the 16-bit dtype, and x with them unless it is float32: then the residual sum
+and the result are float32 too, and x is rounded for the products alone. If the user's black list names the operator all
+go in as float32. Layer-norm parameters always stay, or become, float32; masks are taken in any dtype. float64 is left
+alone, as by Paddle.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def without_auto_cast() -> Any:
 
 
 def target_dtype(op_type: str, tracer: Any) -> Any:
-    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static graphs."""
+    """The dtype that auto_cast wants for the operator, or None where it is off. `tracer` is dygraph's, None in static
+    graphs."""
     if tracer is None and not in_dynamic_or_pir_mode():
         return None
     state = tracer or core._get_amp_attrs()
@@ -41,8 +44,8 @@ def target_dtype(op_type: str, tracer: Any) -> Any:
 
 
 def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
-    """Casts the operator's inputs, of which the first is x and which may be None, to `dtype`, those at `norm_indices` to float32; a
-    float32 x remains."""
+    """Casts the operator's inputs, of which the first is x and which may be None, to `dtype`, those at `norm_indices`
+    to float32; a float32 x remains."""
     cast = list(inputs)
     x_dtype = inputs[0].dtype.value
     if x_dtype not in _CASTABLE:

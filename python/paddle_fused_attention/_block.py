@@ -1,7 +1,7 @@
 """The description of an attention block: its tensors, numbers and switches.
 
-It is made and checked where the user's arguments come in, by a function or a layer, and handed on whole to whatever computes the
-block: the operator, ordinary ops, or both where the heads are spread over processes.
+It is made and checked where the user's arguments come in, by a function or a layer, and handed on whole to whatever
+computes the block: the operator, ordinary ops, or both where the heads are spread over processes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MODES = ("upscale_in_train", "downscale_in_infer")
 class Block(NamedTuple):
     """The arguments of :func:`paddle_fused_attention.fused_multi_head_attention`, which says what they mean.
 
-    A tuple, since one is made in every call. What is handed on is :meth:`checked`. Where a user's code may be traced it is made by
-    `_make`: Paddle 2.6's to_static with full_graph=False hands no arguments to a call of the class.
+    A tuple, since one is made in every call. What is handed on is :meth:`checked`. Where a user's code may be traced it
+    is made by `_make`: Paddle 2.6's to_static with full_graph=False hands no arguments to a call of the class.
     """
 
     # The operator's inputs, in its order.
@@ -55,11 +55,12 @@ class Block(NamedTuple):
         return fields[OF_TENSORS]
 
     def checked(self) -> Block:
-        """The block with floats for numbers, bools for switches, and without the parameters of a layer norm that is off.
+        """The block with floats for numbers, bools for switches, and without the parameters of a layer norm that is
+        off.
 
         Raises:
-            TypeError, ValueError: A field is of the wrong type, or a number out of its range. Shapes and dtypes are for those to check
-                who compute the block.
+            TypeError, ValueError: A field is of the wrong type, or a number out of its range. Shapes and dtypes are for
+                those to check who compute the block.
         """
         # Each check begins with what is usual, since a call in dygraph is to cost few microseconds.
         fields: Any = self
@@ -84,18 +85,25 @@ class Block(NamedTuple):
             raise ValueError(f"mode: expected {MODES[0]!r} or {MODES[1]!r}, got {mode!r}")
         if seed is not None and check_seed("seed", seed) is not seed:
             changes["seed"] = int(seed)
-        if not (type(pre_layer_norm) is type(training) is type(final_layer_norm) is type(add_residual) is type(causal) is bool):
+        if not (
+            type(pre_layer_norm)
+            is type(training)
+            is type(final_layer_norm)
+            is type(add_residual)
+            is type(causal)
+            is bool
+        ):
             named = dict(zip(Block._fields[OF_SWITCHES], switches[:-2]))
             check_switches(**named)
             changes.update((name, bool(value)) for name, value in named.items())
         block = self._replace(**changes) if changes else self
         if not pre_layer_norm and not (pre_ln_scale is pre_ln_bias is None):
-            block = block._without_pair("pre_ln_scale")
+            block = block._without_norm_parameters("pre_ln_scale")
         if not final_layer_norm and not (ln_scale is ln_bias is None):
-            block = block._without_pair("ln_scale")
+            block = block._without_norm_parameters("ln_scale")
         return block
 
-    def _without_pair(self, scale: str) -> Block:
+    def _without_norm_parameters(self, scale: str) -> Block:
         """_replace takes several times as long."""
         at = self._fields.index(scale)
         return Block._make((*self[:at], None, None, *self[at + 2 :]))

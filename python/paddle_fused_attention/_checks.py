@@ -31,6 +31,16 @@ def check_tensor(name: str, value: Any, required: bool = False) -> None:
         raise TypeError(f"{name}: expected a Tensor{'' if required else ' or None'}, got {type(value).__name__}")
 
 
+def check_model(model: Any) -> None:
+    if not isinstance(model, paddle.nn.Layer):
+        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+
+
+def dtype_name(tensor: Any) -> str:
+    """The dtype of a Tensor or a variable of any kind of graph, such as "float32"."""
+    return str(tensor.dtype).split(".")[-1].lower()
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, TENSOR_TYPES):
         return f"a {type(value).__name__}"
@@ -62,7 +72,9 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {_shown(value)}")
     if not 1 <= value < 2**31:
-        raise ValueError(f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}")
+        raise ValueError(
+            f"{name}: expected at least 1{' and less than 2^31' if value > 0 else ''}, got {_shown(value)}"
+        )
     return int(value)
 
 

@@ -1,7 +1,8 @@
-"""What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of weights.
+"""What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of
+weights.
 
-A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for blocks that
-may differ in it.
+A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for
+blocks that may differ in it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from ._namings import LAYOUTS, Block, Signs, layout_by_shapes
+from ._namings import LAYOUTS, NamedBlock, Signs, layout_by_shapes
 
 
 class CheckpointError(Exception):
@@ -25,7 +26,7 @@ def check_layout(argument: str, layout: str | None) -> None:
         raise CheckpointError(f"{argument}: expected {' or '.join(LAYOUTS)}, got {layout!r}")
 
 
-def form(layout: str) -> str:
+def shown_layout(layout: str) -> str:
     return "[in, out]" if layout == "in-out" else "[out, in]"
 
 
@@ -37,7 +38,7 @@ def check_patterns(num_heads: Any, names: Iterable[str]) -> None:
             raise CheckpointError(f"--num-heads: there is no block with a name like {pattern!r}")
 
 
-def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks: list[Block]) -> dict[str, int]:
+def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks: list[NamedBlock]) -> dict[str, int]:
     widths = {block.name: arrays[block.names("weight")[-1]].shape[0] for block in blocks}
     if isinstance(num_heads, Mapping):
         heads: dict[str, int] = {}
@@ -55,8 +56,8 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
         for name, width in widths.items():
             if width != widths[first]:
                 raise CheckpointError(
-                    f"--num-heads: expected a number for each width, as PATTERN=H, since {first} is {widths[first]} wide and "
-                    f"{name} is {width}; got {num_heads}"
+                    f"--num-heads: expected a number for each width, as PATTERN=H, since {first} is {widths[first]} "
+                    f"wide and {name} is {width}; got {num_heads}"
                 )
     for name, width in widths.items():
         count = heads[name]
@@ -65,12 +66,14 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
     return heads
 
 
-def orders_of(normalize_before: bool | None, blocks: list[Block], signs: Signs) -> dict[str, bool]:
+def orders_of(normalize_before: bool | None, blocks: list[NamedBlock], signs: Signs) -> dict[str, bool]:
     """Whether the layer norm stands before the attention, for every block with which it is packed."""
     if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
         raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
     option = f"--normalize-{'before' if normalize_before else 'after'}"
-    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv}
+    told = {
+        block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv
+    }
     open_ones = [name for name, order in told.items() if order is None]
     if normalize_before is None and open_ones:
         raise CheckpointError(
@@ -86,22 +89,23 @@ def orders_of(normalize_before: bool | None, blocks: list[Block], signs: Signs) 
     stacks = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in open_ones})
     if len(stacks) > 1:
         raise CheckpointError(
-            f"{option}: expected one stack of layers, found {stacks[0]} and {stacks[1]}, which may differ: pack them one after the "
-            "other, by --names"
+            f"{option}: expected one stack of layers, found {stacks[0]} and {stacks[1]}, which may differ: pack them "
+            "one after the other, by --names"
         )
     return {name: bool(normalize_before if order is None else order) for name, order in told.items()}
 
 
-def layout_of(arrays: dict[Any, Any], block: Block, layout: str | None, file_layout: str | None) -> str:
+def layout_of(arrays: dict[Any, Any], block: NamedBlock, layout: str | None, file_layout: str | None) -> str:
     told = layout_by_shapes(arrays, block, arrays[block.names("weight")[-1]].shape[0])
     by_shape = set(told.values())
     name, naming = next(iter(told), ""), block.naming
     if len(by_shape) > 1:
         other = next(other for other in told if told[other] != told[name])
         raise CheckpointError(
-            f"{block.name}: by their shapes {name} is stored {form(told[name])} and {other} {form(told[other])}"
+            f"{block.name}: by their shapes {name} is stored {shown_layout(told[name])} and {other} "
+            f"{shown_layout(told[other])}"
         )
-    seen = f"by its shape {name} is stored {form(told[name])}" if told else ""
+    seen = f"by its shape {name} is stored {shown_layout(told[name])}" if told else ""
     if layout is not None and told and layout != told[name]:
         raise CheckpointError(f"--layout {layout}: {seen}")
     if naming.fixed_layout and layout is None and told[name] != naming.layout:
@@ -111,7 +115,7 @@ def layout_of(arrays: dict[Any, Any], block: Block, layout: str | None, file_lay
         )
     if layout is None and told and not naming.fixed_layout and file_layout is not None and file_layout != told[name]:
         raise CheckpointError(
-            f"{block.name}: its file's kind stores weights {form(file_layout)}, but {seen}: --layout is needed"
+            f"{block.name}: its file's kind stores weights {shown_layout(file_layout)}, but {seen}: --layout is needed"
         )
     found = layout or (told[name] if told else file_layout)
     if found is None:

@@ -1,4 +1,5 @@
-"""What the operator's dropout keeps, where it runs and ordinary ops are to drop the same. The operator itself is asked, in dygraph."""
+"""What the operator's dropout keeps, where it runs and ordinary ops are to drop the same. The operator itself is asked,
+in dygraph."""
 
 from __future__ import annotations
 
@@ -17,22 +18,27 @@ _WIDEST_HEAD = 64
 
 def generator_of(x: paddle.Tensor) -> Any:
     """Paddle's generator of a tensor's device, which the operator draws from."""
-    return core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
+    return (
+        core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
+    )
 
 
 @paddle.no_grad()
-def _dropped(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
+def _operator_result(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
     """What the operator makes of other tensors with the seed of a block."""
     with without_auto_cast():
-        inner = Block(x, qkv_weight, linear_weight, **others, seed=block.seed, add_residual=False, final_layer_norm=False)
+        inner = Block(
+            x, qkv_weight, linear_weight, **others, seed=block.seed, add_residual=False, final_layer_norm=False
+        )
         return _op.fused_attention(inner)
 
 
 def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_heads: int = 0) -> paddle.Tensor | None:
-    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries, keys]; None: all.
+    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries,
+    keys]; None: all.
 
-    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator itself is asked: with
-    equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
+    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator
+    itself is asked: with equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
     """
     rate, like = block.attn_dropout_rate, block.x
     if rate == 0.0 or 0 in shape:
@@ -55,18 +61,19 @@ def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_h
             x[:, start + column, :, column] = 1.0
         generator_of(like).set_state(state)
         x = paddle.to_tensor(x.reshape(batch, tokens, embed_dim), place=like.place)
-        out = _dropped(block, x, weight, linear_weight, attn_dropout_rate=rate)
+        out = _operator_result(block, x, weight, linear_weight, attn_dropout_rate=rate)
         parts.append((out > 0.0).reshape([batch, tokens, heads, width]))
     kept = paddle.concat(parts, axis=-1).transpose([0, 2, 1, 3])
     return kept[:, first_head : first_head + num_heads, :queries, :keys]
 
 
 def kept_output(block: Block) -> paddle.Tensor:
-    """Which elements of the output projection the operator's dropout keeps, as bool. The generator moves on as by one call."""
+    """Which elements of the output projection the operator's dropout keeps, as bool. The generator moves on as by one
+    call."""
     x = block.x
     embed_dim = x.shape[-1]
     zeros = [paddle.zeros(shape, "float32") for shape in (x.shape, block.qkv_weight.shape, [embed_dim, embed_dim])]
     tensors = [tensor._copy_to(x.place, True) for tensor in (*zeros, paddle.ones([embed_dim], "float32"))]
     rates = {"dropout_rate": block.dropout_rate, "attn_dropout_rate": block.attn_dropout_rate}
     inputs, weight, linear_weight, linear_bias = tensors
-    return _dropped(block, inputs, weight, linear_weight, linear_bias=linear_bias, **rates) > 0.0
+    return _operator_result(block, inputs, weight, linear_weight, linear_bias=linear_bias, **rates) > 0.0

@@ -1,4 +1,5 @@
-"""What an initializer that the user names means for parameters that pack three projections: what it means for three of their own."""
+"""What an initializer that the user names means for parameters that pack three projections: what it means for three of
+their own."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ from paddle.nn.initializer.normal import NormalInitializer, TruncatedNormalIniti
 from paddle.nn.initializer.uniform import UniformInitializer
 from paddle.nn.initializer.xavier import XavierInitializer
 
-_FOR_EACH_ELEMENT = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
+from .weights import pack_projections
+
+_ELEMENTWISE = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
 
 
-def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
-    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False for no parameter.
+def param_attr_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
+    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False
+    for no parameter.
 
-    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one included, is
-    applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out, or [embed_dim].
+    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one
+    included, is applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out,
+    or [embed_dim].
 
     Raises:
         TypeError, ValueError: `attr` is none, or assigns an array of another shape; errors call it `argument`.
@@ -34,11 +39,15 @@ def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_b
     try:
         attr = paddle.ParamAttr._to_attr(attr)
     except TypeError:
-        raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}") from None
+        raise TypeError(
+            f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}"
+        ) from None
     if attr is False:
         if is_bias:
             return False
-        raise ValueError(f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed")
+        raise ValueError(
+            f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed"
+        )
     attr = copy.copy(attr)
     if attr.name is not None:
         attr.name = f"{attr.name}.{name}"
@@ -52,56 +61,55 @@ def attribute_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_b
             raise ValueError(f"{argument}: expected an array of shape {separate} to assign to {name}, got {found}")
         packed = packed and found == separate
     if packed and initializer is not None:
-        initializer = _for_three(initializer, separate)
+        initializer = _for_each_projection(initializer, separate, shape[1])
     attr.initializer = initializer
     return attr
 
 
-def _for_three(initializer: Any, shape: list[int]) -> Any:
+def _for_each_projection(initializer: Any, shape: list[int], num_heads: int) -> Any:
     own = type(initializer).__module__.startswith("paddle.")
     if own and isinstance(initializer, (XavierInitializer, MSRAInitializer)):
         initializer = copy.copy(initializer)
         initializer._compute_fans = lambda _: (shape[0], shape[0])
         return initializer
-    if own and isinstance(initializer, _FOR_EACH_ELEMENT) and not getattr(initializer, "_diag_num", 0):
+    if own and isinstance(initializer, _ELEMENTWISE) and not getattr(initializer, "_diag_num", 0):
         return initializer
-    return _ForThree(initializer, shape)
+    return _ForEachProjection(initializer, shape, num_heads)
 
 
-class _ForThree(Initializer):
+class _ForEachProjection(Initializer):
     """Applies an initializer to three parameters of `shape` and packs them."""
 
-    def __init__(self, initializer: Any, shape: list[int]) -> None:
+    def __init__(self, initializer: Any, shape: list[int], num_heads: int) -> None:
         super().__init__()
         self._initializer = initializer
         self._shape = shape
+        self._num_heads = num_heads
 
     def forward(self, param: Any, block: Any = None) -> Any:
         block = self._check_block(block)
         if not in_dynamic_or_pir_mode():
             with paddle.static.program_guard(block.program):
-                paddle.assign(self._packed([self._variable(param.dtype, block) for _ in range(3)], param.shape), param)
+                paddle.assign(
+                    pack_projections([self._startup_variable(param.dtype, block) for _ in range(3)], self._num_heads),
+                    param,
+                )
             return None
         if not in_dynamic_mode():
             meta = type(param)(self._shape, param.dtype)
-            return self._packed([self._initializer(meta, block) for _ in range(3)], param.shape)
+            return pack_projections([self._initializer(meta, block) for _ in range(3)], self._num_heads)
         with paddle.no_grad():
             parts = [framework.EagerParamBase(shape=self._shape, dtype=param.dtype) for _ in range(3)]
             for part in parts:
                 self._initializer(part, block)
-            self._packed(parts, param.shape)._share_underline_tensor_to(param)
+            pack_projections(parts, self._num_heads)._share_underline_tensor_to(param)
         return None
 
-    def _variable(self, dtype: Any, block: Any) -> Any:
+    def _startup_variable(self, dtype: Any, startup_block: Any) -> Any:
         """Of a legacy startup program. Initializers ask for a parameter; what no scope shall keep must not be one."""
         name = unique_name.generate("packed_part")
-        parameter = framework.Parameter(block, self._shape, dtype, name=name)
-        self._initializer(parameter, block)
+        parameter = framework.Parameter(startup_block, self._shape, dtype, name=name)
+        self._initializer(parameter, startup_block)
         parameter.desc.set_is_parameter(False)
         parameter.persistable = False
-        return framework.Variable(block, name=name, shape=self._shape, dtype=dtype, persistable=False)
-
-    def _packed(self, parts: list, shape: Sequence[int]) -> Any:
-        # [in, out] as paddle.nn.Linear has it, packed as [out, in]
-        parts = [paddle.transpose(part, [1, 0]) if len(self._shape) == 2 else part for part in parts]
-        return paddle.reshape(paddle.stack(parts), list(shape))
+        return framework.Variable(startup_block, name=name, shape=self._shape, dtype=dtype, persistable=False)

@@ -1,5 +1,5 @@
-"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes one input
-for all three, computes what was asked for; and the block of ordinary ops where they are not."""
+"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes
+one input for all three, computes what was asked for; and the block of ordinary ops where they are not."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ from ._amp import without_auto_cast
 from ._block import Block
 from ._checks import check_tensor
 from ._dropout_masks import generator_of, kept_output
-from ._ordinary_ops import attention_part, residual_tail, result_dtype
+from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
+
+
+def are_query(query: Any, key: Any, value: Any) -> bool:
+    """Whether a key and a value are the same object as the query, or None, which stands for it."""
+    return (key is None or key is query) and (value is None or value is query)
 
 
 @paddle.jit.not_to_static
 def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     """The key and the value, each the query where it is None; None if both are the query itself.
 
-    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal contents have one
-    each. While a graph is built nothing but the name of a value is known.
+    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal
+    contents have one each. While a graph is built nothing but the name of a value is known.
 
     Raises:
         TypeError: key or value is no Tensor.
         NotImplementedError: Other keys or values with tensors of Paddle's auto-parallel engine.
     """
+    if are_query(query, key, value):
+        return None
     dygraph = in_dynamic_mode()
-    given = {name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"}
+    given = {
+        name: t for name, t in (("query", query), ("key", key), ("value", value)) if t is not None or name == "query"
+    }
     for name, tensor in given.items():
         check_tensor(name, tensor, required=True)
         if isinstance(tensor, core.eager.Tensor) != dygraph:
             expected = "a dygraph Tensor" if dygraph else "a variable of the graph that is built"
             raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
-    keys = tuple(query if tensor is None else tensor for tensor in (key, value))
-    if all(_is_same(query, tensor) for tensor in keys):
+    key_value = tuple(query if tensor is None else tensor for tensor in (key, value))
+    if all(_is_same(query, tensor) for tensor in key_value):
         return None
     if not dygraph:
-        return keys
+        return key_value
     for name, tensor in given.items():
         if tensor.is_dist():
             raise NotImplementedError(
@@ -46,10 +55,10 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
             )
         if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
             raise TypeError(f"{name}: expected a dense Tensor with memory, got one that is sparse or has none")
-    wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *keys))
-    if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in keys):
+    wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *key_value))
+    if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in key_value):
         return None
-    return keys
+    return key_value
 
 
 def _is_same(query: Any, other: Any) -> bool:
@@ -78,19 +87,20 @@ def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
 
 
 @paddle.jit.not_to_static
-def attention_to_keys(block: Block, keys: tuple) -> paddle.Tensor:
-    """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in `keys`,
-    ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops, which store the scores.
+def attention_to_keys(block: Block, key_value: tuple) -> paddle.Tensor:
+    """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in
+    `keys`, ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops,
+    which store the scores.
 
-    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops what the operator would, so that it does not
-    matter which of the two runs; in a graph it is Paddle's.
+    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops what the operator would, so
+    that it does not matter which of the two runs; in a graph it is Paddle's.
 
     Raises:
         TypeError, ValueError: A tensor does not fit the others.
     """
     draws = in_dynamic_mode() and block.training and (block.dropout_rate > 0.0 or block.attn_dropout_rate > 0.0)
     state = generator_of(block.x).get_state() if draws else None
-    y = attention_part(block, keys)
+    y = attention_before_tail(block, key_value)
     dtype = result_dtype(block.x)
     if 0 in block.x.shape:
         return paddle.cast(y, dtype)

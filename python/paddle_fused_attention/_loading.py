@@ -1,4 +1,5 @@
-"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading starts from."""
+"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading
+starts from."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 # What stands between set_state_dict and the layer that is asked.
-_ON_THE_WAY = (
+_CALLS_IN_BETWEEN = (
     *("_state_dict_impl", "state_dict", "_own_entries"),
     *("state_being_loaded", "translate_state_dict", "with_old_names"),
 )
@@ -44,34 +45,35 @@ class OwnEntries(nn.Layer):
 
 
 class LoadsAnyFloat(OwnEntries):
-    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in dygraph.
+    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in
+    dygraph.
 
-    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are float32, and
-    checkpoints may be bfloat16 as a whole.
+    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are
+    float32, and checkpoints may be bfloat16 as a whole.
     """
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
         if state_being_loaded() is not None:
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    state[prefix + name] = Target(parameter)
+                    state[prefix + name] = CastingTarget(parameter)
         return state
 
 
 def state_being_loaded() -> dict | None:
-    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in dygraph. Paddle tells
-    layers in no other way."""
+    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in
+    dygraph. Paddle tells layers in no other way."""
     if not in_dynamic_mode():
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "set_state_dict":
-        if frame.f_code.co_name not in _ON_THE_WAY:
+        if frame.f_code.co_name not in _CALLS_IN_BETWEEN:
             return None
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("state_dict")
 
 
-class Target:
+class CastingTarget:
     """A parameter for set_state_dict, with a set_value that casts."""
 
     def __init__(self, parameter: paddle.Tensor) -> None:
@@ -88,7 +90,8 @@ class Target:
 
 
 def cast(value: Any, dtype: Any) -> Any:
-    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in NumPy."""
+    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in
+    NumPy."""
     if isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype == np.uint16):
         tensor = paddle.to_tensor(value, place=paddle.CPUPlace())
     elif isinstance(value, paddle.Tensor):

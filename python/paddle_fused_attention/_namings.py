@@ -1,7 +1,9 @@
-"""What families of models call the parts of an attention block, and what tells that a block of such names computes something else.
+"""What families of models call the parts of an attention block, and what tells that a block of such names computes
+something else.
 
-The names alone don't say what a model computes: BERT's are also those of models with rotary or relative positions. So a block
-counts as known only where every name in its layer is one that the naming knows, and nothing above it speaks of another attention.
+The names alone don't say what a model computes: BERT's are also those of models with rotary or relative positions. So a
+block counts as known only where every name in its layer is one that the naming knows, and nothing above it speaks of
+another attention.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 class Naming:
     """The names of a layer's parts, without what comes before them in a checkpoint.
 
-    `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns are those of
-    query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they are; versions before 0.2 packed
-    them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what else stands in the layer.
-    `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever wrote the file. `normalize_before`: where
-    the layer norm stands; None: these names don't tell, but what `order` names may, with the answer, above the layer. `buffers`: under
-    `packed`, and no parameters. `decoder`: beside it the attention is that of a decoder.
+    `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns
+    are those of query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they
+    are; versions before 0.2 packed them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what
+    else stands in the layer. `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever
+    wrote the file. `normalize_before`: where the layer norm stands; None: these names don't tell, but what `order`
+    names may, with the answer, above the layer. `buffers`: under `packed`, and no parameters. `decoder`: beside it the
+    attention is that of a decoder.
     """
 
     title: str
@@ -155,7 +158,11 @@ _SIGNS = (
     (r"pooler\.weight|qa_classifier", "these are BigBird's names, whose attention is sparse", ("Hugging Face BERT",)),
     (r"char_embeddings", "these are CANINE's names, some of whose attention is local", ("Hugging Face BERT",)),
     (r"bbox_embeddings", "these are BROS's names, which adds positions of boxes to the scores", ("Hugging Face BERT",)),
-    (r"visual_projection\.visual_projection", "in GIT's names, where text sees all of an image", ("Hugging Face BERT",)),
+    (
+        r"visual_projection\.visual_projection",
+        "in GIT's names, where text sees all of an image",
+        ("Hugging Face BERT",),
+    ),
     (
         r"encoder\.LayerNorm\.weight",
         "a norm after the last layer is that of a model whose norms stand before",
@@ -165,15 +172,15 @@ _SIGNS = (
 _SIGN = re.compile("|".join(rf"(?:(?:^|(?<=\.))(?:{pattern})(?=\.|$))" for pattern, _, _ in _SIGNS))
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _first(array: Any) -> Any:
+def _first_element(array: Any) -> Any:
     return array.flat[0] if isinstance(array, np.ndarray) and array.size else None
 
 
-def above(prefix: str) -> Iterator[str]:
+def enclosing(prefix: str) -> Iterator[str]:
     """What a layer stands in, from the nearest: for "a.b.0." "a.b.", "a." and ""."""
     while prefix:
         prefix = prefix[: prefix.rfind(".", 0, -1) + 1]
@@ -196,11 +203,11 @@ class Signs:
     def against(self, prefix: str, naming: Naming) -> str | None:
         """Why the block of a layer computes something else; None if nothing says so."""
         for model in prefix.split("."):
-            if _plain(model) in _OTHER_MODELS:
-                return f"it is of {model}: {_OTHER_MODELS[_plain(model)]}"
+            if _normalized(model) in _OTHER_MODELS:
+                return f"it is of {model}: {_OTHER_MODELS[_normalized(model)]}"
         if self._model is not None:
             return self._model
-        for place in (prefix, *above(prefix)):
+        for place in (prefix, *enclosing(prefix)):
             for name in sorted(self._found.get(place, ())):
                 part = name[len(place) :]
                 for pattern, why, namings in _SIGNS:
@@ -211,15 +218,18 @@ class Signs:
             if words in self._names and positions not in self._names:
                 return f"there is {words} but no {positions}: positions enter elsewhere, perhaps in the attention"
             numbers = f"{place}embeddings.position_ids"
-            if naming.title == "Hugging Face BERT" and _first(self._arrays.get(numbers)) == 2:
-                return f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer, whose attention is an approximation"
+            if naming.title == "Hugging Face BERT" and _first_element(self._arrays.get(numbers)) == 2:
+                return (
+                    f"{numbers} begin at 2, as those of MRA, YOSO and Nystromformer, whose attention is an "
+                    "approximation"
+                )
         return None
 
     @staticmethod
     def _against_config(config: Mapping[str, Any]) -> str | None:
         model = config.get("model_type")
-        if isinstance(model, str) and _plain(model) in _OTHER_MODELS:
-            return f"its config.json says {model}: {_OTHER_MODELS[_plain(model)]}"
+        if isinstance(model, str) and _normalized(model) in _OTHER_MODELS:
+            return f"its config.json says {model}: {_OTHER_MODELS[_normalized(model)]}"
         for key, value, why in _OTHER_CONFIGS:
             if config.get(key) is value:
                 return f"its config.json says {key}: {why}"
@@ -229,12 +239,17 @@ class Signs:
         """Where a naming's layer norm stands; None if nothing tells."""
         if naming.normalize_before is not None:
             return naming.normalize_before
-        told = {answer for place in above(prefix) for name, answer in naming.order.items() if place + name in self._names}
+        told = {
+            answer
+            for place in enclosing(prefix)
+            for name, answer in naming.order.items()
+            if place + name in self._names
+        }
         return told.pop() if len(told) == 1 else None
 
 
 @dataclass(frozen=True)
-class Block:
+class NamedBlock:
     """A layer with the names of an attention block; `prefix` ends in a dot or is empty."""
 
     prefix: str
@@ -248,13 +263,13 @@ class Block:
         return [f"{self.prefix}{part}.{suffix}" for part in (*self.naming.qkv, self.naming.out)]
 
 
-def blocks_in(arrays: dict[Any, Any]) -> list[Block]:
+def blocks_in(arrays: dict[Any, Any]) -> list[NamedBlock]:
     found = []
     for name in arrays:
         for naming in NAMINGS:
             anchor = naming.qkv[0] + ".weight"
             if isinstance(name, str) and (name == anchor or name.endswith("." + anchor)):
-                found.append(Block(name[: len(name) - len(anchor)], naming))
+                found.append(NamedBlock(name[: len(name) - len(anchor)], naming))
     return found
 
 
@@ -262,14 +277,14 @@ def packed_blocks_in(arrays: dict[Any, Any]) -> list[str]:
     return [name[: -len(".qkv_weight")] for name in arrays if isinstance(name, str) and name.endswith(".qkv_weight")]
 
 
-def names_of_norm(arrays: dict[Any, Any], block: Block) -> tuple[str, str] | None:
+def names_of_norm(arrays: dict[Any, Any], block: NamedBlock) -> tuple[str, str] | None:
     """What the norm calls its scale and shift; None if it isn't there, or calls them in two ways."""
     norm = f"{block.prefix}{block.naming.norm}."
     there = [pair for pair in NORM_NAMES if norm + pair[0] in arrays or norm + pair[1] in arrays]
     return there[0] if len(there) == 1 else None
 
 
-def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | None:
+def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> str | None:
     """Why a block can't be packed; None if it can."""
     prefix, naming = block.prefix, block.naming
     if naming.decoder is not None and prefix + naming.decoder in arrays:
@@ -287,7 +302,7 @@ def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | 
         if name not in arrays:
             return f"{name} is missing"
     ours = {*weights, *biases, *norm}
-    unknown = _unknown(arrays, block, ours)
+    unknown = _unknown_name(arrays, block, ours)
     if unknown is not None:
         return f"there is {unknown}, which is no part of the operator's attention"
     for name in sorted(ours & set(arrays)):
@@ -314,7 +329,7 @@ def reason_against(arrays: dict[Any, Any], block: Block, signs: Signs) -> str | 
     return None
 
 
-def _unknown(arrays: dict[Any, Any], block: Block, ours: set) -> str | None:
+def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str | None:
     """What stands in the layer, or under the attention's own name, and is not known."""
     prefix, naming = block.prefix, block.naming
     own, norm = f"{block.name}.", f"{prefix}{naming.norm}."
@@ -329,7 +344,7 @@ def _unknown(arrays: dict[Any, Any], block: Block, ours: set) -> str | None:
     return None
 
 
-def layout_by_shapes(arrays: dict[Any, Any], block: Block, width: int) -> dict[str, str]:
+def layout_by_shapes(arrays: dict[Any, Any], block: NamedBlock, width: int) -> dict[str, str]:
     """The layout by the names of the matrices in the block's layer that are not square."""
     widening = [block.naming.feed_forward[0], *(block.naming.qkv if len(block.naming.qkv) == 1 else ())]
     told = {}

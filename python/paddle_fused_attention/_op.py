@@ -1,6 +1,7 @@
 """Loads the operator library and calls the operator custom_fused_attention in each of Paddle's graph modes.
 
-The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared first.
+The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared
+first.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
 from ._block import OF_NUMBERS, OF_SWITCHES, OF_TENSORS, TENSORS, Block
+from ._checks import dtype_name
 
 OP_TYPE = "custom_fused_attention"
 # The same without a gradient: Paddle records operators that have one even where none is wanted.
 _FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
-# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input i.
+# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input
+# i.
 INPUT_NAMES = (
     "X",
     "QKVWeight",
@@ -70,9 +73,9 @@ SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
 NEEDS_GRAD_HOLDS = 128
 
-# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and attributes
-# for one, and would give both the same dropout masks.
-_calls = itertools.count(1)
+# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and
+# attributes for one, and would give both the same dropout masks.
+_call_numbers = itertools.count(1)
 
 _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
@@ -94,8 +97,8 @@ def _load() -> Any:
     if installed != built_for:
         kinds = {True: "with CUDA", False: "for the CPU"}
         raise ImportError(
-            f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that is installed is "
-            f"{installed[0]} {kinds[installed[1]]}. {rebuild}"
+            f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that "
+            f"is installed is {installed[0]} {kinds[installed[1]]}. {rebuild}"
         )
     libraries = glob(str(Path(__file__).with_name("_C*.so")))
     if not libraries:
@@ -105,26 +108,26 @@ def _load() -> Any:
     # Since Paddle 3.2 the names of the new operators are handed on.
     names = () if registered is None else (registered,)
     paddle.base.framework.OpProtoHolder.instance().update_op_proto(*names)
-    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of functions with
-    # keyword-only arguments, and on 3.3 it never ends over some jumps.
+    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of
+    # functions with keyword-only arguments, and on 3.3 it never ends over some jumps.
     core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     return ctypes.CDLL(libraries[0])
 
 
-_check = _load().custom_fused_attention_check  # of the inputs of a static graph
-_check.restype = ctypes.c_char_p
+_check_inputs = _load().custom_fused_attention_check  # of the inputs of a static graph
+_check_inputs.restype = ctypes.c_char_p
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
-_absent: Any = None
+_absent_tensor: Any = None
 
 
 def _absent_eager() -> Any:
     """The placeholder of absent inputs in dygraph. The kernels never read it, so one on the CPU serves every device."""
-    global _absent
+    global _absent_tensor
     # Beside auto-parallel tensors Paddle makes the object that it is given one of them.
-    if _absent is None or _absent.is_dist():
-        _absent = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
-    return _absent
+    if _absent_tensor is None or _absent_tensor.is_dist():
+        _absent_tensor = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
+    return _absent_tensor
 
 
 @functools.lru_cache(maxsize=256)
@@ -144,8 +147,8 @@ def _raise_checked(message: str) -> None:
 def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> Any:
     """Calls the operator and returns Out.
 
-    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so many; Out is then
-    these heads' part of a sum.
+    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so
+    many; Out is then these heads' part of a sum.
     """
     fields: Any = block
     inputs, numbers = fields[OF_TENSORS], fields[OF_NUMBERS]
@@ -185,7 +188,7 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     check_shapes(inputs, first_head, total_heads)
     drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
     if drops and not switches & FIXED_SEED:
-        seed = next(_calls)
+        seed = next(_call_numbers)
     constants = (*_float_bits(numbers), seed, first_head, total_heads)
     # Every gradient: what is frozen now may be trained when the program runs.
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
@@ -227,8 +230,8 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome: Paddle takes them
-    in as constants."""
+    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome:
+    Paddle takes them in as constants."""
     takes_eager = in_to_static_mode()
     for name, value in zip(names, values):
         if value is None:
@@ -236,8 +239,8 @@ def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
         if isinstance(value, core.eager.Tensor):
             if not takes_eager:
                 raise TypeError(
-                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers after "
-                    "paddle.enable_static()"
+                    f"{name}: expected a variable of the static graph, got a dygraph Tensor: make tensors and layers "
+                    "after paddle.enable_static()"
                 )
         elif not _is_dense_variable(value):
             raise TypeError(f"{name}: expected a dense tensor, got {value}")
@@ -250,7 +253,8 @@ def _is_dense_variable(value: Any) -> bool:
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph itself."""
+    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph
+    itself."""
     if _dygraph_tracer() is None:
         check_graph(names, values)
         return
@@ -267,7 +271,8 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 def _wants_grad_static(inputs: Sequence[Any]) -> bool:
-    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under no_grad too."""
+    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under
+    no_grad too."""
     wanted = [value is not None and not value.stop_gradient for value in inputs]
     if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
         return False
@@ -283,8 +288,8 @@ def _warn_of_mask(mask: Any) -> None:
         return
     _has_warned_of_mask = True
     warnings.warn(
-        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it is made of will "
-        "not be trained through it. Set its stop_gradient to True if that is meant.",
+        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it "
+        "is made of will not be trained through it. Set its stop_gradient to True if that is meant.",
         UserWarning,
         stacklevel=4,
     )
@@ -301,8 +306,8 @@ def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 
     """Refuses shapes and dtypes that the operator does not take, before there are values."""
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
-    dtypes = [b"" if value is None else str(value.dtype).split(".")[-1].lower().encode() for value in inputs]
-    message = _check(
+    dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
+    message = _check_inputs(
         (ctypes.c_int64 * len(dimensions))(*dimensions),
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
         (ctypes.c_char_p * len(dtypes))(*dtypes),
@@ -329,8 +334,8 @@ def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
 
 
 def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
-    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set, so such
-    inputs, and placeholders, go in as copies without it."""
+    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set,
+    so such inputs, and placeholders, go in as copies without it."""
     from paddle.base.layer_helper import LayerHelper
 
     helper = LayerHelper(OP_TYPE)

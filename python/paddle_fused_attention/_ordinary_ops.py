@@ -1,8 +1,8 @@
-"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone, so queries that
-attend to cached keys and values, or to other tensors, are served here.
+"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone,
+so queries that attend to cached keys and values, or to other tensors, are served here.
 
-Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such matrices on the
-CPU.
+Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such
+matrices on the CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from paddle.framework import in_dynamic_mode
 from . import _amp, _op
 from ._amp import without_auto_cast
 from ._block import TENSORS, Block
+from ._checks import dtype_name
 from ._dropout_masks import kept_scores
 
 
@@ -24,8 +25,9 @@ from ._dropout_masks import kept_scores
 def additive_mask(name: str, mask: Any, x: Any) -> Any:
     """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x; errors call it `name`.
 
-    Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike instead of
-    giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own product is 0 * inf.
+    Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike
+    instead of giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own
+    product is 0 * inf.
     """
     if mask is None:
         return None
@@ -42,28 +44,27 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
 _MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
-def _dtype_name(tensor: Any) -> str:
-    return str(tensor.dtype).split(".")[-1].lower()
-
-
-def _agrees(wanted: Any, size: int) -> bool:
+def _size_agrees(wanted: Any, size: int) -> bool:
     """Whether a size is as expected; names stand for any, and -1 for one that is not known yet."""
     return isinstance(wanted, str) or wanted == size or -1 in (wanted, size)
 
 
 def _check_like(name: str, tensor: Any, expected: Sequence, other: Any, other_name: str = "x") -> None:
     shape = list(tensor.shape)
-    if len(shape) != len(expected) or not all(map(_agrees, expected, shape)):
+    if len(shape) != len(expected) or not all(map(_size_agrees, expected, shape)):
         raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, got {shape}"
+            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, "
+            f"got {shape}"
         )
     if tensor.dtype != other.dtype:
-        raise TypeError(f"{name}: expected {other_name}'s dtype {_dtype_name(other)}, got {_dtype_name(tensor)}")
+        raise TypeError(f"{name}: expected {other_name}'s dtype {dtype_name(other)}, got {dtype_name(tensor)}")
 
 
 def _check_mask_dtype(name: str, mask: Any) -> None:
-    if _dtype_name(mask) not in _MASK_DTYPES:
-        raise TypeError(f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {_dtype_name(mask)}")
+    if dtype_name(mask) not in _MASK_DTYPES:
+        raise TypeError(
+            f"{name}: expected a float dtype, bool, uint8 or a signed integer dtype, got {dtype_name(mask)}"
+        )
 
 
 def _check_mask(mask: Any, scores: Sequence[int]) -> None:
@@ -71,9 +72,12 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
     if mask is None:
         return
     shape = list(mask.shape)
-    if len(shape) > 4 or not all(n == 1 or _agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))):
+    if len(shape) > 4 or not all(
+        n == 1 or _size_agrees(wanted, n) for n, wanted in zip(reversed(shape), reversed(scores))
+    ):
         raise ValueError(
-            f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got {shape}"
+            f"attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys] = {list(scores)}, got "
+            f"{shape}"
         )
     _check_mask_dtype("attn_mask", mask)
 
@@ -83,7 +87,7 @@ def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Non
     _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
 
 
-def _where(condition: Any, value: float, tensor: Any) -> Any:
+def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
     """The tensor with a number where the condition, which broadcasts to it, holds."""
     condition.stop_gradient = True  # legacy programs expand no other bool
     return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
@@ -94,7 +98,7 @@ def _masked(scores: Any, mask: Any) -> Any:
         return scores
     if paddle.is_floating_point(mask):
         return scores + paddle.cast(mask, scores.dtype)
-    return _where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
+    return _filled_where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
 
 
 def _causal_mask(scores: Any) -> Any:
@@ -108,7 +112,7 @@ def _causal_mask(scores: Any) -> Any:
 def _softmax(scores: Any) -> Any:
     """Zeros, not NaN, for a query that may see no key."""
     sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
-    return _where(sees_none, 0.0, F.softmax(_where(sees_none, 0.0, scores)))
+    return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))
 
 
 def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
@@ -146,7 +150,8 @@ def _project(h: Any, weight: Any, bias: Any) -> Any:
 
 
 def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None) -> Any:
-    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and dropout."""
+    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and
+    dropout."""
     num_heads, head_dim = q.shape[1], q.shape[3]
     scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
@@ -156,7 +161,8 @@ def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None
 
 
 def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
-    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is of `dtype`.
+    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is
+    of `dtype`.
 
     `keep` says what dropout keeps; None: what Paddle's own does.
     """
@@ -175,7 +181,8 @@ def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
 
 @paddle.jit.not_to_static
 def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: str = "cache") -> tuple:
-    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of x itself.
+    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of
+    x itself.
 
     For inference. Among themselves the queries are masked by the mask alone, as in Paddle: `causal` is not read.
 
@@ -199,8 +206,8 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
     _check_like(cache_name, cache_k, [batch, num_heads, "cached_len", head_dim], x)
     _check_like(cache_name, cache_v, [batch, num_heads, cache_k.shape[2], head_dim], x)
     cached_len = cache_k.shape[2]
-    keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
-    _check_mask(block.attn_mask, [batch, num_heads, seq_len, keys])
+    num_keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
+    _check_mask(block.attn_mask, [batch, num_heads, seq_len, num_keys])
 
     dtype, compute = x.dtype, _compute_dtype(x)
     with without_auto_cast():
@@ -209,7 +216,9 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
             scale, shift = _cast_all((block.pre_ln_scale, block.pre_ln_bias), compute)
             h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
         q, k, v = paddle.unbind(_project(h, weight, bias))
-        k, v = (paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v)))
+        k, v = (
+            paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v))
+        )
         o = _attend(block, q, k, v, causal=False)
         out = residual_tail(block, paddle.matmul(o, linear_weight), dtype)
         return out, paddle.cast(k, dtype), paddle.cast(v, dtype)
@@ -222,9 +231,10 @@ def result_dtype(x: Any) -> Any:
 
 
 @paddle.jit.not_to_static
-def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
-    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries come from x and the
-    keys and values from the two tensors in `keys`, which the first layer norm normalises as it does x.
+def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
+    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries
+    come from x and the keys and values from the two tensors in `keys`, which the first layer norm normalises as it does
+    x.
 
     In dygraph dropout drops what the operator would.
 
@@ -240,9 +250,9 @@ def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: 
     with without_auto_cast():
         if auto_cast:  # takes float tensors of several dtypes
             cast = {name: _as_float32(tensor) for name, tensor in zip(TENSORS, block.tensors) if name != "attn_mask"}
-            block, keys = block._replace(**cast), tuple(map(_as_float32, keys))
+            block, key_value = block._replace(**cast), tuple(map(_as_float32, key_value))
         _check_block(block, first_head, total_heads)
-        x, (key, value) = block.x, keys
+        x, (key, value) = block.x, key_value
         _check_like("key", key, [x.shape[0], "keys", x.shape[2]], x, "query")
         _check_like("value", value, list(key.shape), key, "key")
         scores = [x.shape[0], block.qkv_weight.shape[1], x.shape[1], key.shape[1]]
@@ -272,6 +282,6 @@ def attention_part(block: Block, keys: tuple, first_head: int = 0, total_heads: 
 
 
 def _as_float32(tensor: Any) -> Any:
-    if tensor is None or _dtype_name(tensor) not in ("float32", "float16", "bfloat16"):
+    if tensor is None or dtype_name(tensor) not in ("float32", "float16", "bfloat16"):
         return tensor
     return paddle.cast(tensor, "float32")

@@ -1,10 +1,11 @@
-"""Whether layers that are to be replaced compute what their classes do, and nothing else."""
+"""The parts of layers: whether they compute what their classes do, and nothing else; and their parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from paddle import nn
+from paddle.framework import in_dynamic_mode
 
 
 def is_plain(layer: Any, kind: type[Any]) -> bool:
@@ -18,7 +19,8 @@ def is_plain(layer: Any, kind: type[Any]) -> bool:
 
 
 def is_plain_dropout(layer: Any) -> bool:
-    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a number."""
+    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a
+    number."""
     return (
         is_plain(layer, nn.Dropout)
         and layer.mode == "upscale_in_train"
@@ -40,6 +42,13 @@ def reason_against_linear(name: str, layer: Any) -> str | None:
     return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
 
 
+def parameters_of(layer: Any, *names: str) -> list:
+    """Parameters of a layer. Paddle takes several microseconds to find each as an attribute, which only static graphs
+    need: they have other values behind the attributes."""
+    known = layer._parameters if in_dynamic_mode() else {}
+    return [known[name] if name in known else getattr(layer, name) for name in names]
+
+
 def origin_of_forward(kind: Any) -> str | None:
     """The module that wrote the forward of one of Paddle's classes; None if that is Paddle."""
     module = getattr(kind.forward, "__globals__", {}).get("__name__") or f"a {type(kind.forward).__name__}"
@@ -47,7 +56,11 @@ def origin_of_forward(kind: Any) -> str | None:
 
 
 def reason_against_class(kind: Any, *known: str) -> str | None:
-    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are modules whose
-    forward is welcome, too."""
+    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are
+    modules whose forward is welcome, too."""
     origin = origin_of_forward(kind)
-    return None if origin is None or origin in known else f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+    return (
+        None
+        if origin is None or origin in known
+        else f"paddle.nn.{kind.__name__}.forward was replaced by one of {origin}"
+    )

@@ -1,5 +1,5 @@
-"""Reads and writes .safetensors files: eight bytes with the length of a header, the header in JSON (dtype, shape and place of every
-tensor, and metadata), and the tensors' bytes, which follow each other without gaps.
+"""Reads and writes .safetensors files: eight bytes with the length of a header, the header in JSON (dtype, shape and
+place of every tensor, and metadata), and the tensors' bytes, which follow each other without gaps.
 
 What has no place in NumPy (8-bit floats, say) is a RawTensor. As bfloat16 is uint16 in Paddle, uint16 is one, too.
 """

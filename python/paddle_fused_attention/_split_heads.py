@@ -1,5 +1,5 @@
-"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over processes, and what
-comes after the sum is made of Paddle's ordinary ops.
+"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over
+processes, and what comes after the sum is made of Paddle's ordinary ops.
 
 The processes are those of a communication group, or of one dimension of a mesh in Paddle's auto-parallel engine.
 """
@@ -15,12 +15,12 @@ import paddle.distributed as dist
 from . import _op
 from ._amp import without_auto_cast
 from ._block import Block
-from ._ordinary_ops import attention_part, residual_tail, result_dtype
+from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
-    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads, in dygraph; None:
-    none.
+    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads,
+    in dygraph; None: none.
 
     Raises:
         NotImplementedError: A tensor of the auto-parallel engine on Paddle 2, whose custom operators take none.
@@ -42,8 +42,8 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
 
 
 def attention_over_mesh(block: Block, axis: int) -> Any:
-    """A block that is checked, with a weight that is sharded by heads over dimension `axis` of its mesh; the other tensors are sharded
-    as that asks for."""
+    """A block that is checked, with a weight that is sharded by heads over dimension `axis` of its mesh; the other
+    tensors are sharded as that asks for."""
     mesh = block.qkv_weight.process_mesh
     size = mesh.shape[axis]
     total_heads = block.qkv_weight.shape[1]
@@ -55,38 +55,44 @@ def attention_over_mesh(block: Block, axis: int) -> Any:
     # A process outside the mesh computes nothing.
     first_head = 0 if len(position) == 0 else int(position[0][axis]) * (total_heads // size)
 
-    def add_up(y: Any) -> Any:
+    def all_reduce(y: Any) -> Any:
         placements = [dist.Replicate() if placement.is_partial() else placement for placement in y.placements]
         return dist.reshard(y, y.process_mesh, placements)
 
-    return attention_of_part(block, first_head, total_heads, add_up)
+    return attention_over_processes(block, first_head, total_heads, all_reduce)
 
 
 @paddle.jit.not_to_static
-def attention_of_part(
+def attention_over_processes(
     block: Block,
     first_head: int,
     total_heads: int,
-    add_up: Callable,
-    share: Callable | None = None,
-    keys: tuple | None = None,
+    all_reduce: Callable,
+    sum_gradient: Callable | None = None,
+    key_value: tuple | None = None,
 ) -> Any:
-    """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of these heads.
+    """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of
+    these heads.
 
-    `add_up` sums what the processes have; `share`, if given, is what a tensor goes through that all of them use for their own heads.
-    The block's seed fixes the masks of the attention. `keys` are a key and a value other than x, which the operator does not serve.
+    `all_reduce` sums what the processes have; `sum_gradient`, if given, is what a tensor goes through that all of them use for
+    their own heads. The block's seed fixes the masks of the attention. `keys` are a key and a value other than x, which
+    the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     part = block._replace(
         linear_bias=None, ln_scale=None, ln_bias=None, dropout_rate=0.0, add_residual=False, final_layer_norm=False
     )
-    if share is not None:
-        part = part._replace(**{name: share(getattr(part, name)) for name in ("x", "pre_ln_scale", "pre_ln_bias")})
-    if keys is None:
+    if sum_gradient is not None:
+        part = part._replace(
+            **{name: sum_gradient(getattr(part, name)) for name in ("x", "pre_ln_scale", "pre_ln_bias")}
+        )
+    if key_value is None:
         y = _op.fused_attention(part, first_head, total_heads)
         dtype = y.dtype
     else:
-        y = attention_part(part, keys if share is None else tuple(map(share, keys)), first_head, total_heads)
+        y = attention_before_tail(
+            part, key_value if sum_gradient is None else tuple(map(sum_gradient, key_value)), first_head, total_heads
+        )
         dtype = result_dtype(block.x)
     with without_auto_cast():
-        return residual_tail(block, add_up(y), dtype)
+        return residual_tail(block, all_reduce(y), dtype)

@@ -126,7 +126,9 @@ def _globals(tensors: list[_Tensor]) -> dict[str, Global]:
     def version_1(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
         return tensor(storage, offset, shape, strides, getattr(storage, "dtype", "uint8"))
 
-    def version_2(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None) -> _Tensor:
+    def version_2(
+        storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
+    ) -> _Tensor:
         if metadata:
             raise FormatError("it has a tensor that is to be conjugated or negated")
         return version_1(storage, offset, shape, strides)

@@ -1,11 +1,12 @@
-"""Reads pickles of numbers, strings, plain containers and NumPy arrays. Nothing that a pickle names is imported or called.
+"""Reads pickles of numbers, strings, plain containers and NumPy arrays. Nothing that a pickle names is imported or
+called.
 
-A small machine for the opcodes of protocols 2 to 5. A global is looked up in a table of stand-ins, which make what the real one
-would make of good arguments and refuse others; where the table has none, the pickle is refused. An array is first an
-`Unresolved`, as a pickle describes it piece by piece, and becomes a NumPy array in `resolve`.
+A small machine for the opcodes of protocols 2 to 5. A global is looked up in a table of stand-ins, which make what the
+real one would make of good arguments and refuse others; where the table has none, the pickle is refused. An array is
+first an `Unresolved`, as a pickle describes it piece by piece, and becomes a NumPy array in `resolve`.
 
-What a pickle makes is bounded by its length, so that a small file takes little memory: a `Budget` counts what is copied or
-referred to more than once, keys are plain values, and depth has a limit.
+What a pickle makes is bounded by its length, so that a small file takes little memory: a `Budget` counts what is copied
+or referred to more than once, keys are plain values, and depth has a limit.
 """
 
 from __future__ import annotations
@@ -121,7 +122,11 @@ def _array(data: Any, dtype: Any, shape: Any, order: str, budget: Budget) -> np.
 
 def are_counts(values: Any) -> bool:
     """Whether it is a sequence of sizes or offsets, a few and none of them negative."""
-    return isinstance(values, (list, tuple)) and len(values) <= 32 and all(type(n) is int and 0 <= n < 2**60 for n in values)
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) <= 32
+        and all(type(n) is int and 0 <= n < 2**60 for n in values)
+    )
 
 
 def is_shape(shape: Any) -> bool:
@@ -163,7 +168,9 @@ def _plain_globals(budget: Budget) -> dict[str, Global]:
     def dense_tensor(expression: Any, names: Any) -> Any:
         # Paddle pickles a DenseTensor as eval("data", {"data": array}).
         if expression != "data" or not isinstance(names, dict) or not isinstance(names.get("data"), _Array):
-            raise FormatError(f"it asks for eval of {shown(expression) if isinstance(expression, str) else 'an object'}")
+            raise FormatError(
+                f"it asks for eval of {shown(expression) if isinstance(expression, str) else 'an object'}"
+            )
         return names["data"]
 
     def empty_bytes() -> bytes:
@@ -297,7 +304,9 @@ class Unpickler:
         return self._stack[-1]
 
     def _text(self, form: str, encoding: str) -> None:
-        self._push(self._read(self._number(form)).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+        self._push(
+            self._read(self._number(form)).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        )
 
     def _bytes(self, form: str) -> None:
         self._push(self._read(self._number(form)))

@@ -1,10 +1,12 @@
-"""Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for bit.
+"""Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for
+bit.
 
-A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator computes it;
-what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names begin with
-a word of their own in every family. What is lost by packing, the old layout and names, goes into the metadata that belong to the
-arrays; without them a block goes back to what its family's names stand for. With Paddle's naming only query, key and value are packed,
-and the names are those of a model after ``paddle_fused_attention.convert``.
+A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator
+computes it; what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for.
+The packed names begin with a word of their own in every family. What is lost by packing, the old layout and names, goes
+into the metadata that belong to the arrays; without them a block goes back to what its family's names stand for. With
+Paddle's naming only query, key and value are packed, and the names are those of a model after
+``paddle_fused_attention.convert``.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from typing import Any, Callable
 
 import numpy as np
 
-from ._choices import CheckpointError, check_layout, check_patterns, form, heads_of, layout_of, orders_of
+from ._choices import CheckpointError, check_layout, check_patterns, heads_of, layout_of, orders_of, shown_layout
 from ._namings import (
     LAYOUTS,
     NAMINGS,
     NORM_NAMES,
     PACKED_PARTS,
     QKV_PARTS,
-    Block,
+    NamedBlock,
     Signs,
     blocks_in,
     layout_by_shapes,
@@ -35,14 +37,14 @@ from ._namings import (
     reason_against,
 )
 from .report import Report
-from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from .weights import pack_projections, separate_projections
 
 METADATA = "paddle_fused_attention."  # keys that begin so are ours
 METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, when it is in a format that would say otherwise
 METADATA_BLOCKS = METADATA + "blocks"  # JSON: what each packed block was
 
 # Names that look like attention, to be reported where no naming fits.
-_ATTENTION = re.compile(r"^(.*?)\.?(?:q_proj|query|c_attn|in_proj|qkv|qkv_proj|q_lin)(?:\.|_)weight$")
+_LIKE_ATTENTION = re.compile(r"^(.*?)\.?(?:q_proj|query|c_attn|in_proj|qkv|qkv_proj|q_lin)(?:\.|_)weight$")
 
 # In Paddle's names, of models whose layers are not Paddle's own.
 _CAUSAL_MODELS = frozenset(("artist", "gpt", "opt"))
@@ -77,14 +79,14 @@ def pack(
 
     Args:
         arrays: NumPy arrays by name, bfloat16 as uint16; other values, and those of other keys, are passed on.
-        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the names of blocks:
-            the first that fits holds.
+        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the
+            names of blocks: the first that fits holds.
         names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell: those of one
-            stack of layers.
+        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell:
+            those of one stack of layers.
         progress: Called with the number of blocks that are done and their total.
-        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer tell, or else
-            ``file_layout``.
+        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer
+            tell, or else ``file_layout``.
         file_layout: What the arrays' file tells of it; None: nothing.
         metadata: Of the arrays' file.
         config: What the config.json of a model tells, such as its ``model_type``.
@@ -93,16 +95,16 @@ def pack(
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
-        CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for, what tells of the
-            layout is not of one mind, or a packed name is taken.
+        CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for,
+            what tells of the layout is not of one mind, or a packed name is taken.
     """
     check_layout("layout", layout)
     check_layout("file_layout", file_layout)
-    memory = _memory(metadata)
+    records = _block_records(metadata)
     report = CheckpointReport()
     found = blocks_in(arrays)
     signs = Signs(arrays, config or {})
-    chosen: list[Block] = []
+    chosen: list[NamedBlock] = []
     for block in found:
         reason = reason_against(arrays, block, signs)
         if not fnmatchcase(block.name, names):
@@ -117,33 +119,35 @@ def pack(
             report.left_alone[name] = "packed already"
     known = {f"{block.prefix}{part}.weight" for block in found for part in block.naming.qkv}
     for name in arrays:
-        match = _ATTENTION.match(name) if isinstance(name, str) else None
+        match = _LIKE_ATTENTION.match(name) if isinstance(name, str) else None
         if match and name not in known:
             report.left_alone.setdefault(match.group(1), "its names are not those of a known self-attention")
     if not chosen:
-        raise CheckpointError(_nothing("attention of a known naming", names, report))
+        raise CheckpointError(_nothing_found("attention of a known naming", names, report))
     check_patterns(num_heads, [*report.left_alone, *(block.name for block in chosen)])
     heads = heads_of(num_heads, arrays, chosen)
     orders = orders_of(normalize_before, chosen, signs)
     layouts = [layout_of(arrays, block, layout, file_layout) for block in chosen]
-    replaced: dict[str, dict] = {}
-    gone: set = set()
+    replacements: dict[str, dict] = {}
+    removed: set = set()
     for done, (block, stored) in enumerate(zip(chosen, layouts)):
         progress(done, len(chosen))
         old, new = _pack_block(arrays, block, heads[block.name], orders.get(block.name), stored)
         taken = sorted(name for name in new if name in arrays)
         if taken:
-            raise CheckpointError(f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one")
-        replaced[old[0]] = new
-        gone.update(old)
+            raise CheckpointError(
+                f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one"
+            )
+        replacements[old[0]] = new
+        removed.update(old)
         report.converted[block.name] = _describe(block, new, orders.get(block.name), stored)
         norm = names_of_norm(arrays, block) or NORM_NAMES[0]
-        memory[block.name] = {"naming": block.naming.title, "layout": stored, "norm": norm}
+        records[block.name] = {"naming": block.naming.title, "layout": stored, "norm": norm}
     progress(len(chosen), len(chosen))
-    result = _exchange(arrays, replaced, gone)
+    result = _with_replacements(arrays, replacements, removed)
     linear = {stored for block, stored in zip(chosen, layouts) if not block.naming.fixed_layout}
     file_layout = layout or file_layout or (linear.pop() if len(linear) == 1 else None)
-    report.metadata = _metadata(metadata, memory, result, file_layout)
+    report.metadata = _metadata(metadata, records, result, file_layout)
     return result, report
 
 
@@ -155,23 +159,24 @@ def unpack(
     layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
-    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of models too.
+    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of
+    models too.
 
     Args:
         arrays, names, progress: As of :func:`pack`.
         layout: How the weights were stored before, where the metadata don't tell; None: as those of the family are.
-        metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out as the family
-            stores them and a layer norm's parameters as weight and bias.
+        metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out
+            as the family stores them and a layer norm's parameters as weight and bias.
 
     Raises:
-        CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata are broken, or
-            `layout` does not fit them or the shapes in a layer.
+        CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata
+            are broken, or `layout` does not fit them or the shapes in a layer.
     """
     check_layout("layout", layout)
-    memory = _memory(metadata)
+    records = _block_records(metadata)
     report = CheckpointReport()
-    replaced: dict[str, dict] = {}
-    gone: set = set()
+    replacements: dict[str, dict] = {}
+    removed: set = set()
     blocks = packed_blocks_in(arrays)
     for done, name in enumerate(blocks):
         progress(done, len(blocks))
@@ -181,91 +186,104 @@ def unpack(
         elif not fnmatchcase(name, names):
             report.left_alone[name] = f"it is not among the names {names!r}"
         else:
-            block = Block(name[: len(name) - len(naming.packed)], naming)
+            block = NamedBlock(name[: len(name) - len(naming.packed)], naming)
             parts = _packed_parts(arrays, block)
-            stored, norm_names = _before_packing(arrays, block, layout, memory.pop(name, None))
+            stored, norm_names = _layout_and_norm_before(arrays, block, layout, records.pop(name, None))
             old, new = _unpack_block(arrays, block, parts, stored, norm_names)
             taken = sorted(name for name in new if name in arrays)
             if taken:
                 raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {name}.qkv_weight, found one")
-            replaced[old[0]] = new
-            gone.update(old)
-            report.converted[name] = f"{naming.title}, weights {form(stored)}"
+            replacements[old[0]] = new
+            removed.update(old)
+            report.converted[name] = f"{naming.title}, weights {shown_layout(stored)}"
     progress(len(blocks), len(blocks))
     if not report.converted:
-        raise CheckpointError(_nothing("packed attention", names, report))
-    result = _exchange(arrays, replaced, gone)
-    report.metadata = _metadata(metadata, memory, result, None)
+        raise CheckpointError(_nothing_found("packed attention", names, report))
+    result = _with_replacements(arrays, replacements, removed)
+    report.metadata = _metadata(metadata, records, result, None)
     return result, report
 
 
-def _nothing(what: str, names: str, report: Report) -> str:
-    left = [f"{name or '(the model)'}: left alone, {why}" for name, why in report.left_alone.items()]
+def _nothing_found(what: str, names: str, report: Report) -> str:
+    left = report.lines_of_left_alone()
     more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
     found = ": " + "; ".join(left[:3]) + more if left else ""
     return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + found
 
 
-def _exchange(arrays: dict[Any, Any], replaced: dict[str, dict], gone: set) -> dict[Any, Any]:
+def _with_replacements(arrays: dict[Any, Any], replacements: dict[str, dict], removed: set) -> dict[Any, Any]:
     result: dict[Any, Any] = {}
     for name, value in arrays.items():
-        result.update(replaced.get(name, {}))
-        if name not in gone:
+        result.update(replacements.get(name, {}))
+        if name not in removed:
             result[name] = value
     return result
 
 
-def _memory(metadata: Mapping[str, str] | None) -> dict[str, dict]:
+def _block_records(metadata: Mapping[str, str] | None) -> dict[str, dict]:
     """What the metadata tell of packed blocks."""
     text = (metadata or {}).get(METADATA_BLOCKS)
     if text is None:
         return {}
     titles = {naming.title for naming in NAMINGS}
     try:
-        memory = json.loads(text)
-        for was in memory.values():
-            if was["naming"] not in titles or was["layout"] not in LAYOUTS or tuple(was["norm"]) not in NORM_NAMES:
+        records = json.loads(text)
+        for record in records.values():
+            if (
+                record["naming"] not in titles
+                or record["layout"] not in LAYOUTS
+                or tuple(record["norm"]) not in NORM_NAMES
+            ):
                 raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise CheckpointError(f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else") from None
-    return memory
+        raise CheckpointError(
+            f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else"
+        ) from None
+    return records
 
 
-def _metadata(old: Mapping[str, str] | None, memory: dict[str, dict], arrays: dict, layout: str | None) -> dict[str, str]:
+def _metadata(
+    old: Mapping[str, str] | None, records: dict[str, dict], arrays: dict, layout: str | None
+) -> dict[str, str]:
     new = {key: value for key, value in (old or {}).items() if key != METADATA_BLOCKS}
     packed = set(packed_blocks_in(arrays))
-    memory = {name: was for name, was in memory.items() if name in packed}
-    if memory:
-        new[METADATA_BLOCKS] = json.dumps(memory, separators=(",", ":"))
+    records = {name: record for name, record in records.items() if name in packed}
+    if records:
+        new[METADATA_BLOCKS] = json.dumps(records, separators=(",", ":"))
     if layout is not None:
         new[METADATA_LAYOUT] = layout
     return new
 
 
-def _before_packing(arrays: dict, block: Block, layout: str | None, was: dict | None) -> tuple[str, tuple[str, str]]:
+def _layout_and_norm_before(
+    arrays: dict, block: NamedBlock, layout: str | None, record: dict | None
+) -> tuple[str, tuple[str, str]]:
     """The layout and the norm's names that a packed block had."""
-    if was is not None:
-        if was["naming"] != block.naming.title:
+    if record is not None:
+        if record["naming"] != block.naming.title:
             raise CheckpointError(
-                f"{block.name}: expected {was['naming']}'s, by the file's metadata, found {block.naming.title}'s"
+                f"{block.name}: expected {record['naming']}'s, by the file's metadata, found {block.naming.title}'s"
             )
-        if layout not in (None, was["layout"]):
-            raise CheckpointError(f"--layout {layout}: {block.name} was stored {form(was['layout'])}, by the file's metadata")
-        return was["layout"], tuple(was["norm"])
+        if layout not in (None, record["layout"]):
+            raise CheckpointError(
+                f"--layout {layout}: {block.name} was stored {shown_layout(record['layout'])}, by the file's metadata"
+            )
+        return record["layout"], tuple(record["norm"])
     found = layout or block.naming.layout
     for name, told in layout_by_shapes(arrays, block, arrays[f"{block.name}.qkv_weight"].shape[-1]).items():
         if told != found:
-            seen = f"by its shape {name} is stored {form(told)}"
+            seen = f"by its shape {name} is stored {shown_layout(told)}"
             if layout is not None:
                 raise CheckpointError(f"--layout {layout}: {seen}")
             raise CheckpointError(
-                f"{block.name}: {block.naming.title}'s weights are stored {form(found)}, but {seen}: --layout is needed"
+                f"{block.name}: {block.naming.title}'s weights are stored {shown_layout(found)}, but {seen}: --layout "
+                "is needed"
             )
     return found, NORM_NAMES[0]
 
 
 def _pack_block(
-    arrays: dict[Any, Any], block: Block, num_heads: int, normalize_before: bool | None, layout: str
+    arrays: dict[Any, Any], block: NamedBlock, num_heads: int, normalize_before: bool | None, layout: str
 ) -> tuple[list[str], dict[str, Any]]:
     """The names that go and the arrays that come; `normalize_before` is None where the layer norm stays."""
     prefix, naming = block.prefix, block.naming
@@ -273,13 +291,9 @@ def _pack_block(
     *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
     if layout == "out-in":
         weights, out = [weight.T for weight in weights], out.T
-    if len(naming.qkv) == 1:
-        weights = np.split(weights[0], 3, axis=1)
-        biases = [None] * 3 if biases[0] is None else np.split(biases[0], 3)
-    (wq, wk, wv), (bq, bk, bv) = weights, biases
     new = {
-        "qkv_weight": pack_qkv_weight(wq, wk, wv, num_heads),
-        "qkv_bias": None if bq is None else pack_qkv_bias(bq, bk, bv, num_heads),
+        "qkv_weight": pack_projections(weights, num_heads),
+        "qkv_bias": None if biases[0] is None else pack_projections(biases, num_heads),
     }
     if naming.only_qkv:
         ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
@@ -296,17 +310,19 @@ def _pack_block(
     return old, {f"{block.name}.{part}": array for part, array in packed.items()}
 
 
-def _describe(block: Block, new: dict[str, Any], normalize_before: bool | None, layout: str) -> str:
+def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: str) -> str:
     """What a block was, and what its packed names are for."""
     naming, above = block.naming, block.prefix.split(".")
-    where = f"{naming.title}, weights {form(layout)}"
+    where = f"{naming.title}, weights {shown_layout(layout)}"
     if naming.only_qkv:
         decoder = not {"decoder", *_CAUSAL_MODELS}.isdisjoint(above)
         part = "an attention with an adapter, as PaddleNLP's GPT's" if decoder else "an encoder layer"
         stay = ", once its other linear weights, [out, in] here too, are transposed" if layout == "out-in" else ""
         return f"{where}, for a model after paddle_fused_attention.convert(model) ({part}){stay}"
     _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
-    arguments = f"{embed_dim}, {heads}" + (", normalize_before=True, final_layer_norm=False" if normalize_before else "")
+    arguments = f"{embed_dim}, {heads}" + (
+        ", normalize_before=True, final_layer_norm=False" if normalize_before else ""
+    )
     absent = [part for part in ("qkv_bias", "linear_bias") if f"{block.name}.{part}" not in new]
     use = f"FusedMultiHeadAttention({arguments}{', causal=True' if naming.causal else ''})"
     if naming.decoder:
@@ -316,7 +332,7 @@ def _describe(block: Block, new: dict[str, Any], normalize_before: bool | None, 
     return f"{where}, norm {'before' if normalize_before else 'after'}, for {use}"
 
 
-def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]:
+def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.ndarray]:
     """The arrays of a packed block, which fit each other."""
     parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
     if {"pre_ln_scale", "ln_scale"} <= set(parts):
@@ -332,21 +348,21 @@ def _packed_parts(arrays: dict[Any, Any], block: Block) -> dict[str, np.ndarray]
     if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
         raise CheckpointError(f"{block.name}.qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
     for part, array in parts.items():
-        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(part, (shape[3],))
+        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(
+            part, (shape[3],)
+        )
         if array.shape != expected:
             raise CheckpointError(f"{block.name}.{part}: expected shape {list(expected)}, got {list(array.shape)}")
     return parts
 
 
 def _unpack_block(
-    arrays: dict[Any, Any], block: Block, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
+    arrays: dict[Any, Any], block: NamedBlock, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
 ) -> tuple[list[str], dict[str, Any]]:
     """The names that go and the arrays that come."""
-    weights = list(unpack_qkv_weight(parts["qkv_weight"]))
-    biases = list(unpack_qkv_bias(parts["qkv_bias"])) if "qkv_bias" in parts else []
-    if len(block.naming.qkv) == 1:
-        weights = [np.concatenate(weights, axis=1)]
-        biases = [np.concatenate(biases)] if biases else []
+    count = len(block.naming.qkv)
+    weights = separate_projections(parts["qkv_weight"], count)
+    biases = separate_projections(parts["qkv_bias"], count) if "qkv_bias" in parts else []
     if "linear_weight" in parts:
         weights.append(parts["linear_weight"])
     if layout == "out-in":

@@ -1,10 +1,11 @@
 """Reads and writes checkpoints as NumPy arrays by name; bfloat16 is uint16, as Paddle has it.
 
-Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files of these
-kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that stands in them.
+Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files
+of these kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that
+stands in them.
 
-What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into .pdparams as a
-second pickle behind Paddle's own: paddle.load reads the first one and stops.
+What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into
+.pdparams as a second pickle behind Paddle's own: paddle.load reads the first one and stops.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 import paddle
 
 from . import _safetensors_files, _torch_files
+from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
 from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
-from .checkpoint import CheckpointError
+from .checkpoint import METADATA, METADATA_LAYOUT, CheckpointError
 
 SUFFIXES = (".pdparams", ".safetensors")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -34,10 +36,6 @@ _NAME_TABLE = "StructuredToParameterName@@"
 _BIG_TABLE = "UnpackBigParamInfor@@"
 _METADATA = "paddle_fused_attention.metadata"
 
-# Keys of the package's own in metadata. The layout is that of the tensors, whatever the kind of file.
-OWN_METADATA = "paddle_fused_attention."
-_LAYOUT_KEY = OWN_METADATA + "layout"
-_LAYOUTS = ("in-out", "out-in")
 # PaddleNLP writes "np" into files in Paddle's layout, but so does who stores PyTorch's through NumPy.
 _LAYOUT_OF_FORMAT = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
 
@@ -61,8 +59,8 @@ class Checkpoint:
     Attributes:
         arrays: NumPy arrays by name, RawTensors, and whatever else the file holds. Arrays may be read-only.
         metadata: of a .safetensors file, also after it went through .pdparams.
-        layout: how the file says that the weights of linear layers are stored: "in-out" (Paddle), "out-in" (PyTorch); None: not
-            at all. `write` does not store it.
+        layout: how the file says that the weights of linear layers are stored: "in-out" (Paddle), "out-in" (PyTorch);
+            None: not at all. `write` does not store it.
     """
 
     arrays: dict[str, Any]
@@ -90,12 +88,12 @@ def read(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIXES):
-        with _explained(path, ".index.json"):
+        with _errors_in_one_line(path, ".index.json"):
             return _read_index(path)
     if path.suffix not in (*SUFFIXES, *TORCH_SUFFIXES):
         known = ", ".join((*SUFFIXES, *TORCH_SUFFIXES))
         raise CheckpointError(f"{path}: expected a name that ends in {known} or .index.json")
-    with _explained(path, path.suffix):
+    with _errors_in_one_line(path, path.suffix):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_pdparams(path) if path.suffix == ".pdparams" else _read_torch(path)
@@ -105,14 +103,15 @@ def load_state(path: Path, return_numpy: bool = False) -> Any:
     """What ``paddle.load`` gives in dygraph for a file that ``paddle.save`` wrote, but runs nothing that stands in it.
 
     Args:
-        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an optimizer's, say.
+        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an
+            optimizer's, say.
         return_numpy: NumPy arrays, read-only, for tensors.
 
     Raises:
         CheckpointError: As in :func:`read`.
     """
     path = Path(path)
-    with _explained(path, "a file of paddle.save"):
+    with _errors_in_one_line(path, "a file of paddle.save"):
         return _as_paddle(_read_pickles(path)[0], return_numpy)
 
 
@@ -123,11 +122,11 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: The kind of file can't hold a value, or the file can't be written.
     """
     check_target(path)
-    _named(checkpoint.arrays, path)
+    _checked_names(checkpoint.arrays, path)
     if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
         raise CheckpointError(f"{path}: expected metadata that is strings by name")
     try:
-        with _replacing(path) as partial:
+        with _written_whole(path) as partial:
             if path.suffix == ".safetensors":
                 _write_safetensors(partial, checkpoint)
             else:
@@ -137,7 +136,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def _explained(path: Path, kind: str) -> Iterator[None]:
+def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
     """Makes a CheckpointError of one line that names the file of whatever goes wrong with its content."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -157,7 +156,7 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _written_whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -170,13 +169,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
-    own = (metadata or {}).get(_LAYOUT_KEY)
-    if own is not None and own not in _LAYOUTS:
-        raise FormatError(f"expected {_LAYOUT_KEY} to be {' or '.join(_LAYOUTS)} in its metadata, got {shown(own)}")
+    own = (metadata or {}).get(METADATA_LAYOUT)
+    if own is not None and own not in LAYOUTS:
+        raise FormatError(f"expected {METADATA_LAYOUT} to be {' or '.join(LAYOUTS)} in its metadata, got {shown(own)}")
     return own or of_kind
 
 
-def _named(found: Any, path: Path) -> dict[str, Any]:
+def _checked_names(found: Any, path: Path) -> dict[str, Any]:
     """`found`, if it is a dict by names."""
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a state dict, got {type(found).__name__}")
@@ -203,10 +202,10 @@ def _read_pickles(path: Path) -> tuple[Any, dict[str, str] | None]:
             metadata = behind.get(_METADATA) if isinstance(behind, dict) else None
             if not is_metadata(metadata) or file.tell() < size:
                 raise FormatError("more stands after its state dict")
-    return _joined(value), metadata
+    return _with_slices_joined(value), metadata
 
 
-def _joined(value: Any) -> Any:
+def _with_slices_joined(value: Any) -> Any:
     """Puts arrays together that Paddle divided, as pickles of protocols 2 and 3 hold at most 4 GB each."""
     if not isinstance(value, dict) or _BIG_TABLE not in value:
         return value
@@ -226,8 +225,8 @@ def _joined(value: Any) -> Any:
 def _as_paddle(value: Any, return_numpy: bool) -> Any:
     """Tensors out of the arrays that were tensors.
 
-    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each tensor as a
-    pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
+    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each
+    tensor as a pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
     """
     if isinstance(value, dict) and isinstance(value.get(_NAME_TABLE), dict):
         names = value.pop(_NAME_TABLE)
@@ -235,11 +234,11 @@ def _as_paddle(value: Any, return_numpy: bool) -> Any:
             if isinstance(value.get(key), np.ndarray):
                 value[key] = _tensor(value[key], name, return_numpy)
         return value
-    pairs = _any(value, _is_pair)
+    pairs = _any_inside(value, _is_name_and_array)
     done: dict[int, Any] = {}
 
     def visit(value: Any) -> Any:
-        if _is_pair(value):
+        if _is_name_and_array(value):
             return _tensor(value[1], value[0], return_numpy)
         if isinstance(value, np.ndarray):
             return value if pairs else _tensor(value, None, return_numpy)
@@ -260,11 +259,13 @@ def _as_paddle(value: Any, return_numpy: bool) -> Any:
     return visit(value)
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+def _is_name_and_array(value: Any) -> bool:
+    return (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+    )
 
 
-def _any(value: Any, condition: Any) -> bool:
+def _any_inside(value: Any, condition: Any) -> bool:
     """Whether the condition holds for the value or one inside it. Each container is looked into once."""
     seen: set = set()
     left = [value]
@@ -289,7 +290,7 @@ def _tensor(array: np.ndarray, name: Any, return_numpy: bool) -> Any:
 
 def _read_pdparams(path: Path) -> Checkpoint:
     found, metadata = _read_pickles(path)
-    return Checkpoint(_named(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
+    return Checkpoint(_checked_names(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
 
 
 def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
@@ -298,7 +299,7 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
     for name in (_NAME_TABLE, _BIG_TABLE):
         if name in values:
             raise CheckpointError(f"{name}: can't be stored in .pdparams, where Paddle has something else by this name")
-    named = {name: _for_paddle(name, value) for name, value in values.items()}
+    named = {name: _with_names(name, value) for name, value in values.items()}
     if all(isinstance(value, np.ndarray) for value in values.values()):
         named = {**values, _NAME_TABLE: {name: name for name in values}}
     with open(path, "wb") as file:
@@ -307,7 +308,7 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
             pickle.dump({_METADATA: dict(checkpoint.metadata)}, file, protocol=4)
 
 
-def _for_paddle(name: str, value: Any) -> Any:
+def _with_names(name: str, value: Any) -> Any:
     """Pairs of name and array for the arrays in a value; refuses what paddle.load would."""
     done: dict[int, Any] = {}
 
@@ -336,16 +337,17 @@ def _for_paddle(name: str, value: Any) -> Any:
 
 def _read_torch(path: Path) -> Checkpoint:
     with open(path, "rb") as file:
-        found = _named(_torch_files.read(file, path.stat().st_size), path)
+        found = _checked_names(_torch_files.read(file, path.stat().st_size), path)
 
     def is_tensor(value: Any) -> bool:
         return isinstance(value, (np.ndarray, RawTensor))
 
     for name, value in found.items():
-        if not is_tensor(value) and _any(value, is_tensor):
+        if not is_tensor(value) and _any_inside(value, is_tensor):
             keys = ", ".join(shown(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
             raise CheckpointError(
-                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): save that alone"
+                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): "
+                "save that alone"
             )
     return Checkpoint(found, layout="out-in")
 
@@ -356,7 +358,9 @@ def _read_torch(path: Path) -> Checkpoint:
 def _read_safetensors(path: Path) -> Checkpoint:
     arrays, metadata = _safetensors_files.read(path)
     return Checkpoint(
-        _named(arrays, path), metadata, _layout(metadata, _LAYOUT_OF_FORMAT.get((metadata or {}).get("format", "")))
+        _checked_names(arrays, path),
+        metadata,
+        _layout(metadata, _LAYOUT_OF_FORMAT.get((metadata or {}).get("format", ""))),
     )
 
 
@@ -399,7 +403,7 @@ def _common_metadata(each: list[dict[str, str] | None]) -> dict[str, str] | None
     for metadata in each:
         for name, text in (metadata or {}).items():
             if merged.setdefault(name, text) != text:
-                if name == "format" or name.startswith(OWN_METADATA):
+                if name == "format" or name.startswith(METADATA):
                     raise FormatError(f"its files disagree about {shown(name)} in their metadata")
                 different.add(name)
     if all(metadata is None for metadata in each):

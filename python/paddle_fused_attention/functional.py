@@ -15,8 +15,8 @@ from ._split_heads import attention_over_mesh, mesh_axis_of_heads
 
 
 def _is_exported_to_onnx() -> bool:
-    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends the process
-    at one that it does not know: it gets ordinary ops."""
+    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends
+    the process at one that it does not know: it gets ordinary ops."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
@@ -78,8 +78,9 @@ def fused_multi_head_attention(
 
     Args:
         x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
-        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x; beside a float32 x
-            also float16 or bfloat16: then the products and attention are in that dtype, all else in float32.
+        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x;
+            beside a float32 x also float16 or bfloat16: then the products and attention are in that dtype, all else in
+            float32.
         linear_weight: ``[embed_dim, embed_dim]``, dtype of qkv_weight.
         pre_layer_norm: Whether x is layer-normalised before the QKV projection.
         pre_ln_scale, pre_ln_bias: ``[embed_dim]``, dtype of x, or float32 for a 16-bit x. None: 1 and 0. Unused without
@@ -88,14 +89,15 @@ def fused_multi_head_attention(
         pre_ln_epsilon, ln_epsilon: Added to the variance.
         qkv_bias: ``[3, num_heads, head_dim]``, dtype of qkv_weight, or None.
         linear_bias: ``[embed_dim]``, dtype of qkv_weight, or None.
-        attn_mask: Any shape that broadcasts to ``[batch, num_heads, seq_len, seq_len]``, read in place. A float mask, of any float
-            dtype, is added to the scores; True or a nonzero integer keeps a key and False or 0 hides it, as -inf does. A query that
-            may see no key gives zeros. The mask gets no gradient.
+        attn_mask: Any shape that broadcasts to ``[batch, num_heads, seq_len, seq_len]``, read in place. A float mask,
+            of any float dtype, is added to the scores; True or a nonzero integer keeps a key and False or 0 hides it,
+            as -inf does. A query that may see no key gives zeros. The mask gets no gradient.
         dropout_rate, attn_dropout_rate: The probability of dropping an element, in [0, 1], exact to 2^-16.
         name: Unused; there for the sake of Paddle's convention.
-        training: Without it nothing is dropped and nothing is kept for the gradient, which is then computed from x anew.
-        mode: "upscale_in_train": what is kept is divided by ``1 - rate`` in training. "downscale_in_infer": everything is
-            multiplied by ``1 - rate`` outside training.
+        training: Without it nothing is dropped and nothing is kept for the gradient, which is then computed from x
+            anew.
+        mode: "upscale_in_train": what is kept is divided by ``1 - rate`` in training. "downscale_in_infer": everything
+            is multiplied by ``1 - rate`` outside training.
         final_layer_norm: Whether the sum is layer-normalised.
         add_residual: Whether x is added.
         causal: Whether query i sees the keys up to i only; together with a mask, both apply.

@@ -7,14 +7,13 @@ from typing import Any
 import paddle
 from paddle import nn
 from paddle.base.data_feeder import convert_dtype
-from paddle.framework import in_dynamic_mode
 
 from ._block import MODES, TENSORS, Block
 from ._checks import INFINITY, check_count, check_number, check_switches
-from ._initializers import attribute_of
+from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
-from ._parts import is_plain, origin_of_forward, reason_against_linear
+from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
 from .functional import self_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
@@ -27,9 +26,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
     """Self-attention with layer norm, projections, dropout and residual as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 
-    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias``
-    [3, num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with ``normalize_before``
-    also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also ``ln_scale`` and ``ln_bias`` [embed_dim].
+    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias`` [3,
+    num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with
+    ``normalize_before`` also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also
+    ``ln_scale`` and ``ln_bias`` [embed_dim].
 
     Args:
         embed_dim: Width of the input and the output.
@@ -39,9 +39,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         kdim, vdim: None or embed_dim: only self-attention is fused.
         normalize_before: Whether the input is layer-normalised before the QKV projection.
         need_weights: Must be False: the attention weights are never stored.
-        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An initializer,
-            also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate projections: ``qkv_weight``
-            becomes what three weights [embed_dim, embed_dim] (in, out) would be, packed. Layer-norm scales begin at one always.
+        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An
+            initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate
+            projections: ``qkv_weight`` becomes what three weights [embed_dim, embed_dim] (in, out) would be, packed.
+            Layer-norm scales begin at one always.
         bias_attr: ParamAttr of every bias, those of the layer norms included, read likewise; False: no biases.
         name: Prefix of the parameters' names.
         epsilon: Of both layer norms.
@@ -92,7 +93,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             if value is not None and value != embed_dim:
                 raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
         if need_weights:
-            raise NotImplementedError("need_weights: expected False, since the attention weights are never stored, got True")
+            raise NotImplementedError(
+                "need_weights: expected False, since the attention weights are never stored, got True"
+            )
         self.kdim = self.vdim = embed_dim
         self.need_weights = False
         self.dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
@@ -103,16 +106,17 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         self.causal = bool(causal)
         self.add_residual = bool(add_residual)
 
-        # The packed weight is three projections of [embed_dim, embed_dim]; its own four dimensions would give another fan.
+        # The packed weight is three projections of [embed_dim, embed_dim]; its own four dimensions would give another
+        # fan.
         xavier = nn.initializer.XavierUniform(fan_in=embed_dim, fan_out=embed_dim)
         shape = [3, num_heads, self.head_dim, embed_dim]
 
         def weight(parameter_name: str, shape: list[int]) -> Any:
-            attr = attribute_of("weight_attr", weight_attr, parameter_name, shape)
+            attr = param_attr_of("weight_attr", weight_attr, parameter_name, shape)
             return self.create_parameter(shape, attr, default_initializer=xavier)
 
         def bias(parameter_name: str, shape: list[int]) -> Any:
-            attr = attribute_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
+            attr = param_attr_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
         def scale() -> Any:
@@ -141,10 +145,11 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections.
-            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs where both are the query: the
-                same tensor, or, in dygraph where no gradient is wanted of the three, one of the same contents. Others are served by
-                ordinary ops, which store the scores, with the same meaning, gradients and, in dygraph, dropout; ``causal`` is
-                aligned at the end, and ``normalize_before`` normalises all three.
+            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs where both
+                are the query: the same tensor, or, in dygraph where no gradient is wanted of the three, one of the same
+                contents. Others are served by ordinary ops, which store the scores, with the same meaning, gradients
+                and, in dygraph, dropout; ``causal`` is aligned at the end, and ``normalize_before`` normalises all
+                three.
             attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``.
             cache: Must be None.
 
@@ -157,36 +162,26 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         """
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        if (key is None or key is query) and (value is None or value is query):
-            return self._run(self._block(query, attn_mask))
-        keys = other_keys(query, key, value)
-        if keys is None:
-            return self._run(self._block(query, attn_mask))
-        return self._run_to_keys(self._block(query, attn_mask), keys)
+        key_value = other_keys(query, key, value)
+        return self._run(self._block(query, attn_mask), key_value)
 
     @paddle.jit.not_to_static
     def _block(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> Block:
-        # Reading them as attributes costs several microseconds: Paddle looks for each in Python.
-        known = self._parameters if in_dynamic_mode() else {}
-        parameters = [known[name] if name in known else getattr(self, name) for name in _PARAMETERS]
         epsilon = self.epsilon
         # fmt: off
         return Block._make((
-            query, *parameters, attn_mask,
+            query, *parameters_of(self, *_PARAMETERS), attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
         )).checked()
         # fmt: on
 
-    def _run(self, block: Block) -> paddle.Tensor:
-        return self_attention(block)
-
-    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
-        return attention_to_keys(block, keys)
+    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
+        return self_attention(block) if key_value is None else attention_to_keys(block, key_value)
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
-        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes the layer
-        16-bit, layer-norm parameters become float32."""
+        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes
+        the layer 16-bit, layer-norm parameters become float32."""
         if dtype is None or convert_dtype(dtype) not in _SIXTEEN_BIT:
             super()._apply(func, device, dtype, blocking, include_sublayers)
             return
@@ -235,22 +230,22 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
     ) -> FusedMultiHeadAttention:
         """The block that a MultiHeadAttention and the layer norm beside it make up, with copies of their parameters.
 
-        Without ``normalize_before`` the layer computes ``norm(x + dropout(mha(x)))``, with it ``x + dropout(mha(norm(x)))``; where
-        ``norm`` is None there is no layer norm.
+        Without ``normalize_before`` the layer computes ``norm(x + dropout(mha(x)))``, with it ``x +
+        dropout(mha(norm(x)))``; where ``norm`` is None there is no layer norm.
 
         Args:
-            mha: A self-attention layer (kdim and vdim equal to embed_dim, need_weights False), with or without biases. Its dropout
-                becomes ``attn_dropout_rate``.
+            mha: A self-attention layer (kdim and vdim equal to embed_dim, need_weights False), with or without biases.
+                Its dropout becomes ``attn_dropout_rate``.
             norm: A LayerNorm over embed_dim, with or without scale and bias, or None.
             normalize_before: Where the layer norm stands.
             dropout_rate: Of the output projection.
             causal, add_residual: As in the constructor.
 
         Raises:
-            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection is no
-                ``paddle.nn.Linear``.
-            ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a forward of
-                its own or, as under weight_norm, parameters beside its weight and bias.
+            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection
+                is no ``paddle.nn.Linear``.
+            ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a
+                forward of its own or, as under weight_norm, parameters beside its weight and bias.
             NotImplementedError: See the constructor.
         """
         if type(mha) is not nn.MultiHeadAttention:
@@ -259,21 +254,27 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             raise TypeError(f"norm: expected a paddle.nn.LayerNorm or None, got {type(norm).__name__}")
         for argument, part in (("mha", mha), ("norm", norm)):
             if part is not None and (not is_plain(part, type(part)) or origin_of_forward(type(part)) is not None):
-                raise ValueError(f"{argument}: expected a layer without hooks and with its class's own forward, got another")
+                raise ValueError(
+                    f"{argument}: expected a layer without hooks and with its class's own forward, got another"
+                )
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         extra = sorted({*mha._parameters, *mha._buffers, *mha._sub_layers} - set(names))
         if extra:
             raise ValueError(
-                f"mha: expected a layer as paddle.nn.MultiHeadAttention makes it, got one that has {extra[0]} beside its parts"
+                f"mha: expected a layer as paddle.nn.MultiHeadAttention makes it, got one that has {extra[0]} beside "
+                "its parts"
             )
         for projection in names:
             reason = reason_against_linear(projection, getattr(mha, projection))
             if reason is not None:
                 error = TypeError if type(getattr(mha, projection)) is not nn.Linear else ValueError
-                raise error(f"mha: expected projections as paddle.nn.MultiHeadAttention makes them, got one of which {reason}")
+                raise error(
+                    f"mha: expected projections as paddle.nn.MultiHeadAttention makes them, got one of which {reason}"
+                )
         if norm is not None and list(norm._normalized_shape) != [mha.embed_dim]:
             raise ValueError(
-                f"norm: expected a layer norm over [{mha.embed_dim}], mha's embed_dim, got one over {list(norm._normalized_shape)}"
+                f"norm: expected a layer norm over [{mha.embed_dim}], mha's embed_dim, got one over "
+                f"{list(norm._normalized_shape)}"
             )
         projections = (mha.q_proj, mha.k_proj, mha.v_proj, mha.out_proj)
         biases = [projection.bias for projection in projections]
@@ -310,12 +311,13 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             prefix = "pre_ln" if normalize_before else "ln"
             parameters.update({f"{prefix}_scale": norm.weight, f"{prefix}_bias": norm.bias})
         weights = [projection.weight for projection in projections[:3]]
-        layer._assign(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
+        layer._assign_parameters(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
         layer.training = mha.training
         return layer
 
     def to_multi_head_attention(self) -> tuple[nn.MultiHeadAttention, nn.LayerNorm | None]:
-        """The inverse of :meth:`from_multi_head_attention`: the attention and its layer norm, or None, with copies of the parameters.
+        """The inverse of :meth:`from_multi_head_attention`: the attention and its layer norm, or None, with copies of
+        the parameters.
 
         Raises:
             ValueError: The layer has two layer norms, which no single LayerNorm can stand for.
@@ -340,7 +342,9 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         _copy_parameter(mha.out_proj, "bias", self.linear_bias)
         norm = None
         if self.normalize_before or self.final_layer_norm:
-            scale, bias = (self.pre_ln_scale, self.pre_ln_bias) if self.normalize_before else (self.ln_scale, self.ln_bias)
+            scale, bias = (
+                (self.pre_ln_scale, self.pre_ln_bias) if self.normalize_before else (self.ln_scale, self.ln_bias)
+            )
             norm = nn.LayerNorm(
                 self.embed_dim,
                 self.epsilon,
@@ -355,15 +359,16 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             projection.training = self.training
         return mha, norm
 
-    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
-        """Copies values into parameters; `origins` are the parameters that a value was made of, where it is not one itself."""
+    def _assign_parameters(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+        """Copies values into parameters; `origins` are the parameters that a value was made of, where it is not one
+        itself."""
         for name, value in parameters.items():
             _copy_parameter(self, name, value, origins.get(name))
 
 
 def _copy_parameter(layer: nn.Layer, name: str, value: Any, origins: Any = None) -> None:
-    """Gives a layer's parameter the value and dtype of a tensor, or removes it where the value is None. It is frozen if all the
-    parameters that the value comes from are; by default that is the value itself."""
+    """Gives a layer's parameter the value and dtype of a tensor, or removes it where the value is None. It is frozen if
+    all the parameters that the value comes from are; by default that is the value itself."""
     if value is None:
         setattr(layer, name, None)
         return

@@ -1,9 +1,10 @@
 """Tensor parallelism: the attention block with its heads spread over the processes of a communication group.
 
-Each process computes the operator for its own heads, from the whole input to their part of the output projection. The parts are summed
-over the group; bias, dropout, residual and final layer norm then run alike on every process. In backward the gradients of what all
-processes share before the sum, the input and the first layer norm's parameters, are summed in turn. Dropout masks are those of the
-whole layer whatever the number of processes, since all draw from generators with the same seed.
+Each process computes the operator for its own heads, from the whole input to their part of the output projection. The
+parts are summed over the group; bias, dropout, residual and final layer norm then run alike on every process. In
+backward the gradients of what all processes share before the sum, the input and the first layer norm's parameters, are
+summed in turn. Dropout masks are those of the whole layer whatever the number of processes, since all draw from
+generators with the same seed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
 from ._block import TENSORS, Block
-from ._checks import INFINITY, check_number
+from ._checks import INFINITY, check_model, check_number
 from ._op import check_tensors
-from ._split_heads import attention_of_part
+from ._split_heads import attention_over_processes
 from .layer import FusedMultiHeadAttention
 
 # The dimension of each parameter that runs over the heads.
@@ -40,7 +41,8 @@ def _resolve_group(group: Any) -> Any:
     # Not by group.rank, which is -1 in groups of one too.
     if dist.get_rank() not in group.ranks:
         raise ValueError(
-            f"group: expected a group that this process belongs to, got one of ranks {group.ranks} on rank {dist.get_rank()}"
+            f"group: expected a group that this process belongs to, got one of ranks {group.ranks} on rank "
+            f"{dist.get_rank()}"
         )
     return group if group.nranks > 1 else None
 
@@ -61,7 +63,9 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
             warnings.simplefilter("ignore")  # Paddle warns of what is raised below
             group = dist.get_group(ring_id)
         if group is None:
-            raise ValueError(f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {ring_id}")
+            raise ValueError(
+                f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {ring_id}"
+            )
     size = 1 if group is None else group.nranks
     if nranks is not None and nranks != size:
         raise ValueError(f"nranks: expected {size}, the number of processes of ring_id {ring_id}, got {nranks}")
@@ -69,8 +73,9 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
 
 
 @paddle.no_grad()
-def _add_up(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
-    """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are wrong."""
+def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
+    """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are
+    wrong."""
     data = tensor.detach()
     if group.backend == "GLOO" and data.dtype in (paddle.float16, paddle.bfloat16):
         total = data.astype("float32")
@@ -81,14 +86,15 @@ def _add_up(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
     return tensor
 
 
-def _shared(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
-    """What every process uses for its own heads: its gradient is the sum over the group of what each process made of it."""
+def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
+    """What every process uses for its own heads: its gradient is the sum over the group of what each process made of
+    it."""
     if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
         return tensor
-    # A tensor of its own, so that the hook sees the gradient from this use alone. A PyLayer would have to copy it, and reshape to the
-    # same shape gives the tensor itself.
+    # A tensor of its own, so that the hook sees the gradient from this use alone. A PyLayer would have to copy it, and
+    # reshape to the same shape gives the tensor itself.
     view = tensor.unsqueeze(0).squeeze(0)
-    view.register_hook(lambda gradient: _add_up(gradient, group))
+    view.register_hook(lambda gradient: _all_reduce(gradient, group))
     return view
 
 
@@ -105,59 +111,65 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
 
 
 @paddle.jit.not_to_static
-def parallel_attention(block: Block, group: Any, keys: tuple | None = None) -> paddle.Tensor:
+def parallel_attention(block: Block, group: Any, key_value: tuple | None = None) -> paddle.Tensor:
     """A block that is checked, where each process of `group` holds an equal share of the heads, in the order of ranks.
 
-    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
-    ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every process, ``attn_mask`` included.
-    `group` is one that the process belongs to, or None for no communication. The block's seed fixes the masks of the attention. `keys`
-    are a key and a value other than x, as for :func:`attention_to_keys`.
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n,
+    head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every
+    process, ``attn_mask`` included. `group` is one that the process belongs to, or None for no communication. The
+    block's seed fixes the masks of the attention. `keys` are a key and a value other than x, as for
+    :func:`attention_to_keys`.
     """
     if group is not None:
         if not in_dynamic_mode():
             raise NotImplementedError(
-                "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a static graph"
+                "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got "
+                "a static graph"
             )
         check_tensors(TENSORS, block.tensors)
     qkv_weight = block.qkv_weight
     if len(qkv_weight.shape) != 4:
-        raise ValueError(f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}")
+        raise ValueError(
+            f"qkv_weight: expected shape [3, num_heads, head_dim, embed_dim], got {list(qkv_weight.shape)}"
+        )
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
-    return attention_of_part(
+    return attention_over_processes(
         block._replace(attn_mask=_mask_of_heads(block.attn_mask, block.x, first_head, num_heads, total_heads)),
         first_head,
         total_heads,
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
-        add_up=lambda y: y if group is None else _add_up(y, group),
-        share=lambda tensor: _shared(tensor, group),
-        keys=keys,
+        all_reduce=lambda y: y if group is None else _all_reduce(y, group),
+        sum_gradient=lambda tensor: _with_summed_gradient(tensor, group),
+        key_value=key_value,
     )
 
 
 class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
     """:class:`FusedMultiHeadAttention` with its heads spread over the processes of a communication group.
 
-    Every process of the group makes the layer, with the same arguments and the same ``paddle.seed``, and calls it with the same input;
-    each gets the whole result. Initial values, dropout masks, results and gradients are then the same, up to rounding, for every number
-    of processes, one included. Dropout masks are not those of :class:`FusedMultiHeadAttention`.
+    Every process of the group makes the layer, with the same arguments and the same ``paddle.seed``, and calls it with
+    the same input; each gets the whole result. Initial values, dropout masks, results and gradients are then the same,
+    up to rounding, for every number of processes, one included. Dropout masks are not those of
+    :class:`FusedMultiHeadAttention`.
 
-    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n, head_dim] and
-    ``linear_weight`` [num_heads / n * head_dim, embed_dim]: the process's share, marked ``is_distributed`` as by Paddle's own
-    tensor-parallel layers. The other parameters are whole and alike on every process, and so are their gradients. Clipping by a global
-    norm must add up the squares of the shares, as :class:`ParallelClipGradByGlobalNorm` does.
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n,
+    head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]: the process's share, marked
+    ``is_distributed`` as by Paddle's own tensor-parallel layers. The other parameters are whole and alike on every
+    process, and so are their gradients. Clipping by a global norm must add up the squares of the shares, as
+    :class:`ParallelClipGradByGlobalNorm` does.
 
     With more than one process the layer works in dygraph only.
 
     Args:
-        group: A group of ``paddle.distributed.new_group`` that this process belongs to; None: all processes, or the one that there is
-            without ``paddle.distributed.init_parallel_env``.
+        group: A group of ``paddle.distributed.new_group`` that this process belongs to; None: all processes, or the one
+            that there is without ``paddle.distributed.init_parallel_env``.
         The others are those of :class:`FusedMultiHeadAttention`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As from :class:`FusedMultiHeadAttention`; and: num_heads is not a multiple of the
-            number of processes, this process is not in the group, or the processes' seeds differ.
+        TypeError, ValueError, NotImplementedError: As from :class:`FusedMultiHeadAttention`; and: num_heads is not a
+            multiple of the number of processes, this process is not in the group, or the processes' seeds differ.
     """
 
     def __init__(
@@ -205,10 +217,12 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         if num_heads % group.nranks:
             raise ValueError(f"num_heads: expected a multiple of the group's {group.nranks} processes, got {num_heads}")
         if not in_dynamic_mode():
-            raise NotImplementedError("ParallelFusedMultiHeadAttention: expected dygraph for a group, got a static graph")
+            raise NotImplementedError(
+                "ParallelFusedMultiHeadAttention: expected dygraph for a group, got a static graph"
+            )
         _check_seeds(group)
         for parameter_name in _HEAD_AXES:
-            self._keep_share(parameter_name)
+            self._reduce_to_share(parameter_name)
 
     @property
     def group(self) -> Any:
@@ -220,7 +234,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         """The number of processes that the heads are spread over."""
         return 1 if self._group_id is None else self.group.nranks
 
-    def _share(self, name: str, value: Any) -> Any:
+    def _share_of(self, name: str, value: Any) -> Any:
         """This process's part of a whole parameter."""
         group = self.group
         axis = _HEAD_AXES.get(name)
@@ -230,33 +244,32 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         index = [slice(None)] * axis + [slice(size * group.rank, size * (group.rank + 1))]
         return value[tuple(index)]
 
-    def _keep_share(self, name: str) -> None:
-        """Makes a whole parameter this process's part of it, so that its name, attributes and initial values are the whole layer's."""
+    def _reduce_to_share(self, name: str) -> None:
+        """Makes a whole parameter this process's part of it, so that its name, attributes and initial values are the
+        whole layer's."""
         parameter = getattr(self, name)
         if parameter is None:
             return
         with paddle.no_grad():
-            share = self._share(name, parameter).clone()
+            share = self._share_of(name, parameter).clone()
         # As Paddle's Layer.to() gives a parameter other data.
         parameter.value().get_tensor()._share_data_with(share.value().get_tensor())
         parameter.is_distributed = True
 
-    def _assign(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
-        shares = {name: None if value is None else self._share(name, value) for name, value in parameters.items()}
-        super()._assign(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
+    def _assign_parameters(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
+        shares = {name: None if value is None else self._share_of(name, value) for name, value in parameters.items()}
+        super()._assign_parameters(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, block: Block) -> paddle.Tensor:
-        return parallel_attention(block, self.group)
-
-    def _run_to_keys(self, block: Block, keys: tuple) -> paddle.Tensor:
-        return parallel_attention(block, self.group, keys)
+    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
+        return parallel_attention(block, self.group, key_value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
 
     @classmethod
     def from_full(cls, layer: FusedMultiHeadAttention, group: Any = None) -> ParallelFusedMultiHeadAttention:
-        """The layer with copies of this process's part of the parameters of `layer`, which is the same on every process.
+        """The layer with copies of this process's part of the parameters of `layer`, which is the same on every
+        process.
 
         Raises:
             TypeError: `layer` is not a FusedMultiHeadAttention, or is split itself.
@@ -267,7 +280,8 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         return _copy_of(layer, cls, group=group)
 
     def to_full(self) -> FusedMultiHeadAttention:
-        """The whole layer, with copies of all processes' parameters, on every process. All of the group must call it."""
+        """The whole layer, with copies of all processes' parameters, on every process. All of the group must call
+        it."""
         return _copy_of(self, FusedMultiHeadAttention)
 
     def full_state_dict(self) -> dict[str, paddle.Tensor]:
@@ -293,7 +307,8 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         return cls.from_full(whole, group)
 
     def to_multi_head_attention(self) -> tuple[nn.MultiHeadAttention, nn.LayerNorm | None]:
-        """As :meth:`FusedMultiHeadAttention.to_multi_head_attention`, of the whole layer. All of the group must call it."""
+        """As :meth:`FusedMultiHeadAttention.to_multi_head_attention`, of the whole layer. All of the group must call
+        it."""
         return FusedMultiHeadAttention.to_multi_head_attention(self if self.degree == 1 else self.to_full())
 
 
@@ -316,7 +331,7 @@ def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any
     layer.to(dtype=source.qkv_weight.dtype)
     whole = full_state_dict(source)
     origins = {name: [parameter] for name, parameter in source._parameters.items() if parameter is not None}
-    layer._assign({name: whole.get(name) for name in layer._parameters}, origins)
+    layer._assign_parameters({name: whole.get(name) for name in layer._parameters}, origins)
     layer.training = source.training
     return layer
 
@@ -324,8 +339,8 @@ def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any
 class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
     """Paddle's ClipGradByGlobalNorm over the whole model where layers are spread over `group`, in dygraph.
 
-    Paddle's own would take every process's share for the whole, clip differently on each, and so drive apart the parameters that they
-    have in common.
+    Paddle's own would take every process's share for the whole, clip differently on each, and so drive apart the
+    parameters that they have in common.
 
     Args:
         clip_norm: The largest norm that gradients may have together.
@@ -362,21 +377,16 @@ def _split_parameters(model: nn.Layer) -> dict[str, tuple[ParallelFusedMultiHead
     return found
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
-
-
 def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     """The state dict that a model would have with all its :class:`ParallelFusedMultiHeadAttention` on one process.
 
-    It fits a model of any number of processes through :func:`load_full_state_dict`, and one with :class:`FusedMultiHeadAttention`
-    instead. All processes of the layers' groups must call it, and each gets the whole.
+    It fits a model of any number of processes through :func:`load_full_state_dict`, and one with
+    :class:`FusedMultiHeadAttention` instead. All processes of the layers' groups must call it, and each gets the whole.
 
     Raises:
         TypeError: model is not a layer.
     """
-    _check_model(model)
+    check_model(model)
     state = model.state_dict()
     for key, (layer, name) in _split_parameters(model).items():
         if key not in state:
@@ -388,8 +398,8 @@ def full_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
 
 
 def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
-    """Sets the parameters of a model from the state dict of the whole: of :func:`full_state_dict`, or of the same model with
-    :class:`FusedMultiHeadAttention` layers. No communication takes place.
+    """Sets the parameters of a model from the state dict of the whole: of :func:`full_state_dict`, or of the same model
+    with :class:`FusedMultiHeadAttention` layers. No communication takes place.
 
     Returns:
         What ``model.set_state_dict`` does: the missing and the unexpected names.
@@ -398,7 +408,7 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
         TypeError: model is not a layer, or state_dict is not a dict of tensors or arrays.
         ValueError: A parameter that is to be split does not have the whole layer's shape.
     """
-    _check_model(model)
+    check_model(model)
     if not isinstance(state_dict, dict):
         raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
     state = dict(state_dict)
@@ -411,5 +421,5 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
         expected[_HEAD_AXES[name]] *= layer.degree
         if list(state[key].shape) != expected:
             raise ValueError(f"{key}: expected shape {expected}, that of the whole layer, got {list(state[key].shape)}")
-        state[key] = layer._share(name, state[key])
+        state[key] = layer._share_of(name, state[key])
     return model.set_state_dict(state)

@@ -1,7 +1,7 @@
 """Puts this package in the place of ``paddle.incubate.nn``'s fused attention, and takes it out again.
 
-Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them is
-given ours.
+Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them
+is given ours.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import paddle.incubate.nn.functional
 from .incubate import FusedMultiHeadAttention
 from .incubate.functional import fused_multi_head_attention
 
-_PAIRS = (
+_REPLACEMENTS = (
     (paddle.incubate.nn.FusedMultiHeadAttention, FusedMultiHeadAttention),
     (paddle.incubate.nn.functional.fused_multi_head_attention, fused_multi_head_attention),
 )
-_depth = 0
+_patch_depth = 0
 
 
 def _replace(pairs: Any) -> None:
@@ -47,20 +47,20 @@ class _Patched:
 
 
 def patch() -> _Patched:
-    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and ``paddle.incubate.nn.functional.fused_multi_head_attention``
-    those of :mod:`paddle_fused_attention.incubate`.
+    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and
+    ``paddle.incubate.nn.functional.fused_multi_head_attention`` those of :mod:`paddle_fused_attention.incubate`.
 
-    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already), and for
-    code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may be nested: each
-    is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
+    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already),
+    and for code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may
+    be nested: each is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
 
     Returns:
         A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.
     """
-    global _depth
-    if _depth == 0:
-        _replace(_PAIRS)
-    _depth += 1
+    global _patch_depth
+    if _patch_depth == 0:
+        _replace(_REPLACEMENTS)
+    _patch_depth += 1
     return _Patched()
 
 
@@ -70,9 +70,9 @@ def unpatch() -> None:
     Raises:
         RuntimeError: There is none to undo.
     """
-    global _depth
-    if _depth == 0:
+    global _patch_depth
+    if _patch_depth == 0:
         raise RuntimeError("unpatch: expected a patch() to undo, got none")
-    _depth -= 1
-    if _depth == 0:
-        _replace([(new, old) for old, new in _PAIRS])
+    _patch_depth -= 1
+    if _patch_depth == 0:
+        _replace([(new, old) for old, new in _REPLACEMENTS])

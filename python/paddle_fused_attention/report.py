@@ -14,5 +14,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{name or '(the model)'}: {what}" for name, what in self.converted.items()]
-        lines += [f"{name or '(the model)'}: left alone, {why}" for name, why in self.left_alone.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.lines_of_left_alone()])
+
+    def lines_of_left_alone(self) -> list[str]:
+        return [f"{name or '(the model)'}: left alone, {why}" for name, why in self.left_alone.items()]

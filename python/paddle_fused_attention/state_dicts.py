@@ -1,8 +1,8 @@
 """The state of converted models under the names that it has without conversion, and back.
 
-A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate projections.
-Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts for the model as it was, and
-optimizer states.
+A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate
+projections. Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts
+for the model as it was, and optimizer states.
 """
 
 from __future__ import annotations
@@ -16,48 +16,57 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ._loading import Target, cast, state_being_loaded
+from ._checks import check_model
+from ._loading import CastingTarget, cast, state_being_loaded
+from .weights import KINDS
 
 # Their checkpoints are read into models that are not converted.
 _SAVING_LIBRARIES = ("paddlenlp.", "paddleformers.")
-_KINDS = ("weight", "bias")
 
 
 def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and order.
+    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and
+    order.
 
-    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one needs nothing:
-    ``model.set_state_dict`` takes these names, too.
+    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one
+    needs nothing: ``model.set_state_dict`` takes these names, too.
 
     Raises:
         TypeError: ``model`` is not a layer.
     """
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     return model.state_dict()
 
 
 def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
-    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them wants."""
+    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them
+    wants."""
     loaded = state_being_loaded()
     if loaded is not None:
-        state = _exchanged(state, attention, prefix, lambda kind, packed: _targets(attention, kind, packed, prefix, loaded))
-        return {name: Target(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()}
+        state = _with_entries_replaced(
+            state, attention, prefix, lambda kind, packed: _loading_targets(attention, kind, packed, prefix, loaded)
+        )
+        return {
+            name: CastingTarget(value) if isinstance(value, paddle.Tensor) else value for name, value in state.items()
+        }
     if _wants_separate():
-        return _exchanged(state, attention, prefix, lambda kind, packed: _copies(attention, kind, packed))
+        return _with_entries_replaced(
+            state, attention, prefix, lambda kind, packed: _separate_entries(attention, kind, packed)
+        )
     return state
 
 
-def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
-    """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by side."""
+def _with_entries_replaced(state: dict, attention: Any, prefix: str, replacement: Any) -> dict:
+    """Puts other entries in the place of the packed parameters, the weight and the bias of one projection side by
+    side."""
     entries: dict[str, Any] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         packed = attention._parameters[f"qkv_{kind}"]
         if packed is not None:
             entries.update(replacement(kind, packed))
-    names = [f"{name}.{kind}" for name in attention._packing.projections for kind in _KINDS]
+    names = [f"{name}.{kind}" for name in attention._packing.projections for kind in KINDS]
     names = [name for name in names if name in entries] + [name for name in entries if name not in names]
-    ours = {f"{prefix}qkv_{kind}" for kind in _KINDS}
+    ours = {f"{prefix}qkv_{kind}" for kind in KINDS}
     result: dict[str, Any] = OrderedDict()
     for name, value in state.items():
         if name in ours:
@@ -67,33 +76,32 @@ def _exchanged(state: dict, attention: Any, prefix: str, replacement: Any) -> di
     return result
 
 
-def _copies(attention: Any, kind: str, packed: Any) -> dict:
+def _separate_entries(attention: Any, kind: str, packed: Any) -> dict:
     packing = attention._packing
     with paddle.no_grad():
-        values = packing.separate(kind, packed)
+        values = packing.separate(packed)
     for name, value in zip(packing.projections, values):
         value.name = packing.parameter_names[name, kind]
         value.stop_gradient = packed.stop_gradient
     return {f"{name}.{kind}": value for name, value in zip(packing.projections, values)}
 
 
-def _targets(attention: Any, kind: str, packed: Any, prefix: str, loaded: dict) -> dict:
+def _loading_targets(attention: Any, kind: str, packed: Any, prefix: str, loaded: dict) -> dict:
     packing = attention._packing
     separate = [f"{name}.{kind}" for name in packing.projections]
     names = {prefix + name for name in separate} | {packing.parameter_names[name, kind] for name in packing.projections}
     if f"{prefix}qkv_{kind}" in loaded or names.isdisjoint(loaded):
-        return {f"qkv_{kind}": Target(packed)}
-    return {name: _PartTarget(attention, kind, i) for i, name in enumerate(separate)}
+        return {f"qkv_{kind}": CastingTarget(packed)}
+    return {name: _ProjectionTarget(attention, kind, i) for i, name in enumerate(separate)}
 
 
-class _PartTarget:
+class _ProjectionTarget:
     """A separate projection's parameter for set_state_dict, of which set_value fills the part in the packed one."""
 
     def __init__(self, attention: Any, kind: str, index: int) -> None:
         self._attention, self._kind, self._index = attention, kind, index
         packing = attention._packing
-        columns = 3 * attention._parameters["qkv_weight"].shape[3] // len(packing.projections)
-        self.shape = [attention._parameters["qkv_weight"].shape[3], columns][0 if kind == "weight" else 1 :]
+        self.shape = packing.shape(attention._parameters[f"qkv_{kind}"])
         self.name = packing.parameter_names[packing.projections[index], kind]
 
     def __len__(self) -> int:
@@ -105,11 +113,11 @@ class _PartTarget:
         if not isinstance(value, paddle.Tensor):
             value = paddle.to_tensor(np.asarray(value))
         with paddle.no_grad():
-            values = packing.separate(self._kind, packed)
+            values = packing.separate(packed)
             if value.dtype != packed.dtype:
                 raise ValueError(f"{self.name}: expected {packed.dtype}, got {value.dtype}")
             values[self._index] = value.detach()
-            packed.set_value(packing.pack(self._kind, values))
+            packed.set_value(packing.pack(values))
 
 
 # Of a converted encoder layer, by what earlier versions of this package called them.
@@ -124,8 +132,8 @@ _OLD_NAMES = {
 
 
 def with_old_names(state: dict, prefix: str) -> dict:
-    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is set_state_dict that
-    asks, and what it loads has these."""
+    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is
+    set_state_dict that asks, and what it loads has these."""
     loaded = state_being_loaded()
     if loaded is None:
         return state
@@ -136,7 +144,8 @@ def with_old_names(state: dict, prefix: str) -> dict:
     }
     norm = prefix + "norm1."
     return OrderedDict(
-        (renamed.get(name, name), Target(value) if name.startswith(norm) else value) for name, value in state.items()
+        (renamed.get(name, name), CastingTarget(value) if name.startswith(norm) else value)
+        for name, value in state.items()
     )
 
 
@@ -155,25 +164,26 @@ def _wants_separate() -> bool:
     return False
 
 
-def _packed_states(model: nn.Layer, state: dict) -> Iterator[tuple[Any, str, Any, list[str], dict]]:
-    """For every packed parameter of a model and every group of a state: the packing, "weight" or "bias", the parameter, what
-    Paddle called those that it was made of, and the group."""
+def _packed_parameters(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, list[str], dict]]:
+    """For every packed parameter of a model and every group of a state: the packing, the parameter, what Paddle called
+    those that it was made of, and the group."""
     for layer in model.sublayers(include_self=True):
         packing: Any = getattr(layer, "_packing", None)
-        for kind in _KINDS if packing is not None else ():
+        for kind in KINDS if packing is not None else ():
             packed = layer._parameters[f"qkv_{kind}"]
             if packed is not None:
                 names = [packing.parameter_names[name, kind] for name in packing.projections]
-                yield from ((packing, kind, packed, names, group) for group in _groups(state))
+                yield from ((packing, packed, names, group) for group in _dicts_by_parameter(state))
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
-    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after :func:`convert`.
+    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after
+    :func:`convert`.
 
-    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such as powers of
-    beta, which must be the same for the three projections, one is kept. What the step is afterwards is the same as without conversion
-    for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW; Lamb and Lars take norms of whole
-    parameters, and see the three projections as one.
+    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such
+    as powers of beta, which must be the same for the three projections, one is kept. What the step is afterwards is the
+    same as without conversion for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW;
+    Lamb and Lars take norms of whole parameters, and see the three projections as one.
 
     Args:
         model: A converted model. What its parameters were called before is what the keys of the state begin with.
@@ -188,19 +198,20 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, kind, packed, names, group in _packed_states(model, result):
-        for rest in [key[len(names[0]) :] for key in group if _belongs(key, names[0])]:
+    for packing, packed, names, group in _packed_parameters(model, result):
+        for rest in [key[len(names[0]) :] for key in group if _is_key_of(key, names[0])]:
             values = []
             for name in names:
                 if name + rest not in group:
                     raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
                 values.append(_tensor(group.pop(name + rest)))
-            group[packed.name + rest] = _pack_state(packing, kind, packed, values, names[0] + rest)
+            group[packed.name + rest] = _pack_state(packing, packed, values, names[0] + rest)
     return result
 
 
 def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
-    """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as it was before.
+    """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as
+    it was before.
 
     Args:
         model: The converted model, before :func:`revert`.
@@ -212,30 +223,30 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
     """
     _check_optimizer_arguments(model, state)
     result = dict(state)
-    for packing, kind, packed, names, group in _packed_states(model, result):
-        for rest in [key[len(packed.name) :] for key in group if _belongs(key, packed.name)]:
+    for packing, packed, names, group in _packed_parameters(model, result):
+        for rest in [key[len(packed.name) :] for key in group if _is_key_of(key, packed.name)]:
             value = _tensor(group.pop(packed.name + rest))
             if list(value.shape) == list(packed.shape):
                 with paddle.no_grad():
-                    values = packing.separate(kind, value)
+                    values = packing.separate(value)
             elif value.size == 1:
                 values = [value.clone() for _ in names]
             else:
                 raise ValueError(
-                    f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got {list(value.shape)}"
+                    f"state: expected {packed.name + rest} of shape {list(packed.shape)} or one number, got "
+                    f"{list(value.shape)}"
                 )
             group.update({name + rest: value for name, value in zip(names, values)})
     return result
 
 
 def _check_optimizer_arguments(model: Any, state: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(state, dict):
         raise TypeError(f"state: expected a dict as optimizer.state_dict() gives it, got {type(state).__name__}")
 
 
-def _groups(state: dict) -> list[dict]:
+def _dicts_by_parameter(state: dict) -> list[dict]:
     """The state itself and its master weights, as a dict that may be changed."""
     if isinstance(state.get("master_weights"), dict):
         state["master_weights"] = dict(state["master_weights"])
@@ -243,7 +254,7 @@ def _groups(state: dict) -> list[dict]:
     return [state]
 
 
-def _belongs(key: Any, name: str) -> bool:
+def _is_key_of(key: Any, name: str) -> bool:
     """Whether a key is a parameter's name, or begins with it and an underscore."""
     return isinstance(key, str) and (key == name or key.startswith(name + "_"))
 
@@ -252,12 +263,13 @@ def _tensor(value: Any) -> paddle.Tensor:
     return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(np.asarray(value))
 
 
-def _pack_state(packing: Any, kind: str, packed: Any, values: list, name: str) -> paddle.Tensor:
-    columns = 3 * packed.shape[1] * packed.shape[2] // len(packing.projections)
-    shape = [packed.shape[3], columns] if kind == "weight" else [columns]
+def _pack_state(packing: Any, packed: Any, values: list, name: str) -> paddle.Tensor:
+    shape = packing.shape(packed)
+    if any(value.dtype != values[0].dtype for value in values):
+        raise TypeError(f"state: expected {name} and its like of one dtype, got {[str(v.dtype) for v in values]}")
     if all(list(value.shape) == shape for value in values):
         with paddle.no_grad():
-            return packing.pack(kind, values)
+            return packing.pack(values)
     if any(value.size != 1 for value in values):
         raise ValueError(
             f"state: expected {name} and its like of shape {shape} or one number, got {[list(v.shape) for v in values]}"

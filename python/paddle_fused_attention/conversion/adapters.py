@@ -1,7 +1,7 @@
 """How the operator serves attention classes that it does not know by itself: one adapter a class.
 
-:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An adapter says where
-the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
+:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An
+adapter says where the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
+from .._keys import are_query
 from .._ordinary_ops import additive_mask
 
 
 class AttentionAdapter:
-    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call :func:`register_adapter`.
+    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call
+    :func:`register_adapter`.
 
-    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)`` of projections
-    q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a ``paddle.nn.Linear`` after them. A
-    layer that has parameters, buffers or sublayers beside those that the adapter names is left alone, as is one whose forward
-    gives other numbers than the operator when :func:`convert` tries both, or whose class is only derived from the registered one.
+    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)``
+    of projections q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a
+    ``paddle.nn.Linear`` after them. A layer that has parameters, buffers or sublayers beside those that the adapter
+    names is left alone, as is one whose forward gives other numbers than the operator when :func:`convert` tries both,
+    or whose class is only derived from the registered one.
 
     Attributes:
-        projections: The names of the three projections of query, key and value, or of the one that has the columns of all three in
-            turn.
-        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and not for all
-            heads, [3, num_heads, head_dim].
+        projections: The names of the three projections of query, key and value, or of the one that has the columns of
+            all three in turn.
+        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and
+            not for all heads, [3, num_heads, head_dim].
         output: The name of the projection after attention.
         attn_dropout: The name of the ``paddle.nn.Dropout`` of the attention's weights; None: there is none, or
             :meth:`attn_dropout_rate` tells.
@@ -69,7 +72,8 @@ class AttentionAdapter:
         """What a call of the layer with these arguments means.
 
         Returns:
-            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal; None: the operator
+            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal;
+                None: the operator
             does not serve such a call, and the class's own forward runs.
         """
         raise NotImplementedError(f"{type(self).__name__}.inputs: expected a method of the adapter's own, found none")
@@ -106,15 +110,15 @@ class PaddleAdapter(AttentionAdapter):
     def inputs(
         self, attention: Any, query: Any, key: Any = None, value: Any = None, attn_mask: Any = None, cache: Any = None
     ) -> tuple[Any, Any, bool] | None:
-        is_self_attention = (key is None or key is query) and (value is None or value is query)
-        if not is_self_attention or cache is not None or attention.need_weights or wants_gradient(attn_mask):
+        served = are_query(query, key, value) and cache is None and not attention.need_weights
+        if not served or wants_gradient(attn_mask):
             return None
         return query, additive_mask("attn_mask", attn_mask, query), False
 
 
 class VisionTransformerAdapter(AttentionAdapter):
-    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``, ``proj_drop``,
-    ``scale``."""
+    """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``,
+    ``proj_drop``, ``scale``."""
 
     projections = ("qkv",)
     output = "proj"
@@ -162,14 +166,9 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
         past_key_value: Any = None,
         output_attentions: bool = False,
     ) -> tuple[Any, Any, bool] | None:
-        is_self_attention = (key is None or key is query) and (value is None or value is query)
-        if (
-            not is_self_attention
-            or use_cache
-            or past_key_value is not None
-            or output_attentions
-            or wants_gradient(attention_mask)
-        ):
+        with_cache = use_cache or past_key_value is not None
+        served = are_query(query, key, value) and not with_cache and not output_attentions
+        if not served or wants_gradient(attention_mask):
             return None
         # Its masks are added as numbers, whatever their dtype, and hide what comes later themselves.
         mask = attention_mask

@@ -1,8 +1,8 @@
 """``paddle.nn.TransformerEncoderLayer`` with its attention, norm1, dropout1 and the first residual as one operator.
 
-All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A call whose
-parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization, attention weights that
-are asked for) the parts are called one by one.
+All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A
+call whose parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization,
+attention weights that are asked for) the parts are called one by one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .._block import MODES, Block
 from .._checks import check_tensor
 from .._loading import OwnEntries
 from .._ordinary_ops import additive_mask, attention_with_cache
-from .._parts import is_plain, is_plain_dropout, origin_of_forward, reason_against_class
+from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_of, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
 from .adapters import wants_gradient
-from .packed import PackedAttention, pack, packed_class, parameters_of, rate_of, separate
+from .packed import PackedAttention, active_rate, pack, packed_class, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
@@ -29,16 +29,21 @@ _KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transf
 
 
 class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
-    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base class, and of what
-    PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where ``self_attn.need_weights`` is set, the result is a
-    tuple that ends with the attention's weights, ``[batch, num_heads, seq_len, keys]``, by ordinary ops."""
+    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base
+    class, and of what PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where
+    ``self_attn.need_weights`` is set, the result is a tuple that ends with the attention's weights, ``[batch,
+    num_heads, seq_len, keys]``, by ordinary ops."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fuse(self)
 
     def forward(
-        self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: Any = None, output_attentions: bool = False
+        self,
+        src: paddle.Tensor,
+        src_mask: paddle.Tensor | None = None,
+        cache: Any = None,
+        output_attentions: bool = False,
     ) -> Any:
         check_tensor("src", src, required=True)
         src_mask = additive_mask("src_mask", src_mask, src)
@@ -73,8 +78,8 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         )
 
     def _attend_by_parts(self, src: Any, mask: Any, cache: Any, output_attentions: bool) -> tuple:
-        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if they are
-        wanted."""
+        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if
+        they are wanted."""
         attention = self.self_attn
         hidden = self.norm1(src) if self.normalize_before else src
         needed_weights = getattr(attention, "need_weights", False)
@@ -82,7 +87,9 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
             attention.need_weights = True
         try:
             found = (
-                attention(hidden, hidden, hidden, mask, cache) if cache is not None else attention(hidden, hidden, hidden, mask)
+                attention(hidden, hidden, hidden, mask, cache)
+                if cache is not None
+                else attention(hidden, hidden, hidden, mask)
             )
         finally:
             if output_attentions:
@@ -103,7 +110,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         # fmt: off
         return Block._make((
             src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
-            norm._epsilon, norm._epsilon, rate_of(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
+            norm._epsilon, norm._epsilon, active_rate(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
             before, attention.training or dropout.training, not before, True, False, MODES[0], None,
         )).checked()
         # fmt: on
@@ -123,7 +130,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return with_old_names(state, prefix)
 
 
-def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
+def reason_against_encoder_layer(layer: Any, uses: dict) -> str | None:
     """Why an encoder layer can't be converted; None if it can."""
     if type(layer) is not nn.TransformerEncoderLayer:
         return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
@@ -150,7 +157,7 @@ def reason_against_encoder_layer(layer: Any, owners: dict) -> str | None:
         return f"its norm1 is over {list(norm._normalized_shape)}, other than embed_dim {attention.embed_dim}"
     if not is_plain_dropout(dropout):
         return f"its dropout1 has mode={dropout.mode!r} and axis={dropout.axis}"
-    return reason_against(attention, PADDLE_ADAPTER, owners, "self_attn.")
+    return reason_against(attention, PADDLE_ADAPTER, uses, "self_attn.")
 
 
 def fuse(layer: nn.TransformerEncoderLayer) -> None:

@@ -10,12 +10,13 @@ from typing import Any, Iterable
 import paddle
 from paddle import nn
 
+from .._checks import check_model
 from ..report import Report
 from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_layer, unfuse
 from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
 
-_OURS = __package__.rpartition(".")[0] + "."
+_OUR_MODULES = __package__.rpartition(".")[0] + "."
 # Names by which attention is known where its class says nothing.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _PROJECTIONS = (
@@ -30,43 +31,47 @@ _PROJECTIONS = (
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
-    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``, of either
-    norm order, with its layer norm, dropout and residual, and the layers whose class has an adapter (:func:`register_adapter`).
-    Outputs and gradients are the same, up to rounding; dropout draws other masks.
+    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``,
+    of either norm order, with its layer norm, dropout and residual, and the layers whose class has an adapter
+    (:func:`register_adapter`). Outputs and gradients are the same, up to rounding; dropout draws other masks.
 
-    The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value projections become
-    ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all else stays the object that it
-    was: other parameters, sublayers, modes, hooks. What is changed later is followed: dropout rates, modes, hooks, replaced
-    sublayers, attention weights that are asked for; such a call takes the class's own way where the operator has none. Of the
-    packed projections, which remain as sublayers, ``weight`` and ``bias`` can't be reached. Gradient hooks
-    (``Tensor.register_hook``) of their parameters are lost; Paddle does not tell of them.
+    The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value
+    projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all
+    else stays the object that it was: other parameters, sublayers, modes, hooks. What is changed later is followed:
+    dropout rates, modes, hooks, replaced sublayers, attention weights that are asked for; such a call takes the class's
+    own way where the operator has none. Of the packed projections, which remain as sublayers, ``weight`` and ``bias``
+    can't be reached. Gradient hooks (``Tensor.register_hook``) of their parameters are lost; Paddle does not tell of
+    them.
 
-    Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and ``paddle.jit.to_static``.
-    Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names from before.
+    Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and
+    ``paddle.jit.to_static``. Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names
+    from before.
 
-    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all alike.
+    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all
+    alike.
 
-    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``, ``need_weights``;
-    parts that were replaced, have hooks or a forward of their own, or share parameters with others; classes whose forward was
-    replaced by anything but PaddleNLP and PaddleFormers.
+    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``,
+    ``need_weights``; parts that were replaced, have hooks or a forward of their own, or share parameters with others;
+    classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
 
     Args:
         model: A layer, of dygraph. A layer that is used several times is converted once.
-        return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if some attention
-            was left alone or none was found.
+        return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if
+            some attention was left alone or none was found.
 
     Returns:
-        The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts by layer name.
+        The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts
+            by layer name.
 
     Raises:
         TypeError: ``model`` is not a layer.
-        RuntimeError: Static-graph mode is on, or the model is in use already: an optimizer holds a parameter that would be packed,
-            or the model is wrapped for several devices or made static.
+        RuntimeError: Static-graph mode is on, or the model is in use already: an optimizer holds a parameter that would
+            be packed, or the model is wrapped for several devices or made static.
     """
     _check_model("convert", model)
     report = Report()
     encoder_layers, attentions = _find(model, report)
-    _check_unused("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
+    _check_not_in_use("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
     for layer in encoder_layers:
         fuse(layer)
     for layer in attentions:
@@ -76,20 +81,20 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     if return_report:
         return model, report
     if report.left_alone or not report.converted:
-        found = str(Report(left_alone=report.left_alone)) or "found no attention"
+        found = "\n".join(report.lines_of_left_alone()) or "found no attention"
         warnings.warn(f"convert: {found}", stacklevel=2)
     return model
 
 
 def revert(model: nn.Layer) -> nn.Layer:
-    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the values, the names and
-    Paddle's names (``Parameter.name``) that they had.
+    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the
+    values, the names and Paddle's names (``Parameter.name``) that they had.
 
     Raises:
         TypeError: ``model`` is not a layer.
         RuntimeError: Static-graph mode is on, or the model is wrapped for several devices or made static
-            (:func:`separate_state_dict` saves such a model under the names from before). An optimizer that holds packed parameters
-            is warned of.
+            (:func:`separate_state_dict` saves such a model under the names from before). An optimizer that holds packed
+            parameters is warned of.
     """
     _check_model("revert", model)
     layers = model.sublayers(include_self=True)
@@ -98,7 +103,7 @@ def revert(model: nn.Layer) -> nn.Layer:
     attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
     parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
-    _check_unused("revert", [*encoder_layers, *attentions], parameters)
+    _check_not_in_use("revert", [*encoder_layers, *attentions], parameters)
     for layer in encoder_layers:
         unfuse(layer)
     for layer in attentions:
@@ -107,8 +112,7 @@ def revert(model: nn.Layer) -> nn.Layer:
 
 
 def _check_model(function: str, model: Any) -> None:
-    if not isinstance(model, nn.Layer):
-        raise TypeError(f"model: expected a paddle.nn.Layer, got {type(model).__name__}")
+    check_model(model)
     if not paddle.in_dynamic_mode():
         raise RuntimeError(
             f"{function}: expected dygraph mode, got static-graph mode; {function} the model before the graph is built"
@@ -117,7 +121,7 @@ def _check_model(function: str, model: Any) -> None:
 
 def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
     """The encoder layers and the attentions to convert; they and what is left alone are reported."""
-    owners = _owners(model)
+    uses = _count_uses(model)
     layers = list(model.named_sublayers(include_self=True))
     encoder_layers: list = []
     attentions: list = []
@@ -129,11 +133,11 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
             settled.update(map(id, layer.sublayers()))
             continue
         if isinstance(layer, nn.TransformerEncoderLayer):
-            reason = reason_against_encoder_layer(layer, owners)
+            reason = reason_against_encoder_layer(layer, uses)
             found, what = encoder_layers, f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
         elif _is_attention(layer):
             adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
-            reason = _without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, owners)
+            reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
             found, what = attentions, full_name(type(layer))
         else:
             continue
@@ -147,7 +151,9 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
 
 
 def _is_ours(layer: nn.Layer) -> bool:
-    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(_OURS)
+    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(
+        _OUR_MODULES
+    )
 
 
 def _is_attention(layer: nn.Layer) -> bool:
@@ -162,10 +168,12 @@ def _is_attention(layer: nn.Layer) -> bool:
         for part in layer.sublayers()
     ):
         return False
-    return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(names <= set(layer._sub_layers) for names in _PROJECTIONS)
+    return bool(_ATTENTION_CLASS.search(kind.__name__)) or any(
+        names <= set(layer._sub_layers) for names in _PROJECTIONS
+    )
 
 
-def _without_adapter(layer: nn.Layer) -> str:
+def _reason_without_adapter(layer: nn.Layer) -> str:
     if type(layer) is nn.MultiHeadAttention:
         return "not part of a paddle.nn.TransformerEncoderLayer"
     if type(layer).__module__.startswith("paddle.incubate.nn"):
@@ -173,7 +181,7 @@ def _without_adapter(layer: nn.Layer) -> str:
     return f"a {full_name(type(layer))}, for which there is no adapter"
 
 
-def _owners(model: nn.Layer) -> dict:
+def _count_uses(model: nn.Layer) -> dict:
     """In how many places each sublayer and parameter of the model is."""
     counts: dict = {}
     for layer in model.sublayers(include_self=True):
@@ -196,9 +204,9 @@ def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
     return found
 
 
-def _check_unused(function: str, changed: list, parameters: dict) -> None:
-    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that everything alive
-    is looked through."""
+def _check_not_in_use(function: str, changed: list, parameters: dict) -> None:
+    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that
+    everything alive is looked through."""
     if not changed:
         return
     ours = {id(layer) for layer in changed}
@@ -206,44 +214,47 @@ def _check_unused(function: str, changed: list, parameters: dict) -> None:
     for holder in gc.get_objects():
         kind = type(holder)
         if issubclass(kind, paddle.optimizer.Optimizer):
-            held = [parameters[id(p)] for p in _parameters_of(holder) if id(p) in parameters]
+            held = [parameters[id(p)] for p in _parameters_of_optimizer(holder) if id(p) in parameters]
             if held:
                 _refuse_optimizer(function, kind.__name__, held[0])
         elif (
             issubclass(kind, nn.Layer)
-            and _is_finished(holder)
+            and _is_wrapped_or_static(holder)
             and not ours.isdisjoint(map(id, holder.sublayers(include_self=True)))
         ):
             what = "wrapped by" if _is_wrapper(holder) else "made static by paddle.jit.to_static in"
             raise RuntimeError(
-                f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; {function} first, "
-                "then make the optimizer, then paddle.DataParallel or fleet.distributed_model, then paddle.jit.to_static"
+                f"{function}: expected a model that is not in use yet, got one that is {what} a {kind.__name__}; "
+                f"{function} first, then make the optimizer, then paddle.DataParallel or fleet.distributed_model, "
+                "then paddle.jit.to_static"
             )
 
 
 def _refuse_optimizer(function: str, optimizer: str, parameter: str) -> None:
     if function == "convert":
         raise RuntimeError(
-            f"convert: expected a model whose optimizer is still to be made, got one of which a {optimizer} holds {parameter}, "
-            "which would be replaced; delete that optimizer, and make it after convert"
+            f"convert: expected a model whose optimizer is still to be made, got one of which a {optimizer} holds "
+            f"{parameter}, which would be replaced; delete that optimizer, and make it after convert"
         )
     warnings.warn(
-        f"revert: a {optimizer} holds {parameter}, which is no longer the model's; make a new optimizer to train it on, with the "
-        "state that separate_optimizer_state gives before revert",
+        f"revert: a {optimizer} holds {parameter}, which is no longer the model's; make a new optimizer to train it "
+        "on, with the state that separate_optimizer_state gives before revert",
         stacklevel=4,
     )
 
 
-def _parameters_of(optimizer: Any) -> Iterable:
+def _parameters_of_optimizer(optimizer: Any) -> Iterable:
     for entry in getattr(optimizer, "_parameter_list", None) or ():
         yield from entry["params"] if isinstance(entry, dict) else (entry,)
 
 
 def _is_wrapper(layer: nn.Layer) -> bool:
-    return isinstance(layer, paddle.DataParallel) or type(layer).__module__.startswith("paddle.distributed.fleet.meta_parallel")
+    return isinstance(layer, paddle.DataParallel) or type(layer).__module__.startswith(
+        "paddle.distributed.fleet.meta_parallel"
+    )
 
 
-def _is_finished(layer: Any) -> bool:
+def _is_wrapped_or_static(layer: Any) -> bool:
     if "_sub_layers" not in layer.__dict__:  # half made
         return False
     return (

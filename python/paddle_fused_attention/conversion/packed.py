@@ -1,9 +1,10 @@
 """Attention layers whose query, key and value projections are packed into the operator's parameters.
 
-Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and
-``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear, and compute with their part of
-the packed parameters. All else (output projection, dropouts, attributes, hooks) is left as it is. A call that the operator serves runs
-it; every other call runs the class's own forward. So whatever is done to the parts later is never passed over.
+Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim,
+embed_dim] and ``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear,
+and compute with their part of the packed parameters. All else (output projection, dropouts, attributes, hooks) is left
+as it is. A call that the operator serves runs it; every other call runs the class's own forward. So whatever is done to
+the parts later is never passed over.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.framework import in_dynamic_mode
 from paddle.hapi.dynamic_flops import register_hooks
 
 from .._loading import OwnEntries
-from .._parts import is_plain, is_plain_dropout
+from .._parts import is_plain, is_plain_dropout, parameters_of
 from ..functional import fused_multi_head_attention
 from ..state_dicts import translate_state_dict
-from ..weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from ..weights import KINDS, pack_projections, projection_rows, projection_shape, separate_projections
 from .adapters import AttentionAdapter
 
-_PARAMETERS = ("weight", "bias")
 # What a parameter is trained with, beside its dtype.
 _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
 
@@ -32,8 +31,9 @@ _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_c
 class Packing:
     """How projections are packed.
 
-    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for each head if
-    ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by projection and "weight" or "bias".
+    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for
+    each head if ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by
+    projection and "weight" or "bias".
     """
 
     projections: tuple[str, ...]
@@ -41,34 +41,21 @@ class Packing:
     num_heads: int
     parameter_names: dict[tuple[str, str], str]
 
-    def pack(self, kind: str, values: list) -> Any:
-        """Weights [embed_dim, columns] or biases [columns], one a projection, to the packed parameter."""
-        if len(values) == 3:
-            query, key, value = values
-            return (pack_qkv_weight if kind == "weight" else pack_qkv_bias)(query, key, value, self.num_heads)
-        rows = values[0].T if kind == "weight" else values[0]
-        rest = rows.shape[1:]
-        head_dim = rows.shape[0] // (3 * self.num_heads)
-        if not self.interleaved:
-            return rows.reshape([3, self.num_heads, head_dim, *rest])
-        packed = rows.reshape([self.num_heads, 3, head_dim, *rest])
-        return packed.transpose([1, 0, *range(2, len(packed.shape))])
+    def pack(self, parameters: list) -> Any:
+        """The packed parameter of the projections' weights [embed_dim, columns] or biases [columns]."""
+        return pack_projections(parameters, self.num_heads, self.interleaved)
 
-    def separate(self, kind: str, packed: Any) -> list:
-        """The inverse of :meth:`pack`, by copies."""
-        if len(self.projections) == 3:
-            return list((unpack_qkv_weight if kind == "weight" else unpack_qkv_bias)(packed))
-        rows = self.rows(packed)
-        return [rows.T.clone() if kind == "weight" else rows.clone()]
+    def separate(self, packed: Any) -> list:
+        """The inverse of :meth:`pack`, as copies."""
+        return separate_projections(packed, len(self.projections), self.interleaved)
 
-    def rows(self, packed: Any, part: int | None = None) -> Any:
-        """What one projection computes with: [columns, embed_dim] of the weight, [columns] of the bias."""
-        if part is not None:
-            packed = packed[part]
-            return packed.reshape([-1, *packed.shape[2:]])
-        if self.interleaved:
-            packed = packed.transpose([1, 0, *range(2, len(packed.shape))])
-        return packed.reshape([-1, *packed.shape[3:]])
+    def shape(self, packed: Any) -> list[int]:
+        """The shape of one projection's part of a packed parameter."""
+        return projection_shape(packed.shape, len(self.projections))
+
+    def rows(self, packed: Any, part: int | None) -> Any:
+        """What one projection computes with: the weight [columns, embed_dim] or the bias [columns]."""
+        return projection_rows(packed, part, self.interleaved)
 
 
 class PackedLinear(nn.Linear):
@@ -93,33 +80,27 @@ class PackedLinear(nn.Linear):
         raise self._refusal("bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PARAMETERS:
+        if name in KINDS:
             raise self._refusal(name)
         super().__setattr__(name, value)
 
     def add_parameter(self, name: str, parameter: Any) -> Any:
-        if name in _PARAMETERS:
+        if name in KINDS:
             raise self._refusal(name)
         return super().add_parameter(name, parameter)
 
     def _refusal(self, name: str) -> RuntimeError:
         # No AttributeError: who asks by hasattr() must not take it for a layer without weights.
         return RuntimeError(
-            f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its attention's "
-            f"qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
+            f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its "
+            f"attention's qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
         )
 
     def extra_repr(self) -> str:
         return "packed"
 
 
-def parameters_of(layer: Any, *names: str) -> list:
-    """Parameters of a layer. To read them as attributes costs microseconds; static graphs have others behind these."""
-    known = layer._parameters if in_dynamic_mode() else {}
-    return [known[name] if name in known else getattr(layer, name) for name in names]
-
-
-def rate_of(dropout: Any) -> float:
+def active_rate(dropout: Any) -> float:
     """What a dropout layer drops in the mode it is in."""
     return dropout.p if dropout.training else 0.0
 
@@ -149,8 +130,9 @@ class PackedAttention(OwnEntries):
         output = self._sub_layers.get(self._adapter.output)
         if type(output).__module__.startswith("paddle.nn.quant") and _packed_parts(self):
             raise RuntimeError(
-                f"{self._adapter.output}: expected all projections of an attention quantized or none, got packed query, key and value "
-                f"projections beside a {type(output).__name__}; paddle_fused_attention.revert(model) before it is quantized"
+                f"{self._adapter.output}: expected all projections of an attention quantized or none, got packed "
+                f"query, key and value projections beside a {type(output).__name__}; "
+                "paddle_fused_attention.revert(model) before it is quantized"
             )
 
     @paddle.jit.not_to_static
@@ -163,7 +145,7 @@ class PackedAttention(OwnEntries):
             factor = scale / usual
             qkv_weight = _scale_query(qkv_weight, factor)
             qkv_bias = None if qkv_bias is None else _scale_query(qkv_bias, factor)
-        dropout_rate = 0.0 if adapter.dropout is None else rate_of(getattr(self, adapter.dropout))
+        dropout_rate = 0.0 if adapter.dropout is None else active_rate(getattr(self, adapter.dropout))
         attn_dropout_rate = adapter.attn_dropout_rate(self)
         return fused_multi_head_attention(
             x,
@@ -219,7 +201,8 @@ def _new_packed(original: type) -> Any:
     adapter = adapter_for(original)
     if adapter is None:
         raise TypeError(
-            f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got none"
+            f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got "
+            "none"
         )
     kind: Any = packed_class(original, adapter)
     return kind.__new__(kind)
@@ -229,7 +212,7 @@ def _scale_query(packed: Any, factor: float) -> Any:
     return paddle.concat([packed[:1] * factor, packed[1:]])
 
 
-def training_of(parameter: Any) -> tuple:
+def training_attributes(parameter: Any) -> tuple:
     """How a parameter is trained; what is packed into one parameter must agree in it."""
     return (*(getattr(parameter, name) for name in _TRAINING_ATTRIBUTES), parameter.dtype)
 
@@ -266,26 +249,26 @@ def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
     names = {
         (name, kind): getattr(layer, kind).name
         for name, layer in zip(projections, layers)
-        for kind in _PARAMETERS
+        for kind in KINDS
         if getattr(layer, kind) is not None
     }
     packing = Packing(tuple(projections), interleaved, adapter.num_heads(attention), names)
     with paddle.no_grad():
         packed: dict[str, Any] = {}
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             values = [getattr(layer, kind) for layer in layers]
             packed[kind] = None
             if values[0] is not None:
-                packed[kind] = _new_parameter(attention, packing.pack(kind, values), values[0], kind == "bias")
+                packed[kind] = _new_parameter(attention, packing.pack(values), values[0], kind == "bias")
     for part, layer in enumerate(layers):
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             layer._parameters.pop(kind, None)
         layer.__dict__["_packed_in"] = (attention,)
         layer.__dict__["_part"] = part if len(layers) == 3 else None
         layer.__class__ = PackedLinear
     attention.__dict__["_packing"] = packing
     attention.__class__ = packed_class(type(attention), adapter)
-    for kind in _PARAMETERS:
+    for kind in KINDS:
         attention._parameters[f"qkv_{kind}"] = packed[kind]
 
 
@@ -293,9 +276,9 @@ def separate(attention: Any) -> None:
     """The inverse of :func:`pack`, in place: projections with parameters of their own, of the names that they had."""
     packing, parts = attention._packing, _packed_parts(attention)
     with paddle.no_grad():
-        for kind in _PARAMETERS:
+        for kind in KINDS:
             packed = attention._parameters.pop(f"qkv_{kind}")
-            values = {} if packed is None else dict(zip(packing.projections, packing.separate(kind, packed)))
+            values = {} if packed is None else dict(zip(packing.projections, packing.separate(packed)))
             for name, layer in parts.items():
                 layer._parameters[kind] = (
                     _new_parameter(attention, values[name], packed, kind == "bias", packing.parameter_names[name, kind])

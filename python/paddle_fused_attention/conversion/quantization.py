@@ -1,7 +1,7 @@
 """Lets ``paddle.quantization`` quantize converted models as it does others.
 
-Where it is asked to quantize a packed projection, the attention gets separate projections again, as Paddle's quantized layers need
-them.
+Where it is asked to quantize a packed projection, the attention gets separate projections again, as Paddle's quantized
+layers need them.
 """
 
 from __future__ import annotations

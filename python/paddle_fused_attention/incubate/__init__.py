@@ -1,4 +1,5 @@
-"""``paddle.incubate.nn``'s fused attention on this package's operator, with the same signatures, parameters and meaning.
+"""``paddle.incubate.nn``'s fused attention on this package's operator, with the same signatures, parameters and
+meaning.
 
 Other than in ``paddle_fused_attention`` itself, the result is layer-normalised only where the input is not.
 """

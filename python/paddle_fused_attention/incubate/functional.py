@@ -1,4 +1,5 @@
-"""``paddle.incubate.nn.functional.fused_multi_head_attention``, as Paddle defines it today, on this package's operator."""
+"""``paddle.incubate.nn.functional.fused_multi_head_attention``, as Paddle defines it today, on this package's
+operator."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from .._op import check_tensors
 from .._ordinary_ops import attention_with_cache
 from ..functional import self_attention
 from ..parallel import group_of_ring, parallel_attention
+from ..weights import pack_projections
 
 __all__ = ["fused_multi_head_attention"]
 
 
-def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
-    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as packed; or one of
-    nranks parts of these, with a part of the heads."""
+def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
+    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as
+    packed; or one of nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
     if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
         embed_dim = qkv_weight.shape[0]
@@ -37,9 +39,7 @@ def _packed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int)
                 f"{name}: expected shape {expected[name]} for x with embed_dim {embed_dim} and transpose_qkv_wb, "
                 f"got {list(tensor.shape)}"
             )
-    shape = [3, num_heads, width // num_heads]
-    weight = paddle.transpose(qkv_weight, [1, 0]).reshape([*shape, embed_dim])
-    return weight, None if qkv_bias is None else qkv_bias.reshape(shape)
+    return tuple(None if t is None else pack_projections([t], num_heads) for t in (qkv_weight, qkv_bias))
 
 
 def seed_of_program() -> int | None:
@@ -85,16 +85,18 @@ def fused_multi_head_attention(
         pre_ln_epsilon, ln_epsilon: Added to the variance.
         qkv_bias: ``[3, num_heads, head_dim]``, with ``transpose_qkv_wb`` ``[3 * embed_dim]``, or None.
         linear_bias: ``[embed_dim]`` or None.
-        cache_kv: ``[2, batch, num_heads, cached_len, head_dim]``, dtype of x: keys and values that come before those of x. For
-            inference: this way is composed of Paddle's ordinary ops.
+        cache_kv: ``[2, batch, num_heads, cached_len, head_dim]``, dtype of x: keys and values that come before those of
+            x. For inference: this way is composed of Paddle's ordinary ops.
         attn_mask: Broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``; float masks are added, True or a
             nonzero integer keeps a key.
-        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the
+            attention.
         training: Without it nothing is dropped.
         mode: "upscale_in_train" or "downscale_in_infer".
-        ring_id: The id of a group of ``paddle.distributed.new_group`` for tensor parallelism, in dygraph: each of its n processes
-            has 1 / n of the heads, that is, ``qkv_weight`` [3, num_heads / n, head_dim, embed_dim] or [embed_dim, 3 * embed_dim / n],
-            ``qkv_bias`` likewise, and ``linear_weight`` [embed_dim / n, embed_dim]; all else is whole. -1: none.
+        ring_id: The id of a group of ``paddle.distributed.new_group`` for tensor parallelism, in dygraph: each of its n
+            processes has 1 / n of the heads, that is, ``qkv_weight`` [3, num_heads / n, head_dim, embed_dim] or
+            [embed_dim, 3 * embed_dim / n], ``qkv_bias`` likewise, and ``linear_weight`` [embed_dim / n, embed_dim]; all
+            else is whole. -1: none.
         add_residual: Whether x is added.
         num_heads: Read with ``transpose_qkv_wb`` only.
         transpose_qkv_wb: See qkv_weight.
@@ -104,7 +106,8 @@ def fused_multi_head_attention(
     Paddle's generator.
 
     Returns:
-        ``[batch, seq_len, embed_dim]``; with ``cache_kv`` a tuple of that and the cache with x's keys and values behind,
+        ``[batch, seq_len, embed_dim]``; with ``cache_kv`` a tuple of that and the cache with x's keys and values
+            behind,
         ``[2, batch, num_heads, cached_len + seq_len, head_dim]``.
 
     Raises:
@@ -120,12 +123,13 @@ def fused_multi_head_attention(
     if transpose_qkv_wb or cache_kv is not None:
         # They go through Paddle's own operators.
         check_tensors(
-            ("x", "qkv_weight", "linear_weight", "qkv_bias", "cache_kv"), (x, qkv_weight, linear_weight, qkv_bias, cache_kv)
+            ("x", "qkv_weight", "linear_weight", "qkv_bias", "cache_kv"),
+            (x, qkv_weight, linear_weight, qkv_bias, cache_kv),
         )
     if len(x.shape) != 3:
         raise ValueError(f"x: expected shape [batch, seq_len, embed_dim], got {list(x.shape)}")
     if transpose_qkv_wb:
-        qkv_weight, qkv_bias = _packed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
+        qkv_weight, qkv_bias = pack_transposed(x, qkv_weight, qkv_bias, num_heads, 1 if group is None else group.nranks)
     if cache_kv is not None and group is not None:
         raise NotImplementedError(f"cache_kv: expected None with tensor parallelism, ring_id {ring_id}, got a Tensor")
     # fmt: off
@@ -140,6 +144,8 @@ def fused_multi_head_attention(
     if cache_kv is None:
         return self_attention(block)
     if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
-        raise ValueError(f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}")
+        raise ValueError(
+            f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}"
+        )
     out, k, v = attention_with_cache(block, *paddle.unbind(cache_kv), cache_name="cache_kv[0]")
     return out, paddle.stack([k, v])

@@ -13,7 +13,7 @@ from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
 from .._ordinary_ops import additive_mask
 from ..parallel import group_of_ring, parallel_attention
-from .functional import _packed, fused_multi_head_attention, seed_of_program
+from .functional import fused_multi_head_attention, pack_transposed, seed_of_program
 
 __all__ = ["FusedMultiHeadAttention"]
 
@@ -21,27 +21,29 @@ __all__ = ["FusedMultiHeadAttention"]
 class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
     """The built-in layer, with its parameters and attributes; only the computation is this package's.
 
-    As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it: AMP's
-    decorator, for one, keeps its layer-norm parameters in float32.
+    As a subclass of the built-in it has the same state dict, and whatever in Paddle looks for the built-in finds it:
+    AMP's decorator, for one, keeps its layer-norm parameters in float32.
 
     Parameters: ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and ``qkv_bias`` [3, num_heads, head_dim], with
     ``transpose_qkv_wb`` [embed_dim, 3 * embed_dim] and [3 * embed_dim]; ``linear_weight`` [embed_dim, embed_dim],
-    ``linear_bias`` [embed_dim]; ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim] with ``normalize_before``, else ``ln_scale``
-    and ``ln_bias``.
+    ``linear_bias`` [embed_dim]; ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim] with ``normalize_before``, else
+    ``ln_scale`` and ``ln_bias``.
 
     Args:
         embed_dim: Width of the input and the output.
         num_heads: A divisor of embed_dim.
-        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the attention.
+        dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the
+            attention.
         kdim, vdim: Unused; the layer is for self-attention.
         normalize_before: Whether the input is layer-normalised (True) or the output (False).
         need_weights: False.
         qkv_weight_attr, qkv_bias_attr, linear_weight_attr, linear_bias_attr, pre_ln_scale_attr, pre_ln_bias_attr,
-            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are applied to the
-            parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for that of a convolution.
+            ln_scale_attr, ln_bias_attr: ParamAttr of each parameter; False: the parameter is left out. Initializers are
+            applied to the parameter as it is stored, as by Paddle: Xavier's and Kaiming's take the packed weight for
+            that of a convolution.
         epsilon: Of the layer norm.
-        nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``, which divides
-            num_heads, and its id: see the function. 1 and -1: none.
+        nranks, ring_id: For tensor parallelism the number of processes of a group of ``paddle.distributed.new_group``,
+            which divides num_heads, and its id: see the function. 1 and -1: none.
         transpose_qkv_wb: The form of qkv_weight and qkv_bias.
         name: Shown by ``repr``.
 
@@ -122,11 +124,11 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever they are;
-                here others than the query are computed as what they are, by ordinary ops: see
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever
+                they are; here others than the query are computed as what they are, by ordinary ops: see
                 :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
-            attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and integer
-                masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
+            attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and
+                integer masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
             cache: ``cache_kv`` of the function, or None.
 
         Returns:
@@ -137,14 +139,14 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             NotImplementedError: key or value is not the query, and there is a cache.
         """
         check_tensor("query", query, required=True)
-        if (key is None or key is query) and (value is None or value is query):
+        key_value = other_keys(query, key, value)
+        if key_value is None:
             return self._attend_to_itself(query, attn_mask, cache)
-        keys = other_keys(query, key, value)
-        if keys is None:
-            return self._attend_to_itself(query, attn_mask, cache)
-        return self._attend_to_keys(query, attn_mask, cache, keys)
+        return self._attend_to_keys(query, attn_mask, cache, key_value)
 
-    def _attend_to_itself(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None) -> Any:
+    def _attend_to_itself(
+        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None
+    ) -> Any:
         return fused_multi_head_attention(
             query,
             self.qkv_weight,
@@ -171,7 +173,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
     @paddle.jit.not_to_static
     def _attend_to_keys(
-        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, keys: tuple
+        self, query: paddle.Tensor, attn_mask: paddle.Tensor | None, cache: paddle.Tensor | None, key_value: tuple
     ) -> paddle.Tensor:
         if cache is not None:
             raise NotImplementedError(
@@ -182,7 +184,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         group = group_of_ring(self._ring_id)
         weight, bias = self.qkv_weight, self.qkv_bias
         if self.transpose_qkv_wb:
-            weight, bias = _packed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
+            weight, bias = pack_transposed(query, weight, bias, self.num_heads, 1 if group is None else group.nranks)
         epsilon = self._epsilon
         mask, before = additive_mask("attn_mask", attn_mask, query), self.normalize_before
         # fmt: off
@@ -192,4 +194,4 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             before, self.training, not before, True, False, MODES[0], seed_of_program(),
         )).checked()
         # fmt: on
-        return attention_to_keys(block, keys) if group is None else parallel_attention(block, group, keys)
+        return attention_to_keys(block, key_value) if group is None else parallel_attention(block, group, key_value)
