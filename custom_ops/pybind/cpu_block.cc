@@ -133,9 +133,9 @@ cpu::Context make_context(const std::string& isa) {
   cpu::Context context;
   context.threads = cpu::max_threads();
   if (isa.empty()) return context;
-  for (const cpu::Kernels& kernels : cpu::supported_kernels()) {
-    if (kernels.name == isa) {
-      context.kernels = &kernels;
+  for (const cpu::Implementation* implementation : cpu::usable_implementations()) {
+    if (implementation->name == isa) {
+      context.implementation = implementation;
       return context;
     }
   }
@@ -187,7 +187,7 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const cpu::Kernels& kernels : cpu::supported_kernels()) names.push_back(kernels.name);
+  for (const cpu::Implementation* usable : cpu::usable_implementations()) names.push_back(usable->name);
   return names;
 }
 
@@ -208,7 +208,7 @@ void bind_cpu(py::module_& module) {
   module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"),
              py::arg("needs"), py::arg("isa") = "", backward_doc.c_str());
   module.def("instruction_sets", instruction_sets,
-             "The instruction sets that this processor has kernels for, slowest first.");
+             "The instruction sets of the implementations that this processor runs, slowest first.");
 }
 
 }  // namespace pfa

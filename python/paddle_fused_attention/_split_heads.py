@@ -74,9 +74,9 @@ def attention_over_processes(
     """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of
     these heads.
 
-    `all_reduce` sums what the processes have; `sum_gradient`, if given, is what a tensor goes through that all of them use for
-    their own heads. The block's seed fixes the masks of the attention. `keys` are a key and a value other than x, which
-    the operator does not serve.
+    `all_reduce` sums what the processes have. A tensor that all of them use for their own heads goes through
+    `sum_gradient`, if that is given. The block's seed fixes the masks of the attention. `keys` are a key and a value
+    other than x, which the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     part = block._replace(

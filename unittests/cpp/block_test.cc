@@ -96,7 +96,7 @@ struct Results {
   Inputs gradients;
 };
 
-Results run_block(const cpu::Kernels& kernels, DType dtype, const Inputs& in, const Values& d_out) {
+Results run_block(const cpu::Implementation& implementation, DType dtype, const Inputs& in, const Values& d_out) {
   Params p;
   p.batch = kBatch;
   p.seq_len = kSeq;
@@ -120,7 +120,7 @@ Results run_block(const cpu::Kernels& kernels, DType dtype, const Inputs& in, co
   p.d_out = d_out_bytes.data();
   cpu::Context context;
   context.threads = 2;
-  context.kernels = &kernels;
+  context.implementation = &implementation;
 
   std::vector<char> saved(saved_bytes(p));
   std::vector<char> workspace(forward_workspace_bytes(context, p, true));
@@ -168,7 +168,7 @@ int main() {
   const Values d_out = draw(kRows * kEmbed, 1.0);
   const Values expected = definition(in);
 
-  const Results exact = run_block(cpu::supported_kernels().front(), DType::kFloat64, in, d_out);
+  const Results exact = run_block(*cpu::usable_implementations().front(), DType::kFloat64, in, d_out);
   for (int i = 0; i < kInputs; ++i) {
     const double step = 1e-5;
     const Values direction = draw(kSizes[i], 1.0);
@@ -185,12 +185,12 @@ int main() {
     DType dtype;
     double tolerance;
   } types[] = {{DType::kFloat64, 1e-12}, {DType::kFloat32, 1e-5}, {DType::kBFloat16, 0.02}};
-  for (const cpu::Kernels& kernels : cpu::supported_kernels()) {
+  for (const cpu::Implementation* implementation : cpu::usable_implementations()) {
     for (const auto& type : types) {
-      const Results got = run_block(kernels, type.dtype, in, d_out);
-      expect_close(kernels.name, "out", got.out, expected, type.tolerance);
+      const Results got = run_block(*implementation, type.dtype, in, d_out);
+      expect_close(implementation->name, "out", got.out, expected, type.tolerance);
       for (int i = 0; i < kInputs; ++i) {
-        expect_close(kernels.name, "gradient", got.gradients[i], exact.gradients[i], type.tolerance);
+        expect_close(implementation->name, "gradient", got.gradients[i], exact.gradients[i], type.tolerance);
       }
     }
   }

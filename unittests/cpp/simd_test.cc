@@ -1,10 +1,10 @@
 // The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, Philox on vectors
 // against the scalar one, masks as bits, and transposition.
-#include "core/cpu/system_headers.h"
+#include "core/cpu/isa/system_headers.h"
 
 #define PFA_ISA test
 #define PFA_VECTOR_BYTES 16
-#include "core/cpu/simd.h"
+#include "core/cpu/isa/simd.isa.h"
 
 #include <cstdio>
 #include <random>
@@ -38,12 +38,11 @@ template <class T>
 void test_16bit(int exponent_bits, int mantissa_bits) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const T half{static_cast<uint16_t>(bits)};
-    const float wide = to_float(half);
+    const float wide = widen(half);
     const double expected = value_of(half.bits, exponent_bits, mantissa_bits);
-    expect(wide == expected || (std::isnan(wide) && std::isnan(expected)), "to_float", bits);
-    const T back = from_float<T>(wide);
-    expect(std::isnan(wide) ? std::isnan(to_float(back)) : back.bits == half.bits, "from_float of an exact value",
-           bits);
+    expect(wide == expected || (std::isnan(wide) && std::isnan(expected)), "widen", bits);
+    const T back = narrow<T>(wide);
+    expect(std::isnan(wide) ? std::isnan(widen(back)) : back.bits == half.bits, "narrow of an exact value", bits);
   }
   // Of every two neighbours of one sign: the middle goes to the even one, and to either side of it to the nearer.
   for (uint32_t bits = 0; bits + 1 < (((1u << exponent_bits) - 1) << mantissa_bits); ++bits) {
@@ -52,13 +51,13 @@ void test_16bit(int exponent_bits, int mantissa_bits) {
     const float middle = static_cast<float>((low + high) / 2);
     if (middle != (low + high) / 2) continue;  // below float32's own precision
     const uint16_t even = bits & 1 ? bits + 1 : bits;
-    expect(from_float<T>(middle).bits == even, "from_float of a middle", middle);
+    expect(narrow<T>(middle).bits == even, "narrow of a middle", middle);
     const float infinity = std::numeric_limits<float>::infinity();
     if (std::nextafter(middle, 0.0f) > low) {
-      expect(from_float<T>(std::nextafter(middle, 0.0f)).bits == bits, "from_float below a middle", middle);
-      expect(from_float<T>(std::nextafter(middle, infinity)).bits == bits + 1, "from_float above a middle", middle);
+      expect(narrow<T>(std::nextafter(middle, 0.0f)).bits == bits, "narrow below a middle", middle);
+      expect(narrow<T>(std::nextafter(middle, infinity)).bits == bits + 1, "narrow above a middle", middle);
     }
-    expect(from_float<T>(-middle).bits == (even | 0x8000), "from_float of a negative middle", -middle);
+    expect(narrow<T>(-middle).bits == (even | 0x8000), "narrow of a negative middle", -middle);
   }
 }
 
@@ -119,9 +118,9 @@ void test_lanes() {
   for (int r = 0; r < lanes; ++r) {
     for (int l = 0; l < lanes; ++l) rows[r][l] = T(100 * r + l);
   }
-  transpose_block<T>(rows);
+  transpose_square<T>(rows);
   for (int r = 0; r < lanes; ++r) {
-    for (int l = 0; l < lanes; ++l) expect(rows[r][l] == T(100 * l + r), "transpose_block", 100 * r + l);
+    for (int l = 0; l < lanes; ++l) expect(rows[r][l] == T(100 * l + r), "transpose_square", 100 * r + l);
   }
   const uint64_t bits = 0x9D3C5A7781F0E6B4ull;
   for (int first = 0; first < 64; first += lanes) {

@@ -1,6 +1,6 @@
-// Column sums of a matrix and of the row blocks' sums; see column_sums.h.
+// Column sums of a matrix and of the row groups' sums; see column_sums.h.
 //
-// A block is 32 threads wide, each thread holding one vector of neighbouring columns, and 16 threads high.
+// A thread block is 32 threads wide, each thread holding one vector of neighbouring columns, and 16 threads high.
 #include "core/cuda/rows/column_sums.h"
 
 #include <algorithm>
@@ -54,16 +54,16 @@ __device__ __forceinline__ void store_as(DType, void* target, int64_t index, dou
 
 template <class A>
 __global__ void __launch_bounds__(kWidth* kHeight)
-    add_row_blocks_kernel(const A* __restrict__ partial, int64_t row_blocks, int64_t cols, ColumnSum sum0,
+    add_row_groups_kernel(const A* __restrict__ partial, int64_t row_groups, int64_t cols, ColumnSum sum0,
                           ColumnSum sum1, ColumnSum sum2) {
   const ColumnSum target = blockIdx.y == 0 ? sum0 : blockIdx.y == 1 ? sum1 : sum2;
   if (!target.sum) return;
-  partial += blockIdx.y * row_blocks * cols;
+  partial += blockIdx.y * row_groups * cols;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kWidth + threadIdx.x;
   A sum = 0;
   if (col < cols) {
 #pragma unroll 8
-    for (int64_t row = threadIdx.y; row < row_blocks; row += kHeight) sum += partial[row * cols + col];
+    for (int64_t row = threadIdx.y; row < row_groups; row += kHeight) sum += partial[row * cols + col];
   }
   __shared__ A sums[kHeight][kWidth];
   sums[threadIdx.y][threadIdx.x] = sum;
@@ -88,20 +88,20 @@ template <class T, int kVec>
 int64_t launch_column_sums(Context& context, const void* matrix, int64_t rows, int64_t cols, void* partial) {
   const int64_t col_blocks = (cols + kWidth * kVec - 1) / (kWidth * kVec);
   const int64_t wanted = std::max<int64_t>(1, 4 * context.num_sms / col_blocks);
-  const int64_t row_blocks = std::min({wanted, max_row_blocks(context), (rows + kHeight - 1) / kHeight});
-  const dim3 grid(static_cast<unsigned>(col_blocks), static_cast<unsigned>(row_blocks));
+  const int64_t row_groups = std::min({wanted, max_row_groups(context), (rows + kHeight - 1) / kHeight});
+  const dim3 grid(static_cast<unsigned>(col_blocks), static_cast<unsigned>(row_groups));
   column_sums_kernel<T, kVec><<<grid, dim3(kWidth, kHeight), 0, context.stream>>>(
       static_cast<const T*>(matrix), rows, cols, static_cast<Accumulator<T>*>(partial));
   check_launch("column_sums_kernel");
-  return row_blocks;
+  return row_groups;
 }
 
 }  // namespace
 
-int64_t max_row_blocks(const Context& context) { return 2 * static_cast<int64_t>(context.num_sms); }
+int64_t max_row_groups(const Context& context) { return 2 * static_cast<int64_t>(context.num_sms); }
 
 size_t column_sums_workspace_bytes(const Context& context, DType dtype, int64_t rows, int64_t cols) {
-  return std::min(max_row_blocks(context), (rows + kHeight - 1) / kHeight) * cols * size_of(accumulator_of(dtype));
+  return std::min(max_row_groups(context), (rows + kHeight - 1) / kHeight) * cols * size_of(accumulator_of(dtype));
 }
 
 void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows, int64_t cols, void* sums,
@@ -114,14 +114,14 @@ void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVec = kVectorSize<T>;
     const bool vectors = cols % kVec == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
-    const int64_t row_blocks = vectors ? launch_column_sums<T, kVec>(context, matrix, rows, cols, workspace)
+    const int64_t row_groups = vectors ? launch_column_sums<T, kVec>(context, matrix, rows, cols, workspace)
                                        : launch_column_sums<T, 1>(context, matrix, rows, cols, workspace);
     const ColumnSum targets[kMaxColumnSums] = {{sums, dtype}, {}, {}};
-    add_row_blocks(context, accumulator_of(dtype), workspace, row_blocks, cols, targets);
+    add_row_groups(context, accumulator_of(dtype), workspace, row_groups, cols, targets);
   });
 }
 
-void add_row_blocks(Context& context, DType accumulator, const void* partial, int64_t row_blocks, int64_t cols,
+void add_row_groups(Context& context, DType accumulator, const void* partial, int64_t row_groups, int64_t cols,
                     const ColumnSum (&sums)[kMaxColumnSums]) {
   int count = kMaxColumnSums;
   while (count > 0 && !sums[count - 1].sum) --count;
@@ -129,13 +129,13 @@ void add_row_blocks(Context& context, DType accumulator, const void* partial, in
   const dim3 grid(static_cast<unsigned>((cols + kWidth - 1) / kWidth), count);
   const dim3 block(kWidth, kHeight);
   if (accumulator == DType::kFloat64) {
-    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const double*>(partial), row_blocks, cols,
+    add_row_groups_kernel<<<grid, block, 0, context.stream>>>(static_cast<const double*>(partial), row_groups, cols,
                                                               sums[0], sums[1], sums[2]);
   } else {
-    add_row_blocks_kernel<<<grid, block, 0, context.stream>>>(static_cast<const float*>(partial), row_blocks, cols,
+    add_row_groups_kernel<<<grid, block, 0, context.stream>>>(static_cast<const float*>(partial), row_groups, cols,
                                                               sums[0], sums[1], sums[2]);
   }
-  check_launch("add_row_blocks_kernel");
+  check_launch("add_row_groups_kernel");
 }
 
 void add_bias(Context& context, DType dtype, void* matrix, const void* bias, int64_t rows, int64_t cols) {

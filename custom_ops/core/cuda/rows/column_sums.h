@@ -1,5 +1,5 @@
-// Sums over the rows of a matrix, in two steps of fixed order: every block sums some rows into the workspace, then the
-// blocks' sums are added. The gradients of biases and of layer-norm parameters are such sums.
+// Sums over the rows of a matrix, in two steps of fixed order: every thread block sums a group of rows into the
+// workspace, then the groups' sums are added. The gradients of biases and of layer-norm parameters are such sums.
 #pragma once
 
 #include "core/cuda/context.h"
@@ -13,8 +13,8 @@ void column_sums(Context& context, DType dtype, const void* matrix, int64_t rows
 
 size_t column_sums_workspace_bytes(const Context& context, DType dtype, int64_t rows, int64_t cols);
 
-// The most blocks that share the rows of a matrix in the first step.
-int64_t max_row_blocks(const Context& context);
+// The most groups that the rows of a matrix are cut into in the first step.
+int64_t max_row_groups(const Context& context);
 
 struct ColumnSum {
   void* sum = nullptr;  // [cols] of dtype; null: not wanted
@@ -24,7 +24,7 @@ struct ColumnSum {
 constexpr int kMaxColumnSums = 3;
 
 // The second step: sums[k][j] = sum over i of partial[k][i][j], where partial is of `accumulator`.
-void add_row_blocks(Context& context, DType accumulator, const void* partial, int64_t row_blocks, int64_t cols,
+void add_row_groups(Context& context, DType accumulator, const void* partial, int64_t row_groups, int64_t cols,
                     const ColumnSum (&sums)[kMaxColumnSums]);
 
 // matrix[i][j] += bias[j]

@@ -13,12 +13,12 @@ namespace pfa {
 namespace cuda {
 
 constexpr int kMaxWarps = 32;
-constexpr int kMaxGroups = 15;  // one of a block's 16 barriers is __syncthreads
+constexpr int kMaxGroups = 15;  // one of a thread block's 16 barriers is __syncthreads
 
 struct RowShape {
   int group_threads = 0;
   int groups = 0;
-  int64_t row_blocks(int64_t rows) const { return (rows + groups - 1) / groups; }
+  int64_t row_groups(int64_t rows) const { return (rows + groups - 1) / groups; }
 };
 
 // The shape for rows of `vectors` vectors, `items` of them per thread.
@@ -35,8 +35,8 @@ inline bool all_aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// Groups wait each by itself, or (kTogether) all in one barrier. The former leaves them independent, but as the
-// compiler sees no barrier's number it reserves all 16, and no more than four such blocks fit on a multiprocessor.
+// Groups wait each by itself, or (kTogether) all in one barrier. The former leaves them independent. But the compiler
+// sees no barrier's number then and reserves all 16, and no more than four such thread blocks fit on a multiprocessor.
 template <bool kTogether>
 __device__ __forceinline__ void group_barrier() {
   if constexpr (kTogether) {

@@ -5,7 +5,7 @@
 //
 // With dropout n is given in place of z.
 //
-// Few blocks walk over many rows, so that the sums over rows stay in registers until the end; then every block writes
+// Few thread blocks walk over many rows, so that sums over rows stay in registers until the end; then each writes
 // one row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows
 // into its own slots of shared memory while it works on the present one. Rows that no group can hold, or that cannot be
 // read by vectors, take one kernel for d_z and d_y and another for the sums.
@@ -45,7 +45,7 @@ struct Kernel {
   const uint64_t* random_state;
   T* d_z;
   Y* d_y;
-  A* partial;  // [kMaxColumnSums][row blocks][cols]: d_scale, d_bias, d_y_sum
+  A* partial;  // [kMaxColumnSums][row groups][cols]: d_scale, d_bias, d_y_sum
 
   __device__ PhiloxState philox() const {
     return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   const int vectors = cols / kVec;
   const auto in_row = [&](int item) { return static_cast<int>(item * blockDim.x + threadIdx.x) < vectors; };
 
-  // All groups of a block take as many turns. Where there is no row or column the copies are zeros, and so is what they
-  // add to sums.
+  // All groups of a thread block take as many turns. Where there is no row or column the copies are zeros, and so is
+  // what they add to sums.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
   const int step = static_cast<int>(gridDim.x * blockDim.y);
   const auto turns_from = [&](int64_t row) {
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
     stage_slot = stage_slot == (kDepth - 1) * stage_slots ? 0 : stage_slot + stage_slots;
   }
 
-  // The block's sums: over its groups, through the shared memory that the copies no longer use.
+  // The thread block's sums: over its groups, through the shared memory that the copies no longer use.
   wait_copies<0>();
   __syncthreads();
   A* exchange = reinterpret_cast<A*>(shared);
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kSumWidth* kSumHeight) norm_long_rows_sums_ker
   }
 }
 
-// Returns how many blocks wrote sums; 0 if the rows do not fit, and nothing was launched.
+// Returns how many thread blocks wrote sums; 0 if the rows do not fit, and nothing was launched.
 template <Kind kKind, class T, class P, class G, class Y>
 int64_t launch(Context& context, const Kernel<T, P, G, Y>& kernel) {
   RowShape shape = row_shape(kernel.cols / kVectorSize<T>, kItems<T>, kBlockThreads);
@@ -401,7 +401,7 @@ int64_t launch(Context& context, const Kernel<T, P, G, Y>& kernel) {
   };
   while (shape.groups > 0 && shared_bytes() + kStaticBytes<T> > context.max_shared_bytes) --shape.groups;
   if (shape.groups == 0 || shape.group_threads > kBlockThreads) return 0;
-  const int64_t blocks = std::min<int64_t>(shape.row_blocks(kernel.rows), context.num_sms);
+  const int64_t blocks = std::min<int64_t>(shape.row_groups(kernel.rows), context.num_sms);
   const size_t shared = shared_bytes();
   const auto function = norm_rows_backward_kernel<T, P, G, Y, kKind>;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
@@ -445,17 +445,17 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
                             : launch<kWithoutSum>(context, kernel);
   }
   if (blocks) {
-    add_row_blocks(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});
+    add_row_groups(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});
     return;
   }
 
   // First the sums: d_z may be written over what they read.
   if (args.d_scale || args.d_bias) {
-    const int64_t row_blocks = std::min<int64_t>((args.rows + kSumHeight - 1) / kSumHeight, context.num_sms);
-    const dim3 grid(static_cast<unsigned>((args.cols + kSumWidth - 1) / kSumWidth), static_cast<unsigned>(row_blocks));
+    const int64_t row_groups = std::min<int64_t>((args.rows + kSumHeight - 1) / kSumHeight, context.num_sms);
+    const dim3 grid(static_cast<unsigned>((args.cols + kSumWidth - 1) / kSumWidth), static_cast<unsigned>(row_groups));
     norm_long_rows_sums_kernel<<<grid, dim3(kSumWidth, kSumHeight), 0, context.stream>>>(kernel);
     check_launch("norm_long_rows_sums_kernel");
-    add_row_blocks(context, accumulator_of(args.dtype), workspace, row_blocks, args.cols, {d_scale, d_bias, {}});
+    add_row_groups(context, accumulator_of(args.dtype), workspace, row_groups, args.cols, {d_scale, d_bias, {}});
   }
   norm_long_rows_backward_kernel<<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
   check_launch("norm_long_rows_backward_kernel");
@@ -495,7 +495,7 @@ void norm_rows_backward(Context& context, const NormRowsBackward& args, void* wo
 }
 
 size_t norm_rows_backward_workspace_bytes(const Context& context, DType dtype, int64_t cols) {
-  return kMaxColumnSums * max_row_blocks(context) * cols * size_of(accumulator_of(dtype));
+  return kMaxColumnSums * max_row_groups(context) * cols * size_of(accumulator_of(dtype));
 }
 
 }  // namespace cuda

@@ -16,7 +16,7 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupThreads = 512;
 constexpr int kLongThreads = 256;
-// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest blocks share a multiprocessor's
+// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest thread blocks share a multiprocessor's
 // registers.
 template <class T>
 constexpr int kFewItems = sizeof(T) == 2 ? 2 : 4;
@@ -234,7 +234,7 @@ void run(Context& context, const NormRowsForward& args) {
       args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.normalized, args.out, args.scale, args.bias});
   const auto launch = [&](auto* function, int items) {
     const RowShape shape = row_shape(vectors, items, kBlockThreads);
-    function<<<static_cast<unsigned>(shape.row_blocks(args.rows)), dim3(shape.group_threads, shape.groups), 0,
+    function<<<static_cast<unsigned>(shape.row_groups(args.rows)), dim3(shape.group_threads, shape.groups), 0,
                context.stream>>>(kernel);
     check_launch("norm_rows_forward_kernel");
   };

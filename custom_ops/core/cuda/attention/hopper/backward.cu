@@ -68,14 +68,14 @@ struct BackwardShape {
 // d = the warpgroup's 64 rows of k or v times the rows of q or d_out.
 template <class T, int kHeadDim, int kQueries>
 __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t keys, uint64_t queries) {
-  constexpr int kKeyBlock = kKeys * kRowBytes / 16;  // from a block of 64 columns to the next, as descriptors count
-  constexpr int kQueryBlock = kQueries * kRowBytes / 16;
+  constexpr int kKeyPanel = kKeys * kRowBytes / 16;  // from a panel of 64 columns to the next, as descriptors count
+  constexpr int kQueryPanel = kQueries * kRowBytes / 16;
   pin(d);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kHeadDim / 16; ++i) {
-    const uint64_t a = keys + i / 4 * kKeyBlock + i % 4 * kRowsStep;
-    const uint64_t b = queries + i / 4 * kQueryBlock + i % 4 * kRowsStep;
+    const uint64_t a = keys + i / 4 * kKeyPanel + i % 4 * kRowsStep;
+    const uint64_t b = queries + i / 4 * kQueryPanel + i % 4 * kRowsStep;
     wgmma<T, 0, 0>(d, a, b, i > 0);
   }
 }
@@ -655,7 +655,7 @@ void hopper_attention_backward(Context& context, const Params& p) {
     });
   });
   if (p.d_qkv_bias) {
-    add_row_blocks(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, 3 * p.heads_dim(),
+    add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, 3 * p.heads_dim(),
                    {{p.d_qkv_bias, p.dtype}, {}, {}});
   }
 }

@@ -78,7 +78,7 @@ struct LayerNorm {
         if (!p.d_x) continue;
         if (p.add_residual) {
           const R* d_residual = static_cast<const R*>(p.d_residual) + r * width;
-          for (int64_t i = 0; i < width; ++i) gradient[i] += to_float(d_residual[i]);
+          for (int64_t i = 0; i < width; ++i) gradient[i] += widen(d_residual[i]);
         }
         store_row(gradient, width, static_cast<R*>(p.d_x) + r * width);
       }

@@ -16,7 +16,7 @@ struct AttentionBackward {
   using P = Operand<T>;
 
   struct Unit {
-    int64_t bh;
+    int64_t head;                    // batch * H + head
     int64_t query_begin, query_end;  // in rows, begins are multiples of the tiles
     int64_t key_begin, key_end;
     bool wants_query;
@@ -135,17 +135,17 @@ struct AttentionBackward {
     const int64_t heads = p.batch * p.num_heads;
     std::vector<Unit> units;
     if (!splits_heads(context, p)) {
-      for (int64_t bh = 0; bh < heads; ++bh) units.push_back({bh, 0, p.seq_len, 0, p.seq_len, true, true});
+      for (int64_t head = 0; head < heads; ++head) units.push_back({head, 0, p.seq_len, 0, p.seq_len, true, true});
       return units;
     }
     const int64_t tiles = key_tiles(p);
     const int64_t ranges = parts(context, p);
-    for (int64_t bh = 0; bh < heads; ++bh) {
+    for (int64_t head = 0; head < heads; ++head) {
       for (int64_t part = 0; part < ranges; ++part) {
         const int64_t begin = tiles * part / ranges * kKeyTile;
         const int64_t end = std::min(tiles * (part + 1) / ranges * kKeyTile, p.seq_len);
-        units.push_back({bh, begin, end, 0, p.seq_len, true, false});
-        units.push_back({bh, 0, p.seq_len, begin, end, false, true});
+        units.push_back({head, begin, end, 0, p.seq_len, true, false});
+        units.push_back({head, 0, p.seq_len, begin, end, false, true});
       }
     }
     return units;
@@ -153,26 +153,32 @@ struct AttentionBackward {
 
   static void run_unit(const Params& p, const Unit& unit, const Tiles& tiles) {
     const int64_t padded = HeadShape<T>(p).padded;
+    const HeadIndex h = qkv_layout(p).head(unit.head);
     if (unit.wants_key_value) {
       const int64_t count = (unit.key_end - unit.key_begin) * padded;
       std::fill(tiles.d_key, tiles.d_key + count, A(0));
       std::fill(tiles.d_value, tiles.d_value + count, A(0));
     }
-    for (int64_t i0 = unit.query_begin; i0 < unit.query_end; i0 += kQueryTile) query_tile(p, unit, i0, tiles);
+    Range<int64_t> walk{unit.query_begin, unit.query_end};
+    if (!unit.wants_query) {
+      const Range<int64_t> seeing = visibility_of<int64_t>(p).queries_of(unit.key_begin, unit.key_end);
+      walk = {std::max(walk.first, first_of_tile(seeing.first, kQueryTile)), std::min(walk.end, seeing.end)};
+    }
+    for (int64_t i0 = walk.first; i0 < walk.end; i0 += kQueryTile) query_tile(p, h, unit, i0, tiles);
     if (unit.wants_key_value) {
       for (int64_t j = unit.key_begin; j < unit.key_end; ++j) {
         const int64_t offset = (j - unit.key_begin) * padded;
-        store_row(tiles.d_key + offset, p.head_dim, d_qkv_rows(p, unit.bh, QkvPart::kKey).row(j));
-        store_row(tiles.d_value + offset, p.head_dim, d_qkv_rows(p, unit.bh, QkvPart::kValue).row(j));
+        store_row(tiles.d_key + offset, p.head_dim, d_rows_of(p, h, QkvPart::kKey).row(j));
+        store_row(tiles.d_value + offset, p.head_dim, d_rows_of(p, h, QkvPart::kValue).row(j));
       }
     }
   }
 
-  static HeadRows<T> d_qkv_rows(const Params& p, int64_t bh, QkvPart part) {
-    return HeadRows<T>(static_cast<T*>(p.d_qkv), p, bh, 3, static_cast<int64_t>(part));
+  static HeadRows<T> d_rows_of(const Params& p, const HeadIndex& h, QkvPart part) {
+    return qkv_layout(p).rows(static_cast<T*>(p.d_qkv), h, part);
   }
 
-  static void query_tile(const Params& p, const Unit& unit, int64_t i0, const Tiles& tiles) {
+  static void query_tile(const Params& p, const HeadIndex& h, const Unit& unit, int64_t i0, const Tiles& tiles) {
     constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
     const HeadShape<T> shape(p);
     const int64_t padded = shape.padded;
@@ -180,18 +186,19 @@ struct AttentionBackward {
     const int64_t width = round_up(queries, kLanes<A>);
     const A dropout_scale = static_cast<A>(p.attn_dropout.scale);
 
-    load_queries(p, shape, unit.bh, i0, queries, tiles);
+    load_queries(p, shape, h, i0, queries, tiles);
     if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + queries * padded, A(0));
 
-    const int64_t keys_end = std::min(unit.key_end, visible_keys(p, i0, queries));
-    for (int64_t j0 = unit.key_begin; j0 < keys_end; j0 += kKeyTile) {
+    const Range<int64_t> walk = visibility_of<int64_t>(p).keys_of(i0, i0 + queries);
+    const int64_t keys_end = std::min(unit.key_end, walk.end);
+    for (int64_t j0 = std::max(unit.key_begin, first_of_tile(walk.first, kKeyTile)); j0 < keys_end; j0 += kKeyTile) {
       const int64_t keys = std::min(kKeyTile, keys_end - j0);
-      pack_along_depth<T>(qkv_rows<T>(p, unit.bh, QkvPart::kKey), j0, keys, shape, tiles.key);
-      pack_along_depth<T>(qkv_rows<T>(p, unit.bh, QkvPart::kValue), j0, keys, shape, tiles.value);
-      score_tile<T>(p, shape, unit.bh, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
+      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kKey), j0, keys, shape, tiles.key);
+      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kValue), j0, keys, shape, tiles.value);
+      score_tile<T>(p, shape, h, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
       micro_gemm<A, P>(keys, width, shape.depth, {tiles.value, shape.stride, 1}, tiles.d_out_transposed, kQueryTile,
                        {tiles.d_probability, kQueryTile, dropout_scale, false});
-      if (tiles.kept) keep_tile(p, unit.bh, i0, j0, queries, keys, tiles.kept);
+      if (tiles.kept) keep_tile(p, h, i0, j0, queries, keys, tiles.kept);
       score_gradients(keys, width, tiles);
       if (unit.wants_key_value) {
         const int64_t offset = (j0 - unit.key_begin) * padded;
@@ -207,18 +214,19 @@ struct AttentionBackward {
       }
     }
     if (unit.wants_query) {
-      const HeadRows<T> target = d_qkv_rows(p, unit.bh, QkvPart::kQuery);
+      const HeadRows<T> target = d_rows_of(p, h, QkvPart::kQuery);
       for (int64_t i = 0; i < queries; ++i) store_row(tiles.d_query + i * padded, p.head_dim, target.row(i0 + i));
     }
   }
 
-  static void load_queries(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t i0, int64_t queries,
+  static void load_queries(const Params& p, const HeadShape<T>& shape, const HeadIndex& h, int64_t i0, int64_t queries,
                            const Tiles& tiles) {
-    const HeadRows<const T> out(static_cast<const T*>(p.attn_out), p, bh, 1, 0);
-    const HeadRows<const T> d_out(static_cast<const T*>(p.d_attn_out), p, bh, 1, 0);
-    const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + bh * p.seq_len + i0;
-    const A* score_shift = static_cast<const A*>(p.score_shift) + bh * p.seq_len + i0;
-    pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, shape, tiles.query);
+    const QkvLayout layout = qkv_layout(p);
+    const HeadRows<const T> out = layout.out_rows(static_cast<const T*>(p.attn_out), h);
+    const HeadRows<const T> d_out = layout.out_rows(static_cast<const T*>(p.d_attn_out), h);
+    const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + h.flat * p.seq_len + i0;
+    const A* score_shift = static_cast<const A*>(p.score_shift) + h.flat * p.seq_len + i0;
+    pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kQuery), i0, queries, shape, tiles.query);
     pack_along_depth<T>(d_out, i0, queries, shape, tiles.d_out);
     transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
     transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);

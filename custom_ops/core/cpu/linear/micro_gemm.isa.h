@@ -1,5 +1,5 @@
 // Small matrix products on tiles that lie in the caches: c (+)= scale * a @ b, with c and b row-major and padded to
-// whole vectors along n, and a in any layout. A block of c is held in registers while the sum over k runs; a is
+// whole vectors along n, and a in any layout. A tile of c is held in registers while the sum over k runs; a is
 // broadcast, b loaded as vectors. The operands are of c's type, or pairs of bfloat16 numbers that follow each other
 // along k (simd.h), and then k counts pairs.
 
@@ -22,7 +22,7 @@ struct TileResult {
 };
 
 template <int kRows, int kVectors, class T, class P>
-inline void micro_block(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k, TileResult<T> c) {
+inline void register_tile(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k, TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
   if (c.accumulate) {
@@ -55,12 +55,12 @@ inline void micro_block(int64_t k_size, TileOperand<P> a, const P* __restrict b,
   }
 }
 
-// Rows of a block such that its sums, a row of b and a factor fit the registers (32 with AVX-512 and NEON, else 16).
+// Rows of a tile such that its sums, a row of b and a factor fit the registers (32 with AVX-512 and NEON, else 16).
 #if PFA_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kBlockRows[5] = {0, 12, 12, 8, 4};
+constexpr int kRegisterRows[5] = {0, 12, 12, 8, 4};
 constexpr int kBlockVectors = 4;
 #else
-constexpr int kBlockRows[5] = {0, 8, 6, 4, 4};
+constexpr int kRegisterRows[5] = {0, 8, 6, 4, 4};
 constexpr int kBlockVectors = 2;
 #endif
 
@@ -68,7 +68,7 @@ template <int kRows, int kVectors, class T, class P>
 inline void micro_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      micro_block<kRows, kVectors>(k_size, a, b, b_k, c);
+      register_tile<kRows, kVectors>(k_size, a, b, b_k, c);
     } else {
       micro_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c);
     }
@@ -77,9 +77,9 @@ inline void micro_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* 
 
 template <int kVectors, class T, class P>
 inline void micro_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
-  constexpr int rows = kBlockRows[kVectors];
+  constexpr int rows = kRegisterRows[kVectors];
   for (; m >= rows; m -= rows) {
-    micro_block<rows, kVectors>(k_size, a, b, b_k, c);
+    register_tile<rows, kVectors>(k_size, a, b, b_k, c);
     a.data += rows * a.row_stride;
     c.data += rows * c.row_stride;
   }

@@ -22,10 +22,12 @@
 
 #include "core/arena.h"
 #include "core/cpu/context.h"
-#include "core/cpu/kernels.h"
+#include "core/cpu/implementations.h"
 #include "core/cpu/parallel.h"
 #include "core/params.h"
 #include "core/philox.h"
+#include "core/qkv_layout.h"
+#include "core/visibility.h"
 
 #define PFA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

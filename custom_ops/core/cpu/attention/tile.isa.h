@@ -9,9 +9,6 @@
 
 namespace pfa::cpu::PFA_ISA {
 
-constexpr int64_t kQueryTile = 64;
-constexpr int64_t kKeyTile = 64;
-
 // Sizes of a head in the tiles.
 template <class T>
 struct HeadShape {
@@ -27,25 +24,9 @@ struct HeadShape {
         padded(round_up(p.head_dim, kLanes<Accumulator<T>>)) {}
 };
 
-enum class QkvPart : int64_t { kQuery = 0, kKey = 1, kValue = 2 };
-
-// One head's rows of qkv [batch, seq_len, 3, H, D] or, with parts = 1, of attn_out [batch, seq_len, H, D].
 template <class T>
-struct HeadRows {
-  T* data;
-  int64_t stride;
-
-  HeadRows(T* base, const Params& p, int64_t bh, int64_t parts, int64_t part)
-      : data(base + (bh / p.num_heads) * p.seq_len * parts * p.heads_dim() + part * p.heads_dim() +
-             (bh % p.num_heads) * p.head_dim),
-        stride(parts * p.heads_dim()) {}
-
-  T* row(int64_t i) const { return data + i * stride; }
-};
-
-template <class T>
-HeadRows<const T> qkv_rows(const Params& p, int64_t bh, QkvPart part) {
-  return HeadRows<const T>(static_cast<const T*>(p.qkv), p, bh, 3, static_cast<int64_t>(part));
+HeadRows<const T> rows_of(const Params& p, const HeadIndex& h, QkvPart part) {
+  return qkv_layout(p).rows(static_cast<const T*>(p.qkv), h, part);
 }
 
 // Rows [first, first + count) packed along the depth: tile [count][stride], zero beyond head_dim.
@@ -91,78 +72,17 @@ void transpose_tile(const P* tile, int64_t count, int64_t depth, int64_t stride,
   constexpr int lanes = kLanes<P>;
   for (int64_t i = 0; i < count; i += lanes) {
     for (int64_t d = 0; d < depth; d += lanes) {
-      Vec<P> block[lanes];
-      for (int l = 0; l < lanes; ++l) block[l] = i + l < count ? load(tile + (i + l) * stride + d) : Vec<P>{};
-      transpose_block<P>(block);
+      Vec<P> square[lanes];
+      for (int l = 0; l < lanes; ++l) square[l] = i + l < count ? load(tile + (i + l) * stride + d) : Vec<P>{};
+      transpose_square<P>(square);
       const int64_t rows = std::min<int64_t>(lanes, depth - d);
       if (rows == lanes) {
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) store(transposed + (d + l) * kQueryTile + i, block[l]);
+        for (int l = 0; l < lanes; ++l) store(transposed + (d + l) * kQueryTile + i, square[l]);
       } else {
-        for (int64_t l = 0; l < rows; ++l) store(transposed + (d + l) * kQueryTile + i, block[l]);
+        for (int64_t l = 0; l < rows; ++l) store(transposed + (d + l) * kQueryTile + i, square[l]);
       }
     }
-  }
-}
-
-template <class A, class M>
-inline A mask_term(M value) {
-  if constexpr (std::is_integral_v<M>) {
-    return value ? A(0) : -std::numeric_limits<A>::infinity();
-  } else {
-    return static_cast<A>(to_float(value));
-  }
-}
-
-// Adds the mask to scores [keys][kQueryTile].
-template <class A, class M>
-void add_mask_typed(const Mask& mask, int64_t b, int64_t h, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
-                    A* scores) {
-  const M* origin = static_cast<const M*>(mask.data) + b * mask.strides[0] + h * mask.strides[1] +
-                    i0 * mask.strides[2] + j0 * mask.strides[3];
-  const int64_t i_stride = mask.strides[2];
-  const int64_t j_stride = mask.strides[3];
-  if (i_stride == 0) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const A term = mask_term<A>(origin[j * j_stride]);
-      for (int64_t i = 0; i < queries; ++i) scores[j * kQueryTile + i] += term;
-    }
-    return;
-  }
-  constexpr int64_t block = 16;
-  for (int64_t jb = 0; jb < keys; jb += block) {
-    const int64_t j_end = std::min(jb + block, keys);
-    for (int64_t i = 0; i < queries; ++i) {
-      const M* row = origin + i * i_stride;
-      for (int64_t j = jb; j < j_end; ++j) scores[j * kQueryTile + i] += mask_term<A>(row[j * j_stride]);
-    }
-  }
-}
-
-template <class A>
-void add_mask(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys, A* scores) {
-  const int64_t b = bh / p.num_heads;
-  const int64_t h = bh % p.num_heads;
-  const auto add = [&](auto type) { add_mask_typed<A, decltype(type)>(p.mask, b, h, i0, j0, queries, keys, scores); };
-  switch (p.mask.dtype) {
-    case DType::kFloat32:
-      return add(float{});
-    case DType::kFloat64:
-      return add(double{});
-    case DType::kFloat16:
-      return add(Float16{});
-    case DType::kBFloat16:
-      return add(BFloat16{});
-    case DType::kBool:
-    case DType::kUInt8:
-    case DType::kInt8:
-      return add(uint8_t{});
-    case DType::kInt16:
-      return add(int16_t{});
-    case DType::kInt32:
-      return add(int32_t{});
-    case DType::kInt64:
-      return add(int64_t{});
   }
 }
 
@@ -171,30 +91,32 @@ inline A query_scale(const Params& p) {
   return A(1) / std::sqrt(static_cast<A>(p.head_dim));
 }
 
-// The keys that queries [i0, i0 + queries) may see.
-inline int64_t visible_keys(const Params& p, int64_t i0, int64_t queries) {
-  return p.causal ? std::min(p.seq_len, i0 + queries) : p.seq_len;
-}
+// Where the walk over keys starts whose first is `first`: at the beginning of its tile.
+inline int64_t first_of_tile(int64_t first, int64_t tile) { return first / tile * tile; }
 
 // scores [keys][kQueryTile] = scale * k @ q^T + mask; `keys_packed` is [keys][stride], `query_transposed`
 // [depth][kQueryTile].
 template <class T, class A = Accumulator<T>>
-void score_tile(const Params& p, const HeadShape<T>& shape, int64_t bh, int64_t i0, int64_t j0, int64_t queries,
+void score_tile(const Params& p, const HeadShape<T>& shape, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries,
                 int64_t keys, const Operand<T>* keys_packed, const Operand<T>* query_transposed, A* scores) {
   const int64_t width = round_up(queries, kLanes<A>);
   micro_gemm<A, Operand<T>>(keys, width, shape.depth, {keys_packed, shape.stride, 1}, query_transposed, kQueryTile,
                             {scores, kQueryTile, query_scale<A>(p), false});
-  if (p.mask.data) add_mask(p, bh, i0, j0, queries, keys, scores);
-  if (p.causal && j0 + keys - 1 > i0) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t hidden = std::min(std::max<int64_t>(j0 + j - i0, 0), width);
-      for (int64_t i = 0; i < hidden; ++i) scores[j * kQueryTile + i] = -std::numeric_limits<A>::infinity();
-    }
+  if (p.mask.data) add_mask(p, h, i0, j0, queries, keys, scores);
+  const auto visibility = visibility_of<int64_t>(p);
+  if (!visibility.hides_any(i0, i0 + queries, j0, j0 + keys)) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    const Range<int64_t> seeing = visibility.queries_of(j0 + j);
+    const int64_t first = std::min(std::max<int64_t>(seeing.first - i0, 0), width);
+    const int64_t end = std::max(std::min(seeing.end - i0, width), first);
+    A* row = scores + j * kQueryTile;
+    std::fill(row, row + first, -std::numeric_limits<A>::infinity());
+    if (end < queries) std::fill(row + end, row + queries, -std::numeric_limits<A>::infinity());
   }
 }
 
 // Bit i of kept[j]: whether the element of query i0 + i and key j0 + j is kept. i0 is a multiple of 32 and j0 of 16.
-inline void keep_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
+inline void keep_tile(const Params& p, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
                       uint64_t* kept) {
   static_assert(kQueryTile == 64, "a row of the tile is a word of bits");
   constexpr int lanes = kLanes<uint32_t>;
@@ -202,7 +124,6 @@ inline void keep_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64
   const PhiloxState state = philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention);
   // A number is at least the threshold when the word that begins with it is greater than this.
   const Vec<uint32_t> below = broadcast((p.attn_dropout.threshold << 16) - 1);
-  const auto head = static_cast<uint32_t>(bh / p.num_heads * p.heads_in_all() + p.first_head + bh % p.num_heads);
   const int64_t row_groups = round_up(queries, 16) / 2;
   std::fill(kept, kept + round_up(keys, 16), 0);
   for (int64_t j = 0; j < keys; j += 16) {
@@ -210,7 +131,7 @@ inline void keep_tile(const Params& p, int64_t bh, int64_t i0, int64_t j0, int64
       const uint32_t c0 = static_cast<uint32_t>((j0 + j) / 16 * 4 + t);
       for (int64_t group = 0; group < row_groups; group += lanes) {
         const Vec<uint32_t> c1 = lane_numbers() + static_cast<uint32_t>(i0 / 2 + group);
-        const PhiloxVectors words = philox_vector(state, c0, c1, head);
+        const PhiloxVectors words = philox_vector(state, c0, c1, h.dropout_head);
         for (int word = 0; word < 4; ++word) {
           for (int half = 0; half < 2; ++half) {
             const uint64_t bits = greater_bits(half ? words.w[word] : words.w[word] << 16, below);

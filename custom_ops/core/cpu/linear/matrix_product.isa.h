@@ -1,9 +1,9 @@
 // Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend, with 16-bit numbers widened on the way
 // in and rounded on the way out.
 //
-// Both operands are packed into panels as wide as a block of the micro kernel, [width] operands of one k after another,
-// zero beyond the matrix: b once, by all threads; a by each thread for the rows it works at. The sum over k runs in its
-// order for every element of c, whatever the blocks: the bits of the result do not depend on the number of threads.
+// Both operands are packed into panels as wide as a register tile, [width] operands of one k after another, zero beyond
+// the matrix: b once, by all threads; a by each thread for the patch of c that it works at. The sum over k runs in its
+// order for every element of c, however c is cut: the bits of the result do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -85,13 +85,13 @@ struct PanelPacker {
     for (; k + numbers <= k_count; k += numbers) {
       // From the end: where lanes do not divide the width, a row's last vector runs into the start of the next row.
       for (int64_t i = (kWidth - 1) / lanes * lanes; i >= 0; i -= lanes) {
-        Vec<P> block[lanes];
+        Vec<P> square[lanes];
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l)
-          block[l] = i + l < rows ? load_operands(source + (i + l) * stride + k) : Vec<P>{};
-        transpose_block<P>(block);
+          square[l] = i + l < rows ? load_operands(source + (i + l) * stride + k) : Vec<P>{};
+        transpose_square<P>(square);
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) store(out + l * kWidth + i, block[l]);
+        for (int l = 0; l < lanes; ++l) store(out + l * kWidth + i, square[l]);
       }
       out += lanes * kWidth;
     }
@@ -105,14 +105,14 @@ struct PanelPacker {
     if constexpr (kPaired<T>) {
       return source[0].bits | (count > 1 ? static_cast<uint32_t>(source[1].bits) << 16 : 0u);
     } else {
-      return to_float(source[0]);
+      return widen(source[0]);
     }
   }
 };
 
 }  // namespace pfa::cpu::PFA_ISA
 
-#include "core/cpu/tile_products.h"
+#include "core/cpu/linear/tile_products.isa.h"
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -138,13 +138,13 @@ class MatrixProduct {
   using A = Accumulator<T>;
   static constexpr int kVectors = 2;
   static constexpr int64_t kPanelColumns = kVectors * kLanes<A>;
-  static constexpr int64_t kPanelRows = kBlockRows[kVectors];
+  static constexpr int64_t kPanelRows = kRegisterRows[kVectors];
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
-  // A run of k such that a panel of b stays in the L1 cache, and a block's panels of a in the L2 cache.
+  // A run of k such that a panel of b stays in the L1 cache, and a patch's panels of a in the L2 cache.
   static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 192 : 256) * kNumbers<T>;
   static constexpr int64_t kMaxRows = 144;
-  // Of a block whose sums lie in memory of its own, and of b that a thread packs by itself.
+  // Of a patch whose sums lie in memory of its own, and of b that a thread packs by itself.
   static constexpr int64_t kMaxOwnColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
   // With so few rows a product is turned round, if that spares packing b: see `turned_`.
@@ -157,7 +157,7 @@ class MatrixProduct {
   MatrixProduct(const Context& context, const Product<T, R>& product)
       : product_(product),
         threads_(context.threads),
-        tiles_(kHasTileProducts<T> && context.kernels->has_tile_products),
+        tiles_(kHasTileProducts<T> && context.implementation->has_tile_products),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
         depth_step_(tiles_ ? kTileProductDepth : 1),
         rows_in_all_(product.m),
@@ -181,13 +181,13 @@ class MatrixProduct {
     columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
     if (own_sums_) columns_ = std::min(columns_, kMaxOwnColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
-    while (blocks() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
-    while (blocks() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
+    while (patches() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
+    while (patches() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
-  int64_t row_blocks() const { return (rows_in_all_ + rows_ - 1) / rows_; }
-  int64_t column_blocks() const { return (columns_in_all_ + columns_ - 1) / columns_; }
-  int64_t blocks() const { return row_blocks() * column_blocks(); }
+  int64_t row_patches() const { return (rows_in_all_ + rows_ - 1) / rows_; }
+  int64_t column_patches() const { return (columns_in_all_ + columns_ - 1) / columns_; }
+  int64_t patches() const { return row_patches() * column_patches(); }
 
   // Operands that `count` numbers of a run fill, with the zeros behind them.
   int64_t depth_of(int64_t count) const { return round_up(operands<T>(count), depth_step_); }
@@ -229,26 +229,26 @@ class MatrixProduct {
     for (int64_t k = 0; k < product_.k; k += span_) {
       const int64_t k_end = std::min(k + span_, product_.k);
       if (shares_b_) pack_shared_b(k, k_end);
-      parallel_for(blocks(), threads_, [&](int64_t index, int thread) {
-        Block block;
-        block.thread = thread;
-        block.row = index / column_blocks() * rows_;
-        block.column = index % column_blocks() * columns_;
-        block.rows = std::min(rows_, rows_in_all_ - block.row);
-        block.columns = std::min(columns_, columns_in_all_ - block.column);
+      parallel_for(patches(), threads_, [&](int64_t index, int thread) {
+        Patch patch;
+        patch.thread = thread;
+        patch.row = index / column_patches() * rows_;
+        patch.column = index % column_patches() * columns_;
+        patch.rows = std::min(rows_, rows_in_all_ - patch.row);
+        patch.columns = std::min(columns_, columns_in_all_ - patch.column);
         const TileScope scope(tiles_);
-        multiply_block(block, k, k_end);
-        if (k_end == product_.k) finish_block(block);
+        multiply_patch(patch, k, k_end);
+        if (k_end == product_.k) finish_patch(patch);
       });
     }
     if (product_.k > 0) return;
     parallel_for(product_.m, threads_, [&](int64_t row, int) {
       R* c = product_.c + row * product_.n;
-      for (int64_t i = 0; i < product_.n; ++i) c[i] = from_float<R>(added_at(row, i));
+      for (int64_t i = 0; i < product_.n; ++i) c[i] = narrow<R>(added_at(row, i));
     });
   }
 
-  struct Block {
+  struct Patch {
     int thread;
     int64_t row, column;
     int64_t rows, columns;
@@ -276,54 +276,54 @@ class MatrixProduct {
     PanelPacker<kPanelColumns, T>::pack(b_, column, columns, k, count, depth_of(count), panels);
   }
 
-  void pack_a(const Block& block, int64_t k, int64_t count, P* panels) const {
+  void pack_a(const Patch& patch, int64_t k, int64_t count, P* panels) const {
     if constexpr (kHasTileProducts<T>) {
-      if (tiles_) return pack_tile_rows(a_, block.row, block.rows, k, count, depth_of(count), panels);
+      if (tiles_) return pack_tile_rows(a_, patch.row, patch.rows, k, count, depth_of(count), panels);
     }
-    PanelPacker<kPanelRows, T>::pack(a_, block.row, block.rows, k, count, depth_of(count), panels);
+    PanelPacker<kPanelRows, T>::pack(a_, patch.row, patch.rows, k, count, depth_of(count), panels);
   }
 
-  A* sums_of(const Block& block) const {
+  A* sums_of(const Patch& patch) const {
     if constexpr (!kNarrows) {
-      if (!own_sums_) return product_.c + block.row * product_.n + block.column;
+      if (!own_sums_) return product_.c + patch.row * product_.n + patch.column;
     }
-    if (thread_sums_) return sums_ + block.thread * thread_sums_;
-    return sums_ + block.row * sums_stride_ + block.column;
+    if (thread_sums_) return sums_ + patch.thread * thread_sums_;
+    return sums_ + patch.row * sums_stride_ + patch.column;
   }
 
-  // Adds a span of k to the block's sums.
-  void multiply_block(const Block& block, int64_t k_begin, int64_t k_end) const {
-    A* sums = sums_of(block);
+  // Adds a span of k to the patch's sums.
+  void multiply_patch(const Patch& patch, int64_t k_begin, int64_t k_end) const {
+    A* sums = sums_of(patch);
     const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
-    const int64_t writable_columns = own_sums_ ? round_up(block.columns, kPanelColumns) : block.columns;
+    const int64_t writable_columns = own_sums_ ? round_up(patch.columns, kPanelColumns) : patch.columns;
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
       const int64_t depth = depth_of(count);
       const bool continues = k > 0 || starts_from_addend();
       const P* b;
       if (shares_b_) {
-        b = shared_run(k - k_begin) + block.column * depth;
+        b = shared_run(k - k_begin) + patch.column * depth;
       } else {
-        P* panels = packed_b_ + block.thread * thread_b_;
-        pack_b(block.column, block.columns, k, count, panels);
+        P* panels = packed_b_ + patch.thread * thread_b_;
+        pack_b(patch.column, patch.columns, k, count, panels);
         b = panels;
       }
       if (packs_a_) {
-        P* a = packed_a_ + block.thread * thread_a_;
-        pack_a(block, k, count, a);
-        for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
-          const bool is_last = j + kPanelColumns >= block.columns;
-          for (int64_t i = 0; i < block.rows; i += panel_rows_) {
-            if (!is_last) prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, block.rows);
-            multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, block.rows - i),
+        P* a = packed_a_ + patch.thread * thread_a_;
+        pack_a(patch, k, count, a);
+        for (int64_t j = 0; j < patch.columns; j += kPanelColumns) {
+          const bool is_last = j + kPanelColumns >= patch.columns;
+          for (int64_t i = 0; i < patch.rows; i += panel_rows_) {
+            if (!is_last) prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, patch.rows);
+            multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, patch.rows - i),
                             std::min(kPanelColumns, writable_columns - j),
                             {sums + i * stride + j, stride, A(1), continues});
           }
         }
       } else {
-        const auto* a = reinterpret_cast<const P*>(a_.data + block.row * a_.stride + k);
-        for (int64_t j = 0; j < block.columns; j += kPanelColumns) {
-          micro_panel<kVectors>(block.rows, depth, TileOperand<P>{a, a_.stride / kNumbers<T>, 1}, b + j * depth,
+        const auto* a = reinterpret_cast<const P*>(a_.data + patch.row * a_.stride + k);
+        for (int64_t j = 0; j < patch.columns; j += kPanelColumns) {
+          micro_panel<kVectors>(patch.rows, depth, TileOperand<P>{a, a_.stride / kNumbers<T>, 1}, b + j * depth,
                                 kPanelColumns, TileResult<A>{sums + j, stride, A(1), continues});
         }
       }
@@ -354,7 +354,7 @@ class MatrixProduct {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) return multiply_tiles(depth, a, b, c);
     }
-    micro_block<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
+    register_tile<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
   }
 
   // An addend that is c itself is there already where the sums go to c.
@@ -362,20 +362,20 @@ class MatrixProduct {
 
   // What is added to element (row, column) of the product.
   A added_at(int64_t row, int64_t column) const {
-    const A bias = product_.bias ? A(to_float(product_.bias[column])) : A(0);
-    return product_.addend ? bias + to_float(product_.addend[row * product_.n + column]) : bias;
+    const A bias = product_.bias ? A(widen(product_.bias[column])) : A(0);
+    return product_.addend ? bias + widen(product_.addend[row * product_.n + column]) : bias;
   }
 
-  // Makes c of the block's sums.
-  void finish_block(const Block& block) const {
+  // Makes c of the patch's sums.
+  void finish_patch(const Patch& patch) const {
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
     if (!own_sums_ && !addend && !product_.bias) return;
-    const A* sums = sums_of(block);
+    const A* sums = sums_of(patch);
     const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
-    const int64_t row = turned_ ? block.column : block.row;
-    const int64_t column = turned_ ? block.row : block.column;
-    const int64_t rows = turned_ ? block.columns : block.rows;
-    const int64_t columns = turned_ ? block.rows : block.columns;
+    const int64_t row = turned_ ? patch.column : patch.row;
+    const int64_t column = turned_ ? patch.row : patch.column;
+    const int64_t rows = turned_ ? patch.columns : patch.rows;
+    const int64_t columns = turned_ ? patch.rows : patch.columns;
     const T* bias = product_.bias ? product_.bias + column : nullptr;
     constexpr int64_t piece = 64;
     for (int64_t r = 0; r < rows; ++r) {
@@ -390,10 +390,10 @@ class MatrixProduct {
           std::copy(sums + r * stride + first, sums + r * stride + first + count, values);
         }
         if (bias) {
-          for (int64_t i = 0; i < count; ++i) values[i] += to_float(bias[first + i]);
+          for (int64_t i = 0; i < count; ++i) values[i] += widen(bias[first + i]);
         }
         if (added) {
-          for (int64_t i = 0; i < count; ++i) values[i] += to_float(added[first + i]);
+          for (int64_t i = 0; i < count; ++i) values[i] += widen(added[first + i]);
         }
         store_row(values, count, c + first);
       }
@@ -410,13 +410,13 @@ class MatrixProduct {
   int64_t rows_in_all_, columns_in_all_;
   MatrixView<T> a_, b_;
   bool packs_a_;
-  bool shares_b_;  // one packed b for all threads; else each thread packs what its block alone needs
+  bool shares_b_;  // one packed b for all threads; else each thread packs what its patch alone needs
   bool own_sums_;  // sums do not go to c itself
   int64_t run_, span_;
-  int64_t rows_, columns_;  // of a block
+  int64_t rows_, columns_;  // of a patch
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
   P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
-  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a block's panels
+  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a patch's panels
   A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [rows_in_all_, sums_stride_]
 };
 

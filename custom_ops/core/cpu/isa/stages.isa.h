@@ -1,20 +1,22 @@
 // All stages for one instruction set: the including file has defined PFA_ISA, the namespace they go to, and
 // PFA_VECTOR_BYTES.
 
-#include "core/cpu/simd.h"
+#include "core/cpu/isa/simd.isa.h"
 
 // The order matters: each builds on those before it.
-#include "core/cpu/micro_gemm.h"
+#include "core/cpu/linear/micro_gemm.isa.h"
 
-#include "core/cpu/attention_tile.h"
-#include "core/cpu/matrix_product.h"
-#include "core/cpu/rows.h"
+#include "core/cpu/attention/mask.isa.h"
+#include "core/cpu/linear/matrix_product.isa.h"
+#include "core/cpu/rows/norm_rows.isa.h"
 
-#include "core/cpu/attention_backward.h"
-#include "core/cpu/attention_forward.h"
-#include "core/cpu/layer_norm.h"
-#include "core/cpu/linear.h"
-#include "core/cpu/residual.h"
+#include "core/cpu/attention/tile.isa.h"
+
+#include "core/cpu/attention/backward.isa.h"
+#include "core/cpu/attention/forward.isa.h"
+#include "core/cpu/linear/linear.isa.h"
+#include "core/cpu/rows/layer_norm.isa.h"
+#include "core/cpu/rows/residual.isa.h"
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -111,9 +113,10 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, Pha
 }
 
 // constexpr, and so is what it gives: code that filled that in at start would be of this instruction set.
-constexpr Kernels make_kernels(const char* name, bool (*supported)(), bool has_tile_products = false) {
+constexpr Implementation make_implementation(const char* name, const char* (*why_not)(),
+                                             bool has_tile_products = false) {
   return {name,
-          supported,
+          why_not,
           has_tile_products,
           layer_norm_forward,
           layer_norm_backward,

@@ -96,7 +96,7 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
   for (int64_t i = 0; i < count; i += lanes) {
     const int64_t rows = std::min(lanes, count - i);
     for (int64_t pair = 0; pair < depth; pair += lanes) {
-      Vec<uint32_t> block[lanes];
+      Vec<uint32_t> square[lanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t k = 2 * (pair + l);
         const T* low = k < k_count ? source + k * view.depth_stride + i : zeros;
@@ -107,10 +107,10 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
         } else {
           for (int64_t r = 0; r < rows; ++r) pairs[r] = low[r].bits | static_cast<uint32_t>(high[r].bits) << 16;
         }
-        block[l] = load(pairs);
+        square[l] = load(pairs);
       }
-      transpose_block<uint32_t>(block);
-      for (int64_t r = 0; r < rows; ++r) store(out + (i + r) * depth + pair, block[r]);
+      transpose_square<uint32_t>(square);
+      for (int64_t r = 0; r < rows; ++r) store(out + (i + r) * depth + pair, square[r]);
     }
   }
 }

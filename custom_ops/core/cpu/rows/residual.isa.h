@@ -87,7 +87,7 @@ struct Residual {
         drop(p, r, row, keep);
         if (p.add_residual) {
           const R* x = static_cast<const R*>(p.x) + r * width;
-          for (int64_t i = 0; i < width; ++i) row[i] += to_float(x[i]);
+          for (int64_t i = 0; i < width; ++i) row[i] += widen(x[i]);
         }
         if (!p.final_layer_norm) {
           store_row(row, width, residual);

@@ -62,35 +62,37 @@ struct AttentionForward {
     const size_t bytes = thread_bytes(p);
     parallel_for(p.batch * p.num_heads * query_tiles, context.threads, [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
-      query_tile(p, index / query_tiles, (query_tiles - 1 - index % query_tiles) * kQueryTile, Tiles(arena, p));
+      // The last tiles may have the most keys: they come first, to even out the threads.
+      query_tile(p, qkv_layout(p).head(index / query_tiles), (query_tiles - 1 - index % query_tiles) * kQueryTile,
+                 Tiles(arena, p));
     });
   }
 
-  static void query_tile(const Params& p, int64_t bh, int64_t i0, const Tiles& tiles) {
+  static void query_tile(const Params& p, const HeadIndex& h, int64_t i0, const Tiles& tiles) {
     const HeadShape<T> shape(p);
     const int64_t queries = std::min(kQueryTile, p.seq_len - i0);
     const int64_t width = round_up(queries, kLanes<A>);
 
-    pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kQuery), i0, queries, shape, tiles.query);
+    pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kQuery), i0, queries, shape, tiles.query);
     transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
     std::fill(tiles.maximum, tiles.maximum + width, -std::numeric_limits<A>::infinity());
     std::fill(tiles.sum, tiles.sum + width, A(0));
 
-    const int64_t keys_end = visible_keys(p, i0, queries);
-    for (int64_t j0 = 0; j0 < keys_end; j0 += kKeyTile) {
-      const int64_t keys = std::min(kKeyTile, keys_end - j0);
-      pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kKey), j0, keys, shape, tiles.key);
-      pack_along_depth<T>(qkv_rows<T>(p, bh, QkvPart::kValue), j0, keys, shape, tiles.value);
+    const Range<int64_t> walk = visibility_of<int64_t>(p).keys_of(i0, i0 + queries);
+    const int64_t begin = first_of_tile(walk.first, kKeyTile);
+    for (int64_t j0 = begin; j0 < walk.end; j0 += kKeyTile) {
+      const int64_t keys = std::min(kKeyTile, walk.end - j0);
+      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kKey), j0, keys, shape, tiles.key);
+      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kValue), j0, keys, shape, tiles.value);
       const P* value_rows = pack_along_rows<T>(tiles.value, keys, shape, tiles.value_rows);
-      score_tile<T>(p, shape, bh, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
-      if (tiles.kept) keep_tile(p, bh, i0, j0, queries, keys, tiles.kept);
+      score_tile<T>(p, shape, h, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
+      if (tiles.kept) keep_tile(p, h, i0, j0, queries, keys, tiles.kept);
       online_softmax(keys, width, tiles);
-      if (j0 > 0) rescale_out(queries, shape.padded, tiles);
+      if (j0 > begin) rescale_out(queries, shape.padded, tiles);
       micro_gemm<A, P>(queries, shape.padded, operands<T>(keys), {tiles.probability, 1, kQueryTile}, value_rows,
-                       shape.padded, {tiles.out, shape.padded, A(1), j0 > 0});
+                       shape.padded, {tiles.out, shape.padded, A(1), j0 > begin});
     }
-    write(p, bh, i0, queries, tiles);
+    write(p, h, i0, queries, tiles);
   }
 
   // Scores to probabilities relative to the running maximum, dropped where asked for.
@@ -132,12 +134,12 @@ struct AttentionForward {
     }
   }
 
-  static void write(const Params& p, int64_t bh, int64_t i0, int64_t queries, const Tiles& tiles) {
+  static void write(const Params& p, const HeadIndex& h, int64_t i0, int64_t queries, const Tiles& tiles) {
     const int64_t padded = HeadShape<T>(p).padded;
     const A scale = static_cast<A>(p.attn_dropout.scale);
-    const HeadRows<T> out(static_cast<T*>(p.attn_out), p, bh, 1, 0);
-    A* log_sum_exp = p.log_sum_exp ? static_cast<A*>(p.log_sum_exp) + bh * p.seq_len + i0 : nullptr;
-    A* score_shift = static_cast<A*>(p.score_shift) + bh * p.seq_len + i0;
+    const HeadRows<T> out = qkv_layout(p).out_rows(static_cast<T*>(p.attn_out), h);
+    A* log_sum_exp = p.log_sum_exp ? static_cast<A*>(p.log_sum_exp) + h.flat * p.seq_len + i0 : nullptr;
+    A* score_shift = static_cast<A*>(p.score_shift) + h.flat * p.seq_len + i0;
     for (int64_t i = 0; i < queries; ++i) {
       const A sum = tiles.sum[i];
       const A factor = sum == 0 ? A(0) : scale / sum;

@@ -88,9 +88,9 @@ inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
 #endif
 }
 
-// Transposes a square block: every round takes one bit of the row's number into the lane's.
+// Transposes a square of numbers: every round takes one bit of the row's number into the lane's.
 template <class T>
-inline void transpose_block(Vec<T> (&rows)[kLanes<T>]) {
+inline void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int lanes = kLanes<T>;
   constexpr auto indices = std::make_integer_sequence<int, lanes>{};
 #pragma GCC unroll 4
@@ -110,9 +110,9 @@ inline void transpose_block(Vec<T> (&rows)[kLanes<T>]) {
 // multiplication with a power of two, which renders subnormals too; written without branches so that loops over them
 // become vector code.
 
-inline float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+inline float widen(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
-inline float to_float(Float16 value) {
+inline float widen(Float16 value) {
   const uint32_t magnitude = value.bits & 0x7FFFu;
   const uint32_t sign = (value.bits & 0x8000u) << 16;
   const float scaled = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);  // 2^112
@@ -121,24 +121,24 @@ inline float to_float(Float16 value) {
   return bit_cast<float>((magnitude >= 0x7C00u ? special : finite) | sign);
 }
 
-inline float to_float(float value) { return value; }
-inline double to_float(double value) { return value; }
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
 
 template <class T>
-inline T from_float(Accumulator<T> value);
+inline T narrow(Accumulator<T> value);
 
 template <>
-inline float from_float<float>(float value) {
+inline float narrow<float>(float value) {
   return value;
 }
 
 template <>
-inline double from_float<double>(double value) {
+inline double narrow<double>(double value) {
   return value;
 }
 
 template <>
-inline BFloat16 from_float<BFloat16>(float value) {
+inline BFloat16 narrow<BFloat16>(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet_nan = (bits >> 16) | 0x40u;
@@ -146,7 +146,7 @@ inline BFloat16 from_float<BFloat16>(float value) {
 }
 
 template <>
-inline Float16 from_float<Float16>(float value) {
+inline Float16 narrow<Float16>(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -176,19 +176,19 @@ inline Vec<float> load_wide(const Float16* source) {
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
 #else
   Vec<float> v;
-  for (int l = 0; l < kLanes<float>; ++l) v[l] = to_float(source[l]);
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = widen(source[l]);
   return v;
 #endif
 }
 
 template <class T>
 inline void load_row(const T* __restrict source, int64_t count, Accumulator<T>* __restrict target) {
-  for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
+  for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i]);
 }
 
 template <class T>
 inline void store_row(const Accumulator<T>* __restrict source, int64_t count, T* __restrict target) {
-  for (int64_t i = 0; i < count; ++i) target[i] = from_float<T>(source[i]);
+  for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(source[i]);
 }
 
 // What the products of the attention's tiles are made of: numbers of the accumulator's type or, with the instructions

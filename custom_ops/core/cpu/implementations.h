@@ -1,5 +1,5 @@
-// The stages of the block, compiled once for every instruction set; the best that this processor has is chosen at run
-// time.
+// The implementations of the block's stages: one for each instruction set, all compiled from the same sources (isa/).
+// The best that this processor has is chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +11,10 @@ namespace pfa::cpu {
 
 struct Context;
 
-struct Kernels {
+struct Implementation {
   const char* name;
-  bool (*supported)();
-  bool has_tile_products;  // of bfloat16 matrices, by AMX
+  const char* (*why_not)();  // why this processor does not run it; null if it does
+  bool has_tile_products;    // of bfloat16 matrices, by AMX
   void (*layer_norm_forward)(Context&, const Params&);
   void (*layer_norm_backward)(Context&, const Params&);
   void (*narrow_x)(Context&, const Params&);
@@ -29,9 +29,12 @@ struct Kernels {
   size_t (*stage_workspace_bytes)(const Context&, const Params&, Phase);
 };
 
-// Those this processor can run, slowest first.
-const std::vector<Kernels>& supported_kernels();
+// All that are compiled in, slowest first.
+const std::vector<const Implementation*>& implementations();
 
-inline const Kernels& best_kernels() { return supported_kernels().back(); }
+// Those that this processor runs, slowest first.
+const std::vector<const Implementation*>& usable_implementations();
+
+inline const Implementation& best_implementation() { return *usable_implementations().back(); }
 
 }  // namespace pfa::cpu

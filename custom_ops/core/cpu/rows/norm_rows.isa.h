@@ -119,11 +119,11 @@ struct ChunkSums {
   template <class T>
   void finish(const Context& context, int64_t chunks, T* result) const {
     if (!result) return;
-    constexpr int64_t block = 256;
-    parallel_for((count + block - 1) / block, context.threads, [&](int64_t index, int) {
-      const int64_t first = index * block;
-      const int64_t size = std::min(block, count - first);
-      A sums[block] = {};
+    constexpr int64_t width = 256;
+    parallel_for((count + width - 1) / width, context.threads, [&](int64_t index, int) {
+      const int64_t first = index * width;
+      const int64_t size = std::min(width, count - first);
+      A sums[width] = {};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const A* row = data + chunk * count + first;
         for (int64_t i = 0; i < size; ++i) sums[i] += row[i];
