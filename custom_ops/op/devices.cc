@@ -47,12 +47,16 @@ int current_card() {
 
 }  // namespace
 
+cuda::Context context_of_card(int card, cudaStream_t stream) {
+  return cuda::make_context(stream, card, allows_tf32(), FLAGS_cudnn_deterministic);
+}
+
 CudaDevice::CudaDevice(const paddle::Tensor& tensor) : previous_(current_card()) {
   static const bool has_library = (cuda::cublaslt::set_library(phi::dynload::GetCublasLtDsoHandle()), true);
   static_cast<void>(has_library);
   const int card = tensor.place().GetDeviceId();
   if (card != previous_) cuda::check(cudaSetDevice(card), "cudaSetDevice");
-  context = cuda::make_context(tensor.stream(), card, allows_tf32(), FLAGS_cudnn_deterministic);
+  context = context_of_card(card, tensor.stream());
 }
 
 CudaDevice::~CudaDevice() {

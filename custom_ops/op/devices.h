@@ -24,6 +24,9 @@ struct CpuDevice {
 };
 
 #ifdef PFA_WITH_CUDA
+// A card's context, with Paddle's switches.
+cuda::Context context_of_card(int card, cudaStream_t stream);
+
 // Makes the tensor's card current while it lives, and queues work on Paddle's stream.
 struct CudaDevice {
   cuda::Context context;

@@ -7,6 +7,7 @@ result of a loaded model is the operator's own, calling it is a segmentation fau
 """
 
 from . import incubate
+from ._explain import explain
 from ._flops import count_flops
 from .conversion import AttentionAdapter, VisionTransformerAdapter, convert, register_adapter, revert
 from .functional import fused_multi_head_attention
@@ -31,6 +32,7 @@ __all__ = [
     "VisionTransformerAdapter",
     "convert",
     "count_flops",
+    "explain",
     "full_state_dict",
     "fused_multi_head_attention",
     "incubate",

@@ -114,7 +114,8 @@ def _load() -> Any:
     return ctypes.CDLL(libraries[0])
 
 
-_check_inputs = _load().custom_fused_attention_check  # of the inputs of a static graph
+library = _load()
+_check_inputs = library.custom_fused_attention_check  # of the inputs of a static graph
 _check_inputs.restype = ctypes.c_char_p
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
