@@ -13,7 +13,7 @@ import paddle
 import paddle_fused_attention
 import pytest
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run_python(code, *arguments, threads=2, **variables):

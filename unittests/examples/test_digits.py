@@ -14,9 +14,7 @@ MISSING = [name for name in ("sklearn", "matplotlib", "tqdm") if importlib.util.
 if MISSING:
     pytest.skip(f"{MISSING} not installed: pip install -r examples/requirements.txt", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 import paddle  # noqa: E402
 
 from examples.digits import cli, data, training  # noqa: E402

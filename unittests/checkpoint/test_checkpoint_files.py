@@ -16,7 +16,7 @@ import pytest
 from paddle_fused_attention import _safetensors_files, checkpoint_files
 from paddle_fused_attention.checkpoint_files import Checkpoint, CheckpointError, RawTensor, load_state, read, write
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def same(found, expected):

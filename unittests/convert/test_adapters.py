@@ -400,7 +400,7 @@ def test_the_random_state_stays():
 
 def test_readme():
     """Its section on whole models, as it stands there."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall("```python\n(.*?)```", readme.split("## Whole models")[1].split("\n## ")[0], re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
