@@ -10,6 +10,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 import runners
+from encoders import EMBED, HEADS, SEQ, check, encoder, gradients, make_mask, make_x, shake, state_of
 from paddle import nn
 from paddle_fused_attention import (
     AttentionAdapter,
@@ -21,7 +22,6 @@ from paddle_fused_attention import (
 )
 from paddle_fused_attention.conversion import registry
 from paddle_fused_attention.conversion.adapters import PaddleNLPGPTAdapter
-from test_convert import EMBED, HEADS, SEQ, check, encoder, gradients, make_mask, make_x, shake, state_of
 
 
 class ViTAttention(nn.Layer):

@@ -11,10 +11,10 @@ import numpy as np
 import paddle
 import pytest
 import runners
+from encoders import BATCH, EMBED, HEADS, SEQ, check, encoder, encoder_layer, make_mask, make_x, shake
 from paddle import nn
 from paddle_fused_attention import FusedMultiHeadAttention, convert, incubate, revert, separate_state_dict
 from paddle_fused_attention.conversion.packed import PackedAttention
-from test_convert import BATCH, EMBED, HEADS, SEQ, check, encoder, encoder_layer, make_mask, make_x, shake
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

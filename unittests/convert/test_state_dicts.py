@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import paddle
 import pytest
+from encoders import EMBED, HEADS, check, encoder, make_x, state_of
 from paddle import nn
 from paddle_fused_attention import (
     convert,
@@ -15,7 +16,6 @@ from paddle_fused_attention import (
     separate_optimizer_state,
     separate_state_dict,
 )
-from test_convert import EMBED, HEADS, check, encoder, make_x, state_of
 
 ATTENTION = "layers.0.self_attn."
 

@@ -1,4 +1,4 @@
-"""Run by test_training.py: two processes train on half of each batch, and the first saves its parameters:
+"""Run by test_data_parallel.py: two processes train on half of each batch, and the first saves its parameters:
 ``python data_parallel.py OUT.npz``.
 """
 
