@@ -43,7 +43,9 @@ def bert_block(prefix, out_in=True, hidden=24, norm_names=("weight", "bias")):
     for name in ("query", "key", "value"):
         state.update(linear(f"{prefix}attention.self.{name}", out_in))
     state.update(linear(f"{prefix}attention.output.dense", out_in))
-    state.update(norm(f"{prefix}attention.output.LayerNorm", *norm_names), **norm(f"{prefix}output.LayerNorm", *norm_names))
+    state.update(
+        norm(f"{prefix}attention.output.LayerNorm", *norm_names), **norm(f"{prefix}output.LayerNorm", *norm_names)
+    )
     return {**state, **feed_forward(f"{prefix}intermediate.dense", f"{prefix}output.dense", out_in, hidden)}
 
 
@@ -56,7 +58,11 @@ def vit_block(prefix, bias=True):
 
 
 def gpt_block(prefix, out_in=False):
-    state = {**norm(f"{prefix}ln_1"), f"{prefix}attn.bias": np.tril(np.ones((1, 1, 8, 8), "uint8")), **norm(f"{prefix}ln_2")}
+    state = {
+        **norm(f"{prefix}ln_1"),
+        f"{prefix}attn.bias": np.tril(np.ones((1, 1, 8, 8), "uint8")),
+        **norm(f"{prefix}ln_2"),
+    }
     state.update(feed_forward(f"{prefix}mlp.c_fc", f"{prefix}mlp.c_proj", out_in))
     return {**state, **linear(f"{prefix}attn.c_attn", out_in, 3 * EMBED), **linear(f"{prefix}attn.c_proj", out_in)}
 
@@ -88,7 +94,12 @@ FAMILIES = {
         False,
         (),
     ),
-    "BERT's names by Paddle": (lambda: bert_block("encoder.layer.0.", out_in=False), ["encoder.layer.0.attention"], False, ()),
+    "BERT's names by Paddle": (
+        lambda: bert_block("encoder.layer.0.", out_in=False),
+        ["encoder.layer.0.attention"],
+        False,
+        (),
+    ),
     "ViT": (lambda: vit_block("vit.encoder.layer.7."), ["vit.encoder.layer.7.attention"], True, ()),
     "ViT without qkv_bias": (
         lambda: vit_block("vit.encoder.layer.7.", bias=False),
@@ -96,14 +107,24 @@ FAMILIES = {
         True,
         (),
     ),
-    "GPT-2": (lambda: {**gpt_block("transformer.h.3."), **norm("transformer.ln_f")}, ["transformer.h.3.attn"], True, ()),
+    "GPT-2": (
+        lambda: {**gpt_block("transformer.h.3."), **norm("transformer.ln_f")},
+        ["transformer.h.3.attn"],
+        True,
+        (),
+    ),
     "GPT": (
         lambda: {**gpt_block("transformer.h.3."), "transformer.tokens_embed.weight": draw(7, EMBED)},
         ["transformer.h.3.attn"],
         False,
         (),
     ),
-    "GPT's layers alone": (lambda: gpt_block("transformer.h.3."), ["transformer.h.3.attn"], False, ("--normalize-after",)),
+    "GPT's layers alone": (
+        lambda: gpt_block("transformer.h.3."),
+        ["transformer.h.3.attn"],
+        False,
+        ("--normalize-after",),
+    ),
 }
 
 
@@ -113,7 +134,12 @@ def out_in(name):
 
 def family(name):
     make, blocks, normalize_before, said = FAMILIES[name]
-    return {"vocabulary.weight": draw(7, EMBED), **make(), "steps": np.array([3], "int64")}, blocks, normalize_before, [*said]
+    return (
+        {"vocabulary.weight": draw(7, EMBED), **make(), "steps": np.array([3], "int64")},
+        blocks,
+        normalize_before,
+        [*said],
+    )
 
 
 def save(path, arrays, metadata=None):
@@ -147,7 +173,9 @@ def without(state, *names):
 
 def packed_by(state, num_heads=HEADS, **options):
     """The new arrays and the report, from Python."""
-    return checkpoint.pack({"vocabulary.weight": draw(7, EMBED), **state}, num_heads, **{"file_layout": "out-in", **options})
+    return checkpoint.pack(
+        {"vocabulary.weight": draw(7, EMBED), **state}, num_heads, **{"file_layout": "out-in", **options}
+    )
 
 
 def packed_vocabulary(packed):

@@ -1,5 +1,5 @@
-"""Files of checkpoints as bytes: of paddle.save, of torch.save and of safetensors, good and bad ones, and how what is read from them
-is compared.
+"""Files of checkpoints as bytes: of paddle.save, of torch.save and of safetensors, good and bad ones, and how what is
+read from them is compared.
 """
 
 import struct
@@ -95,8 +95,17 @@ def numbers(values):
 
 def torch_tensor(key, count, offset, shape, strides, kind="FloatStorage"):
     """The pickle of a tensor in a storage of `count` elements."""
-    storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(count) + b"tQ"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + numbers(shape) + numbers(strides) + b"\x89NtR"
+    storage = (
+        b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(count) + b"tQ"
+    )
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + number(offset)
+        + numbers(shape)
+        + numbers(strides)
+        + b"\x89NtR"
+    )
 
 
 def torch_zip(path, pickled, compression=zipfile.ZIP_STORED, **storages):

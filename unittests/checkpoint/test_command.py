@@ -8,7 +8,19 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from families import EMBED, HEADS, SUFFIXES, assert_same, bert_block, check_error, draw, load, packed_by, paddle_block, save
+from families import (
+    EMBED,
+    HEADS,
+    SUFFIXES,
+    assert_same,
+    bert_block,
+    check_error,
+    draw,
+    load,
+    packed_by,
+    paddle_block,
+    save,
+)
 from paddle_fused_attention import checkpoint, checkpoint_files
 from paddle_fused_attention.__main__ import main
 from paddle_fused_attention.checkpoint import CheckpointError
@@ -16,7 +28,10 @@ from paddle_fused_attention.checkpoint import CheckpointError
 
 def run(arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "paddle_fused_attention", *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "paddle_fused_attention", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -26,11 +41,14 @@ def test_the_command(tmp_path):
     source = save(tmp_path / "in.pdparams", paddle_block("encoder.layers.0."))
     target = tmp_path / "out.pdparams"
     status, out, error = run(["convert", source, target, "--num-heads", HEADS])
-    report = "encoder.layers.0.self_attn: Paddle, weights [in, out], for a model after paddle_fused_attention.convert(model) "
+    use = "for a model after paddle_fused_attention.convert(model) (an encoder layer)"
+    report = f"encoder.layers.0.self_attn: Paddle, weights [in, out], {use}"
     counts = f"{target}: 1 blocks packed, 0 left alone, 10 values unchanged"
-    assert (status, out.splitlines()) == (0, [report + "(an encoder layer)", counts]), error
+    assert (status, out.splitlines()) == (0, [report, counts]), error
     status, out, error = run(["convert", source, target, "--num-heads", HEADS])
-    assert status == 1 and out == "" and error.splitlines()[-1] == f"error: {target}: exists already; --force replaces it"
+    assert (
+        status == 1 and out == "" and error.splitlines()[-1] == f"error: {target}: exists already; --force replaces it"
+    )
     assert "Traceback" not in error
     status, _, error = run(["convert", source, target])
     assert status == 2 and "--num-heads" in error
@@ -40,7 +58,11 @@ def test_the_command(tmp_path):
 
 def test_names(tmp_path, capsys):
     state = {**paddle_block("encoder.layers.0."), **paddle_block("encoder.layers.1."), **paddle_block("other.0.")}
-    source, packed, back = save(tmp_path / "in.pdparams", state), tmp_path / "packed.pdparams", tmp_path / "back.pdparams"
+    source, packed, back = (
+        save(tmp_path / "in.pdparams", state),
+        tmp_path / "packed.pdparams",
+        tmp_path / "back.pdparams",
+    )
     assert main(["convert", str(source), str(packed), "--num-heads", "4", "--names", "encoder.*.1.*"]) == 0
     output = capsys.readouterr().out
     assert "encoder.layers.0.self_attn: left alone, it is not among the names 'encoder.*.1.*'" in output
@@ -60,7 +82,8 @@ def test_errors(tmp_path):
     heads = ["--num-heads", 4]
     check_error(["convert", tmp_path / "no.pdparams", out, *heads], "no.pdparams: no such file")
     check_error(
-        ["convert", source, tmp_path / "out.bin", *heads], r"out.bin: expected a name that ends in .pdparams or .safetensors"
+        ["convert", source, tmp_path / "out.bin", *heads],
+        r"out.bin: expected a name that ends in .pdparams or .safetensors",
     )
     check_error(["convert", source, source, *heads], "in.pdparams: exists already; --force replaces it")
     for count in (5, 0, -4):
@@ -69,21 +92,29 @@ def test_errors(tmp_path):
     check_error(["convert", other, out, *heads], "no attention of a known naming was found")
     check_error(["convert", source, out, *heads, "--names", "dec.*"], r"no attention .* among the names 'dec.\*'")
     check_error(["revert", source, out], "no packed attention was found")
-    check_error(["revert", packed, out], "enc.0.self_attn.linear_weight: expected an array beside enc.0.self_attn.qkv_weight")
+    check_error(
+        ["revert", packed, out], "enc.0.self_attn.linear_weight: expected an array beside enc.0.self_attn.qkv_weight"
+    )
     both = save(tmp_path / "both.pdparams", {**bert_block("enc.0.", False), "enc.0.attention.qkv_weight": draw(3)})
     check_error(["convert", both, out, *heads], "enc.0.attention.qkv_weight: expected no packed parameter")
-    check_error(["convert", source, tmp_path / "no" / "out.pdparams", *heads], "out.pdparams: can't be written: no such folder")
+    check_error(
+        ["convert", source, tmp_path / "no" / "out.pdparams", *heads], "out.pdparams: can't be written: no such folder"
+    )
     paddle.save([1, 2], str(tmp_path / "list.pdparams"))
     check_error(["convert", tmp_path / "list.pdparams", out, *heads], "list.pdparams: expected a state dict, got list")
     assert not out.exists() and not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("content", [b"", b"\x00\x01", b"not a checkpoint at all", b"\xff" * 64, b"\x40" + b"\x00" * 7 + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\x01", b"not a checkpoint at all", b"\xff" * 64, b"\x40" + b"\x00" * 7 + b"{}"]
+)
 def test_broken_files(content, suffix, tmp_path):
     source = tmp_path / f"in{suffix}"
     source.write_bytes(content)
-    check_error(["convert", source, tmp_path / f"out{suffix}", "--num-heads", 4], f"in{suffix}: can't be read as {suffix}")
+    check_error(
+        ["convert", source, tmp_path / f"out{suffix}", "--num-heads", 4], f"in{suffix}: can't be read as {suffix}"
+    )
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -93,7 +124,9 @@ def test_truncated_safetensors(tmp_path):
     source.write_bytes(whole[:-1])
     check_error(["convert", source, tmp_path / "out.safetensors", "--num-heads", 4], "lies beyond its end")
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-    assert max(entry["data_offsets"][1] for entry in header.values()) == len(whole) - 8 - int.from_bytes(whole[:8], "little")
+    assert max(entry["data_offsets"][1] for entry in header.values()) == len(whole) - 8 - int.from_bytes(
+        whole[:8], "little"
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -151,12 +184,16 @@ def test_heads_by_pattern(tmp_path):
     state = {**bert_block("text.0.", False), **wide}
     source, out = save(tmp_path / "in.pdparams", state), tmp_path / "out.pdparams"
     command = ["convert", source, out, "--force"]
-    message = "--num-heads: expected a number for each width, .* text.0.attention is 16 wide and wide.0.attention is 32; got 4"
+    widths = "text.0.attention is 16 wide and wide.0.attention is 32"
+    message = f"--num-heads: expected a number for each width, .* {widths}; got 4"
     check_error([*command, "--num-heads", 4], message)
-    check_error([*command, "--num-heads", "text.*=4"], "--num-heads: expected a pattern that fits wide.0.attention, got 'text")
+    check_error(
+        [*command, "--num-heads", "text.*=4"], "--num-heads: expected a pattern that fits wide.0.attention, got 'text"
+    )
     check_error([*command, "--num-heads", "text.*=5", "--num-heads", "*=8"], "--num-heads: expected a divisor of 16")
     check_error(
-        [*command, "--num-heads", "*=4", "--num-heads", "texts.*=4"], "--num-heads: there is no block with a name like 'texts"
+        [*command, "--num-heads", "*=4", "--num-heads", "texts.*=4"],
+        "--num-heads: there is no block with a name like 'texts",
     )
     check_error(
         [*command, "--num-heads", "4", "--num-heads", "8"], "--num-heads: expected it once, or each time with a pattern"
@@ -178,7 +215,13 @@ def test_heads_by_pattern(tmp_path):
 def test_other_keys_and_strange_names(tmp_path, capsys):
     """Keys that are no strings pass through; what is printed stays one line of a bearable length."""
     strange = "x\n\x1b[31mred\u202e." + "y" * 5000 + ".self_attn.q_proj.weight"
-    state = {**bert_block("a.", False), strange: draw(2, 2), "\x07.attn.c_attn.weight": draw(2), 5: draw(2), None: draw(3)}
+    state = {
+        **bert_block("a.", False),
+        strange: draw(2, 2),
+        "\x07.attn.c_attn.weight": draw(2),
+        5: draw(2),
+        None: draw(3),
+    }
     packed, report = checkpoint.pack(state, HEADS)
     assert {5, None} <= set(packed) and list(report.converted) == ["a.attention"]
     unpacked, _ = checkpoint.unpack(packed, metadata=report.metadata)
@@ -189,7 +232,9 @@ def test_other_keys_and_strange_names(tmp_path, capsys):
     assert len(lines) == 4 and all(line.isprintable() and len(line) < 1100 for line in lines)
     assert any(line.startswith(r"x\n\x1b[31mred\u202e.yyy") for line in lines)
     source = save(tmp_path / "in.pdparams", {strange: draw(2, 2)})
-    check_error(["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, "--force"], r"no attention .*x\\n\\x1b")
+    check_error(
+        ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, "--force"], r"no attention .*x\\n\\x1b"
+    )
 
 
 def test_an_interrupt_is_one_line(tmp_path, monkeypatch):

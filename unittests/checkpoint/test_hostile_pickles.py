@@ -35,7 +35,11 @@ def hostile(marker):
     yield "NEWOBJ", b"\x80\x02csubprocess\nPopen\n" + text(f"touch {marker}") + b"\x85\x81.", "subprocess.Popen"
     yield "OBJ", b"\x80\x02(" + system + text(command) + b"o.", "posix.system"
     yield "eval", b"\x80\x02" + evaluate + text(code) + b"\x85R.", None
-    yield "eval as of a DenseTensor", b"\x80\x02" + evaluate + text(code) + b"}" + text("data") + b"Ns\x86R.", "eval of open("
+    yield (
+        "eval as of a DenseTensor",
+        b"\x80\x02" + evaluate + text(code) + b"}" + text("data") + b"Ns\x86R.",
+        "eval of open(",
+    )
     yield "exec", b"\x80\x02c__builtin__\nexec\n" + text(code) + b"\x85R.", "__builtin__.exec"
     yield "getattr", b"\x80\x02c__builtin__\ngetattr\ncposix\nsystem\n" + text("x") + b"\x86R.", "__builtin__.getattr"
     yield "a name with dots", b"\x80\x04\x8c\x08builtins\x8c\x0dtuple.__new__\x93.", "builtins.tuple.__new__"
@@ -89,7 +93,13 @@ def test_no_metadata_runs_code(tmp_path):
         path.write_bytes(whole + data)
         refused(path, asked or "")
         assert not marker_of(tmp_path).exists(), name
-    for behind in (pickle.dumps({}), pickle.dumps(3), pickle.dumps({"paddle_fused_attention.metadata": {"a": 1}}), b"x", whole):
+    for behind in (
+        pickle.dumps({}),
+        pickle.dumps(3),
+        pickle.dumps({"paddle_fused_attention.metadata": {"a": 1}}),
+        b"x",
+        whole,
+    ):
         path.write_bytes(whole + behind)
         refused(path)
 

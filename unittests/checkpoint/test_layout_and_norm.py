@@ -22,7 +22,9 @@ from paddle_fused_attention.checkpoint import CheckpointError
 
 
 def test_gpt_of_either_norm_order():
-    """By the norm after GPT-2's last layer or the name of GPT's embeddings; where neither is there, or both, it has to be said."""
+    """By the norm after GPT-2's last layer or the name of GPT's embeddings; where neither is there, or both, it has to
+    be said.
+    """
     layer, last, first = gpt_block("h.0."), norm("ln_f"), {"tokens_embed.weight": draw(7, EMBED)}
     assert "norm before" in packed_by({**layer, **last})[1].converted["h.0.attn"]
     assert "norm after" in packed_by({**layer, **first})[1].converted["h.0.attn"]
@@ -40,7 +42,9 @@ def test_layout(tmp_path):
             state = make("a.", true == "out-in")
             for told in (None, true):
                 packed, report = packed_by(state, file_layout=told)
-                assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
+                assert_same(
+                    checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state}
+                )
             wrong = "in-out" if true == "out-in" else "out-in"
             with pytest.raises(
                 CheckpointError, match="its file's kind stores weights .*, but by its shape a.* --layout is needed"
@@ -57,7 +61,9 @@ def test_layout(tmp_path):
                 actual = packed_by(square, file_layout=told, layout=true)[0]
                 assert all((actual[n] == expected[n]).all() for n in expected if n.startswith("a."))
     mixed = {**bert_block("a."), "a.output.dense.weight": draw(24, EMBED)}
-    with pytest.raises(CheckpointError, match="by their shapes a.intermediate.* is stored .out, in. and a.output.* .in, out."):
+    with pytest.raises(
+        CheckpointError, match="by their shapes a.intermediate.* is stored .out, in. and a.output.* .in, out."
+    ):
         packed_by(mixed)
     with pytest.raises(CheckpointError, match="layout: expected in-out or out-in, got 'pt'"):
         packed_by(mixed, layout="pt")
@@ -73,7 +79,9 @@ def test_a_single_projection_tells_its_layout():
         packed_by(state)
     packed, report = packed_by(state, layout="out-in")
     assert "[out, in]" in report.converted["h.0.attn"]
-    transposed = {name: value.T if name.startswith("h.") and value.ndim == 2 else value for name, value in state.items()}
+    transposed = {
+        name: value.T if name.startswith("h.") and value.ndim == 2 else value for name, value in state.items()
+    }
     expected = packed_by(transposed)[0]
     for name in ("h.0.attn.qkv_weight", "h.0.attn.qkv_bias", "h.0.attn.linear_weight"):
         np.testing.assert_array_equal(packed[name], expected[name])
@@ -87,9 +95,8 @@ def test_the_norm_s_place_is_asked_for(tmp_path, capsys):
     command = ["convert", source, out, "--num-heads", 4]
     check_error(command, "text.h.0.attn: nothing tells whether its layer norm .* --normalize-after is needed")
     for side in ("before", "after"):
-        message = (
-            rf"--normalize-{side}: expected one stack of layers, found text.h.\*.attn and vision.h.\*.attn, which may differ"
-        )
+        stacks = r"text.h.\*.attn and vision.h.\*.attn, which may differ"
+        message = f"--normalize-{side}: expected one stack of layers, found {stacks}"
         check_error([*command, f"--normalize-{side}"], message)
     with pytest.raises(SystemExit, match="2"):
         main([str(word) for word in (*command, "--normalize-before", "--normalize-after")])
@@ -112,7 +119,9 @@ def test_the_norm_s_place_is_not_said_in_vain(side, tmp_path):
         ({**gpt_block("h.0."), **norm("ln_f")}, "h.0.attn has it before, by its names"),
     ):
         source = save(tmp_path / "in.pdparams", state)
-        check_error(["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, f"--normalize-{side}"], message + why)
+        check_error(
+            ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, f"--normalize-{side}"], message + why
+        )
     assert not (tmp_path / "out.pdparams").exists()
     state = {**bert_block("a.", False), **gpt_block("b.h.0."), **paddle_block("c.")}
     packed = packed_by(state, file_layout=None, normalize_before=side == "before")[0]

@@ -49,7 +49,10 @@ def test_paddle_loads_other_values(tmp_path):
     path = tmp_path / "a.pdparams"
     inner = np.arange(3, dtype="float32")
     write(
-        path, Checkpoint({"w": STATE["layer.weight"], "epoch": 3, "more": OrderedDict(x=[inner, "text", None], y=(inner, 1.5))})
+        path,
+        Checkpoint(
+            {"w": STATE["layer.weight"], "epoch": 3, "more": OrderedDict(x=[inner, "text", None], y=(inner, 1.5))}
+        ),
     )
     loaded = paddle.load(str(path))
     assert isinstance(loaded["w"], paddle.Tensor) and loaded["epoch"] == 3 and isinstance(loaded["more"], OrderedDict)
@@ -58,7 +61,9 @@ def test_paddle_loads_other_values(tmp_path):
     same(read(path).arrays["more"], OrderedDict(x=[inner, "text", None], y=(inner, 1.5)))
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "paddle_fused_attention.layout": "in-out", "\u540d": ""}])
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"format": "pt", "paddle_fused_attention.layout": "in-out", "\u540d": ""}]
+)
 def test_metadata_survives(metadata, tmp_path):
     first, middle, last = (tmp_path / name for name in ("a.safetensors", "b.pdparams", "c.safetensors"))
     write(first, Checkpoint(STATE, metadata))

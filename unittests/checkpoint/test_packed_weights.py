@@ -13,7 +13,7 @@ from paddle_fused_attention.__main__ import main
 
 
 def separate_projections(state, block, transpose):
-    """Query, key, value and output projection as [in, out] weights and biases, and the layer norm, whatever the family."""
+    """Query, key, value and output projection as [in, out] weights and biases, and the layer norm, of any family."""
     prefix = block.rpartition(".")[0] + "."
 
     def pair(name):
@@ -87,7 +87,9 @@ def test_packed_weights_compute_the_same_and_go_back(name, suffix, tmp_path, cap
             assert report.endswith(use + stay)
             order = (block[: -len("self_attn")], normalize_before, out_in(name))
             actual, expected = encoder_layer(packed, *order, convert), encoder_layer(state, *order, lambda layer: layer)
-            common.check_tensor("out", actual(x).numpy().astype("float64"), expected(x).numpy().astype("float64"), "float32")
+            common.check_tensor(
+                "out", actual(x).numpy().astype("float64"), expected(x).numpy().astype("float64"), "float32"
+            )
             del packed[f"{block}.qkv_weight"], packed[f"{block}.qkv_bias"]
             continue
         layer = layer_of(report)

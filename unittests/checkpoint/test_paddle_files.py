@@ -22,7 +22,12 @@ SAVED = {
     "OrderedDict in a dict": lambda: {"model": OrderedDict(state_dict()), "epoch": 3},
     "optimizer": optimizer_state,
     "optimizer with master weights": lambda: optimizer_state("O2"),
-    "both": lambda: {"model": state_dict(), "optimizer": optimizer_state(), "step": 7, "losses": np.arange(3, dtype="float32")},
+    "both": lambda: {
+        "model": state_dict(),
+        "optimizer": optimizer_state(),
+        "step": 7,
+        "losses": np.arange(3, dtype="float32"),
+    },
     "plain values": lambda: {"a": [1, 2.5, None, True, "text", -(10**30)], "b": (1, "x"), "c": {1, 2}, 5: 1 + 2j},
     "empty dict": dict,
     "tensor": lambda: paddle.arange(5),
@@ -73,7 +78,9 @@ def test_other_versions_of_numpy(protocol, tmp_path):
         new = b"numpy._core." in data
         data = data.replace(b"numpy._core.", b"numpy.core.") if new else data.replace(b"numpy.core.", b"numpy._core.")
     else:
-        long, short = (b"\x8c" + bytes([len(name)]) + name for name in (b"numpy._core.multiarray", b"numpy.core.multiarray"))
+        long, short = (
+            b"\x8c" + bytes([len(name)]) + name for name in (b"numpy._core.multiarray", b"numpy.core.multiarray")
+        )
         data = data.replace(long, short) if long in data else data.replace(short, long)
     assert data != path.read_bytes()
     other.write_bytes(data)

@@ -41,7 +41,9 @@ def test_what_versions_before_packed_goes_back(normalize_before, transposed, suf
     out = packed.pop(f"{prefix}out_proj.weight")
     packed[f"{prefix}linear_weight"] = np.ascontiguousarray(out.T) if transposed else out
     packed[f"{prefix}linear_bias"] = packed.pop(f"{prefix}out_proj.bias")
-    packed[f"{prefix}{scale}_scale"], packed[f"{prefix}{scale}_bias"] = (packed.pop(f"a.norm1.{n}") for n in ("weight", "bias"))
+    packed[f"{prefix}{scale}_scale"], packed[f"{prefix}{scale}_bias"] = (
+        packed.pop(f"a.norm1.{n}") for n in ("weight", "bias")
+    )
     layout = "out-in" if transposed else "in-out"
     source, back = save(tmp_path / f"in{suffix}", packed), tmp_path / f"back{suffix}"
     assert main(["revert", str(source), str(back), *(["--layout", layout] if transposed else [])]) == 0
@@ -55,7 +57,8 @@ def test_what_versions_before_packed_goes_back(normalize_before, transposed, suf
     for part in ("linear_weight", f"{scale}_bias"):
         save(source, without(packed, prefix + part))
         check_error(
-            ["revert", source, back, "--force"], f"{prefix}{part}: expected an array beside {prefix}qkv_weight, found none"
+            ["revert", source, back, "--force"],
+            f"{prefix}{part}: expected an array beside {prefix}qkv_weight, found none",
         )
 
 
@@ -87,7 +90,9 @@ def test_from_one_format_to_the_other(name, first, second, tmp_path):
 def test_dtypes_keep_their_bits(dtype, suffix, tmp_path):
     """uint16 is bfloat16. NaN payloads and negative zeros are bits like others."""
     state = {
-        name: RANDOM.integers(0, 2 ** (8 * np.dtype(dtype).itemsize) - 1, a.shape, dtype=f"uint{8 * np.dtype(dtype).itemsize}")
+        name: RANDOM.integers(
+            0, 2 ** (8 * np.dtype(dtype).itemsize) - 1, a.shape, dtype=f"uint{8 * np.dtype(dtype).itemsize}"
+        )
         for name, a in {**gpt_block("h.0."), **norm("ln_f")}.items()
     }
     state = {name: a if name.endswith("attn.bias") and a.ndim > 1 else a.view(dtype) for name, a in state.items()}
@@ -127,16 +132,23 @@ def test_values_that_are_no_arrays(tmp_path):
     found = load(tmp_path / "out.safetensors")
     assert found["scale"] == raw and found["scalar"].shape == () and found["scalar"] == 2.5
     check_error(
-        ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4], "scale: .* F8_E4M3 can't be stored in .pdparams"
+        ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4],
+        "scale: .* F8_E4M3 can't be stored in .pdparams",
     )
     paddle.save(
-        {**{n: paddle.to_tensor(a) for n, a in bert_block("", False).items()}, "epoch": 3}, str(tmp_path / "in.pdparams")
+        {**{n: paddle.to_tensor(a) for n, a in bert_block("", False).items()}, "epoch": 3},
+        str(tmp_path / "in.pdparams"),
     )
     assert main(["convert", str(tmp_path / "in.pdparams"), str(tmp_path / "out.pdparams"), "--num-heads", "4"]) == 0
     assert load(tmp_path / "out.pdparams")["epoch"] == 3
     message = "epoch: a value of type int can't be stored in .safetensors"
     check_error(["convert", tmp_path / "in.pdparams", tmp_path / "o.safetensors", "--num-heads", 4], message)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.pdparams", "in.safetensors", "out.pdparams", "out.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "in.pdparams",
+        "in.safetensors",
+        "out.pdparams",
+        "out.safetensors",
+    ]
 
 
 def test_packed_and_unpacked_arrays_are_contiguous():
@@ -194,9 +206,13 @@ def test_without_the_metadata_of_convert(tmp_path):
 def test_broken_metadata(text):
     packed, report = packed_by(bert_block("a."))
     broken = {**report.metadata, checkpoint.METADATA_BLOCKS: text}
-    with pytest.raises(CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"):
+    with pytest.raises(
+        CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"
+    ):
         checkpoint.unpack(packed, metadata=broken)
-    with pytest.raises(CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"):
+    with pytest.raises(
+        CheckpointError, match="metadata paddle_fused_attention.blocks: expected JSON as convert writes it"
+    ):
         packed_by(bert_block("b."), metadata=broken)
 
 

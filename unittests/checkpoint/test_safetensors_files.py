@@ -34,7 +34,11 @@ SAFETENSORS = {
     "half a byte": ({"a": entry(0, 1, [1], "F4")}, 1, "a: F4 of shape [1] takes 0.5 bytes, but it has 1"),
     "negative offset": ({"a": entry(-4, 0, [1])}, 4, "a: its data_offsets are no range"),
     "backwards": ({"a": entry(4, 0, [1])}, 4, "a: its data_offsets are no range"),
-    "offsets that are no integers": ({"a": {**entry(0, 4), "data_offsets": [0, 4.0]}}, 4, "a: its data_offsets are no range"),
+    "offsets that are no integers": (
+        {"a": {**entry(0, 4), "data_offsets": [0, 4.0]}},
+        4,
+        "a: its data_offsets are no range",
+    ),
     "offsets that are bools": (
         {"a": {**entry(0, 1, [1], "U8"), "data_offsets": [False, True]}},
         1,
@@ -55,7 +59,11 @@ SAFETENSORS = {
     "not UTF-8": (b'{"\xff": 1}', 0, ""),
     "UTF-16": ('{"__metadata__": {}}'.encode("utf-16"), 0, ""),
     "half a character": (b'{"\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', 0, "\\ud800"),
-    "a name twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {}}', 1, "a stands in it twice"),
+    "a name twice": (
+        b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {}}',
+        1,
+        "a stands in it twice",
+    ),
     "deep JSON": (b'{"a": ' + b"[" * 100_000, 0, ""),
     "a long name": ({"\x1b" * 10_000: [1]}, 0, "\\x1b\\x1b"),
 }
@@ -98,7 +106,9 @@ def test_good_safetensors_of_unusual_form(tmp_path):
     data = b"\x07" + np.array([1, 2], "<f4").tobytes() + b"\x21"
     found = read(safetensors(path, json.dumps(header).encode() + b"  ", data)).arrays
     assert list(found) == list(header) and found["b"].tolist() == [1, 2] and found["a"] == 7 and found["a"].shape == ()
-    assert found["empty"].shape == (0, 3) and found["end"].shape == (0,) and found["f4"] == RawTensor("F4", (2,), b"\x21")
+    assert (
+        found["empty"].shape == (0, 3) and found["end"].shape == (0,) and found["f4"] == RawTensor("F4", (2,), b"\x21")
+    )
     for content, metadata in ((b"{}", None), (b'{"__metadata__": null}', None), (b'{"__metadata__": {}}', {})):
         assert read(safetensors(path, content)) == Checkpoint({}, metadata)
 

@@ -112,4 +112,6 @@ def test_metadata_of_several_files(tmp_path):
         assert found.metadata == expected and found.layout == ("out-in" if expected == {"format": "pt"} else None)
     for each in (({"format": "pt"}, {"format": "np"}), ({own: "in-out"}, {own: "out-in"})):
         refused(index(path, shards(tmp_path, ".safetensors", each)), "its files disagree about")
-    refused(index(path, shards(tmp_path, ".safetensors", ({"format": "pt"}, {own: "in-out"}))), "disagree about the layout")
+    refused(
+        index(path, shards(tmp_path, ".safetensors", ({"format": "pt"}, {own: "in-out"}))), "disagree about the layout"
+    )

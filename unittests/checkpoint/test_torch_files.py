@@ -36,7 +36,9 @@ def test_what_torch_saves(name, suffix, tmp_path):
     found = read(path)
     assert found.metadata is None and found.layout == "out-in" and sorted(found.arrays) == sorted(TORCH)
     for key, value in TORCH.items():
-        same(found.arrays[key], value) if not isinstance(value, RawTensor) else same(vars(found.arrays[key]), vars(value))
+        same(found.arrays[key], value) if not isinstance(value, RawTensor) else same(
+            vars(found.arrays[key]), vars(value)
+        )
     arrays = [value for value in found.arrays.values() if isinstance(value, np.ndarray)]
     assert all(array.flags["C_CONTIGUOUS"] for array in arrays)
     for i, array in enumerate(arrays):
@@ -62,9 +64,13 @@ def test_torch_tensors_that_lie(tmp_path):
         (0, (2, 3), (3,)),
         (0, (2**62, 4), (0, 0)),
     ):
-        refused(torch_zip(path, {"w": torch_tensor("k", 6, offset, shape, strides)}, k=data), "shape, offset or strides")
+        refused(
+            torch_zip(path, {"w": torch_tensor("k", 6, offset, shape, strides)}, k=data), "shape, offset or strides"
+        )
     refused(torch_zip(path, {"w": torch_tensor("k", 2**62, 0, (6,), (1,))}, k=data), "storage is not as expected")
-    refused(torch_zip(path, {"w": torch_tensor("k", 6, 0, (6,), (1,))}, k=data[:-1]), "archive/data/k has 23 bytes, not 24")
+    refused(
+        torch_zip(path, {"w": torch_tensor("k", 6, 0, (6,), (1,))}, k=data[:-1]), "archive/data/k has 23 bytes, not 24"
+    )
     refused(torch_zip(path, {"w": torch_tensor("../k", 6, 0, (6,), (1,))}, k=data), "no member archive/data/../k")
     other = {"a": torch_tensor("k", 6, 0, (6,), (1,)), "b": torch_tensor("k", 6, 0, (3,), (1,), "DoubleStorage")}
     refused(torch_zip(path, other, k=data), "two sizes")

@@ -55,7 +55,8 @@ def test_left_alone(tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "out.safetensors"), "--num-heads", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in (
-        "enc.0.self_attn: Paddle, weights [in, out], for a model after paddle_fused_attention.convert(model) (an encoder layer)",
+        "enc.0.self_attn: Paddle, weights [in, out], "
+        "for a model after paddle_fused_attention.convert(model) (an encoder layer)",
         "dec.0.self_attn: left alone, it has cross_attn.q_proj.weight beside it, as in a decoder",
         "dec.0.cross_attn: left alone, its names are not those of a known self-attention",
         "a.self_attn: left alone, a.self_attn.out_proj.weight is missing",
@@ -80,9 +81,13 @@ def test_left_alone(tmp_path, capsys):
 
 def test_a_layer_without_norm1_is_packed():
     """Where it stands does not matter with Paddle's names; that of models like GPT is told to need an adapter."""
-    state = without(paddle_block("gpt.decoder.layers.0."), *(f"gpt.decoder.layers.0.norm1.{n}" for n in ("weight", "bias")))
+    state = without(
+        paddle_block("gpt.decoder.layers.0."), *(f"gpt.decoder.layers.0.norm1.{n}" for n in ("weight", "bias"))
+    )
     packed, report = packed_by(state, file_layout=None)
-    assert report.converted["gpt.decoder.layers.0.self_attn"].endswith("(an attention with an adapter, as PaddleNLP's GPT's)")
+    assert report.converted["gpt.decoder.layers.0.self_attn"].endswith(
+        "(an attention with an adapter, as PaddleNLP's GPT's)"
+    )
     assert_same(checkpoint.unpack(packed, metadata=report.metadata)[0], {**packed_vocabulary(packed), **state})
 
 
@@ -90,14 +95,22 @@ RELATIVE = "relative positions are added to the scores"
 BERT_LAYER = "bert.encoder.layer.0."
 # By what tells it: a layer, what stands beside it, and why it is left alone.
 OTHERS = {
-    "distance_embedding": (bert_block, BERT_LAYER + "attention.self.distance_embedding.weight", "no part of the operator"),
+    "distance_embedding": (
+        bert_block,
+        BERT_LAYER + "attention.self.distance_embedding.weight",
+        "no part of the operator",
+    ),
     "adapters": (bert_block, BERT_LAYER + "attention.self.query.lora_A.weight", "no part of the operator"),
     "scales of int8": (bert_block, BERT_LAYER + "attention.output.dense.SCB", "no part of the operator"),
     "a second norm": (bert_block, BERT_LAYER + "attention.output.LayerNorm.gamma", "no part of the operator"),
     "q_bias": (vit_block, "vit.encoder.layer.0.attention.attention.q_bias", "no part of the operator"),
     "layer scale": (vit_block, "vit.encoder.layer.0.lambda_1", "no part of the operator"),
     "rel_pos_bias": (bert_block, "bert.encoder.rel_pos_bias.weight", RELATIVE),
-    "relative_position_bias_table": (vit_block, "vit.encoder.relative_position_bias.relative_position_bias_table", RELATIVE),
+    "relative_position_bias_table": (
+        vit_block,
+        "vit.encoder.relative_position_bias.relative_position_bias_table",
+        RELATIVE,
+    ),
     "inv_freq": (paddle_block, "model.encoder.rotary_embeddings.inv_freq", "rotated"),
     "embed_positions": (bert_block, "bert.encoder.embed_positions.weight", "rotated"),
     "no positions": (bert_block, "bert.embeddings.word_embeddings.weight", "positions enter elsewhere"),
@@ -122,7 +135,9 @@ def test_what_the_operator_does_not_compute_is_left_alone(name):
 
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_position_ids_tell_of_models_with_bert_s_names(prefix):
-    """MRA, YOSO and Nystromformer count positions from 2, of tables with two rows more; RoBERTa has such a table, but counts from 0."""
+    """MRA, YOSO and Nystromformer count positions from 2, of tables with two rows more; RoBERTa has such a table, but
+    counts from 0.
+    """
     table = {f"{prefix}embeddings.position_embeddings.weight": draw(514, EMBED)}
     state = {**bert_embeddings(prefix), **table, **bert_block(f"{prefix}encoder.layer.0.")}
     numbers = f"{prefix}embeddings.position_ids"
@@ -147,7 +162,9 @@ def test_models_that_compute_something_else(model, block, tmp_path):
         (tmp_path / "config.json").write_text(content)
         assert main([str(word) for word in ("convert", source, out, *heads, "--force")]) == 0
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
-    check_error(["convert", source, out, *heads, "--force"], f"no attention .*: left alone, its config.json says {model}: ")
+    check_error(
+        ["convert", source, out, *heads, "--force"], f"no attention .*: left alone, its config.json says {model}: "
+    )
 
 
 def test_scores_that_are_scaled_otherwise():

@@ -77,7 +77,9 @@ class GPTAttention(nn.Layer):
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(EMBED, EMBED) for _ in range(3))
         self.out_proj = nn.Linear(EMBED, EMBED)
 
-    def forward(self, query, key, value, attention_mask=None, use_cache=False, past_key_value=None, output_attentions=False):
+    def forward(
+        self, query, key, value, attention_mask=None, use_cache=False, past_key_value=None, output_attentions=False
+    ):
         if self.config.fuse_attention_qkv:
             q, k, v = self.qkv_proj(query).reshape([0, 0, HEADS, 3 * self.head_dim]).split(3, axis=-1)
         else:
@@ -171,7 +173,12 @@ def test_calls_that_the_operator_does_not_serve():
                 check("result", a.numpy(), b.numpy(), "float32")
     _, cache = converted(x[:, :3], None, None, None, True)
     rows = paddle.triu(paddle.full([SEQ, SEQ], -np.inf), 1)[3:]
-    check("step", converted(x[:, 3:], None, None, rows, False, cache).numpy(), plain(x, None, None)[:, 3:].numpy(), "float32")
+    check(
+        "step",
+        converted(x[:, 3:], None, None, rows, False, cache).numpy(),
+        plain(x, None, None)[:, 3:].numpy(),
+        "float32",
+    )
 
 
 def test_dropout_of_adapters():
@@ -247,7 +254,11 @@ LEFT_ALONE = {
     "failing": (Failing, None, "its forward could not be tried: 'not today'"),
     "dropout": (ViTAttention, drop_down, "its attn_drop is a Dropout, not a paddle.nn.Dropout of mode"),
     "hook": (ViTAttention, hook, "its qkv has hooks or a forward of its own"),
-    "forward": (ViTAttention, lambda layer: setattr(layer, "forward", layer.forward), "it has hooks or a forward of its own"),
+    "forward": (
+        ViTAttention,
+        lambda layer: setattr(layer, "forward", layer.forward),
+        "it has hooks or a forward of its own",
+    ),
     "linear": (
         ViTAttention,
         lambda layer: setattr(layer, "proj", nn.Identity()),
@@ -291,7 +302,9 @@ class Unnamed(nn.Layer):
 
 
 def test_attention_of_unknown_classes_is_reported():
-    model = nn.Sequential(("t5", nn.Sequential(("attention", T5Attention()))), ("other", Unnamed()), ("mlp", nn.Linear(2, 2)))
+    model = nn.Sequential(
+        ("t5", nn.Sequential(("attention", T5Attention()))), ("other", Unnamed()), ("mlp", nn.Linear(2, 2))
+    )
     _, report = convert(model, return_report=True)
     assert report.left_alone == {
         "t5.attention": f"a {__name__}.T5Attention, for which there is no adapter",
@@ -376,7 +389,9 @@ def test_an_adapter_of_a_user():
 
 def test_errors():
     adapter = VisionTransformerAdapter()
-    with pytest.raises(TypeError, match="attention_class: expected a subclass of paddle.nn.Layer or its full name, got 3"):
+    with pytest.raises(
+        TypeError, match="attention_class: expected a subclass of paddle.nn.Layer or its full name, got 3"
+    ):
         register_adapter(3, adapter)
     with pytest.raises(
         ValueError, match="attention_class: expected a class or its full name, as 'package.module.Class', got 'Name'"

@@ -8,7 +8,20 @@ import numpy as np
 import paddle
 import pytest
 import runners
-from encoders import BATCH, EMBED, HEADS, SEQ, check, encoder, encoder_layer, gradients, make_mask, make_x, shake, state_of
+from encoders import (
+    BATCH,
+    EMBED,
+    HEADS,
+    SEQ,
+    check,
+    encoder,
+    encoder_layer,
+    gradients,
+    make_mask,
+    make_x,
+    shake,
+    state_of,
+)
 from paddle import nn
 from paddle_fused_attention import convert, revert
 
@@ -50,7 +63,9 @@ def packed_gradients(found):
 @pytest.mark.parametrize("kind", ["none", "bool", "int64", "int32", "float"])
 @pytest.mark.parametrize("normalize_before", [False, True])
 def test_outputs(normalize_before, kind, dtype):
-    model = encoder(normalize_before, dropout=0.3, layer_norm_eps=1e-4) if has_epsilon() else encoder(normalize_before, 0.3)
+    model = (
+        encoder(normalize_before, dropout=0.3, layer_norm_eps=1e-4) if has_epsilon() else encoder(normalize_before, 0.3)
+    )
     model.eval()
     x, mask = make_x(dtype), make_mask(kind, dtype)
     expected, expected_layer = model(x, mask).numpy(), model.layers[0](x, mask).numpy()
@@ -151,7 +166,9 @@ def test_what_is_trained_is_kept():
         "self_attn.out_proj.bias",
         "norm1.weight",
     }
-    assert first.self_attn.qkv_weight.optimize_attr == {"learning_rate": 0.5} and not first.self_attn.qkv_weight.need_clip
+    assert (
+        first.self_attn.qkv_weight.optimize_attr == {"learning_rate": 0.5} and not first.self_attn.qkv_weight.need_clip
+    )
     assert first.self_attn.qkv_bias.need_clip
     revert(model)
     assert {n: (p.stop_gradient, p.optimize_attr, p.need_clip) for n, p in model.named_parameters()} == attributes
@@ -337,10 +354,19 @@ LEFT_ALONE = {
     "need_weights": (lambda: changed(replace("self_attn.need_weights", True)), "need_weights=True"),
     "norm": (lambda: changed(replace("norm1", nn.Identity())), "its norm1 is a Identity"),
     "norm shape": (lambda: changed(replace("norm1", nn.LayerNorm([SEQ, EMBED]))), r"its norm1 is over \[6, 16\]"),
-    "dropout": (lambda: changed(replace("dropout1", nn.Dropout(0.1, mode="downscale_in_infer"))), "mode='downscale_in_infer'"),
+    "dropout": (
+        lambda: changed(replace("dropout1", nn.Dropout(0.1, mode="downscale_in_infer"))),
+        "mode='downscale_in_infer'",
+    ),
     "dropout axis": (lambda: changed(replace("dropout1", nn.Dropout(0.1, axis=0))), "axis=0"),
-    "projection": (lambda: changed(replace("self_attn.q_proj", OwnLinear(EMBED, EMBED))), "self_attn.q_proj is a OwnLinear"),
-    "some biases": (lambda: changed(replace("self_attn.k_proj", nn.Linear(EMBED, EMBED, bias_attr=False))), "only some"),
+    "projection": (
+        lambda: changed(replace("self_attn.q_proj", OwnLinear(EMBED, EMBED))),
+        "self_attn.q_proj is a OwnLinear",
+    ),
+    "some biases": (
+        lambda: changed(replace("self_attn.k_proj", nn.Linear(EMBED, EMBED, bias_attr=False))),
+        "only some",
+    ),
     "hook": (
         lambda: changed(lambda layer: layer.self_attn.q_proj.register_forward_post_hook(print)),
         "its self_attn.q_proj has hooks",
@@ -382,7 +408,8 @@ def test_decoders_are_left_alone():
     names = [f"decoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "cross_attn")]
     assert list(report.left_alone) == names
     assert (
-        str(report).splitlines()[1] == "decoder.layers.0.self_attn: left alone, not part of a paddle.nn.TransformerEncoderLayer"
+        str(report).splitlines()[1]
+        == "decoder.layers.0.self_attn: left alone, not part of a paddle.nn.TransformerEncoderLayer"
     )
     check("out", model(x, y).numpy(), expected, "float32")
 

@@ -1,4 +1,5 @@
-"""What is done to a converted model's parts afterwards holds: hooks, modes, rates, replaced layers, names, quantization, wrappers.
+"""What is done to a converted model's parts afterwards holds: hooks, modes, rates, replaced layers, names,
+quantization, wrappers.
 
 The yardstick is the same model without conversion, to which the same is done.
 """
@@ -52,14 +53,18 @@ def check_both(plain, converted, calls, mask=None):
 def test_only_query_key_and_value_are_packed(normalize_before):
     layer = encoder_layer(normalize_before)
     kept = {
-        name: p for name, p in layer.named_parameters() if not name.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
+        name: p
+        for name, p in layer.named_parameters()
+        if not name.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
     }
     parts = dict(layer.named_sublayers())
     convert(layer)
     now = dict(layer.named_parameters())
     assert sorted(now) == sorted([*kept, "self_attn.qkv_weight", "self_attn.qkv_bias"])
     assert all(now[name] is p for name, p in kept.items())
-    assert {name: id(part) for name, part in layer.named_sublayers()} == {name: id(part) for name, part in parts.items()}
+    assert {name: id(part) for name, part in layer.named_sublayers()} == {
+        name: id(part) for name, part in parts.items()
+    }
 
 
 PARTS = ["self_attn", "norm1", "dropout1", *(f"self_attn.{name}" for name in PROJECTIONS)]
@@ -81,7 +86,8 @@ def test_hooks_and_forwards_that_come_later(kind, path):
         else:
             whole = part.forward
             part.forward = lambda *inputs, whole=whole: 1.5 * whole(*inputs)
-    # Around its attention the layer goes by parts; attention alone is the operator's still, unless it is its part that changed.
+    # Around its attention the layer goes by parts; attention alone is the operator's still, unless it is its part that
+    # changed.
     is_inside = path.startswith("self_attn.") or (path, kind) == ("self_attn", "pre")
     x = make_x()
     with runners.operator_calls() as calls:
@@ -140,9 +146,11 @@ def test_attention_weights(way, normalize_before):
     _, expected = plain.self_attn(hidden, hidden, hidden, mask)
     if way == "attribute":
         converted.self_attn.need_weights = True
-    arguments, keywords = {"keyword": ((), {"output_attentions": True}), "position": ((None, True), {}), "attribute": ((), {})}[
-        way
-    ]
+    arguments, keywords = {
+        "keyword": ((), {"output_attentions": True}),
+        "position": ((None, True), {}),
+        "attribute": ((), {}),
+    }[way]
     out, weights = converted(x, mask, *arguments, **keywords)
     plain.self_attn.need_weights = False
     check("out", out.numpy(), plain(x, mask).numpy(), "float32")
@@ -167,7 +175,12 @@ def test_the_attention_by_itself():
     assert len(calls) == 2
     check("keys", converted(x, y, y).numpy(), plain(x, y, y).numpy(), "float32")
     static, static_too = (layer.gen_cache(y, y, nn.MultiHeadAttention.StaticCache) for layer in (plain, converted))
-    check("static cache", converted(x, x, x, None, static_too)[0].numpy(), plain(x, x, x, None, static)[0].numpy(), "float32")
+    check(
+        "static cache",
+        converted(x, x, x, None, static_too)[0].numpy(),
+        plain(x, x, x, None, static)[0].numpy(),
+        "float32",
+    )
 
 
 def test_masks_that_want_a_gradient_get_it():
@@ -193,7 +206,9 @@ def test_packed_weights_cannot_be_taken_for_others():
         lambda: setattr(linear, "weight", layer.self_attn.out_proj.weight),
         lambda: linear.add_parameter("bias", layer.self_attn.out_proj.bias),
     ):
-        with pytest.raises(RuntimeError, match=r"(weight|bias): expected a projection of its own.*revert\(model\) first"):
+        with pytest.raises(
+            RuntimeError, match=r"(weight|bias): expected a projection of its own.*revert\(model\) first"
+        ):
             use()
     x = make_x()
     plain = revert(copy.deepcopy(layer))
@@ -268,7 +283,9 @@ def test_weight_decay_by_name(by):
             decays = decayed.__contains__
         else:
             decays = lambda name: not any(word in name for word in (".b_", "norm"))  # noqa: E731
-        optimizer = paddle.optimizer.AdamW(1e-2, weight_decay=0.5, parameters=model.parameters(), apply_decay_param_fun=decays)
+        optimizer = paddle.optimizer.AdamW(
+            1e-2, weight_decay=0.5, parameters=model.parameters(), apply_decay_param_fun=decays
+        )
         for step in range(8):
             loss = (model(make_x(seed=step)) - make_x(seed=100 + step)).square().mean()
             loss.backward()
@@ -359,7 +376,9 @@ def test_wrong_orders_are_refused():
     outer = nn.Sequential(model)
     static = paddle.jit.to_static(outer)
     for whole in (static, model):
-        with pytest.raises(RuntimeError, match="convert: .*made static by paddle.jit.to_static in a Sequential; convert first"):
+        with pytest.raises(
+            RuntimeError, match="convert: .*made static by paddle.jit.to_static in a Sequential; convert first"
+        ):
             convert(whole)
     del static, outer
     gc.collect()

@@ -1,4 +1,6 @@
-"""State dicts of converted models under the names from before, loading of every naming, and optimizer states in both directions."""
+"""State dicts of converted models under the names from before, loading of every naming, and optimizer states in both
+directions.
+"""
 
 import copy
 
@@ -121,7 +123,8 @@ def test_a_library_that_saves_gets_the_names_from_before():
     convert(model)
     library = {"__name__": "paddlenlp.transformers.model_utils"}
     exec(
-        "def save_pretrained(model):\n    return model.state_dict()\ndef count(model):\n    return model.state_dict()", library
+        "def save_pretrained(model):\n    return model.state_dict()\ndef count(model):\n    return model.state_dict()",
+        library,
     )
     assert list(library["save_pretrained"](model)) == before
     assert list(library["count"](model)) == list(model.state_dict()) != before
@@ -144,7 +147,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_training_goes_on_after_conversion(kind, tmp_path):
-    """Three steps, then three on the converted model with the optimizer's state: as six steps without conversion; and back again."""
+    """Three steps, then three on the converted model with the optimizer's state: as six steps without conversion; and
+    back again.
+    """
     make = OPTIMIZERS[kind]
 
     def started(change, weights=None):
@@ -190,15 +195,17 @@ def test_training_goes_on_after_conversion(kind, tmp_path):
 
 
 def test_optimizer_states_bit_for_bit():
-    """There and back, master weights too, which are float32 beside 16-bit parameters; the state that was given stays as it is."""
+    """There and back, master weights too, which are float32 beside 16-bit parameters; the state that was given stays as
+    it is.
+    """
     model = convert(encoder())
     attention = model.layers[0].self_attn
     packing = attention._packing
     rng = np.random.default_rng(2)
     moments = {
-        packing.parameter_names[name, kind]: rng.standard_normal((EMBED, EMBED) if kind == "weight" else (EMBED,)).astype(
-            "float32"
-        )
+        packing.parameter_names[name, kind]: rng.standard_normal(
+            (EMBED, EMBED) if kind == "weight" else (EMBED,)
+        ).astype("float32")
         for name in packing.projections
         for kind in ("weight", "bias")
     }
@@ -210,12 +217,16 @@ def test_optimizer_states_bit_for_bit():
     packed = pack_optimizer_state(model, state)
     assert sorted(state) == sorted(given) and sorted(state["master_weights"]) == sorted(given["master_weights"])
     weight, bias = attention.qkv_weight.name, attention.qkv_bias.name
-    expected = pack_qkv_weight(*(moments[packing.parameter_names[name, "weight"]] for name in packing.projections), HEADS)
+    expected = pack_qkv_weight(
+        *(moments[packing.parameter_names[name, "weight"]] for name in packing.projections), HEADS
+    )
     np.testing.assert_array_equal(packed[f"{weight}_moment1_0"].numpy(), expected)
     np.testing.assert_array_equal(packed["master_weights"][weight].numpy(), expected)
     expected = pack_qkv_bias(*(moments[packing.parameter_names[name, "bias"]] for name in packing.projections), HEADS)
     np.testing.assert_array_equal(packed[f"{bias}_moment1_0"].numpy(), expected)
-    assert packed["LR_Scheduler"] == {"last_epoch": 3} and packed[f"{weight}_beta1_pow_acc_0"].item() == pytest.approx(0.9)
+    assert packed["LR_Scheduler"] == {"last_epoch": 3} and packed[f"{weight}_beta1_pow_acc_0"].item() == pytest.approx(
+        0.9
+    )
     back = separate_optimizer_state(model, packed)
     assert sorted(back) == sorted(given) and sorted(back["master_weights"]) == sorted(given["master_weights"])
     for found, wanted in ((back, given), (back["master_weights"], given["master_weights"])):
@@ -231,12 +242,18 @@ def test_optimizer_states_that_do_not_fit():
     full = np.zeros((EMBED, EMBED), "float32")
     with pytest.raises(ValueError, match=f"state: expected {k}_moment1_0 beside {q}_moment1_0, found none"):
         pack_optimizer_state(model, {f"{q}_moment1_0": full})
-    with pytest.raises(ValueError, match=r"state: expected .*_moment1_0 and its like of shape \[16, 16\] or one number"):
+    with pytest.raises(
+        ValueError, match=r"state: expected .*_moment1_0 and its like of shape \[16, 16\] or one number"
+    ):
         pack_optimizer_state(model, {f"{name}_moment1_0": full[:2] for name in (q, k, v)})
     with pytest.raises(ValueError, match="state: expected the same number"):
         pack_optimizer_state(model, {f"{name}_pow_0": np.array([i], "float32") for i, name in enumerate((q, k, v))})
-    with pytest.raises(ValueError, match=r"state: expected .*_moment1_0 of shape \[3, 4, 4, 16\] or one number, got \[2\]"):
-        separate_optimizer_state(model, {f"{model.layers[0].self_attn.qkv_weight.name}_moment1_0": np.zeros(2, "float32")})
+    with pytest.raises(
+        ValueError, match=r"state: expected .*_moment1_0 of shape \[3, 4, 4, 16\] or one number, got \[2\]"
+    ):
+        separate_optimizer_state(
+            model, {f"{model.layers[0].self_attn.qkv_weight.name}_moment1_0": np.zeros(2, "float32")}
+        )
     for function in (pack_optimizer_state, separate_optimizer_state):
         with pytest.raises(TypeError, match="state: expected a dict"):
             function(model, [])

@@ -1,4 +1,4 @@
-"""The training example: checkpoints go on bit for bit, and the fused operator's loss curve is that of Paddle's layers."""
+"""The training example: checkpoints go on bit for bit, and the fused loss curve is that of Paddle's layers."""
 
 import importlib.util
 import os
@@ -70,7 +70,8 @@ from examples.digits import data
 from examples.digits.training import Settings, train
 
 paddle.nn.Linear(2, 2)  # parameters of other models must not matter
-train(sys.argv[1], Settings(epochs=1, batch_size=128, dropout=0.1, seed=3), data.load()[0], Path(sys.argv[2]), max_steps=7)
+settings = Settings(epochs=1, batch_size=128, dropout=0.1, seed=3)
+train(sys.argv[1], settings, data.load()[0], Path(sys.argv[2]), max_steps=7)
 """
 
 
@@ -97,7 +98,9 @@ def test_resume_is_bit_for_bit(kind, images, tmp_path):
     states = [paddle.load(str(tmp_path / name), return_numpy=True)["optimizer"] for name in ("whole", "parts")]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 2 * len(parameters)
     for name, value in states[0].items():
-        assert np.array_equal(value, states[1][name]) if isinstance(value, np.ndarray) else value == states[1][name], name
+        assert np.array_equal(value, states[1][name]) if isinstance(value, np.ndarray) else value == states[1][name], (
+            name
+        )
 
 
 def test_a_checkpoint_matters(images, tmp_path):
@@ -118,7 +121,9 @@ def test_same_curve_as_plain_layers(images, tmp_path):
     np.testing.assert_allclose(fused.losses, plain.losses, rtol=1e-3)
     assert not np.array_equal(fused.losses, plain.losses), "both are the same layers"
     assert fused.losses[-1] < 0.8 * fused.losses[0]
-    assert 0.3 < training.accuracy(fused.model, images) == pytest.approx(training.accuracy(plain.model, images), abs=0.01)
+    assert (
+        0.3 < training.accuracy(fused.model, images) == pytest.approx(training.accuracy(plain.model, images), abs=0.01)
+    )
 
 
 def test_checkpoints_of_other_runs(images, tmp_path):
@@ -160,13 +165,17 @@ def test_resume_runs_no_code(images, tmp_path):
 
 @pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
-    """Trains both, compares and draws them, and fails if they differ; with --resume a finished run is not made again."""
+    """Trains both, compares and draws them, and fails if they differ. With --resume no finished run is made again."""
     arguments = ["--epochs", "1", "--output", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     first = capsys.readouterr().out
     assert "Largest difference" in first and "FusedMultiHeadAttention" in first and "Paddle's own layers" in first
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fused.checkpoint", "loss.png", "plain.checkpoint"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "fused.checkpoint",
+        "loss.png",
+        "plain.checkpoint",
+    ]
     assert cli.main([*arguments, "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
     assert cli.main([*arguments, "--resume", "--seed", "1"]) == 1

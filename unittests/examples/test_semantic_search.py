@@ -1,7 +1,8 @@
-"""The semantic search example on a dozen docstrings: a pretrained encoder on the fused operator gives the right embeddings.
+"""The semantic search example on a dozen docstrings: a pretrained encoder on the fused operator gives the right
+embeddings.
 
-They are compared with the same weights in a float64 NumPy forward pass, which shares no code with the example, with Paddle's
-own layers, with the static program, and with similarities published for the model.
+They are compared with the same weights in a float64 NumPy forward pass, which shares no code with the example, with
+Paddle's own layers, with the static program, and with similarities published for the model.
 """
 
 import importlib.util
@@ -203,10 +204,16 @@ def test_corpus_is_the_public_api_once_each():
 @pytest.mark.parametrize(
     "docstring, description",
     [
-        ("A first paragraph of more than forty characters.\n\nA second.", "A first paragraph of more than forty characters."),
+        (
+            "A first paragraph of more than forty characters.\n\nA second.",
+            "A first paragraph of more than forty characters.",
+        ),
         ("Short.\n\nNext, and\n   more.\n\nArgs:\n    x: a Tensor.", "Short. Next, and more."),
         ("Short.\n\n.. math::\n\n    y = x\n\nAfter the formula.\n\nReturns:\n    y", "Short. After the formula."),
-        ("See :ref:`api_paddle_nn_ReLU` and :math:`x` of `a paper <https://a.b>`_ .", "See paddle_nn_ReLU and x of a paper ."),
+        (
+            "See :ref:`api_paddle_nn_ReLU` and :math:`x` of `a paper <https://a.b>`_ .",
+            "See paddle_nn_ReLU and x of a paper .",
+        ),
         ("Short. The equation is:\n\n.. math::\n\n    y = x\n", "Short."),
         ("Args:\n    x: a Tensor.", ""),
         ("", ""),

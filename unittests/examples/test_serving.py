@@ -1,4 +1,4 @@
-"""The serving example: the saved encoder gives the embeddings of dygraph, over HTTP too, and bad requests are answered."""
+"""The serving example: the saved encoder gives the embeddings of dygraph, over HTTP too. Bad requests are answered."""
 
 import concurrent.futures
 import importlib.util
@@ -173,7 +173,9 @@ def test_query_without_a_server(capsys):
     assert "examples.serving serve" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["query", "one"], ["serve", "--port", "70000"], ["query", "--port", "0", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["query", "one"], ["serve", "--port", "70000"], ["query", "--port", "0", "a", "b"]]
+)
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(arguments)

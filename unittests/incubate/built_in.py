@@ -30,7 +30,8 @@ def to_tensors(arrays):
 
 def composed(
     x, qkv_weight, linear_weight, pre_layer_norm=False, qkv_bias=None, linear_bias=None, attn_mask=None, cache_kv=None,
-    pre_ln_scale=None, pre_ln_bias=None, ln_scale=None, ln_bias=None, add_residual=True, ln_epsilon=1e-5, pre_ln_epsilon=1e-5,
+    pre_ln_scale=None, pre_ln_bias=None, ln_scale=None, ln_bias=None, add_residual=True, ln_epsilon=1e-5,
+    pre_ln_epsilon=1e-5,
 ):  # fmt: skip
     """The pseudo code of Paddle's documentation, without dropout; the new keys and values come along."""
     out = F.layer_norm(x, [EMBED], pre_ln_scale, pre_ln_bias, pre_ln_epsilon) if pre_layer_norm else x

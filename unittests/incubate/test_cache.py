@@ -45,7 +45,9 @@ def test_generation_step_by_step(transpose_qkv_wb):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_cache_16_bit(dtype):
     tensors = {name: paddle.cast(t, dtype) for name, t in to_tensors(draw_arrays("float32")).items()}
-    cache = paddle.cast(paddle.to_tensor(np.random.default_rng(3).standard_normal((2, BATCH, HEADS, 3, HEAD_DIM))), dtype)
+    cache = paddle.cast(
+        paddle.to_tensor(np.random.default_rng(3).standard_normal((2, BATCH, HEADS, 3, HEAD_DIM))), dtype
+    )
     out, new_cache = fused_multi_head_attention(**tensors, cache_kv=cache, training=False)
     assert out.dtype == new_cache.dtype == cache.dtype
     wide = {name: paddle.cast(t, "float64") for name, t in tensors.items()}

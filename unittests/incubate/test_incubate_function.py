@@ -68,8 +68,8 @@ def test_positional_arguments():
     a = to_tensors(draw_arrays())
     mask = paddle.to_tensor(np.random.default_rng(1).standard_normal((BATCH, HEADS, SEQ, SEQ)))
     out = fused_multi_head_attention(
-        a["x"], a["qkv_weight"], a["linear_weight"], False, None, None, a["ln_scale"], a["ln_bias"], 1e-5, a["qkv_bias"],
-        a["linear_bias"], None, mask, 0.3, 0.3, 1e-5, False, "upscale_in_train", -1, True, -1, False, None,
+        a["x"], a["qkv_weight"], a["linear_weight"], False, None, None, a["ln_scale"], a["ln_bias"], 1e-5,
+        a["qkv_bias"], a["linear_bias"], None, mask, 0.3, 0.3, 1e-5, False, "upscale_in_train", -1, True, -1, False, None,
     )  # fmt: skip
     used = {name: t for name, t in a.items() if not name.startswith("pre_")}
     check("out", out.numpy(), composed(**used, attn_mask=mask)[0].numpy())
@@ -84,7 +84,9 @@ def test_transpose_qkv_wb(absent):
     if "qkv_bias" in flat:
         flat["qkv_bias"] = arrays["qkv_bias"].reshape(3 * EMBED)
     flat = to_tensors(flat)
-    out = fused_multi_head_attention(**flat, num_heads=HEADS, transpose_qkv_wb=True, dropout_rate=0.0, attn_dropout_rate=0.0)
+    out = fused_multi_head_attention(
+        **flat, num_heads=HEADS, transpose_qkv_wb=True, dropout_rate=0.0, attn_dropout_rate=0.0
+    )
     expected, _ = composed(**packed)
     check("out", out.numpy(), expected.numpy())
     gradients = gradients_of(out, flat, list(flat))
@@ -169,7 +171,9 @@ def test_static(transpose_qkv_wb, cached):
                 shape = [-1 if axis in unknown.get(name, ()) else n for axis, n in enumerate(a.shape)]
                 variables[name] = paddle.static.data(name, shape, str(a.dtype))
             out = fused_multi_head_attention(**variables, **arguments)
-        found = paddle.static.Executor(paddle.CPUPlace()).run(program, feed=arrays, fetch_list=list(out) if cached else [out])
+        found = paddle.static.Executor(paddle.CPUPlace()).run(
+            program, feed=arrays, fetch_list=list(out) if cached else [out]
+        )
     for actual, wanted in zip(found, expected if cached else [expected]):
         check("out", actual, wanted.numpy())
 
@@ -179,16 +183,32 @@ ERRORS = [
     (dict(mode="up"), ValueError, "mode: expected"),
     (dict(x=None), TypeError, "x: expected a Tensor"),
     (dict(x=np.zeros([BATCH, EMBED])), ValueError, r"x: expected shape \[batch, seq_len, embed_dim\], got \[2, 12\]"),
-    (dict(transpose_qkv_wb=True), ValueError, "num_heads: expected a divisor of embed_dim 12 with transpose_qkv_wb, got -1"),
+    (
+        dict(transpose_qkv_wb=True),
+        ValueError,
+        "num_heads: expected a divisor of embed_dim 12 with transpose_qkv_wb, got -1",
+    ),
     (dict(transpose_qkv_wb=True, num_heads="3"), TypeError, "num_heads: expected an int"),
-    (dict(transpose_qkv_wb=True, num_heads=3), ValueError, r"qkv_weight: expected shape \[12, 36\] .* got \[3, 3, 4, 12\]"),
-    (dict(cache_kv=np.zeros([2, BATCH, HEADS, 4])), ValueError, r"cache_kv: expected shape \[2, batch, .* got \[2, 2, 3, 4\]"),
+    (
+        dict(transpose_qkv_wb=True, num_heads=3),
+        ValueError,
+        r"qkv_weight: expected shape \[12, 36\] .* got \[3, 3, 4, 12\]",
+    ),
+    (
+        dict(cache_kv=np.zeros([2, BATCH, HEADS, 4])),
+        ValueError,
+        r"cache_kv: expected shape \[2, batch, .* got \[2, 2, 3, 4\]",
+    ),
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM + 1])),
         ValueError,
         r"cache_kv\[0\]: expected shape \[2, 3, cached_len, 4\] .* got \[2, 3, 1, 5\]",
     ),
-    (dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM], "float32")), TypeError, r"cache_kv\[0\]: expected x's dtype"),
+    (
+        dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM], "float32")),
+        TypeError,
+        r"cache_kv\[0\]: expected x's dtype",
+    ),
     (dict(cache_kv=(1, 2)), TypeError, "cache_kv: expected a Tensor or None, got tuple"),
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM]), qkv_weight=np.zeros([3, HEADS, HEAD_DIM, 7])),

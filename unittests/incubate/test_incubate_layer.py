@@ -28,7 +28,16 @@ def test_layer_has_the_built_in_parameters(arguments):
     for name, value in ours.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), state[name].numpy(), name)
         assert value.stop_gradient == state[name].stop_gradient
-    for name in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "normalize_before", "need_weights", "dropout_rate"):
+    for name in (
+        "embed_dim",
+        "num_heads",
+        "head_dim",
+        "kdim",
+        "vdim",
+        "normalize_before",
+        "need_weights",
+        "dropout_rate",
+    ):
         assert getattr(ours, name) == getattr(theirs, name)
     assert repr(ours) == repr(theirs)
     state = {name: value + 1.0 for name, value in state.items()}
@@ -81,7 +90,12 @@ def test_layer_exported(arguments, tmp_path):
     x = paddle.to_tensor(draw_arrays("float32")["x"])
     mask = paddle.to_tensor(np.random.default_rng(4).random((BATCH, 1, SEQ, SEQ)) < 0.7)
     expected = layer(x, attn_mask=mask).numpy()
-    specs = [paddle.static.InputSpec([None, None, EMBED]), None, None, paddle.static.InputSpec([None, 1, None, None], "bool")]
+    specs = [
+        paddle.static.InputSpec([None, None, EMBED]),
+        None,
+        None,
+        paddle.static.InputSpec([None, 1, None, None], "bool"),
+    ]
     paddle.jit.save(layer, str(tmp_path / "layer"), input_spec=specs)
     check("saved", paddle.jit.load(str(tmp_path / "layer"))(x, mask).numpy(), expected, "float32")
     for full_graph in (True, False):

@@ -62,7 +62,9 @@ def test_patches_nest():
 
 
 def test_encoder_layer_of_paddle():
-    """Its attention, which Paddle constructs, is ours under the patch, and computes; so do layers from before the patch."""
+    """Its attention, which Paddle constructs, is ours under the patch, and computes; so do layers from before the
+    patch.
+    """
     before = paddle.incubate.nn.FusedTransformerEncoderLayer(EMBED, HEADS, 20, 0.0)
     x = paddle.to_tensor(draw_arrays("float32")["x"])
     with patch():

@@ -1,7 +1,8 @@
 """Mixed precision: auto_cast, decorate, GradScaler, recompute under auto_cast, casts of the layer.
 
-Paddle switches auto_cast off on the CPU, and its own CPU operators never cast. The tests replace the place that auto_cast sees,
-and nothing else, so that its real state reaches the operator. Matrix products of Paddle's own layers stay float32 then.
+Paddle switches auto_cast off on the CPU, and its own CPU operators never cast. The tests replace the place that
+auto_cast sees, and nothing else, so that its real state reaches the operator. Matrix products of Paddle's own layers
+stay float32 then.
 """
 
 import sys
@@ -80,7 +81,9 @@ def test_auto_cast(amp, level, dtype):
             assert layer(x).dtype == paddle.float32
     assert out.dtype == paddle.float32
     out.square().mean().backward()
-    assert np.array_equal(out.numpy(), expected.numpy()) and not np.array_equal(out.numpy(), layer(x, attn_mask=mask).numpy())
+    assert np.array_equal(out.numpy(), expected.numpy()) and not np.array_equal(
+        out.numpy(), layer(x, attn_mask=mask).numpy()
+    )
     for name, p in [*layer.named_parameters(), ("x", x)]:
         assert p.dtype == paddle.float32 and p.grad.dtype == paddle.float32, name
         assert np.array_equal(p.grad.numpy(), wanted[name]), name
@@ -102,9 +105,13 @@ def test_auto_cast_of_16_bit_x(amp, dtype):
 @pytest.mark.parametrize("level", ["O1", "O2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_cast_keeps_the_residual_stream(amp, dtype, level):
-    """Through 24 pre-norm layers the error is that of their products, not of a sum rounded 24 times; x may be beyond float16."""
+    """Through 24 pre-norm layers the error is that of their products, not of a sum rounded 24 times; x may be beyond
+    float16.
+    """
     paddle.seed(0)
-    layers = [FusedMultiHeadAttention(64, 4, 0.0, 0.0, normalize_before=True, final_layer_norm=False) for _ in range(24)]
+    layers = [
+        FusedMultiHeadAttention(64, 4, 0.0, 0.0, normalize_before=True, final_layer_norm=False) for _ in range(24)
+    ]
     # The stream of a deep model is larger than what a layer adds.
     x = paddle.to_tensor(8 * np.random.default_rng(0).standard_normal((2, 32, 64)).astype("float32"))
 
@@ -130,7 +137,9 @@ def test_auto_cast_of_frozen_parameters_and_16_bit_norms(amp, dtype):
     x = paddle.to_tensor(make_x())
     with amp.auto_cast(dtype=dtype):
         out = fused_multi_head_attention(x, pre_layer_norm=True, dropout_rate=0.0, attn_dropout_rate=0.0, **arguments)
-    rounded = {n: p.astype(dtype).astype("float32") if n in NORMS else p.astype(dtype) for n, p in layer.named_parameters()}
+    rounded = {
+        n: p.astype(dtype).astype("float32") if n in NORMS else p.astype(dtype) for n, p in layer.named_parameters()
+    }
     expected = fused_multi_head_attention(x, pre_layer_norm=True, dropout_rate=0.0, attn_dropout_rate=0.0, **rounded)
     assert np.array_equal(out.numpy(), expected.numpy())
     out.sum().backward()
@@ -161,7 +170,7 @@ def run_to_static(layer, x, dtype, full_graph):
 def test_auto_cast_in_to_static(amp, dtype, full_graph):
     if IS_PADDLE_2 and full_graph:
         pytest.skip(
-            "auto_cast rewrites the whole programs of Paddle 2.6 by lists of Paddle's own operators: this one stays float32"
+            "auto_cast rewrites whole programs of Paddle 2.6 by lists of Paddle's own operators: this one stays float32"
         )
     layer, x = make_layer(), paddle.to_tensor(make_x())
     expected = by_hand(layer, x, dtype)
@@ -187,7 +196,9 @@ def test_auto_cast_in_static_graphs(amp, dtype):
             data = paddle.static.data("x", [-1, -1, 24])
             inputs = {name: paddle.static.data(name, array.shape, "float32") for name, array in state.items()}
             with paddle.amp.auto_cast(dtype=dtype):
-                out = fused_multi_head_attention(data, pre_layer_norm=True, dropout_rate=0.0, attn_dropout_rate=0.0, **inputs)
+                out = fused_multi_head_attention(
+                    data, pre_layer_norm=True, dropout_rate=0.0, attn_dropout_rate=0.0, **inputs
+                )
             assert out.dtype == paddle.float32
         (result,) = paddle.static.Executor(paddle.CPUPlace()).run(main, feed=dict(state, x=make_x()), fetch_list=[out])
     finally:
@@ -231,7 +242,9 @@ def test_layers_are_cast_with_their_gradients():
 
 
 def test_grad_scaler(amp):
-    """A step by scaled gradients is one by plain ones. (Paddle's CPU operator that looks for infinite ones never finds any.)"""
+    """A step by scaled gradients is one by plain ones. (Paddle's CPU operator that looks for infinite ones never finds
+    any.)
+    """
     layer, twin = make_layer(), make_layer()
     x = paddle.to_tensor(make_x())
     scaler = amp.GradScaler(init_loss_scaling=1024.0)
@@ -272,10 +285,16 @@ def test_recompute_under_auto_cast(amp, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_recompute_of_key_and_value_under_auto_cast(amp, dtype):
-    """The second pass, of three tensors with gradients of their own, is of ordinary ops: up to the rounding of 16 bits the same."""
+    """The second pass, of three tensors with gradients of their own, is of ordinary ops: up to the rounding of 16 bits
+    the same.
+    """
     layer = make_layer(0.3)
     results = []
-    for call in (lambda net, x: net(x), lambda net, x: recompute(net, x, x, x), lambda net, x: net(x * 1.0, x * 1.0, x * 1.0)):
+    for call in (
+        lambda net, x: net(x),
+        lambda net, x: recompute(net, x, x, x),
+        lambda net, x: net(x * 1.0, x * 1.0, x * 1.0),
+    ):
         paddle.seed(5)
         x = paddle.to_tensor(make_x(), stop_gradient=False)
         with amp.auto_cast(dtype=dtype):

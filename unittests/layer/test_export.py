@@ -1,4 +1,4 @@
-"""to_static in both modes, jit.save and load, and the inference predictor give the numbers of dygraph, for any sizes."""
+"""to_static in both modes, jit.save and load, and the predictor give the numbers of dygraph, for any sizes."""
 
 import os
 import re
@@ -74,7 +74,9 @@ def run(network, batch, seq_len):
 def test_to_static(full_graph, training):
     """Bit for bit, gradients and dropout included."""
     expected = [run(make_network(training), *size) for size in SIZES]
-    static = paddle.jit.to_static(make_network(training), input_spec=specs() if full_graph else None, full_graph=full_graph)
+    static = paddle.jit.to_static(
+        make_network(training), input_spec=specs() if full_graph else None, full_graph=full_graph
+    )
     for size, wanted in zip(SIZES, expected):
         results = run(static, *size)
         assert len(results) == len(wanted)
@@ -111,7 +113,9 @@ def test_training_of_a_loaded_model(tmp_path):
     assert np.array_equal(results[0], expected[0])
     shapes = sorted(map(np.shape, expected[1:]))
     assert sorted(map(np.shape, results[1:])) == shapes
-    total = [sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients[1:]) for gradients in (results, expected)]
+    total = [
+        sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients[1:]) for gradients in (results, expected)
+    ]
     assert total[0] == pytest.approx(total[1], rel=1e-6) and total[0] > 0
 
 
@@ -148,7 +152,9 @@ def load_callable(path, kind):
         predictor = make_predictor(path, threads=2)
         return lambda arrays: predict(predictor, arrays)
     if PADDLE_VERSION == (3, 0):
-        pytest.skip("Paddle 3.0 compiles a loaded model in every call, and puts the whole process into static mode meanwhile")
+        pytest.skip(
+            "Paddle 3.0 compiles a loaded model in every call, and puts the whole process into static mode meanwhile"
+        )
     loaded = paddle.jit.load(path)
     loaded.eval()
     return lambda arrays: loaded(*map(paddle.to_tensor, arrays)).numpy()
@@ -156,7 +162,9 @@ def load_callable(path, kind):
 
 @pytest.mark.parametrize("kind", ["predictor", "jit.load"])
 def test_two_models_in_two_threads(saved, kind):
-    """Each gives the bits that it gives alone, whatever the other does at the same time. (Paddle's predictor holds Python's lock.)"""
+    """Each gives the bits that it gives alone, whatever the other does at the same time. (Paddle's predictor holds
+    Python's lock.)
+    """
     models = [load_callable(saved[0], kind) for _ in range(2)]
     inputs = [make_arrays(4, 150), make_arrays(3, 201)]
     start = threading.Barrier(2)
@@ -231,7 +239,9 @@ BY_JIT_LOAD = 'y = paddle.jit.load("block")(x)'
 def readme_example(tmp_path_factory):
     """The folder with the model that the example of the README saves, and the code that it loads it by."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    save, load = re.findall("```python\n(.*?)```", readme.split("## Export and serving")[1].split("\n## ")[0], re.DOTALL)
+    save, load = re.findall(
+        "```python\n(.*?)```", readme.split("## Export and serving")[1].split("\n## ")[0], re.DOTALL
+    )
     assert load.count(IMPORT) == load.count(BY_JIT_LOAD) == 1
     directory = tmp_path_factory.mktemp("readme")
     result = run_python(save, directory)

@@ -153,13 +153,23 @@ def separate(normalize_before, dtype):
         out = query + attention(*tensors, mask)
         return out if normalize_before else norm(out)
 
-    return FusedMultiHeadAttention.from_multi_head_attention(attention, norm, normalize_before), composed, attention, norm
+    return (
+        FusedMultiHeadAttention.from_multi_head_attention(attention, norm, normalize_before),
+        composed,
+        attention,
+        norm,
+    )
 
 
 def make_mask(kind, keys=KEYS):
     keep = np.random.default_rng(4).random((BATCH, 1, SEQ, keys)) < 0.6
     keep[..., 0] = True
-    return {"none": None, "bool": keep, "int64": keep.astype("int64"), "float": draw(HEADS, SEQ, keys, dtype="float64")}[kind]
+    return {
+        "none": None,
+        "bool": keep,
+        "int64": keep.astype("int64"),
+        "float": draw(HEADS, SEQ, keys, dtype="float64"),
+    }[kind]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -180,7 +190,8 @@ def test_other_keys_and_values(normalize_before, kind, dtype):
     for name, actual, expected in zip(("out", "query", "key", "value"), *found):
         close(name, actual, expected, dtype)
     weights = [
-        p.weight.grad.numpy().T.reshape(HEADS, -1, EMBED) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        p.weight.grad.numpy().T.reshape(HEADS, -1, EMBED)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     ]
     close("qkv_weight", layer.qkv_weight.grad.numpy(), np.stack(weights), dtype)
     close("linear_weight", layer.linear_weight.grad.numpy(), attention.out_proj.weight.grad.numpy(), dtype)
@@ -202,7 +213,7 @@ def test_gradient_of_a_detached_key():
 
 @pytest.mark.parametrize("keys", [3, KEYS])
 def test_causal_is_aligned_at_the_end(keys):
-    """Query i sees the keys up to i + keys - queries; with fewer keys than queries the first see none, and give zeros."""
+    """Query i sees the keys up to i + keys - queries. With fewer keys than queries the first see none and give zeros."""
     causal = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0, causal=True)
     plain = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0)
     plain.set_state_dict(causal.state_dict())
@@ -353,7 +364,12 @@ BAD = [
     ("value", lambda: (None, bad(BATCH, KEYS, EMBED)), ValueError, ["key", "[2, 5, 24]", "[2, 9, 24]"]),
     ("key", lambda: (bad(BATCH, KEYS, EMBED, dtype="float64"), None), TypeError, ["float32", "float64"]),
     ("key", lambda: (bad(BATCH, SEQ, EMBED, dtype="int64"), None), TypeError, ["float32", "int64"]),
-    ("value", lambda: (bad(BATCH, KEYS, EMBED), bad(BATCH, KEYS, EMBED, dtype="float16")), TypeError, ["float32", "float16"]),
+    (
+        "value",
+        lambda: (bad(BATCH, KEYS, EMBED), bad(BATCH, KEYS, EMBED, dtype="float16")),
+        TypeError,
+        ["float32", "float16"],
+    ),
     ("key", lambda: (np.zeros((BATCH, SEQ, EMBED), "float32"), None), TypeError, ["Tensor", "ndarray"]),
     ("value", lambda: (None, 3), TypeError, ["Tensor", "int"]),
     ("key", lambda: (bad(BATCH, SEQ, EMBED).to_sparse_coo(3), None), TypeError, ["dense", "sparse"]),
@@ -384,7 +400,9 @@ def test_tensors_of_the_other_mode():
     assert str(raised.value).startswith("value:")
 
 
-@pytest.mark.parametrize("shape, dtype", [((SEQ, SEQ), "bool"), ((3, 1, SEQ, KEYS), "bool"), ((SEQ, KEYS), "complex64")])
+@pytest.mark.parametrize(
+    "shape, dtype", [((SEQ, SEQ), "bool"), ((3, 1, SEQ, KEYS), "bool"), ((SEQ, KEYS), "complex64")]
+)
 def test_bad_masks(shape, dtype):
     key = paddle.to_tensor(draw(BATCH, KEYS, EMBED))
     with pytest.raises(TypeError if dtype == "complex64" else ValueError) as raised:

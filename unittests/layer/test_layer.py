@@ -170,7 +170,9 @@ def test_initializers_of_biases():
     assert abs(deviation / np.sqrt(2 / 2048) - 1) < 0.1
 
 
-@pytest.mark.parametrize("name, make", [("Normal", lambda: initializer.Normal(1.0, 0.5)), ("Uniform", initializer.Uniform)])
+@pytest.mark.parametrize(
+    "name, make", [("Normal", lambda: initializer.Normal(1.0, 0.5)), ("Uniform", initializer.Uniform)]
+)
 def test_initializers_of_each_element_draw_the_parameter_at_once(name, make):
     paddle.seed(9)
     expected = paddle.create_parameter([3, 4, 16, 64], "float32", attr=paddle.ParamAttr(initializer=make()))
@@ -228,7 +230,9 @@ def test_without_biases():
 @pytest.mark.parametrize("final_layer_norm", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_switches(normalize_before, final_layer_norm, causal):
-    layer = make_layer(normalize_before=normalize_before, final_layer_norm=final_layer_norm, causal=causal, epsilon=1e-2)
+    layer = make_layer(
+        normalize_before=normalize_before, final_layer_norm=final_layer_norm, causal=causal, epsilon=1e-2
+    )
     x = make_x()
     config = Config(
         pre_layer_norm=normalize_before,
@@ -278,7 +282,9 @@ def test_training_by_backward():
     d_out = np.random.default_rng(5).standard_normal(x.shape).astype("float32")
     layer(paddle.to_tensor(x)).backward(paddle.to_tensor(d_out))
     inputs = {n: p.numpy().astype(np.float64) for n, p in layer.named_parameters()}
-    gradients = reference.backward(dict(inputs, x=x.astype(np.float64)), Config(pre_layer_norm=True), d_out.astype(float))
+    gradients = reference.backward(
+        dict(inputs, x=x.astype(np.float64)), Config(pre_layer_norm=True), d_out.astype(float)
+    )
     for name, p in layer.named_parameters():
         common.check_tensor(name, p.grad.numpy().astype(np.float64), gradients[name], "float32")
 
@@ -327,7 +333,9 @@ def test_state_dicts_of_other_dtypes_are_cast(kind, own, nested, as_arrays):
     dtypes = {name: p.dtype for name, p in root.state_dict().items()}
     rng = np.random.default_rng(0)
     for dtype in common.DTYPES:
-        numbers = {name: reference.round_to(rng.standard_normal(p.shape), "bfloat16") for name, p in root.state_dict().items()}
+        numbers = {
+            name: reference.round_to(rng.standard_normal(p.shape), "bfloat16") for name, p in root.state_dict().items()
+        }
         state = {name: paddle.to_tensor(common.to_storage(a, dtype)) for name, a in numbers.items()}
         if as_arrays:
             state = {name: value.numpy() for name, value in state.items()}
@@ -350,7 +358,11 @@ def test_state_dicts_of_numbers_that_are_no_floats_are_refused(dtype):
 def test_state_dicts_hold_the_parameters_themselves():
     layer = make_layer()
     network = paddle.nn.Sequential(layer)
-    for state in (network.state_dict(), network.state_dict(use_hook=False), network.to_static_state_dict(use_hook=False)):
+    for state in (
+        network.state_dict(),
+        network.state_dict(use_hook=False),
+        network.to_static_state_dict(use_hook=False),
+    ):
         assert state["0.qkv_weight"] is layer.qkv_weight
 
 

@@ -237,10 +237,18 @@ def change_forward(attention):
 NOT_TAKEN = {
     "projection": (change_projection, TypeError, "mha: .*its k_proj is a OwnLinear, not a paddle.nn.Linear"),
     "hook": (lambda mha: mha.q_proj.register_forward_pre_hook(print), ValueError, "mha: .*its q_proj has hooks"),
-    "hook on it": (lambda mha: mha.register_forward_post_hook(print), ValueError, "mha: expected a layer without hooks"),
+    "hook on it": (
+        lambda mha: mha.register_forward_post_hook(print),
+        ValueError,
+        "mha: expected a layer without hooks",
+    ),
     "forward": (change_forward, ValueError, "mha: .*its out_proj has hooks or a forward of its own"),
     "weight norm": (lambda mha: paddle.nn.utils.weight_norm(mha.v_proj), ValueError, "mha: .*its v_proj has"),
-    "buffer": (lambda mha: mha.register_buffer("table", paddle.ones([2])), ValueError, "mha: .*has table beside its parts"),
+    "buffer": (
+        lambda mha: mha.register_buffer("table", paddle.ones([2])),
+        ValueError,
+        "mha: .*has table beside its parts",
+    ),
 }
 
 

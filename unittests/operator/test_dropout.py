@@ -1,4 +1,6 @@
-"""Dropout: the masks are those of Philox at the known seed and offset, in both passes; statistics; the random generator."""
+"""Dropout: the masks are those of Philox at the known seed and offset, in both passes; statistics; the random
+generator.
+"""
 
 import contextlib
 
@@ -16,7 +18,9 @@ CASE = Case(2, 37, 3, 8, mask=Mask("B11S", "bool")).but(pre_layer_norm=True)
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
-@pytest.mark.parametrize("rates", [(0.0, 0.5), (0.1, 0.0), (0.1, 0.5), (0.5, 0.1), (1.0, 0.1), (0.1, 1.0), (1.0, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "rates", [(0.0, 0.5), (0.1, 0.0), (0.1, 0.5), (0.5, 0.1), (1.0, 0.1), (0.1, 1.0), (1.0, 1.0)], ids=str
+)
 def test_masks_of_a_known_seed(rates, mode, dtype, place):
     """Result and gradients with the same masks as the reference: so backward's are forward's."""
     case = CASE.but(dtype=dtype, dropout_rate=rates[0], attn_dropout_rate=rates[1], mode=mode, seed=2021)

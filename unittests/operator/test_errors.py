@@ -1,4 +1,4 @@
-"""Bad input: a ValueError, TypeError or NotImplementedError that names the argument, what was expected and what came."""
+"""Bad input: a ValueError, TypeError or NotImplementedError names the argument, what was expected and what came."""
 
 import numpy as np
 import paddle
@@ -192,7 +192,8 @@ def test_bad_variables(argument, value, error, words):
     with static_mode():
         with paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
             variables = {
-                name: paddle.static.data(name, a.shape, str(a.dtype)) for name, a in dict(good(), **{argument: value}).items()
+                name: paddle.static.data(name, a.shape, str(a.dtype))
+                for name, a in dict(good(), **{argument: value}).items()
             }
             with pytest.raises(error) as raised:
                 fused_multi_head_attention(**variables, pre_layer_norm=True)
@@ -243,7 +244,9 @@ def test_bad_switches_of_incubate(cached, argument, value, error, words):
 
 def test_numbers_of_numpy_are_welcome():
     tensors = {name: to_tensor(a) for name, a in good().items()}
-    more = dict(training=np.bool_(True), causal=1, seed=np.int64(3), ln_epsilon=np.float32(1e-5), dropout_rate=np.float64(0.5))
+    more = dict(
+        training=np.bool_(True), causal=1, seed=np.int64(3), ln_epsilon=np.float32(1e-5), dropout_rate=np.float64(0.5)
+    )
     out = fused_multi_head_attention(**tensors, **more, attn_dropout_rate=np.int32(0))
     more = dict(training=True, causal=True, seed=3, ln_epsilon=float(np.float32(1e-5)), dropout_rate=0.5)
     assert np.array_equal(out.numpy(), fused_multi_head_attention(**tensors, **more, attn_dropout_rate=0.0).numpy())
@@ -318,7 +321,9 @@ def test_wrong_shapes_found_when_a_program_runs():
         feed = dict(arrays, open_x=arrays["x"], open_mask=np.ones((B, 1, S, S + 1), bool))
         with pytest.raises(Exception) as raised:
             paddle.static.Executor(paddle.CPUPlace()).run(main, feed=feed, fetch_list=[out])
-    assert "attn_mask" in str(raised.value) and "[2, 4, 5, 5]" in str(raised.value) and "[2, 1, 5, 6]" in str(raised.value)
+    assert (
+        "attn_mask" in str(raised.value) and "[2, 4, 5, 5]" in str(raised.value) and "[2, 1, 5, 6]" in str(raised.value)
+    )
 
 
 def test_the_call_itself_is_good():

@@ -1,4 +1,6 @@
-"""The operator against the reference in dygraph: result and every gradient, by switches, dtypes, inputs, masks and sizes."""
+"""The operator against the reference in dygraph: result and every gradient, by switches, dtypes, inputs, masks and
+sizes.
+"""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -262,7 +264,9 @@ def test_backward_fills_grad_of_what_is_not_frozen(place):
 
 
 def test_inputs_that_the_switches_do_not_use(place):
-    """Layer-norm parameters of a norm that is switched off may be given: they change nothing and get no gradient, or zeros."""
+    """Layer-norm parameters of a norm that is switched off may be given: they change nothing and get no gradient, or
+    zeros.
+    """
     case = Case().but(final_layer_norm=False)
     inputs = common.make_inputs(case)
     arrays = common.stored_inputs(case, inputs)
@@ -370,7 +374,7 @@ def test_same_bits_every_time(dtype, place):
 
 
 def test_calls_from_several_threads(place):
-    """Python threads that serve at the same time get what one alone gets. (Paddle's autograd is not made for threads.)"""
+    """Python threads that serve at the same time get what one alone gets. Paddle's autograd is not made for threads."""
     cases = [Case(2, 60, 2, 16, "float32").but(causal=True, attn_dropout_rate=0.1, seed=seed) for seed in range(4)]
     arrays = common.stored_inputs(cases[0], common.make_inputs(cases[0]))
 
@@ -420,7 +424,9 @@ def test_rows_whose_every_key_is_far_down(dtype, low, place):
 def test_numbers_of_numpy_are_numbers(place):
     case = FULL.but(seed=3)
     arrays = common.stored_inputs(case, common.make_inputs(case))
-    rates = {name: np.float64(getattr(case.config, name)) for name in ("dropout_rate", "attn_dropout_rate", "ln_epsilon")}
+    rates = {
+        name: np.float64(getattr(case.config, name)) for name in ("dropout_rate", "attn_dropout_rate", "ln_epsilon")
+    }
     out, _ = run_dygraph(arrays, case.config, place, seed=np.int32(3), causal=np.bool_(False), **rates)
     assert np.array_equal(out, run_dygraph(arrays, case.config, place)[0])
 

@@ -146,7 +146,9 @@ def initial_state():
     paddle.seed(5)
     layer = FusedMultiHeadAttention(**LAYER, normalize_before=True)
     rng = np.random.default_rng(1)
-    return {n: (a.numpy() + 0.1 * rng.standard_normal(a.shape)).astype("float32") for n, a in layer.state_dict().items()}
+    return {
+        n: (a.numpy() + 0.1 * rng.standard_normal(a.shape)).astype("float32") for n, a in layer.state_dict().items()
+    }
 
 
 def set_parameters(layer, state):
@@ -311,10 +313,14 @@ def test_is_test_turns_dropout_off(mode):
     with static_mode():
         main = paddle.static.Program()
         with paddle.static.program_guard(main, paddle.static.Program()):
-            out = call({n: paddle.static.data(n, a.shape, str(a.dtype)) for n, a in feed.items()}, case.config, seed=None)
+            out = call(
+                {n: paddle.static.data(n, a.shape, str(a.dtype)) for n, a in feed.items()}, case.config, seed=None
+            )
         for_test = main.clone()
         for_test.set_is_test_attr()
-        test_out = next(op for op in for_test.global_block().ops if op.name().endswith("custom_fused_attention")).result(0)
+        test_out = next(
+            op for op in for_test.global_block().ops if op.name().endswith("custom_fused_attention")
+        ).result(0)
         executor = paddle.static.Executor(paddle.CPUPlace())
         train = executor.run(main, feed=feed, fetch_list=[out])[0]
         test = executor.run(for_test, feed=feed, fetch_list=[test_out])[0]
@@ -345,7 +351,9 @@ def test_to_static(training, full_graph):
         return
     out.backward(d_out)
     for name, p in layer.named_parameters():
-        np.testing.assert_allclose(p.grad.numpy(), gradients[name], rtol=1e-5, atol=1e-5 * np.abs(gradients[name]).max())
+        np.testing.assert_allclose(
+            p.grad.numpy(), gradients[name], rtol=1e-5, atol=1e-5 * np.abs(gradients[name]).max()
+        )
 
 
 def test_jit_save_load_and_predictor(tmp_path):

@@ -1,5 +1,6 @@
-"""Who gets a gradient: stop_gradient and no_grad mean for the operator what they mean for Paddle's own, in every graph mode, also where
-they change after a graph was made."""
+"""Who gets a gradient: stop_gradient and no_grad mean for the operator what they mean for Paddle's own, in every graph
+mode, also where they change after a graph was made.
+"""
 
 import os
 import subprocess
@@ -24,7 +25,9 @@ class Composed(FusedMultiHeadAttention):
     """The block out of Paddle's own operators."""
 
     def forward(self, query, attn_mask=None):
-        qkv = paddle.matmul(query, self.qkv_weight.reshape([3 * E, E]), transpose_y=True) + self.qkv_bias.reshape([3 * E])
+        qkv = paddle.matmul(query, self.qkv_weight.reshape([3 * E, E]), transpose_y=True) + self.qkv_bias.reshape(
+            [3 * E]
+        )
         q, k, v = paddle.unbind(qkv.reshape([BATCH, SEQ_LEN, 3, H, E // H]).transpose([2, 0, 3, 1, 4]))
         scores = paddle.matmul(q * (E // H) ** -0.5, k, transpose_y=True)
         o = paddle.matmul(F.softmax(scores), v).transpose([0, 2, 1, 3]).reshape([BATCH, SEQ_LEN, E])
@@ -77,8 +80,9 @@ def forget_gradients(network):
 
 
 def compare(found, expected, true=None):
-    """Each gradient is that of Paddle's operators. Where those give none, so must the block; or, if what every gradient would be is
-    given, be right: a graph of Paddle's operators that was traced frozen stays so."""
+    """Each gradient is that of Paddle's operators. Where those give none, so must the block; or, if what every gradient
+    would be is given, be right: a graph of Paddle's operators that was traced frozen stays so.
+    """
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         if true is not None and gradient is None and found[name] is not None:
@@ -102,7 +106,9 @@ GRAPHS = pytest.mark.parametrize("graph", [lambda network: network, full_graph],
 
 
 def step(network):
-    """Gradients of one step, which are cleared. Where nothing is trained Paddle 3's backward does nothing and 2.6's raises."""
+    """Gradients of one step, which are cleared. Where nothing is trained Paddle 3's backward does nothing and 2.6's
+    raises.
+    """
     loss = loss_of(network)
     if not (IS_PADDLE_2 and loss.stop_gradient):
         loss.backward()
@@ -145,8 +151,9 @@ def test_changed_between_forward_and_backward(names, frozen, graph):
 
 
 def test_an_optimizer_of_what_was_frozen():
-    """Steps after the graph was traced with the block frozen move its weights as they move in dygraph, or not at all, as those of
-    Paddle's operators."""
+    """Steps after the graph was traced with the block frozen move its weights as they move in dygraph, or not at all,
+    as those of Paddle's operators.
+    """
 
     def run(block, graph):
         network = graph(Network(block))
@@ -161,7 +168,8 @@ def test_an_optimizer_of_what_was_frozen():
 
     found = run(FusedMultiHeadAttention, full_graph)
     assert any(
-        np.allclose(found, run(Composed, graph), rtol=1e-3, atol=1e-4) for graph in (full_graph, lambda network: network)
+        np.allclose(found, run(Composed, graph), rtol=1e-3, atol=1e-4)
+        for graph in (full_graph, lambda network: network)
     )
 
 
@@ -177,7 +185,9 @@ def distinct_network(block):
 @pytest.mark.skipif(IS_PADDLE_2, reason="parameters of a loaded model get no gradients on Paddle 2.6")
 @pytest.mark.parametrize("names", FREEZABLE, ids=lambda names: "+".join(sorted(names)))
 def test_saved_frozen_and_tuned(names, tmp_path):
-    """jit.save with frozen parameters, jit.load, and training of all: gradients, or their absence, are those of Paddle's operators."""
+    """jit.save with frozen parameters, jit.load, and training of all: gradients, or their absence, are those of
+    Paddle's operators.
+    """
 
     def run(block):
         network = distinct_network(block)
@@ -195,7 +205,9 @@ def test_saved_frozen_and_tuned(names, tmp_path):
             # By their values, which are all different: loaded parameters have other names.
             found = {}
             for parameter in loaded.parameters():
-                (name,) = [n for n, p in network.named_parameters() if p.shape == parameter.shape and (p == parameter).all()]
+                (name,) = [
+                    n for n, p in network.named_parameters() if p.shape == parameter.shape and (p == parameter).all()
+                ]
                 found[name] = None if parameter.grad is None else parameter.grad.numpy()
             results.append(found)
             forget_gradients(loaded)
@@ -318,7 +330,9 @@ class Distillation(nn.Layer):
         return hidden * hidden + target
 
 
-@pytest.mark.skipif(IS_PADDLE_2, reason="Paddle 2.6 has no no_grad in static graphs: its own layers get gradients there")
+@pytest.mark.skipif(
+    IS_PADDLE_2, reason="Paddle 2.6 has no no_grad in static graphs: its own layers get gradients there"
+)
 @pytest.mark.parametrize("form", ["context", "decorator"])
 @BLOCKS
 def test_teacher_under_no_grad(make, form):
@@ -326,7 +340,10 @@ def test_teacher_under_no_grad(make, form):
     network = Distillation(make(), form)
     loss_of(network).backward()
     expected = gradients_of(network)
-    assert expected["student.weight"] is not None and expected["teacher." + next(iter(network.teacher.state_dict()))] is None
+    assert (
+        expected["student.weight"] is not None
+        and expected["teacher." + next(iter(network.teacher.state_dict()))] is None
+    )
     forget_gradients(network)
     loss_of(full_graph(network)).backward()
     compare(gradients_of(network), expected)
@@ -435,7 +452,9 @@ def test_backward_twice():
 
 @pytest.mark.parametrize("holds", [False, True], ids=["program", "dygraph"])
 def test_bits_of_a_saved_program(holds):
-    """Programs of earlier versions say which inputs were frozen when they were made; only dygraph's own word is taken for it."""
+    """Programs of earlier versions say which inputs were frozen when they were made; only dygraph's own word is taken
+    for it.
+    """
     block = Network(FusedMultiHeadAttention).block
     x, d_out = map(paddle.to_tensor, arrays())
     out = block(x)

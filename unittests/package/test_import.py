@@ -56,14 +56,18 @@ def test_importing_twice_and_exports():
 
 
 def test_openmp_functions_are_in_paddles_runtime():
-    """A function that Paddle's OpenMP runtime lacks would be taken from any other that is loaded, whose threads know nothing of it."""
+    """A function that Paddle's OpenMP runtime lacks would be taken from any other that is loaded, whose threads know
+    nothing of it.
+    """
     runtime = os.path.join(paddle.sysconfig.get_lib(), "libiomp5.so")
     if not os.path.exists(runtime):
         pytest.skip("this Paddle brings no OpenMP runtime of its own")
     if shutil.which("nm") is None:
         pytest.skip("nm, of binutils, is not installed")
     (library,) = glob.glob(os.path.join(os.path.dirname(paddle_fused_attention.__file__), "_C*.so"))
-    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
     names = [word.split("@")[0] for word in listing.split() if word.startswith(("GOMP_", "omp_", "__kmpc_"))]
     assert names, "the operator is expected to be parallel"
     functions = ctypes.CDLL(runtime)

@@ -23,9 +23,12 @@ def test_version_is_that_of_the_distribution():
 def test_version_is_read_without_paddle():
     """As pip does where it makes a source distribution, in an environment that has none."""
     pytest.importorskip("setuptools")
-    program = (
-        "import runpy, sys; sys.modules['paddle'] = None; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
-    )
+    program = """
+import runpy, sys
+sys.modules["paddle"] = None
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == pfa.__version__

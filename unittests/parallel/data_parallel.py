@@ -16,7 +16,9 @@ PROCESSES = 2
 
 def make_network():
     paddle.seed(1)
-    return paddle.nn.Sequential(FusedMultiHeadAttention(24, 4, 0.0, 0.0, normalize_before=True), paddle.nn.Linear(24, 3))
+    return paddle.nn.Sequential(
+        FusedMultiHeadAttention(24, 4, 0.0, 0.0, normalize_before=True), paddle.nn.Linear(24, 3)
+    )
 
 
 def make_batches():

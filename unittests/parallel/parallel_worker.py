@@ -1,5 +1,5 @@
-"""Run by test_parallel.py: ``python parallel_worker.py PROCESSES DIRECTORY`` starts so many processes, and each saves what it found.
-The models and the training are those of the tests too.
+"""Run by test_parallel.py: ``python parallel_worker.py PROCESSES DIRECTORY`` starts so many processes, and each saves
+what it found. The models and the training are those of the tests too.
 """
 
 import copy
@@ -95,7 +95,10 @@ def gradients_with_keys(key_len):
     layer = make_network().second
     query = make_batch(0)[0]
     rng = np.random.default_rng(7)
-    arrays = [query, *(query if key_len == SEQ_LEN else rng.standard_normal((BATCH, key_len, EMBED_DIM)) for _ in range(2))]
+    arrays = [
+        query,
+        *(query if key_len == SEQ_LEN else rng.standard_normal((BATCH, key_len, EMBED_DIM)) for _ in range(2)),
+    ]
     tensors = [paddle.to_tensor(a.astype("float32"), stop_gradient=False) for a in arrays]
     mask = paddle.to_tensor(np.random.default_rng(9).random((BATCH, NUM_HEADS, SEQ_LEN, key_len)) > 0.3)
     paddle.seed(12)
@@ -239,7 +242,9 @@ def run_ring():
             arguments = dict(normalize_before=pre, transpose_qkv_wb=transposed)
             paddle.seed(4)
             whole = incubate.FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.3, **arguments)
-            part = incubate.FusedMultiHeadAttention(EMBED_DIM, NUM_HEADS, 0.0, 0.3, nranks=degree, ring_id=0, **arguments)
+            part = incubate.FusedMultiHeadAttention(
+                EMBED_DIM, NUM_HEADS, 0.0, 0.3, nranks=degree, ring_id=0, **arguments
+            )
             rng = np.random.default_rng(6)
             for parameter in whole.parameters():
                 parameter.set_value(rng.standard_normal(parameter.shape).astype("float32") * 0.3)

@@ -87,7 +87,9 @@ def test_other_keys_and_values(runs, key_len):
     if key_len == worker.SEQ_LEN:
         layer = worker.make_network().second
         x = paddle.to_tensor(worker.make_batch(0)[0])
-        mask = paddle.to_tensor(np.random.default_rng(9).random((worker.BATCH, worker.NUM_HEADS, key_len, key_len)) > 0.3)
+        mask = paddle.to_tensor(
+            np.random.default_rng(9).random((worker.BATCH, worker.NUM_HEADS, key_len, key_len)) > 0.3
+        )
         paddle.seed(12)
         np.testing.assert_allclose(expected["out"], layer(x, attn_mask=mask).numpy(), rtol=0, atol=1e-5)
     for degree in DEGREES:
@@ -114,7 +116,9 @@ def test_checkpoints(runs, directory):
     np.testing.assert_allclose(runs[4][0]["continued"], worker.resume(alone, worker.SECOND), rtol=0, atol=1e-5)
     network = worker.make_network()
     load_full_state_dict(network, paddle.load(str(directory / "degree4.pdparams")))
-    np.testing.assert_allclose(worker.resume(network, worker.THIRD), worker.resume(alone, worker.THIRD), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        worker.resume(network, worker.THIRD), worker.resume(alone, worker.THIRD), rtol=0, atol=1e-5
+    )
 
 
 def test_checkpoint_for_the_single_layer(runs, directory):
@@ -181,7 +185,9 @@ def test_errors(runs):
     for rank, found in enumerate(runs[2]):
         errors = {name.split("/")[1]: str(text) for name, text in found.items() if name.startswith("error/")}
         mesh = errors.pop("mesh", "")
-        assert mesh.startswith("NotImplementedError: x: expected ordinary tensors") == paddle.__version__.startswith("2.")
+        assert mesh.startswith("NotImplementedError: x: expected ordinary tensors") == paddle.__version__.startswith(
+            "2."
+        )
         assert errors == {
             "heads": "ValueError: num_heads: expected a multiple of the group's 2 processes, got 3",
             "type": "TypeError: group: expected a group of paddle.distributed.new_group or None, got list",
@@ -192,11 +198,13 @@ def test_errors(runs):
             "mask": "ValueError: attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = "
             "[4, 4, 7, 7], got [4, 2, 7, 7]",
             "state": "ValueError: qkv_weight: expected shape [3, 4, 6, 24], that of the whole layer, got [3, 2, 6, 24]",
-            "full": "TypeError: layer: expected a FusedMultiHeadAttention with all heads, got ParallelFusedMultiHeadAttention",
+            "full": "TypeError: layer: expected a FusedMultiHeadAttention with all heads, got "
+            "ParallelFusedMultiHeadAttention",
             "ring size": "ValueError: nranks: expected 2, the number of processes of ring_id 0, got 4",
-            "ring cache": "NotImplementedError: cache_kv: expected None with tensor parallelism, ring_id 0, got a Tensor",
-            "static": "NotImplementedError: tensor parallelism: expected dygraph, since the sum over the group is taken "
-            "between operators, got a static graph",
+            "ring cache": "NotImplementedError: cache_kv: expected None with tensor parallelism, ring_id 0, got a "
+            "Tensor",
+            "static": "NotImplementedError: tensor parallelism: expected dygraph, since the sum over the group is "
+            "taken between operators, got a static graph",
         }
 
 

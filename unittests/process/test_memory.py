@@ -49,7 +49,9 @@ reads_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 
 
 def peak_growth(seq_len, dtype, masked=False, threads=2):
-    """By how many KiB a forward and backward pass with one head of 32 raises the process's memory, and what Paddle allocates."""
+    """By how many KiB a forward and backward pass with one head of 32 raises the process's memory, and what Paddle
+    allocates.
+    """
     result = run_python(PEAK, seq_len, dtype, masked, threads=threads)
     assert result.returncode == 0, result.stderr[-3000:]
     return tuple(map(int, result.stdout.split()[-2:]))
@@ -59,7 +61,7 @@ def peak_growth(seq_len, dtype, masked=False, threads=2):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, masked", [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_memory_is_linear_in_the_sequence(dtype, masked):
-    """With dropout: twice the length takes at most twice the memory, but for what the system's page counts are out by."""
+    """With dropout, twice the length takes at most twice the memory, up to the error of the system's page counts."""
     (resident, allocated), (resident_of_two, allocated_of_two) = (peak_growth(s, dtype, masked) for s in (8192, 16384))
     one_matrix = 16384 * 16384 * (4 if dtype == "float32" else 2) // 1024
     assert max(resident_of_two, allocated_of_two) < one_matrix / 8
@@ -94,7 +96,9 @@ void fail_allocation(long number, size_t bytes) {
 
 long allocations_left(void) { return __atomic_load_n(&left, __ATOMIC_SEQ_CST); }
 
-static int fails(size_t size) { return left > 0 && size >= least && __atomic_sub_fetch(&left, 1, __ATOMIC_SEQ_CST) == 0; }
+static int fails(size_t size) {
+  return left > 0 && size >= least && __atomic_sub_fetch(&left, 1, __ATOMIC_SEQ_CST) == 0;
+}
 
 extern void* __libc_malloc(size_t);
 extern void* __libc_calloc(size_t, size_t);
@@ -102,7 +106,9 @@ extern void* __libc_realloc(void*, size_t);
 extern void* __libc_memalign(size_t, size_t);
 
 void* malloc(size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_malloc(size); }
-void* calloc(size_t count, size_t size) { return fails(count * size) ? (errno = ENOMEM, NULL) : __libc_calloc(count, size); }
+void* calloc(size_t count, size_t size) {
+  return fails(count * size) ? (errno = ENOMEM, NULL) : __libc_calloc(count, size);
+}
 void* realloc(void* old, size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_realloc(old, size); }
 void* aligned_alloc(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
 void* memalign(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
