@@ -69,7 +69,8 @@ def test_positional_arguments():
     mask = paddle.to_tensor(np.random.default_rng(1).standard_normal((BATCH, HEADS, SEQ, SEQ)))
     out = fused_multi_head_attention(
         a["x"], a["qkv_weight"], a["linear_weight"], False, None, None, a["ln_scale"], a["ln_bias"], 1e-5,
-        a["qkv_bias"], a["linear_bias"], None, mask, 0.3, 0.3, 1e-5, False, "upscale_in_train", -1, True, -1, False, None,
+        a["qkv_bias"], a["linear_bias"], None, mask, 0.3, 0.3, 1e-5, False, "upscale_in_train", -1, True, -1, False,
+        None,
     )  # fmt: skip
     used = {name: t for name, t in a.items() if not name.startswith("pre_")}
     check("out", out.numpy(), composed(**used, attn_mask=mask)[0].numpy())

@@ -213,7 +213,7 @@ def test_gradient_of_a_detached_key():
 
 @pytest.mark.parametrize("keys", [3, KEYS])
 def test_causal_is_aligned_at_the_end(keys):
-    """Query i sees the keys up to i + keys - queries. With fewer keys than queries the first see none and give zeros."""
+    """Query i sees the keys up to i + keys - queries. Where keys are fewer, the first see none and give zeros."""
     causal = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0, causal=True)
     plain = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0)
     plain.set_state_dict(causal.state_dict())
