@@ -1,8 +1,8 @@
 """Cases, inputs and comparisons shared by all tests; NumPy only.
 
-A `Case` is a shape, a dtype, the switches, the mask and the absent inputs. `make_inputs` draws its inputs as float64 numbers
-that the dtype holds exactly, so that the reference and the implementation compute on the same numbers; `to_storage` turns
-them into arrays as Paddle shows them in NumPy (bfloat16 as uint16).
+A `Case` is a shape, a dtype, the switches, the mask and the absent inputs. `make_inputs` draws its inputs as float64
+numbers that the dtype holds exactly, so that the reference and the implementation compute on the same numbers;
+`to_storage` turns them into arrays as Paddle shows them in NumPy (bfloat16 as uint16).
 """
 
 import zlib
@@ -26,8 +26,8 @@ UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 class Mask:
     """A mask to draw: its shape in letters and ones, e.g. "B1SS", its dtype, and what it holds.
 
-    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, much of it
-    -inf); "start", "end", "sides" (all see the keys of the first, the last, or both of these thirds).
+    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, much
+    of it -inf); "start", "end", "sides" (all see the keys of the first, the last, or both of these thirds).
     """
 
     shape: str = "B1SS"
@@ -179,9 +179,9 @@ def expect(case, inputs):
 def check_tensor(name, actual, expected, dtype, peer=None, stored=None):
     """Compares within the tolerance of `dtype` (docs/design.md, section 4).
 
-    16-bit: the largest error and the root mean square of the errors are each at most 2 (result) or 3 (gradients) times the
-    peer's. Where the peer happens to be exact, half a unit in the last place of the tensor's largest number remains; or, where the
-    tensor is `stored` in float32, what float32 is allowed.
+    16-bit: the largest error and the root mean square of the errors are each at most 2 (result) or 3 (gradients) times
+    the peer's. Where the peer happens to be exact, half a unit in the last place of the tensor's largest number
+    remains; or, where the tensor is `stored` in float32, what float32 is allowed.
     """
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if expected.size == 0:
@@ -200,7 +200,9 @@ def check_tensor(name, actual, expected, dtype, peer=None, stored=None):
         ("largest", error.max(), peer_error.max()),
         ("rms", np.sqrt((error**2).mean()), np.sqrt((peer_error**2).mean())),
     ):
-        assert own <= max(factor * other, floor), f"{name}: {kind} error {own:.3g}, composed ops {other:.3g}, scale {scale:.3g}"
+        assert own <= max(factor * other, floor), (
+            f"{name}: {kind} error {own:.3g}, composed ops {other:.3g}, scale {scale:.3g}"
+        )
 
 
 def check(case, expected, out, gradients):
@@ -212,7 +214,9 @@ def check(case, expected, out, gradients):
         pairs.append((name, actual, expected.gradients[name], peer))
     for name, actual, reference_value, peer in pairs:
         try:
-            check_tensor(name, actual, reference_value, case.dtype, peer, case.residual_dtype if name in ("out", "x") else None)
+            check_tensor(
+                name, actual, reference_value, case.dtype, peer, case.residual_dtype if name in ("out", "x") else None
+            )
         except AssertionError as error:
             complaints.append(str(error))
     assert not complaints, "{}\n{}".format(case, "\n".join(complaints))
@@ -225,8 +229,8 @@ LOWEST = {"float32": float(np.finfo(np.float32).min), "float16": -65504.0, "bflo
 def rows_far_down(dtype, low):
     """A case and inputs where a float mask of `low`, one of FAR_DOWN, lies on every key of some queries.
 
-    It hides none of them: beside it the scores themselves lose their last digits, or all, but the probabilities must still add up to
-    one, in the gradient too. So ordinary ops are the measure (check_by_ordinary_ops).
+    It hides none of them: beside it the scores themselves lose their last digits, or all, but the probabilities must
+    still add up to one, in the gradient too. So ordinary ops are the measure (check_by_ordinary_ops).
     """
     case = Case(2, 30, 2, 8, dtype, mask=Mask("B1SS", dtype)).but(attn_dropout_rate=0.1)
     inputs = make_inputs(case)
@@ -236,10 +240,12 @@ def rows_far_down(dtype, low):
 
 
 def equal_keys(dtype, size):
-    """A case and inputs where 64 tokens have one key and scores of up to about `size`, without a mask; dtype float32 or float64.
+    """A case and inputs where 64 tokens have one key and scores of up to about `size`, without a mask; dtype float32 or
+    float64.
 
-    Of such scores the last digits are worth more than one, but the probabilities must add up to one, in the gradient too. Ordinary ops
-    are no measure: they may round equal scores differently. The keys come of a feature that all tokens share.
+    Of such scores the last digits are worth more than one, but the probabilities must add up to one, in the gradient
+    too. Ordinary ops are no measure: they may round equal scores differently. The keys come of a feature that all
+    tokens share.
     """
     case = Case(2, 64, 2, 8, dtype).but(final_layer_norm=False)
     inputs = make_inputs(case)
@@ -255,7 +261,9 @@ def equal_keys(dtype, size):
 
 
 def check_equal_keys(case, inputs, out, gradients):
-    """Compares float64 arrays with the reference: the result, and the gradients of the values, whose weights are the probabilities."""
+    """Compares float64 arrays with the reference: the result, and the gradients of the values, whose weights are the
+    probabilities.
+    """
     arrays = {name: a for name, a in inputs.items() if name != "d_out"}
     expected = reference.backward(arrays, case.config, inputs["d_out"])
     check_tensor("out", out, reference.forward(arrays, case.config), case.dtype)
@@ -266,7 +274,9 @@ def check_equal_keys(case, inputs, out, gradients):
 def check_by_ordinary_ops(case, inputs, out, gradients):
     """Compares float64 arrays with the reference by the error of ordinary ops in the case's dtype, also in float32."""
     arrays = {name: a for name, a in inputs.items() if name != "d_out"}
-    expected = dict(reference.backward(arrays, case.config, inputs["d_out"]), out=reference.forward(arrays, case.config))
+    expected = dict(
+        reference.backward(arrays, case.config, inputs["d_out"]), out=reference.forward(arrays, case.config)
+    )
     peer_out, peers = reference.composed_16bit(arrays, case.config, inputs["d_out"], case.dtype, case.residual_dtype)
     for name, actual in dict(gradients, out=out).items():
         peer_error = np.abs(dict(peers, out=peer_out)[name] - expected[name]).max()

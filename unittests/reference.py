@@ -1,18 +1,18 @@
 """The attention block in float64 NumPy, straight from its definition: what every implementation is compared with.
 
-    h      = layer_norm(x; pre_ln_scale, pre_ln_bias, pre_ln_epsilon)  if pre_layer_norm else x
-    qkv    = h @ W^T + qkv_bias
-    scores = (q * D^-0.5) @ k^T + mask
-    p      = softmax(scores); a row that may see no key gives zeros
-    o      = dropout(p, attn_dropout_rate) @ v
-    y      = o @ linear_weight
-    z      = (x if add_residual) + dropout(y + linear_bias, dropout_rate)
-    out    = layer_norm(z; ln_scale, ln_bias, ln_epsilon)  if final_layer_norm else z
+h      = layer_norm(x; pre_ln_scale, pre_ln_bias, pre_ln_epsilon)  if pre_layer_norm else x
+qkv    = h @ W^T + qkv_bias
+scores = (q * D^-0.5) @ k^T + mask
+p      = softmax(scores); a row that may see no key gives zeros
+o      = dropout(p, attn_dropout_rate) @ v
+y      = o @ linear_weight
+z      = (x if add_residual) + dropout(y + linear_bias, dropout_rate)
+out    = layer_norm(z; ln_scale, ln_bias, ln_epsilon)  if final_layer_norm else z
 
-`Config` holds the switches. `forward` and `backward` take a dict of float64 arrays under the names of the public function's
-arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops. The attention in both
-stands alone too.
-Dropout masks are Philox4x32-10 numbers; their layout is that of custom_ops/core/philox.h, written here a second time.
+`Config` holds the switches. `forward` and `backward` take a dict of float64 arrays under the names of the public
+function's arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops.
+The attention in both stands alone too. Dropout masks are Philox4x32-10 numbers; their layout is that of
+custom_ops/core/philox.h, written here a second time.
 """
 
 from dataclasses import dataclass
@@ -131,7 +131,9 @@ def drop_factors(config, batch, seq_len, num_heads, embed_dim):
     output = _drop_factor(
         config.dropout_rate,
         config,
-        lambda: output_random(config.seed, config.offset, batch * seq_len, embed_dim).reshape(batch, seq_len, embed_dim),
+        lambda: output_random(config.seed, config.offset, batch * seq_len, embed_dim).reshape(
+            batch, seq_len, embed_dim
+        ),
     )
     return attention, output
 
@@ -178,8 +180,9 @@ def layer_norm_gradient(d_result, normalised, rstd, scale):
 
 
 def attention(qkv, added, factor):
-    """The attention of qkv [B, S, 3, H, D], with `added` to the scores and the probabilities times `factor`: the result,
-    [B, S, H, D], and what the gradient takes."""
+    """The attention of qkv [B, S, 3, H, D], with `added` to the scores and the probabilities times `factor`: the
+    result, [B, S, H, D], and what the gradient takes.
+    """
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
     q = q * qkv.shape[-1] ** -0.5
     p = softmax(q @ k.swapaxes(-1, -2) + added)
@@ -247,7 +250,9 @@ def backward(inputs, config, d_out):
 
     d_z = d_out
     if config.final_layer_norm:
-        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(d_out, v["z_normalised"], v["z_rstd"], inputs.get("ln_scale"))
+        d_z, g["ln_scale"], g["ln_bias"] = layer_norm_gradient(
+            d_out, v["z_normalised"], v["z_rstd"], inputs.get("ln_scale")
+        )
     d_y = d_z * v["output_factor"]
     g["linear_bias"] = d_y.sum((0, 1))
     g["linear_weight"] = rows(v["o"]).T @ rows(d_y)
@@ -322,13 +327,15 @@ def composed_attention_16bit_gradient(kept, d_result, dtype):
 def composed_16bit(inputs, config, d_out, dtype, residual_dtype=None):
     """Result and gradients of the block as a chain of ordinary ops on tensors of `dtype`: what a user has without it.
 
-    With residual_dtype "float32" x, d_out, what is added to x and the layer norms are float32: x is cast for the projection alone.
+    With residual_dtype "float32" x, d_out, what is added to x and the layer norms are float32: x is cast for the
+    projection alone.
 
-    A fair stand-in for Paddle's or PyTorch's 16-bit ops, many of which the CPU build of Paddle lacks: there each op reads
-    16-bit tensors, computes in float32 inside (matmul sums, softmax and layer-norm statistics included, layer-norm scale
-    and bias held in float32) and rounds once, when it writes its result; the gradient ops do the same, and two gradients
-    of one tensor are added by an op of their own. So this does exactly that, in the order that Paddle's layers do it, and
-    is kinder to the peer than real kernels in one respect: sums are in an order that NumPy chose for accuracy.
+    A fair stand-in for Paddle's or PyTorch's 16-bit ops, many of which the CPU build of Paddle lacks: there each op
+    reads 16-bit tensors, computes in float32 inside (matmul sums, softmax and layer-norm statistics included,
+    layer-norm scale and bias held in float32) and rounds once, when it writes its result; the gradient ops do the same,
+    and two gradients of one tensor are added by an op of their own. So this does exactly that, in the order that
+    Paddle's layers do it, and is kinder to the peer than real kernels in one respect: sums are in an order that NumPy
+    chose for accuracy.
     """
 
     def r(a):

@@ -1,7 +1,8 @@
-"""Runs a case through Paddle: dygraph or a static program, on a given device. Everything goes in and comes out as NumPy.
+"""Runs a case through Paddle: dygraph or a static program, on a given device. Everything goes in and comes out as
+NumPy.
 
-Only the operator and copies run on the device: gradients start from explicit tensors, never from a loss computed there, so
-that the same tests serve on devices where Paddle itself has no kernels.
+Only the operator and copies run on the device: gradients start from explicit tensors, never from a loss computed there,
+so that the same tests serve on devices where Paddle itself has no kernels.
 """
 
 import contextlib
@@ -25,7 +26,9 @@ def call(tensors, config, **changes):
 
 @functools.lru_cache(maxsize=None)
 def paddle_computes_on(place):
-    """Whether Paddle's own kernels work there: those of a Paddle that was not built for the GPU may do nothing and say nothing."""
+    """Whether Paddle's own kernels work there: those of a Paddle that was not built for the GPU may do nothing and say
+    nothing.
+    """
     one = paddle.to_tensor([1.0], place=place)
     return (one + one).numpy()[0] == 2.0
 
@@ -98,7 +101,9 @@ def check_stored(case, expected, out, gradients):
     for name, a in dict(gradients, out=out).items():
         dtype = case.dtype_of("x" if name == "out" else name)
         assert a.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype)), f"{name}: {a.dtype}"
-    common.check(case, expected, common.from_storage(out), {name: common.from_storage(g) for name, g in gradients.items()})
+    common.check(
+        case, expected, common.from_storage(out), {name: common.from_storage(g) for name, g in gradients.items()}
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The reference is checked by itself: known Philox numbers, finite differences, and Paddle's ordinary ops in float64."""
+"""The reference is checked by itself: known Philox numbers, finite differences, Paddle's ordinary ops in float64."""
 
 import common
 import numpy as np
@@ -59,7 +59,9 @@ def test_random_numbers_are_all_different_elements():
 GRADIENT_CASES = [
     Case(mask=Mask("B1SS", "float64")).but(pre_layer_norm=True, dropout_rate=0.3, attn_dropout_rate=0.2, seed=4),
     Case(mask=Mask("SS", "bool", "rows")).but(causal=True, final_layer_norm=False, attn_dropout_rate=0.5),
-    Case(mask=Mask("BHSS", "int64")).but(pre_layer_norm=True, add_residual=False, mode="downscale_in_infer", dropout_rate=0.5),
+    Case(mask=Mask("BHSS", "int64")).but(
+        pre_layer_norm=True, add_residual=False, mode="downscale_in_infer", dropout_rate=0.5
+    ),
     Case(absent=common.OPTIONAL).but(pre_layer_norm=True),
     Case().but(training=False, mode="downscale_in_infer", dropout_rate=0.4, attn_dropout_rate=0.3),
     Case(mask=Mask("B11S", "float64", "-inf")).but(dropout_rate=1.0),
@@ -78,7 +80,10 @@ def test_backward_is_the_derivative_of_forward(case):
         for _ in range(3):
             direction = rng.standard_normal(gradient.shape)
             ends = [
-                (reference.forward(dict(inputs, **{name: inputs[name] + sign * step * direction}), case.config) * d_out).sum()
+                (
+                    reference.forward(dict(inputs, **{name: inputs[name] + sign * step * direction}), case.config)
+                    * d_out
+                ).sum()
                 for sign in (1, -1)
             ]
             slope = (ends[0] - ends[1]) / (2 * step)
@@ -87,7 +92,9 @@ def test_backward_is_the_derivative_of_forward(case):
 
 
 def test_rows_without_a_key_give_zeros():
-    case = Case(mask=Mask("SS", "bool", "none"), absent=("linear_bias",)).but(final_layer_norm=False, add_residual=False)
+    case = Case(mask=Mask("SS", "bool", "none"), absent=("linear_bias",)).but(
+        final_layer_norm=False, add_residual=False
+    )
     inputs = common.make_inputs(case)
     d_out = inputs.pop("d_out")
     assert not reference.forward(inputs, case.config).any()
@@ -111,7 +118,9 @@ def test_reference_equals_ordinary_paddle_ops(pre_layer_norm):
     z = t["x"] + paddle.matmul(o, t["linear_weight"]) + t["linear_bias"]
     out = functional.layer_norm(z, [e], t["ln_scale"], t["ln_bias"])
     names = common.differentiable(inputs)
-    gradients = paddle.grad([out], [t[n] for n in names], grad_outputs=[paddle.to_tensor(d_out, place=paddle.CPUPlace())])
+    gradients = paddle.grad(
+        [out], [t[n] for n in names], grad_outputs=[paddle.to_tensor(d_out, place=paddle.CPUPlace())]
+    )
     common.check(
         case,
         common.expect(case, dict(inputs, d_out=d_out)),

@@ -1,4 +1,4 @@
-"""The core on NumPy arrays, without Paddle: every instruction set that this processor has, against the same reference."""
+"""The core on NumPy arrays, without Paddle: every instruction set that this processor has, against the reference."""
 
 import itertools
 import os
@@ -18,7 +18,13 @@ pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeL
 
 INSTRUCTION_SETS = pfa_core.instruction_sets()
 FULL = Case(2, 21, 2, 8, mask=Mask("B1SS", "bool")).but(
-    pre_layer_norm=True, attn_dropout_rate=0.2, dropout_rate=0.3, pre_ln_epsilon=1e-3, ln_epsilon=1e-4, seed=17, offset=3
+    pre_layer_norm=True,
+    attn_dropout_rate=0.2,
+    dropout_rate=0.3,
+    pre_ln_epsilon=1e-3,
+    ln_epsilon=1e-4,
+    seed=17,
+    offset=3,
 )
 
 
@@ -75,7 +81,9 @@ def test_switches(pre, final, residual, dtype, isa):
 @pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
 @pytest.mark.parametrize("pre, final, residual", list(itertools.product([False, True], repeat=3)))
 def test_float32_residual(pre, final, residual, dtype, isa):
-    case = FULL.but(dtype=dtype, residual_dtype="float32", pre_layer_norm=pre, final_layer_norm=final, add_residual=residual)
+    case = FULL.but(
+        dtype=dtype, residual_dtype="float32", pre_layer_norm=pre, final_layer_norm=final, add_residual=residual
+    )
     check_case(case, isa)
     check_case(case.but(dropout_rate=0.0, seq_len=150), isa)
 
@@ -96,7 +104,15 @@ def test_absent_inputs(absent, isa):
     check_case(FULL.but(absent=absent), isa)
 
 
-SIZES = [(2, 1, 2, 40), (1, 7, 6, 1), (2, 33, 3, 80), (1, 129, 1, 64), (1, 131, 1, 128), (2, 66, 1, 256), (3, 100, 5, 80)]
+SIZES = [
+    (2, 1, 2, 40),
+    (1, 7, 6, 1),
+    (2, 33, 3, 80),
+    (1, 129, 1, 64),
+    (1, 131, 1, 128),
+    (2, 66, 1, 256),
+    (3, 100, 5, 80),
+]
 
 
 @pytest.mark.slow
@@ -106,10 +122,12 @@ def test_sizes(sizes, dtype, isa):
     check_case(Case(*sizes, dtype=dtype).but(causal=True, attn_dropout_rate=0.1, seed=5, offset=2**33 + 1), isa)
 
 
-# Rows and widths at which matrix products are cut or read in another way: turned round, packed by each thread or for all, several runs
-# and spans of the sum, odd numbers.
+# Rows and widths at which matrix products are cut or read in another way: turned round, packed by each thread or for
+# all, several runs and spans of the sum, odd numbers.
 @pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 3, 1, 300), (8, 8, 2, 33), (5, 13, 3, 46), (3, 49, 1, 270), (60, 70, 1, 17)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 3, 1, 300), (8, 8, 2, 33), (5, 13, 3, 46), (3, 49, 1, 270), (60, 70, 1, 17)], ids=str
+)
 def test_matrix_products(sizes, dtype, isa):
     check_case(Case(*sizes, dtype=dtype).but(final_layer_norm=False), isa)
 
@@ -122,7 +140,9 @@ def test_masks(dtype, shape, causal, isa):
 
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("mask", [Mask("BHSS", "bool", "rows"), Mask("SS", "int32", "none"), Mask("B1SS", "float32", "-inf")])
+@pytest.mark.parametrize(
+    "mask", [Mask("BHSS", "bool", "rows"), Mask("SS", "int32", "none"), Mask("B1SS", "float32", "-inf")]
+)
 def test_hard_masks(mask, dtype, isa):
     check_case(Case(2, 37, 2, 8, dtype, mask=mask, absent=("linear_bias",)).but(final_layer_norm=False), isa)
 
@@ -142,7 +162,9 @@ def test_masks_of_any_strides(isa):
 
 @pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("batch, seq_len", [(0, 7), (2, 0)])
-@pytest.mark.parametrize("head_dim", [8, 80])  # few rows of a weight gradient, and so many that its threads share an operand
+@pytest.mark.parametrize(
+    "head_dim", [8, 80]
+)  # few rows of a weight gradient, and so many that its threads share an operand
 def test_zero_sizes(head_dim, batch, seq_len, dtype):
     check_case(FULL.but(batch=batch, seq_len=seq_len, head_dim=head_dim, dtype=dtype))
 
@@ -153,7 +175,9 @@ def test_zero_sizes(head_dim, batch, seq_len, dtype):
 def test_dropout(training, rate, mode):
     for dtype in ("float64", "float32"):
         check_case(
-            FULL.but(dtype=dtype, dropout_rate=rate, attn_dropout_rate=rate, mode=mode, training=training, seed=2**63 + 9)
+            FULL.but(
+                dtype=dtype, dropout_rate=rate, attn_dropout_rate=rate, mode=mode, training=training, seed=2**63 + 9
+            )
         )
 
 
@@ -182,7 +206,9 @@ def test_instruction_sets_agree():
 def test_calls_at_the_same_time():
     """Python threads with blocks of different sizes, forward and backward: each gets the bits that one alone gets."""
     cases = [Case(2, 90, 3, 32, "float32"), Case(1, 200, 2, 40, "bfloat16"), FULL, Case(1, 130, 2, 16, "float16")]
-    cases = [case.but(attn_dropout_rate=0.1, dropout_rate=0.1, causal=True, seed=seed) for seed, case in enumerate(cases)]
+    cases = [
+        case.but(attn_dropout_rate=0.1, dropout_rate=0.1, causal=True, seed=seed) for seed, case in enumerate(cases)
+    ]
     inputs = [common.make_inputs(case) for case in cases]
     start = threading.Barrier(len(cases))
 
@@ -242,8 +268,9 @@ assert len(handled) > 20, len(handled)
 
 
 def test_signals(isa):
-    """A signal may come at any instruction, on any thread: nothing below the stack pointer, and no memory, may be left in a state that
-    its handler spoils."""
+    """A signal may come at any instruction, on any thread: nothing below the stack pointer, and no memory, may be left
+    in a state that its handler spoils.
+    """
     path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
     environment = dict(os.environ, PYTHONPATH=path)
     command = [sys.executable, "-c", UNDER_SIGNALS, isa]

@@ -1,4 +1,6 @@
-"""Writes torch_zip.bin and torch_legacy.bin with PyTorch; test_checkpoint_files.py has what they hold. Made with PyTorch 2.13."""
+"""Writes torch_zip.bin and torch_legacy.bin with PyTorch; test_checkpoint_files.py has what they hold. Made with
+PyTorch 2.13.
+"""
 
 from collections import OrderedDict
 from pathlib import Path

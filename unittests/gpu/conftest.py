@@ -1,4 +1,4 @@
-"""Tests of the CUDA core through pfa_core, on tensors of PyTorch; skipped where there is no GPU, PyTorch or CUDA build."""
+"""Tests of the CUDA core by pfa_core, on tensors of PyTorch. Left out where there is no GPU, PyTorch or CUDA build."""
 
 import sys
 from pathlib import Path

@@ -113,17 +113,23 @@ class Run:
 
     def backward(self, wanted):
         if not hasattr(self, "gradients"):
-            self.gradients = {n: self.memory.empty(self.tensors[n].shape, self.tensors[n].dtype, self.offset) for n in wanted}
+            self.gradients = {
+                n: self.memory.empty(self.tensors[n].shape, self.tensors[n].dtype, self.offset) for n in wanted
+            }
             self.backward_arrays = {n: a for n, a in self.arrays.items() if n != "out"}
             self.backward_arrays["d_out"] = self.tensors["d_out"].data_ptr()
             self.backward_arrays.update({"d_" + n: g.data_ptr() for n, g in self.gradients.items()})
             self.backward_workspace = self.memory.bytes(self.block.backward_workspace_bytes(self.backward_arrays))
-        self.block.backward(self.backward_arrays, self.saved.data_ptr(), self.backward_workspace.data_ptr(), self.stream())
+        self.block.backward(
+            self.backward_arrays, self.saved.data_ptr(), self.backward_workspace.data_ptr(), self.stream()
+        )
         return self.gradients
 
 
 def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
-    """The attention stages alone on qkv [B, S, 3, H, D] and d_out [B, S, H, D]: the result, and the gradients of qkv and its bias."""
+    """The attention stages alone on qkv [B, S, 3, H, D] and d_out [B, S, H, D]: the result, and the gradients of qkv
+    and its bias.
+    """
     batch, seq_len, _, num_heads, head_dim = qkv.shape
     config = dict(batch=batch, seq_len=seq_len, embed_dim=num_heads * head_dim, num_heads=num_heads, head_dim=head_dim)
     block = pfa_core.CudaBlock(dict(config, dtype=str(qkv.dtype).split(".")[1], **switches))

@@ -1,4 +1,6 @@
-"""The attention stages alone against float64 in NumPy: no product of cuBLAS's runs, whose kernels racecheck cannot always follow."""
+"""The attention stages alone against float64 in NumPy: no product of cuBLAS's runs, whose kernels racecheck cannot
+always follow.
+"""
 
 import common
 import numpy as np
@@ -34,10 +36,11 @@ LIMIT = {"float64": 1e-11, "float32": 2e-5, "tf32": 2e-3, "float16": 2e-3, "bflo
 
 
 def check_two_keys(dtype, size, seq_len, head_dim, small_rows=False, causal=False, **switches):
-    """Attention where every key is one or its opposite, and scores are some times `size`, or without it in every third of `small_rows`.
+    """Attention where every key is one or its opposite, and scores are some times `size`, or without it in every third
+    of `small_rows`.
 
-    The last digits of such scores are worth more than one, but the sums of queries and keys are the same whenever they are formed: so a
-    row's probabilities are equal among the keys that win, and add up to one.
+    The last digits of such scores are worth more than one, but the sums of queries and keys are the same whenever they
+    are formed: so a row's probabilities are equal among the keys that win, and add up to one.
     """
     rng = np.random.default_rng(head_dim)
     qkv = 0.2 * rng.standard_normal((1, seq_len, 3, 2, head_dim))
@@ -77,7 +80,8 @@ def test_large_scores(size, seq_len, head_dim, dtype):
     check_two_keys(dtype, size, seq_len, head_dim)
 
 
-# Not in 16 bits: there the highest probability, before it is divided by the sum, is a power of two that rounds, and no longer 1.
+# Not in 16 bits: there the highest probability, before it is divided by the sum, is a power of two that rounds, and no
+# longer 1.
 @pytest.mark.parametrize("dtype", ("float32", "float64"))
 @pytest.mark.parametrize("head_dim", (64, 30))
 def test_larger_scores(head_dim, dtype):

@@ -28,7 +28,9 @@ FEATURES = {
     "dropout-output-only": Case(config=Config(dropout_rate=0.5, offset=3)),
     "downscale": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, mode="downscale_in_infer")),
     "eval": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False)),
-    "eval-downscale": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False, mode="downscale_in_infer")),
+    "eval-downscale": Case(
+        config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False, mode="downscale_in_infer")
+    ),
     "epsilon": Case(config=Config(pre_layer_norm=True, pre_ln_epsilon=0.1, ln_epsilon=0.5)),
 }
 for absent in common.OPTIONAL[:-1]:
@@ -92,7 +94,9 @@ def test_float32_residual_forward_alone_has_the_same_bits(feature, dtype):
 
 
 def test_float32_residual_is_not_rounded():
-    """With every element of the branch dropped, x comes out as it went in, and so does its gradient but for what attention adds."""
+    """With every element of the branch dropped, x comes out as it went in, and so does its gradient but for what
+    attention adds.
+    """
     case = Case(dtype="bfloat16", residual_dtype="float32", config=Config(final_layer_norm=False, dropout_rate=1.0))
     inputs = common.make_inputs(case)
     out, gradients = run_case(case, inputs)
@@ -102,7 +106,10 @@ def test_float32_residual_is_not_rounded():
 def test_float32_residual_beyond_float16():
     """x may be larger than any float16 where a layer norm comes before the projection."""
     case = Case(
-        dtype="float16", residual_dtype="float32", seq_len=37, config=Config(pre_layer_norm=True, final_layer_norm=False)
+        dtype="float16",
+        residual_dtype="float32",
+        seq_len=37,
+        config=Config(pre_layer_norm=True, final_layer_norm=False),
     )
     inputs = common.make_inputs(case)
     inputs["x"] = reference.round_to(inputs["x"] * 7e4, "float32").astype(np.float64)
@@ -117,7 +124,9 @@ def test_many_layers_with_float32_residual(dtype):
     x = common.make_inputs(Case(dtype="float32", seq_len=32, num_heads=4, head_dim=16))["x"]
     actual, expected, composed, rounded = x, x, x, reference.round_to(x, dtype)
     for layer in range(24):
-        case = Case(dtype=dtype, residual_dtype="float32", seq_len=32, num_heads=4, head_dim=16, config=config).but(seed=layer)
+        case = Case(dtype=dtype, residual_dtype="float32", seq_len=32, num_heads=4, head_dim=16, config=config).but(
+            seed=layer
+        )
         weights = common.make_inputs(case)
         d_out = weights.pop("d_out")
         actual, _ = run_case(case, dict(weights, x=actual, d_out=d_out), wanted=[])
@@ -273,7 +282,9 @@ def test_deterministic(dtype):
         assert (gradient == second[1][name]).all(), name
 
 
-@pytest.mark.parametrize("dtype,residual_dtype", [(dtype, None) for dtype in common.DTYPES] + [("float16", "float32")], ids=str)
+@pytest.mark.parametrize(
+    "dtype,residual_dtype", [(dtype, None) for dtype in common.DTYPES] + [("float16", "float32")], ids=str
+)
 @pytest.mark.parametrize("pre", (False, True))
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
 def test_empty(shape, pre, dtype, residual_dtype):

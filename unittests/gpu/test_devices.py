@@ -1,4 +1,6 @@
-"""The GPU and the CPU draw the same dropout masks and compute the same block; so does a second GPU, be it the current device or not."""
+"""The GPU and the CPU draw the same dropout masks and compute the same block; so does a second GPU, be it the current
+device or not.
+"""
 
 from dataclasses import asdict
 
@@ -14,8 +16,14 @@ from reference import Config
 
 CASES = [
     Case(seq_len=37, config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, seed=2**63 + 5, offset=2**33 + 1)),
-    Case(seq_len=130, head_dim=40, config=Config(pre_layer_norm=True, dropout_rate=0.5, attn_dropout_rate=0.5, causal=True)),
-    Case(seq_len=65, head_dim=3, num_heads=3, mask=Mask("BHSS"), config=Config(dropout_rate=0.1, attn_dropout_rate=0.1)),
+    Case(
+        seq_len=130,
+        head_dim=40,
+        config=Config(pre_layer_norm=True, dropout_rate=0.5, attn_dropout_rate=0.5, causal=True),
+    ),
+    Case(
+        seq_len=65, head_dim=3, num_heads=3, mask=Mask("BHSS"), config=Config(dropout_rate=0.1, attn_dropout_rate=0.1)
+    ),
 ]
 
 
@@ -37,14 +45,18 @@ def test_same_as_cpu(case):
     # Far below what one element dropped or kept differently would make.
     np.testing.assert_allclose(gpu_out, out, rtol=0, atol=1e-11 * abs(out).max())
     for name in names:
-        np.testing.assert_allclose(gpu_gradients[name], gradients[name], rtol=0, atol=1e-11 * abs(gradients[name]).max())
+        np.testing.assert_allclose(
+            gpu_gradients[name], gradients[name], rtol=0, atol=1e-11 * abs(gradients[name]).max()
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("current", (0, 1))
 @pytest.mark.parametrize("dtype", common.DTYPES)
 def test_second_gpu(dtype, current):
-    case = Case(dtype=dtype, seq_len=257, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, causal=True))
+    case = Case(
+        dtype=dtype, seq_len=257, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, causal=True)
+    )
     inputs = common.make_inputs(case)
     names = [name for name in reference.DIFFERENTIABLE if name in inputs]
     with torch.cuda.device(1):

@@ -1,5 +1,6 @@
-"""Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, with PyTorch's flash
-way as the peer."""
+"""Attention at long sequences, and on many heads, against float64 on the device, computed in chunks of queries, with
+PyTorch's flash way as the peer.
+"""
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def errors(actual, expected):
 
 
 def check(actual, inputs, causal=False):
-    """Compares the result and the gradients of q, k and v of a head with float64, and 16-bit ones with PyTorch's errors."""
+    """Compares the result and the gradients of q, k and v of a head with float64, and 16-bit ones with PyTorch's
+    errors.
+    """
     dtype = str(inputs[0].dtype).split(".")[1]
     expected = reference(*(t.double() for t in inputs), causal)
     peers = peer(*inputs, causal) if dtype in ("float16", "bfloat16") else [None] * 4

@@ -6,18 +6,24 @@ import reference
 import torch
 from device import Memory, torch_dtype
 
-# By vectors with few and many numbers per thread, at the limits of each, by single numbers, and rows too long for registers.
+# By vectors with few and many numbers per thread, at the limits of each, by single numbers, and rows too long for
+# registers.
 COLS = (8, 96, 768, 1000, 1023, 1024, 2560, 4096, 4104, 8192, 12288, 16384, 20000, 40000)
 LIMIT = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 class Rows:
-    """x, y, z, d_out of [rows, cols] and layer-norm parameters, with what the stages write; `narrow`: the dtype of the products'
-    operands, where it is not that of x."""
+    """x, y, z, d_out of [rows, cols] and layer-norm parameters, with what the stages write; `narrow`: the dtype of the
+    products' operands, where it is not that of x.
+    """
 
     def __init__(self, dtype, norm_dtype, rows, cols, rate=0.0, offset=0, narrow=None, **switches):
         self.memory = Memory()
-        self.dtype, self.norm_dtype, self.narrow = torch_dtype(dtype), torch_dtype(norm_dtype), torch_dtype(narrow or dtype)
+        self.dtype, self.norm_dtype, self.narrow = (
+            torch_dtype(dtype),
+            torch_dtype(norm_dtype),
+            torch_dtype(narrow or dtype),
+        )
         self.rows, self.cols, self.rate, self.offset = rows, cols, rate, offset
         dtypes = dict(dtype=narrow or dtype, residual_dtype=dtype, norm_dtype=norm_dtype)
         config = dict(batch=1, seq_len=rows, embed_dim=cols, num_heads=1, head_dim=1, dropout_rate=rate)
@@ -47,7 +53,9 @@ class Rows:
         size = 6 * 132 * 2 * max(self.cols, 64) * 8 if backward else 64
         workspace = self.memory.bytes(size)
         self.block.run_stage(
-            stage, dict(arrays, random_state=self.random_state.data_ptr(), stage_workspace=workspace.data_ptr()), self.stream
+            stage,
+            dict(arrays, random_state=self.random_state.data_ptr(), stage_workspace=workspace.data_ptr()),
+            self.stream,
         )
         torch.cuda.synchronize()
         self.memory.check()
@@ -101,7 +109,10 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0, na
     residual, out = r.empty(rows, cols).copy_(y), r.empty(rows, cols)
     mean = None if rate else r.empty(rows, dtype=r.accumulator)
     rstd = r.empty(rows, dtype=r.accumulator)
-    r.run("residual_forward", dict(x=x, residual=residual, out=out, ln_scale=scale, ln_bias=bias, ln_mean=mean, ln_rstd=rstd))
+    r.run(
+        "residual_forward",
+        dict(x=x, residual=residual, out=out, ln_scale=scale, ln_bias=bias, ln_mean=mean, ln_rstd=rstd),
+    )
     factor = r.factor()
     z = y.double() * factor + x.double() if rate else y.double()
     n = normalise(z)

@@ -1,4 +1,5 @@
-"""Models of PaddleNLP and PaddleClas, and ONNX files: the same numbers after convert(), by whatever way the libraries go.
+"""Models of PaddleNLP and PaddleClas, and ONNX files: the same numbers after convert(), by whatever way the libraries
+go.
 
 In an environment of their own: `make test-libraries`. Weights are random and small; nothing is downloaded.
 """
@@ -16,7 +17,14 @@ import paddle
 import paddlenlp.transformers as library
 import pytest
 from paddle import nn
-from paddle_fused_attention import FusedMultiHeadAttention, _op, convert, pack_optimizer_state, revert, separate_state_dict
+from paddle_fused_attention import (
+    FusedMultiHeadAttention,
+    _op,
+    convert,
+    pack_optimizer_state,
+    revert,
+    separate_state_dict,
+)
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers.distill_utils import to_distill
 
@@ -183,7 +191,9 @@ def test_what_the_operator_does_not_compute_is_named(name):
 
 def test_llama_and_t5_are_reported():
     llama = library.LlamaModel(
-        library.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+        library.LlamaConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        )
     )
     _, report = convert(llama, return_report=True)
     assert "LlamaAttention, for which there is no adapter" in report.left_alone["layers.0.self_attn"]

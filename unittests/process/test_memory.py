@@ -1,0 +1,169 @@
+"""Memory that a process takes, and what happens when there is none."""
+
+import os
+import shutil
+import subprocess
+
+import common
+import pytest
+from processes import run_python
+
+PEAK = """
+import ctypes, sys
+import common, runners, paddle
+from common import Case, Mask
+
+# What is freed goes back to the system, and no page is larger than what is asked for.
+libc = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, PR_SET_THP_DISABLE = -3, 41
+libc.mallopt(M_MMAP_THRESHOLD, 65536)
+libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+def resident(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+def allocated(which):
+    return getattr(paddle.base.core, f"host_memory_stat_{which}_value")("Allocated", 0) // 1024
+
+seq_len, dtype, masked = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+
+def run(seq_len):
+    case = Case(1, seq_len, 1, 32, dtype, mask=Mask("B11S", "bool") if masked else None)
+    case = case.but(attn_dropout_rate=0.1, dropout_rate=0.1, pre_layer_norm=True, causal=not masked)
+    inputs = common.make_inputs(case)
+    arrays = common.stored_inputs(case, inputs)
+    libc.malloc_trim(0)
+    before, earlier_peak, allocated_before = resident("VmRSS"), resident("VmHWM"), allocated("current")
+    runners.run_dygraph(arrays, case.config, paddle.CPUPlace(), common.differentiable(inputs))
+    peak = resident("VmHWM")
+    return peak > earlier_peak, peak - before, allocated("peak") - allocated_before
+
+run(64)
+run(1024)
+rises, *growth = run(seq_len)
+assert rises, "the peak was reached before the measurement"
+print(*growth)
+"""
+reads_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
+
+
+def peak_growth(seq_len, dtype, masked=False, threads=2):
+    """By how many KiB a forward and backward pass with one head of 32 raises the process's memory, and what Paddle
+    allocates.
+    """
+    result = run_python(PEAK, seq_len, dtype, masked, threads=threads)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return tuple(map(int, result.stdout.split()[-2:]))
+
+
+@reads_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, masked", [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_memory_is_linear_in_the_sequence(dtype, masked):
+    """With dropout, twice the length takes at most twice the memory, up to the error of the system's page counts."""
+    (resident, allocated), (resident_of_two, allocated_of_two) = (peak_growth(s, dtype, masked) for s in (8192, 16384))
+    one_matrix = 16384 * 16384 * (4 if dtype == "float32" else 2) // 1024
+    assert max(resident_of_two, allocated_of_two) < one_matrix / 8
+    assert resident_of_two < 2 * resident + 1024
+    assert allocated_of_two <= 2 * allocated + 4
+
+
+@reads_proc
+@pytest.mark.slow
+def test_threads_that_share_a_head_share_its_memory():
+    """Sums over the whole sequence for each of 8 threads would be 14 MiB more than for one."""
+    (_, alone), (_, shared) = (peak_growth(8192, "float32", threads=threads) for threads in (1, 8))
+    assert shared < alone + 2048
+
+
+FAILING_ALLOCATIONS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+// The allocation that fails is the one that brings `left` to 0, of those of at least `least` bytes; 0 and less: none.
+static long left = 0;
+static size_t least = 0;
+
+void fail_allocation(long number, size_t bytes) {
+  least = bytes;
+  __atomic_store_n(&left, number, __ATOMIC_SEQ_CST);
+}
+
+long allocations_left(void) { return __atomic_load_n(&left, __ATOMIC_SEQ_CST); }
+
+static int fails(size_t size) {
+  return left > 0 && size >= least && __atomic_sub_fetch(&left, 1, __ATOMIC_SEQ_CST) == 0;
+}
+
+extern void* __libc_malloc(size_t);
+extern void* __libc_calloc(size_t, size_t);
+extern void* __libc_realloc(void*, size_t);
+extern void* __libc_memalign(size_t, size_t);
+
+void* malloc(size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_malloc(size); }
+void* calloc(size_t count, size_t size) {
+  return fails(count * size) ? (errno = ENOMEM, NULL) : __libc_calloc(count, size);
+}
+void* realloc(void* old, size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_realloc(old, size); }
+void* aligned_alloc(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
+void* memalign(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
+int posix_memalign(void** result, size_t alignment, size_t size) {
+  void* memory = fails(size) ? NULL : __libc_memalign(alignment, size);
+  if (!memory) return ENOMEM;
+  *result = memory;
+  return 0;
+}
+"""
+SHORT_OF_MEMORY = """
+import ctypes, sys
+import numpy as np
+import common, runners, paddle
+from common import Case
+
+hooks = ctypes.CDLL(sys.argv[1])
+hooks.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
+hooks.allocations_left.restype = ctypes.c_long
+paddle.set_flags({"FLAGS_use_system_allocator": True})
+dtype = sys.argv[2]
+case = Case(2, 90, 3, 24, dtype).but(pre_layer_norm=True, attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
+inputs = common.make_inputs(case)
+arguments = common.stored_inputs(case, inputs), case.config, paddle.CPUPlace(), common.differentiable(inputs)
+
+def results():
+    out, gradients = runners.run_dygraph(*arguments)
+    return [out, *gradients.values()]
+
+expected = results()
+errors = 0
+for number in range(1, 10000):
+    hooks.fail_allocation(number, 2048)
+    try:
+        arrays = results()
+    except Exception:
+        errors += 1
+        arrays = None
+    left = hooks.allocations_left()
+    hooks.fail_allocation(0, 0)
+    if arrays is not None and not all(map(np.array_equal, arrays, expected)):
+        sys.exit(f"wrong numbers when allocation {number} failed")
+    if left > 0:
+        break
+print("errors", errors)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="cc, which compiles the allocator that fails, is not installed")
+@pytest.mark.parametrize("dtype", common.DTYPES)
+def test_each_allocation_may_fail(dtype, tmp_path):
+    """The numbers are right or there is an error, whichever allocation of a forward and backward pass fails."""
+    source, library = tmp_path / "failing.c", tmp_path / "libfailing.so"
+    source.write_text(FAILING_ALLOCATIONS)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", str(source), "-o", str(library)], check=True)
+    result = run_python(SHORT_OF_MEMORY, library, dtype, LD_PRELOAD=str(library))
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout[-500:]}{result.stderr[-3000:]}"
+    assert int(result.stdout.split()[-1]) > 5
