@@ -78,6 +78,14 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_heads(embed_dim: Any, num_heads: Any) -> tuple[int, int]:
+    """Returns a layer's width and its number of heads, which must divide it, as ints."""
+    embed_dim, num_heads = check_count("embed_dim", embed_dim), check_count("num_heads", num_heads)
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+    return embed_dim, num_heads
+
+
 def check_seed(name: str, value: Any) -> int:
     """Returns a seed, which must be an int of 64 bits, as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -9,7 +9,7 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
 from ._block import MODES, TENSORS, Block
-from ._checks import INFINITY, check_count, check_number, check_switches
+from ._checks import INFINITY, check_heads, check_number, check_switches
 from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
@@ -76,8 +76,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         add_residual: bool = True,
     ) -> None:
         super().__init__(name_scope=name)
-        self.embed_dim = embed_dim = check_count("embed_dim", embed_dim)
-        self.num_heads = num_heads = check_count("num_heads", num_heads)
+        embed_dim, num_heads = self.embed_dim, self.num_heads = check_heads(embed_dim, num_heads)
+        self.head_dim = embed_dim // num_heads
         check_switches(
             normalize_before=normalize_before,
             need_weights=need_weights,
@@ -85,9 +85,6 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             causal=causal,
             add_residual=add_residual,
         )
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
-        self.head_dim = embed_dim // num_heads
         for argument, value in (("kdim", kdim), ("vdim", vdim)):
             if value is not None and value != embed_dim:
                 raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
