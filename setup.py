@@ -1,8 +1,8 @@
 """Builds the operator library of paddle_fused_attention for the Paddle that is installed.
 
 The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/op, with their cuda
-parts where Paddle is built with CUDA. What it was built for is written to paddle_fused_attention/_build_info.py, which
-the package compares with the Paddle that it finds at import.
+parts where Paddle is built with CUDA. The build writes what it was built for to paddle_fused_attention/_build_info.py,
+which the package compares with the Paddle that it finds at import.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, the number of compilers to run at once (default: one per core);
 CUDA_HOME; PADDLE_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" (default: the cards that are visible).
@@ -145,9 +145,9 @@ class Toolchain:
             core[".cu"] = [*nvcc, *defines, *includes]
         operator = {".cc": [*cxx, *cxx_flags, *paddle_says.extra_compile_args["cxx"]]}
         operator[".cc"] += [*operator_defines, *operator_includes, *user_flags]
-        # Each with its command and its object. Objects of other commands live side by side, so that going from one
-        # Paddle to another compiles nothing twice. The core includes none of Paddle's headers: its objects serve every
-        # Paddle.
+        # Each source with its command and its object. Objects of other commands live side by side, so that a change
+        # from one Paddle to another compiles nothing twice. The core includes none of Paddle's headers, so its objects
+        # serve every Paddle.
         self.compilations = [
             (
                 source,

@@ -3,12 +3,12 @@
     python benchmarks/cpu_block.py [--threads 2 1] [--dtype float32 bfloat16] [--rounds 7] [--case NAME ...]
         [--json FILE] [--chart FILE]
 
-Each library runs in a process of its own; one after another they take a turn at a case, for several rounds (three where
-they take long), and the medians are compared: forward in eval mode without gradients, and forward and backward in
-training with dropout 0.1. Paddle's layers have no bfloat16 on the CPU. The growth of each process's peak memory over a
-training step is read in a fresh process that runs nothing else. Then every stage of ours is timed alone and compared
-with its floor (cpu_stages.cc, for which g++ is needed). PyTorch and matplotlib are needed
-(benchmarks/requirements.txt); without PyTorch its column stays empty.
+Each library runs in a process of its own. They take turns at a case for several rounds (three if these take long), and
+the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
+Paddle's layers have no bfloat16 on the CPU. A fresh process that runs nothing else measures by how much a training step
+raises the peak of its memory. Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for
+which g++ is needed). PyTorch and matplotlib are needed (benchmarks/requirements.txt); without PyTorch its column stays
+empty.
 """
 
 import argparse

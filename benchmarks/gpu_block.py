@@ -1,8 +1,9 @@
 """The attention block on one GPU: ours against PyTorch's ways, attention alone, and each of our stages against its
 floor.
 
-    make gpu-bench PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--compile flash cudnn]
-    [--parts block ...]
+    make gpu-bench
+    PYTHONPATH=build/gpu python3 benchmarks/gpu_block.py [--cases bert_base ...] [--compile flash cudnn]
+        [--parts block ...]
 
 All contenders of a case run in one process, taking turns; a time is the median over turns of the time per call, host
 work included. `forward` is inference: no dropout, nothing saved. `training` is forward and gradients of x and of all
@@ -171,7 +172,7 @@ class Ours:
         return self.blocks[training]([x, *parameters.values()], training)
 
 
-def composed(case, attention):
+def plain_torch_block(case, attention):
     """The block of PyTorch's functions, with an attention function (q, k, v, rate) on [B, H, S, D]."""
 
     def block(x, parameters, training):
@@ -217,7 +218,7 @@ def contenders(case, options):
     yield "ours", Ours(case)
     for peer in case.peers:
         attention = unfused_attention(case) if peer == "unfused" else library_attention(case, peer)
-        block = composed(case, attention)
+        block = plain_torch_block(case, attention)
         yield f"{peer} eager", block
         if peer in options.compile:
             yield f"{peer} compiled", torch.compile(block, dynamic=False)

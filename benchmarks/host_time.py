@@ -2,9 +2,9 @@
 
     python benchmarks/host_time.py [--device gpu]
 
-On a GPU the shapes are 8 x 128 x 1024 with 16 heads in float16, and the work that calls queue is waited for outside of
-the times. On the CPU a call works before it returns, so the shapes are tiny: 1 x 2 x 8 with 2 heads in float32. All
-take turns; medians over turns of the time per call.
+On a GPU the shapes are 8 x 128 x 1024 with 16 heads in float16, and the queued work is waited for outside of the times.
+On the CPU a call works before it returns, so the shapes are tiny: 1 x 2 x 8 with 2 heads in float32. All calls take
+turns; a result is the median over turns of the time per call.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Training with checkpoints that go on bit for bit.
 
-All that a step depends on is the parameters, the optimizer's state (with its learning rate), and the number of the
-step: this gives the batch, and the seed of Paddle's generator, from which dropout is drawn. So a checkpoint holds
-these, and the losses up to it.
+A step depends only on the parameters, the optimizer's state (with its learning rate) and the step's number, which gives
+the batch and the seed of Paddle's generator, from which dropout is drawn. So a checkpoint holds these, and the losses
+up to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is; the same settings give the same numbers."""
+    """The settings of a run; the same settings give the same numbers."""
 
     epochs: int = 20
     batch_size: int = 64

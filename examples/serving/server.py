@@ -3,7 +3,7 @@
     GET /health           {"status": "ok", "paddle": "3.3.1"}
     POST /embed           {"texts": [str, ...]} to {"embeddings": [[float, ...], ...]}, a row of length 1 for each text
 
-What a request does wrong is answered with status 400, 404 or 413 and {"error": str}.
+A bad request is answered with status 400, 404 or 413 and {"error": str}.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Fused multi-head attention for PaddlePaddle: a whole attention block as one operator, on CPU and GPU.
 
-Importing it registers the operator with Paddle. A saved model holds the operator by its name: import this package
-before such a model is loaded, by paddle.jit.load or a predictor. Otherwise Paddle 2.6 says that the operator is not
-registered, Paddle 3 that "op [] kernel output args (0) defs should equal op outputs (2)", or, since 3.1, where the
-result of a loaded model is the operator's own, calling it is a segmentation fault.
+Importing it registers the operator with Paddle. A saved model holds the operator by its name, so import this package
+before paddle.jit.load or a predictor loads such a model. Otherwise Paddle 2.6 says that the operator is not registered,
+and Paddle 3 that "op [] kernel output args (0) defs should equal op outputs (2)". Since 3.1 a loaded model whose result
+is the operator's own ends in a segmentation fault when it is called.
 """
 
 from . import incubate

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _ProgressBar:
-    """On a terminal only."""
+    """A progress bar on stderr, if that is a terminal."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -114,7 +114,7 @@ class _ProgressBar:
 
 
 def _print(text: str, file: TextIO) -> None:
-    """Prints one line, whatever the names in it hold."""
+    """Prints one line, with unprintable characters escaped and long text cut."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > 1000:
         text = f"{text[:600]}[...]{text[-395:]}"
@@ -138,7 +138,7 @@ def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str,
 
 
 def _config_beside(source: Path) -> dict[str, Any] | None:
-    """The config.json that stands beside the checkpoint of a model, if there is one."""
+    """The content of the config.json beside the checkpoint of a model, if there is one."""
     try:
         config = json.loads((source.parent / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -147,7 +147,7 @@ def _config_beside(source: Path) -> dict[str, Any] | None:
 
 
 def _without_needless_layout(target: Path, metadata: dict[str, str]) -> dict[str, str] | None:
-    """Without the layout where the target tells the same by itself."""
+    """The metadata without the layout, if the target's format tells the same."""
     told = "in-out" if target.suffix == ".pdparams" else {"pt": "out-in"}.get(metadata.get("format", ""))
     if told is not None and metadata.get(checkpoint.METADATA_LAYOUT) == told:
         metadata = {key: value for key, value in metadata.items() if key != checkpoint.METADATA_LAYOUT}

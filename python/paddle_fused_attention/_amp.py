@@ -1,10 +1,9 @@
-"""What Paddle's auto_cast does to the inputs of its own operators, done for this one: Paddle casts none of custom
-operators.
+"""Casts the operator's inputs under auto_cast, as Paddle does for its own operators but not for custom ones.
 
-The operator counts as white-listed: wherever auto_cast is on, in dygraph or while a PIR program is built, the weights
-and the biases of the projections go in as the 16-bit dtype, and x with them unless it is float32: then the residual sum
-and the result are float32 too, and x is rounded for the products alone. If the user's black list names the operator all
-go in as float32. Layer-norm parameters always stay, or become, float32; masks are taken in any dtype. float64 is left
+The operator counts as white-listed. Wherever auto_cast is on, in dygraph or while a PIR program is built, the weights
+and biases of the projections are cast to the 16-bit dtype. So is x, unless it is float32: then the residual sum and the
+result are float32 too, and x is rounded for the products only. If the user's black list names the operator, all inputs
+are cast to float32. Layer-norm parameters always stay or become float32. Masks are taken in any dtype. float64 is left
 alone, as by Paddle.
 """
 
@@ -18,7 +17,7 @@ from paddle.base import core
 from paddle.framework import in_dynamic_or_pir_mode
 
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16}
-# Paddle's enumerations take up to a microsecond to compare, their values a fraction of it.
+# Comparing Paddle's enumerations takes up to a microsecond, comparing their values a fraction of it.
 _OFF = core.AmpLevel.O0.value
 _FLOAT32 = paddle.float32.value
 _CASTABLE = frozenset(dtype.value for dtype in (paddle.float32, paddle.float16, paddle.bfloat16))
@@ -44,8 +43,8 @@ def target_dtype(op_type: str, tracer: Any) -> Any:
 
 
 def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
-    """Casts the operator's inputs, of which the first is x and which may be None, to `dtype`, those at `norm_indices`
-    to float32; a float32 x remains."""
+    """Casts the operator's inputs to `dtype`, those at `norm_indices` to float32. Inputs may be None. The first is x,
+    which stays float32 if it is."""
     cast = list(inputs)
     x_dtype = inputs[0].dtype.value
     if x_dtype not in _CASTABLE:

@@ -1,7 +1,7 @@
 """The description of an attention block: its tensors, numbers and switches.
 
-It is made and checked where the user's arguments come in, by a function or a layer, and handed on whole to whatever
-computes the block: the operator, ordinary ops, or both where the heads are spread over processes.
+A function or a layer makes and checks it from the user's arguments. It is handed on whole to whatever computes the
+block: the operator, ordinary ops, or both where the heads are spread over processes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MODES = ("upscale_in_train", "downscale_in_infer")
 class Block(NamedTuple):
     """The arguments of :func:`paddle_fused_attention.fused_multi_head_attention`, which says what they mean.
 
-    A tuple, since one is made in every call. What is handed on is :meth:`checked`. Where a user's code may be traced it
-    is made by `_make`: Paddle 2.6's to_static with full_graph=False hands no arguments to a call of the class.
+    It is a tuple because every call makes one. Only the result of :meth:`checked` is handed on. Code that may be traced
+    makes it by `_make`: Paddle 2.6's to_static with full_graph=False hands no arguments to a call of the class.
     """
 
     # The operator's inputs, in its order.
@@ -59,10 +59,10 @@ class Block(NamedTuple):
         off.
 
         Raises:
-            TypeError, ValueError: A field is of the wrong type, or a number out of its range. Shapes and dtypes are for
-                those to check who compute the block.
+            TypeError, ValueError: A field is of the wrong type, or a number is out of its range. Whatever computes the
+                block checks shapes and dtypes.
         """
-        # Each check begins with what is usual, since a call in dygraph is to cost few microseconds.
+        # Each check tries the usual types first, to keep a call in dygraph at a few microseconds.
         fields: Any = self
         tensors, numbers, switches = fields[OF_TENSORS], fields[OF_NUMBERS], fields[OF_SWITCHES]
         x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, _, _, _ = tensors
@@ -104,7 +104,7 @@ class Block(NamedTuple):
         return block
 
     def _without_norm_parameters(self, scale: str) -> Block:
-        """_replace takes several times as long."""
+        """The block without a layer norm's scale and bias, in a fraction of the time that _replace takes."""
         at = self._fields.index(scale)
         return Block._make((*self[:at], None, None, *self[at + 2 :]))
 

@@ -46,16 +46,16 @@ def _shown(value: Any) -> str:
         return f"a {type(value).__name__}"
     try:
         return repr(value)
-    except ValueError:  # Python writes out no int of thousands of digits
+    except ValueError:  # Python refuses to print an int of thousands of digits
         return f"an int of {value.bit_length()} bits"
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """A number as a float."""
+    """Returns a number, which must be finite and in [low, high], as a float."""
     if type(value) is float and low <= value <= high and value != INFINITY:
         return value
     expected = f"a number in [{low:g}, {high:g}]" if high != INFINITY else f"a number of at least {low:g}"
-    # Strings, bools, complex numbers and arrays of NumPy have a __float__ too.
+    # float() also takes strings, bools, and complex numbers and arrays of NumPy.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
     try:
@@ -68,7 +68,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_count(name: str, value: Any) -> int:
-    """A size as an int."""
+    """Returns a size, which must be at least 1 and less than 2^31, as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {_shown(value)}")
     if not 1 <= value < 2**31:
@@ -78,8 +78,16 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_heads(embed_dim: Any, num_heads: Any) -> tuple[int, int]:
+    """Returns a layer's width and its number of heads, which must divide it, as ints."""
+    embed_dim, num_heads = check_count("embed_dim", embed_dim), check_count("num_heads", num_heads)
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+    return embed_dim, num_heads
+
+
 def check_seed(name: str, value: Any) -> int:
-    """An int of 64 bits."""
+    """Returns a seed, which must be an int of 64 bits, as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int or None, got {_shown(value)}")
     if not -(2**63) <= value < 2**63:
@@ -88,7 +96,7 @@ def check_seed(name: str, value: Any) -> int:
 
 
 def check_switches(**switches: Any) -> None:
-    """What is to be True or False; 1 and 0 are welcome."""
+    """Accepts True, False, 1 and 0."""
     for name, value in switches.items():
         if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
             raise TypeError(f"{name}: expected a bool, got {_shown(value)}")

@@ -1,8 +1,7 @@
-"""What a checkpoint can't always tell, from the words of who packs it: heads, the layer norm's place, and the layout of
-weights.
+"""The user's options for what a checkpoint can't always tell: heads, the layer norm's place, and the layout of weights.
 
-A word that nothing asks for or that contradicts shapes is refused, and so is one number, or one place of the norm, for
-blocks that may differ in it.
+An option is refused if nothing asks for it or if it contradicts shapes. So is one number of heads, or one place of the
+norm, for blocks that may differ in it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def shown_layout(layout: str) -> str:
 
 
 def check_patterns(num_heads: Any, names: Iterable[str]) -> None:
-    """A pattern that fits none of the blocks there are is a slip."""
+    """Refuses a pattern that fits no block's name."""
     names = list(names)
     for pattern in num_heads if isinstance(num_heads, Mapping) else ():
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -67,7 +66,7 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
 
 
 def orders_of(normalize_before: bool | None, blocks: list[NamedBlock], signs: Signs) -> dict[str, bool]:
-    """Whether the layer norm stands before the attention, for every block with which it is packed."""
+    """Whether the layer norm stands before the attention, by name, for the blocks that are packed with it."""
     if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
         raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
     option = f"--normalize-{'before' if normalize_before else 'after'}"

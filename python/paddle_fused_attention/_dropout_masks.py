@@ -1,5 +1,5 @@
-"""What the operator's dropout keeps, where it runs and ordinary ops are to drop the same. The operator itself is asked,
-in dygraph."""
+"""The masks of the operator's dropout, for ordinary ops that must drop the same elements. The operator itself makes
+them, in dygraph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generator_of(x: paddle.Tensor) -> Any:
 
 @paddle.no_grad()
 def _operator_result(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, **others: Any) -> paddle.Tensor:
-    """What the operator makes of other tensors with the seed of a block."""
+    """The operator's result for other tensors with a block's seed, without residual and final layer norm."""
     with without_auto_cast():
         inner = Block(
             x, qkv_weight, linear_weight, **others, seed=block.seed, add_residual=False, final_layer_norm=False
@@ -34,11 +34,11 @@ def _operator_result(block: Block, x: Any, qkv_weight: Any, linear_weight: Any, 
 
 
 def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_heads: int = 0) -> paddle.Tensor | None:
-    """Which elements of the probabilities the operator's dropout keeps, as bool of shape [batch, num_heads, queries,
-    keys]; None: all.
+    """The probabilities that the operator's dropout keeps, as bool [batch, num_heads, queries, keys]; None if it keeps
+    all.
 
-    The heads are those from `first_head` on of `total_heads`. The generator moves on as by one call. The operator
-    itself is asked: with equal scores and rows of the identity for values, the heads' outputs are what dropout leaves.
+    The mask is of the heads from `first_head` on of `total_heads`. The generator moves on as by one call. The operator
+    gets equal scores, and rows of the identity for values, so that its heads' outputs show what dropout keeps.
     """
     rate, like = block.attn_dropout_rate, block.x
     if rate == 0.0 or 0 in shape:
@@ -68,8 +68,8 @@ def kept_scores(block: Block, shape: Sequence[int], first_head: int = 0, total_h
 
 
 def kept_output(block: Block) -> paddle.Tensor:
-    """Which elements of the output projection the operator's dropout keeps, as bool. The generator moves on as by one
-    call."""
+    """The elements of the output projection that the operator's dropout keeps, as bool. The generator moves on as by
+    one call."""
     x = block.x
     embed_dim = x.shape[-1]
     zeros = [paddle.zeros(shape, "float32") for shape in (x.shape, block.qkv_weight.shape, [embed_dim, embed_dim])]

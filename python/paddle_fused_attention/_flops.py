@@ -1,4 +1,4 @@
-"""Lets paddle.flops count the fused layers: those that Paddle doesn't know count as zero."""
+"""Lets paddle.flops count the fused layers. Layers that Paddle doesn't know count as zero."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .layer import FusedMultiHeadAttention
 def count_flops(layer: Any, inputs: Any, output: Any) -> None:
     """Adds the multiply-accumulates of one call to ``layer.total_ops``, as Paddle counts its Linear.
 
-    Those are the four projections and both products of attention; if the layer is causal only the pairs of a query and
-    a key that it may see. For a subclass: ``paddle.flops(net, size, custom_ops={Subclass: count_flops})``.
+    They are those of the four projections and of both products of attention. A causal layer counts only the pairs of a
+    query and a key that it may see. For a subclass: ``paddle.flops(net, size, custom_ops={Subclass: count_flops})``.
 
     Args:
         layer: The layer, with a ``total_ops``, as paddle.flops makes it.

@@ -1,5 +1,4 @@
-"""What an initializer that the user names means for parameters that pack three projections: what it means for three of
-their own."""
+"""Applies the user's initializers to packed parameters as if each of the three projections had its own."""
 
 from __future__ import annotations
 
@@ -24,15 +23,16 @@ _ELEMENTWISE = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializ
 
 
 def param_attr_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_bias: bool = False) -> Any:
-    """The ParamAttr of parameter `name` of a layer, of `shape`, from the layer's `attr`, which is for several; False
-    for no parameter.
+    """The ParamAttr of a layer's parameter `name` of `shape`, from the `attr` of several parameters; False for no
+    parameter.
 
-    A name of the user's, which must be unique, gets the parameter's as a suffix. An initializer, Paddle's global one
-    included, is applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim], in and out,
-    or [embed_dim].
+    A name in `attr` gets the parameter's as a suffix, since names must be unique. An initializer, also Paddle's global
+    one, is applied to ``qkv_weight`` and ``qkv_bias`` as to three parameters [embed_dim, embed_dim] (in, out) or
+    [embed_dim].
 
     Raises:
-        TypeError, ValueError: `attr` is none, or assigns an array of another shape; errors call it `argument`.
+        TypeError, ValueError: `attr` makes no ParamAttr, or assigns an array of another shape; errors call it
+            `argument`.
     """
     if isinstance(attr, (list, tuple)):
         raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}")
@@ -106,7 +106,8 @@ class _ForEachProjection(Initializer):
         return None
 
     def _startup_variable(self, dtype: Any, startup_block: Any) -> Any:
-        """Of a legacy startup program. Initializers ask for a parameter; what no scope shall keep must not be one."""
+        """A variable of a legacy startup program. Initializers ask for a parameter, which becomes a plain variable
+        afterwards, so that no scope keeps it."""
         name = unique_name.generate("packed_part")
         parameter = framework.Parameter(startup_block, self._shape, dtype, name=name)
         self._initializer(parameter, startup_block)

@@ -1,5 +1,5 @@
-"""Keys and values that a layer is given beside its query: whether they are the query, so that the operator, which takes
-one input for all three, computes what was asked for; and the block of ordinary ops where they are not."""
+"""The keys and values that a layer is given beside its query. If they are the query, the operator serves, which takes
+one input for all three; otherwise the block is made of ordinary ops."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def are_query(query: Any, key: Any, value: Any) -> bool:
 def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     """The key and the value, each the query where it is None; None if both are the query itself.
 
-    In dygraph that is decided by memory and contents, but only where no gradient is wanted, of which tensors of equal
-    contents have one each. While a graph is built nothing but the name of a value is known.
+    In dygraph a tensor of the same memory or contents is the query too, but only where no gradient is wanted: two
+    tensors of equal contents have a gradient each. While a graph is built, only the name of a value is known.
 
     Raises:
         TypeError: key or value is no Tensor.
-        NotImplementedError: Other keys or values with tensors of Paddle's auto-parallel engine.
+        NotImplementedError: They are not the query, and one of the tensors is auto-parallel.
     """
     if are_query(query, key, value):
         return None
@@ -66,7 +66,7 @@ def _is_same(query: Any, other: Any) -> bool:
         return True
     if in_dynamic_mode():
         return False
-    # Of one value in a graph Python may have several objects.
+    # Python may have several objects of one value in a graph.
     if hasattr(query, "is_same"):
         return query.is_same(other)
     return query.name == other.name and query.block is other.block
@@ -81,19 +81,18 @@ def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
         return True
     if not paddle.is_floating_point(query):
         return bool(paddle.equal_all(query, other))
-    # In float32 at least, which holds every 16-bit number: Paddle compares those on some devices only.
+    # In float32 at least, which holds every 16-bit number: Paddle compares 16-bit numbers on some devices only.
     a, b = (t if t.dtype == paddle.float64 else paddle.cast(t, "float32") for t in (query, other))
     return bool(paddle.all((a == b) | (paddle.isnan(a) & paddle.isnan(b))))
 
 
 @paddle.jit.not_to_static
 def attention_to_keys(block: Block, key_value: tuple) -> paddle.Tensor:
-    """A block that is checked, where the queries come from x, and the keys and the values from the two tensors in
-    `keys`, ``[batch, keys, embed_dim]``, which the first layer norm normalises as it does x. Made of ordinary ops,
-    which store the scores.
+    """Computes a checked block with keys and values of other tensors than x, by ordinary ops, which store the scores.
 
-    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops what the operator would, so
-    that it does not matter which of the two runs; in a graph it is Paddle's.
+    `key_value` are a key and a value ``[batch, keys, embed_dim]``; the first layer norm normalises them as it does x.
+    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops the same elements as the
+    operator, so that it does not matter which of the two runs. In a graph it is Paddle's own dropout.
 
     Raises:
         TypeError, ValueError: A tensor does not fit the others.

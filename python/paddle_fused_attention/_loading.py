@@ -1,5 +1,5 @@
-"""State dicts of another float dtype than a layer's: its parameters take their values cast, whatever layer the loading
-starts from."""
+"""Loading of state dicts of another float dtype than a layer's parameters: their values are cast, whatever layer
+set_state_dict is called on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
-# What stands between set_state_dict and the layer that is asked.
+# The functions on the stack between set_state_dict and the layer whose entries it wants.
 _CALLS_IN_BETWEEN = (
     *("_state_dict_impl", "state_dict", "_own_entries"),
     *("state_being_loaded", "translate_state_dict", "with_old_names"),
@@ -21,10 +21,10 @@ _FLOAT_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16
 
 
 class OwnEntries(nn.Layer):
-    """A layer that has a say in what its state dict holds, whatever layer it is asked from."""
+    """A layer that decides what its state dict holds, also as a part of another layer's."""
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
-        """What stands in a state dict in the place of the entries `state`, whose names begin with `prefix`."""
+        """The entries that take the place of `state`, the layer's own, whose names begin with `prefix`."""
         raise NotImplementedError
 
     def _state_dict_impl(
@@ -35,7 +35,7 @@ class OwnEntries(nn.Layer):
         *rest: Any,
         **more: Any,
     ) -> Any:
-        # Of its own entries alone: Paddle 2.6 keeps in the end what the dict that it hands on once held.
+        # In a dict of its own: Paddle 2.6 keeps everything that the dict which it hands on has ever held.
         state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
         state = self._own_entries(state, structured_name_prefix)
         if destination is None:
@@ -45,11 +45,10 @@ class OwnEntries(nn.Layer):
 
 
 class LoadsAnyFloat(OwnEntries):
-    """A layer for whose parameters ``set_state_dict`` casts, be it called on the layer or on one that holds it, in
-    dygraph.
+    """A layer whose parameters take any float dtype from ``set_state_dict``, called on it or on its owner, in dygraph.
 
-    Paddle's layers refuse every dtype but their own. After ``to(dtype="bfloat16")``, though, layer-norm parameters are
-    float32, and checkpoints may be bfloat16 as a whole.
+    Paddle's layers refuse every dtype but their own. But layer-norm parameters are float32 after
+    ``to(dtype="bfloat16")``, and checkpoints may be bfloat16 as a whole.
     """
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
@@ -61,8 +60,8 @@ class LoadsAnyFloat(OwnEntries):
 
 
 def state_being_loaded() -> dict | None:
-    """The dict that set_state_dict got, where it is what asks for the state dict, the layers in between aside, in
-    dygraph. Paddle tells layers in no other way."""
+    """The dict that set_state_dict was given, if that asks for the layer's state dict, in dygraph; else None. Only the
+    stack tells."""
     if not in_dynamic_mode():
         return None
     frame: FrameType | None = sys._getframe(1)
@@ -74,7 +73,7 @@ def state_being_loaded() -> dict | None:
 
 
 class CastingTarget:
-    """A parameter for set_state_dict, with a set_value that casts."""
+    """Stands for a parameter in set_state_dict; its set_value casts."""
 
     def __init__(self, parameter: paddle.Tensor) -> None:
         self._parameter = parameter
@@ -90,8 +89,8 @@ class CastingTarget:
 
 
 def cast(value: Any, dtype: Any) -> Any:
-    """Another float dtype cast to `dtype`; everything else as it is, for Paddle to judge. bfloat16 is uint16 in
-    NumPy."""
+    """The value, cast to `dtype` if it is of another float dtype, else as it is, for Paddle to judge. bfloat16 is
+    uint16 in NumPy."""
     if isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype == np.uint16):
         tensor = paddle.to_tensor(value, place=paddle.CPUPlace())
     elif isinstance(value, paddle.Tensor):

@@ -1,9 +1,8 @@
-"""What families of models call the parts of an attention block, and what tells that a block of such names computes
+"""The names of an attention block's parts in families of models, and the signs that a block of such names computes
 something else.
 
-The names alone don't say what a model computes: BERT's are also those of models with rotary or relative positions. So a
-block counts as known only where every name in its layer is one that the naming knows, and nothing above it speaks of
-another attention.
+Names alone don't say what a model computes: models with rotary or relative positions use BERT's, too. So a block counts
+as known only if its naming knows every name in its layer, and nothing above it speaks of another attention.
 """
 
 from __future__ import annotations
@@ -23,15 +22,20 @@ NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 
 @dataclass(frozen=True)
 class Naming:
-    """The names of a layer's parts, without what comes before them in a checkpoint.
+    """The names of a layer's parts, without their prefix in a checkpoint.
 
-    `packed`: the attention itself; whatever lies under it is part of it. `qkv`: three projections, or one whose columns
-    are those of query, key and value in turn. `only_qkv`: these alone are packed, and `out` and `norm` stay as they
-    are; versions before 0.2 packed them too. `feed_forward`: the matrices from embed_dim and back to it. `layer`: what
-    else stands in the layer. `layout`: how the family's first models store weights; `fixed_layout`: so do all, whoever
-    wrote the file. `normalize_before`: where the layer norm stands; None: these names don't tell, but what `order`
-    names may, with the answer, above the layer. `buffers`: under `packed`, and no parameters. `decoder`: beside it the
-    attention is that of a decoder.
+    Attributes:
+        packed: The attention itself; every name under it is part of it.
+        qkv: Three projections, or one with the columns of query, key and value in turn.
+        feed_forward: The matrices from embed_dim and back to it.
+        layer: The other parts of the layer.
+        layout: How the family's first models store weights.
+        normalize_before: Where the layer norm stands; None: only names above the layer, those in `order`, may tell.
+        only_qkv: Only `qkv` is packed; `out` and `norm` stay as they are. Versions before 0.2 packed them too.
+        fixed_layout: All models have the layout, whoever wrote the file.
+        buffers: Entries under `packed` that are no parameters.
+        decoder: A name that stands only beside the attention of a decoder.
+        order: By names above the layer: whether the layer norm stands before the attention.
     """
 
     title: str
@@ -110,7 +114,8 @@ _RELATIVE = "relative positions are added to the scores"
 _SPARSE = "the attention is sparse"
 _MIXED = "it mixes convolutions into the attention"
 
-# By the name of a model, without "_" and "-", as it begins its checkpoints' names or stands in a config.json.
+# Why a model's attention is another one, by its name in lower case without "_" and "-". The name begins the
+# checkpoint's names or stands in a config.json.
 _OTHER_MODELS = {
     "bigbird": _SPARSE,
     "bros": "positions of boxes are added to the scores",
@@ -143,13 +148,14 @@ _OTHER_MODELS = {
     "yoso": "the attention is an approximation by hashing",
 }
 
-# In a config.json, with values that change what the same names compute.
+# Entries of a config.json with which the same names compute something else, and why.
 _OTHER_CONFIGS = (
     ("scale_attn_weights", False, "scores are not divided by the root of the head's width"),
     ("scale_attn_by_inverse_layer_idx", True, "scores are divided by the number of the layer"),
 )
 
-# What stands above the layers, or anywhere in them: the pattern of a name's part, why, and the namings it speaks about.
+# Signs above the layers or anywhere in them: the pattern of a name's part, the reason, and the namings that it is
+# about.
 _SIGNS = (
     (r"rel_pos\w*|rel_\dd\w*|rel_embeddings|relative\w*|distance_embedding", _RELATIVE, None),
     (r"inv_freq|rotary\w*", _ROTARY, None),
@@ -181,14 +187,14 @@ def _first_element(array: Any) -> Any:
 
 
 def enclosing(prefix: str) -> Iterator[str]:
-    """What a layer stands in, from the nearest: for "a.b.0." "a.b.", "a." and ""."""
+    """The prefixes that enclose a layer's, from the nearest: of "a.b.0." they are "a.b.", "a." and ""."""
     while prefix:
         prefix = prefix[: prefix.rfind(".", 0, -1) + 1]
         yield prefix
 
 
 class Signs:
-    """What the names of a checkpoint, its numbers of positions and the config.json of its model tell against blocks."""
+    """What speaks against the blocks of a checkpoint: its names, its position numbers, its model's config.json."""
 
     def __init__(self, arrays: Mapping[Any, Any], config: Mapping[str, Any]) -> None:
         self._arrays = arrays
@@ -236,7 +242,7 @@ class Signs:
         return None
 
     def normalize_before(self, prefix: str, naming: Naming) -> bool | None:
-        """Where a naming's layer norm stands; None if nothing tells."""
+        """Whether a naming's layer norm stands before the attention; None if nothing tells."""
         if naming.normalize_before is not None:
             return naming.normalize_before
         told = {
@@ -278,7 +284,7 @@ def packed_blocks_in(arrays: dict[Any, Any]) -> list[str]:
 
 
 def names_of_norm(arrays: dict[Any, Any], block: NamedBlock) -> tuple[str, str] | None:
-    """What the norm calls its scale and shift; None if it isn't there, or calls them in two ways."""
+    """The names of the norm's scale and shift; None if there is no norm, or one with both kinds of names."""
     norm = f"{block.prefix}{block.naming.norm}."
     there = [pair for pair in NORM_NAMES if norm + pair[0] in arrays or norm + pair[1] in arrays]
     return there[0] if len(there) == 1 else None
@@ -320,7 +326,7 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
     expected.update({name: (embed_dim, columns) for name in weights[:-1]})
     expected[weights[-1]] = (embed_dim, embed_dim)
     for name, shape in expected.items():
-        # One projection of three may be transposed: its shape tells the layout.
+        # A single projection may be transposed: its shape tells the layout.
         if name in arrays and arrays[name].shape not in (shape, shape[::-1]):
             return f"{name} has shape {list(arrays[name].shape)}, not {list(shape)}"
     for names, suffix in ((weights[:-1], "weight"), (biases[:-1], "bias")):
@@ -330,7 +336,7 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
 
 
 def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str | None:
-    """What stands in the layer, or under the attention's own name, and is not known."""
+    """A name in the layer, or under the attention's own name, that the naming does not know."""
     prefix, naming = block.prefix, block.naming
     own, norm = f"{block.name}.", f"{prefix}{naming.norm}."
     known = {*ours, *(prefix + buffer for buffer in naming.buffers), *(own + part for part in PACKED_PARTS)}
@@ -345,7 +351,7 @@ def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str |
 
 
 def layout_by_shapes(arrays: dict[Any, Any], block: NamedBlock, width: int) -> dict[str, str]:
-    """The layout by the names of the matrices in the block's layer that are not square."""
+    """The layouts that the matrices in the block's layer show by their shapes, by name; square ones show none."""
     widening = [block.naming.feed_forward[0], *(block.naming.qkv if len(block.naming.qkv) == 1 else ())]
     told = {}
     for part in (*widening, block.naming.feed_forward[1]):

@@ -1,7 +1,7 @@
 """Loads the operator library and calls the operator custom_fused_attention in each of Paddle's graph modes.
 
-The library is compiled against one version of Paddle; another would load and misbehave, so the versions are compared
-first.
+The library is compiled for one version of Paddle. Another version would load it and misbehave, so the versions are
+compared first.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from ._block import OF_NUMBERS, OF_SWITCHES, OF_TENSORS, TENSORS, Block
 from ._checks import dtype_name
 
 OP_TYPE = "custom_fused_attention"
-# The same without a gradient: Paddle records operators that have one even where none is wanted.
+# The operator without a gradient: Paddle records an operator that has one even where none is wanted.
 _FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
 
-# The operator's inputs, those of a Block in order; bit i of the attributes `present` and `needs_grad` belongs to input
-# i.
+# The operator's inputs, in a Block's order. Bit i of the attributes `present` and `needs_grad` belongs to input i.
 INPUT_NAMES = (
     "X",
     "QKVWeight",
@@ -73,8 +72,8 @@ SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
 NEEDS_GRAD_HOLDS = 128
 
-# Numbers of the calls in static graphs that drop something: passes of Paddle's take two operators with equal inputs and
-# attributes for one, and would give both the same dropout masks.
+# A number for each call with dropout in a static graph. Paddle's passes merge operators with equal inputs and
+# attributes, which would give two calls the same dropout masks.
 _call_numbers = itertools.count(1)
 
 _ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
@@ -103,13 +102,13 @@ def _load() -> Any:
     libraries = glob(str(Path(__file__).with_name("_C*.so")))
     if not libraries:
         raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {rebuild}")
-    # By itself, Paddle's function of this name in utils.cpp_extension would require setuptools at run time.
+    # Paddle's own function for this, in utils.cpp_extension, would require setuptools at run time.
     registered = core.load_op_meta_info_and_register_op(libraries[0])
-    # Since Paddle 3.2 the names of the new operators are handed on.
+    # Since Paddle 3.2 the registration returns the new operators' names, which the next call takes.
     names = () if registered is None else (registered,)
     paddle.base.framework.OpProtoHolder.instance().update_op_proto(*names)
-    # to_static with full_graph=False runs these files as they are: on Paddle 2.6 it resumes wrongly in the middle of
-    # functions with keyword-only arguments, and on 3.3 it never ends over some jumps.
+    # to_static with full_graph=False must run these files as they are: Paddle 2.6 resumes wrongly in the middle of
+    # functions with keyword-only arguments, and 3.3 never ends over some jumps.
     core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
     return ctypes.CDLL(libraries[0])
 
@@ -125,7 +124,7 @@ _absent_tensor: Any = None
 def _absent_eager() -> Any:
     """The placeholder of absent inputs in dygraph. The kernels never read it, so one on the CPU serves every device."""
     global _absent_tensor
-    # Beside auto-parallel tensors Paddle makes the object that it is given one of them.
+    # Paddle makes this very object an auto-parallel tensor when it comes beside such tensors.
     if _absent_tensor is None or _absent_tensor.is_dist():
         _absent_tensor = paddle.to_tensor([0.0], dtype="float32", place=paddle.CPUPlace())
     return _absent_tensor
@@ -148,8 +147,8 @@ def _raise_checked(message: str) -> None:
 def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> Any:
     """Calls the operator and returns Out.
 
-    `total_heads`, unless it is 0, says that the weights hold only the heads from `first_head` on of a layer with so
-    many; Out is then these heads' part of a sum.
+    If `total_heads` is not 0, the weights hold only the heads from `first_head` on of a layer with that many heads, and
+    Out is their part of a sum.
     """
     fields: Any = block
     inputs, numbers = fields[OF_TENSORS], fields[OF_NUMBERS]
@@ -174,7 +173,7 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     tracer = _dygraph_tracer()  # None while a static graph is built
     if tracer is None:
         check_graph(TENSORS, inputs)
-        wants_grad = _wants_grad_static(inputs)  # of what is not cast yet
+        wants_grad = _wants_grad_static(inputs)  # before they are cast
     amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
     if amp_dtype is not None:
         try:
@@ -191,7 +190,7 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     if drops and not switches & FIXED_SEED:
         seed = next(_call_numbers)
     constants = (*_float_bits(numbers), seed, first_head, total_heads)
-    # Every gradient: what is frozen now may be trained when the program runs.
+    # All gradients: what is frozen now may be trained when the program runs.
     attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
     out = _call_pir(inputs, attributes) if in_dynamic_or_pir_mode() else _append_to_program(inputs, attributes)
     if not wants_grad:
@@ -231,8 +230,8 @@ def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: 
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what is no dense variable of a static graph. While to_static makes it, dygraph's tensors are welcome:
-    Paddle takes them in as constants."""
+    """Refuses what is no dense variable of a static graph. to_static also takes dygraph's tensors, which become
+    constants."""
     takes_eager = in_to_static_mode()
     for name, value in zip(names, values):
         if value is None:
@@ -254,8 +253,8 @@ def _is_dense_variable(value: Any) -> bool:
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuses what Paddle's own operators can't be given: they may end the process. Ours checks what it gets in dygraph
-    itself."""
+    """Refuses tensors with which Paddle's own operators may end the process. Ours checks its inputs itself in
+    dygraph."""
     if _dygraph_tracer() is None:
         check_graph(names, values)
         return
@@ -272,8 +271,8 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 def _wants_grad_static(inputs: Sequence[Any]) -> bool:
-    """Whether the result may have a gradient, where Paddle's own operators give one: on Paddle 2.6 they do so under
-    no_grad too."""
+    """Whether the result may have a gradient, as with Paddle's own operators: on Paddle 2.6 they give one under no_grad
+    too."""
     wanted = [value is not None and not value.stop_gradient for value in inputs]
     if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
         return False
@@ -335,8 +334,8 @@ def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
 
 
 def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
-    """Paddle 2.6's static graphs. There append_backward fails on an operator that has an input with stop_gradient set,
-    so such inputs, and placeholders, go in as copies without it."""
+    """Adds the operator to a static graph of Paddle 2.6. There append_backward fails if an input has stop_gradient set,
+    so such inputs and the placeholders go in as copies without it."""
     from paddle.base.layer_helper import LayerHelper
 
     helper = LayerHelper(OP_TYPE)

@@ -1,7 +1,7 @@
-"""Attention out of ordinary Paddle ops, where the operator does not reach: it takes its keys and values from x alone,
-so queries that attend to cached keys and values, or to other tensors, are served here.
+"""Attention of ordinary Paddle ops, for queries that attend to cached keys and values or to other tensors: the operator
+takes keys and values from x only.
 
-Nothing is fused and the scores are stored; 16-bit tensors are computed in float32, since Paddle multiplies no such
+Nothing is fused and the scores are stored. 16-bit tensors are computed in float32, since Paddle multiplies no 16-bit
 matrices on the CPU.
 """
 
@@ -25,9 +25,9 @@ from ._dropout_masks import kept_scores
 def additive_mask(name: str, mask: Any, x: Any) -> Any:
     """The mask as ``paddle.nn.MultiHeadAttention`` adds it to the scores of x; errors call it `name`.
 
-    Paddle makes a bool or integer mask (mask - 1) * 1e9, so that a query that may see no key attends to all alike
-    instead of giving zeros. Float masks are left as they are. 1e9 needs float32 at least: in float16 Paddle's own
-    product is 0 * inf.
+    Paddle turns a bool or integer mask into (mask - 1) * 1e9: a query that may see no key attends to all alike and does
+    not give zeros. Float masks stay as they are. 1e9 needs float32 at least: in float16 it is inf, and Paddle's own
+    product NaN.
     """
     if mask is None:
         return None
@@ -40,12 +40,12 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
     return (paddle.cast(mask, "float64" if x.dtype == paddle.float64 else "float32") - 1.0) * 1e9
 
 
-# As the operator takes them.
+# The dtypes that the operator takes.
 _MASK_DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 def _size_agrees(wanted: Any, size: int) -> bool:
-    """Whether a size is as expected; names stand for any, and -1 for one that is not known yet."""
+    """Whether a size is as expected. A name stands for any size, -1 for one that is not known yet."""
     return isinstance(wanted, str) or wanted == size or -1 in (wanted, size)
 
 
@@ -68,7 +68,7 @@ def _check_mask_dtype(name: str, mask: Any) -> None:
 
 
 def _check_mask(mask: Any, scores: Sequence[int]) -> None:
-    """Of shapes as the operator's own check; `scores` is [batch, num_heads, queries, keys]."""
+    """Checks shape and dtype as the operator does; `scores` is [batch, num_heads, queries, keys]."""
     if mask is None:
         return
     shape = list(mask.shape)
@@ -83,12 +83,12 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
 
 
 def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
-    """What the operator checks of its inputs, without the mask, whose shape is another here."""
+    """Checks the inputs as the operator does, but for the mask, which has another shape here."""
     _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
 
 
 def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
-    """The tensor with a number where the condition, which broadcasts to it, holds."""
+    """The tensor with `value` where the condition, which broadcasts to it, holds."""
     condition.stop_gradient = True  # legacy programs expand no other bool
     return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
 
@@ -110,13 +110,14 @@ def _causal_mask(scores: Any) -> Any:
 
 
 def _softmax(scores: Any) -> Any:
-    """Zeros, not NaN, for a query that may see no key."""
+    """The softmax, with zeros, not NaN, for a query that may see no key."""
     sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
     return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))
 
 
 def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
-    """Paddle's own takes no epsilon above 0.001, and its gradient is wrong for a frozen scale on the CPU."""
+    """Layer norm. Paddle's own takes no epsilon above 0.001, and its gradient is wrong for a frozen scale on the
+    CPU."""
     centred = x - x.mean(axis=-1, keepdim=True)
     out = centred * paddle.rsqrt((centred * centred).mean(axis=-1, keepdim=True) + epsilon)
     out = out if scale is None else out * scale
@@ -124,7 +125,7 @@ def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
 
 
 def _dropout(tensor: Any, rate: float, block: Block, keep: Any) -> Any:
-    """Paddle's dropout, or with a mask of what is kept that dropout."""
+    """Dropout by the mask `keep`, or Paddle's own if that is None."""
     if keep is None:
         return F.dropout(tensor, rate, training=block.training, mode=block.mode)
     scaled = tensor / (1.0 - rate) if block.mode == "upscale_in_train" and rate < 1.0 else tensor
@@ -140,7 +141,8 @@ def _compute_dtype(x: Any) -> str:
 
 
 def _project(h: Any, weight: Any, bias: Any) -> Any:
-    """[batch, tokens, embed_dim] by [n, num_heads, head_dim, embed_dim] to [n, batch, num_heads, tokens, head_dim]."""
+    """Projects [batch, tokens, embed_dim] by [n, num_heads, head_dim, embed_dim] to
+    [n, batch, num_heads, tokens, head_dim]."""
     n, num_heads, head_dim, embed_dim = weight.shape
     width = n * num_heads * head_dim
     out = paddle.matmul(h, weight.reshape([width, embed_dim]), transpose_y=True)
@@ -150,8 +152,8 @@ def _project(h: Any, weight: Any, bias: Any) -> Any:
 
 
 def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None) -> Any:
-    """[batch, num_heads, tokens, head_dim] each, to [batch, queries, num_heads * head_dim], by the block's mask and
-    dropout."""
+    """Attention of three [batch, num_heads, tokens, head_dim] with the block's mask and dropout, as
+    [batch, queries, num_heads * head_dim]."""
     num_heads, head_dim = q.shape[1], q.shape[3]
     scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
@@ -161,10 +163,9 @@ def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None
 
 
 def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
-    """What comes after y, the output projection without its bias, at least in float32 as in the operator; the result is
-    of `dtype`.
+    """Bias, dropout, residual and final layer norm of y, the output projection without its bias, as `dtype`.
 
-    `keep` says what dropout keeps; None: what Paddle's own does.
+    It is computed in float32 at least, as in the operator. `keep` is the dropout's mask; None: Paddle's own dropout.
     """
     x, y, linear_bias, ln_scale, ln_bias = _cast_all(
         (block.x, y, block.linear_bias, block.ln_scale, block.ln_bias), _compute_dtype(block.x)
@@ -181,10 +182,9 @@ def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
 
 @paddle.jit.not_to_static
 def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: str = "cache") -> tuple:
-    """A block that is checked, in which every query attends to the cached keys and values and, after them, to those of
-    x itself.
+    """Computes a checked block in which every query attends to cached keys and values and, after them, to those of x.
 
-    For inference. Among themselves the queries are masked by the mask alone, as in Paddle: `causal` is not read.
+    For inference. Only the mask hides the keys of x from its queries, as in Paddle: `causal` is not read.
 
     Args:
         block: Its mask broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``.
@@ -225,22 +225,21 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
 
 
 def result_dtype(x: Any) -> Any:
-    """The dtype that the operator gives a result for x, auto_cast considered."""
+    """The dtype of the operator's result for x, also under auto_cast."""
     dtype = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer())
     return x.dtype if dtype is None or x.dtype in (paddle.float64, paddle.float32) else dtype
 
 
 @paddle.jit.not_to_static
 def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, total_heads: int = 0) -> Any:
-    """A block that is checked up to the output projection, without its bias, in float32 at least, where the queries
-    come from x and the keys and values from the two tensors in `keys`, which the first layer norm normalises as it does
-    x.
+    """Computes a checked block up to the output projection, without its bias, in float32 at least. Keys and values come
+    from other tensors than x; the first layer norm normalises them as it does x.
 
-    In dygraph dropout drops what the operator would.
+    In dygraph dropout drops the same elements as the operator.
 
     Args:
         block: Its mask broadcasts to ``[batch, num_heads, queries, keys]``.
-        keys: Two tensors ``[batch, keys, embed_dim]``.
+        key_value: A key and a value ``[batch, keys, embed_dim]``.
         first_head, total_heads: As for the operator.
 
     Raises:
@@ -248,7 +247,7 @@ def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, t
     """
     auto_cast = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer()) is not None
     with without_auto_cast():
-        if auto_cast:  # takes float tensors of several dtypes
+        if auto_cast:  # the operator then takes several float dtypes
             cast = {name: _as_float32(tensor) for name, tensor in zip(TENSORS, block.tensors) if name != "attn_mask"}
             block, key_value = block._replace(**cast), tuple(map(_as_float32, key_value))
         _check_block(block, first_head, total_heads)
@@ -261,7 +260,7 @@ def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, t
         compute = _compute_dtype(x)
         if 0 in x.shape:
             return paddle.zeros(x.shape, compute)
-        if key.shape[1] == 0:  # one that nobody sees stands for none, of which Paddle makes no product
+        if key.shape[1] == 0:  # Paddle multiplies no empty matrix: a hidden key takes its place
             key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
             block = block._replace(attn_mask=paddle.zeros([1, 1], "bool"))
         weight, bias, linear_weight, scale, shift = _cast_all(

@@ -19,8 +19,8 @@ def is_plain(layer: Any, kind: type[Any]) -> bool:
 
 
 def is_plain_dropout(layer: Any) -> bool:
-    """Whether it is a ``paddle.nn.Dropout`` as the operator drops: each element by itself, at a rate that is a
-    number."""
+    """Whether a layer is a ``paddle.nn.Dropout`` that drops as the operator does: each element by itself, at a rate
+    that is a number."""
     return (
         is_plain(layer, nn.Dropout)
         and layer.mode == "upscale_in_train"
@@ -30,7 +30,7 @@ def is_plain_dropout(layer: Any) -> bool:
 
 
 def reason_against_linear(name: str, layer: Any) -> str | None:
-    """Why a layer, which is called `name`, is no ``paddle.nn.Linear`` as Paddle makes it; None if it is one."""
+    """Why the layer called `name` is no ``paddle.nn.Linear`` as Paddle makes it; None if it is one."""
     if type(layer) is not nn.Linear:
         return f"its {name} is a {type(layer).__name__}, not a paddle.nn.Linear"
     if not is_plain(layer, nn.Linear):
@@ -56,8 +56,8 @@ def origin_of_forward(kind: Any) -> str | None:
 
 
 def reason_against_class(kind: Any, *known: str) -> str | None:
-    """Why calling a class of ``paddle.nn`` may do something else than Paddle meant; None if it does not. `known` are
-    modules whose forward is welcome, too."""
+    """Why a class of ``paddle.nn`` may compute something else than Paddle's; None if its forward is Paddle's own or
+    from one of the `known` modules."""
     origin = origin_of_forward(kind)
     return (
         None

@@ -1,7 +1,8 @@
 """Reads and writes .safetensors files: eight bytes with the length of a header, the header in JSON (dtype, shape and
 place of every tensor, and metadata), and the tensors' bytes, which follow each other without gaps.
 
-What has no place in NumPy (8-bit floats, say) is a RawTensor. As bfloat16 is uint16 in Paddle, uint16 is one, too.
+A tensor of a dtype that NumPy lacks (8-bit floats, say) is a RawTensor. So is one of uint16, which stands for bfloat16
+in Paddle's arrays.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class RawTensor:
 
 
 def is_text(value: Any) -> bool:
-    """Lone surrogates are not: no file but a pickle can hold them."""
+    """Whether it is a str without lone surrogates, which only a pickle can hold."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -80,7 +81,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """Arrays, read-only, and metadata; raises FormatError where the safetensors library would refuse the file, too."""
+    """Returns read-only arrays and metadata. Raises FormatError for what the safetensors library refuses, too."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
@@ -119,7 +120,7 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _check_places(entries: dict[str, tuple[str, tuple[int, ...], int, int]], size: int) -> None:
-    """That the tensors cover what comes after the header, each byte once."""
+    """Checks that the tensors cover each byte after the header once."""
     covered = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if end > size:
@@ -142,7 +143,7 @@ def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...],
 
 
 def write(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None) -> None:
-    """Raises CheckpointError for what the format can't hold."""
+    """Writes a file. Raises CheckpointError for what the format can't hold."""
     header: dict[str, Any] = {}
     if metadata is not None:
         header["__metadata__"] = metadata

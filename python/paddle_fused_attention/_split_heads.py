@@ -1,5 +1,5 @@
-"""The attention block where a process holds a part of the heads only: the operator gives their part of a sum over
-processes, and what comes after the sum is made of Paddle's ordinary ops.
+"""The attention block with its heads spread over processes. The operator gives each process its heads' part of a sum,
+and ordinary ops compute what comes after the sum.
 
 The processes are those of a communication group, or of one dimension of a mesh in Paddle's auto-parallel engine.
 """
@@ -19,11 +19,11 @@ from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
-    """The mesh's dimension that an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded over by heads,
-    in dygraph; None: none.
+    """The dimension of the mesh over which an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded by
+    heads, in dygraph; None if there is none.
 
     Raises:
-        NotImplementedError: A tensor of the auto-parallel engine on Paddle 2, whose custom operators take none.
+        NotImplementedError: A tensor is auto-parallel on Paddle 2, whose custom operators take no such tensors.
     """
     try:
         if not (x.is_dist() or qkv_weight.is_dist()):
@@ -42,8 +42,8 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
 
 
 def attention_over_mesh(block: Block, axis: int) -> Any:
-    """A block that is checked, with a weight that is sharded by heads over dimension `axis` of its mesh; the other
-    tensors are sharded as that asks for."""
+    """Computes a checked block whose qkv_weight is sharded by heads over dimension `axis` of its mesh, and the other
+    tensors accordingly."""
     mesh = block.qkv_weight.process_mesh
     size = mesh.shape[axis]
     total_heads = block.qkv_weight.shape[1]
@@ -71,12 +71,11 @@ def attention_over_processes(
     sum_gradient: Callable | None = None,
     key_value: tuple | None = None,
 ) -> Any:
-    """A block that is checked, with weights that hold the heads from `first_head` on of `total_heads`, and the mask of
-    these heads.
+    """Computes a checked block whose weights and mask hold the heads from `first_head` on of `total_heads`.
 
-    `all_reduce` sums what the processes have. A tensor that all of them use for their own heads goes through
-    `sum_gradient`, if that is given. The block's seed fixes the masks of the attention. `keys` are a key and a value
-    other than x, which the operator does not serve.
+    `all_reduce` sums over the processes. `sum_gradient`, if given, takes each tensor that all processes use for their
+    own heads, and returns it with a gradient that is summed. The block's seed fixes the masks of the attention.
+    `key_value` are a key and a value other than x, which the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     part = block._replace(

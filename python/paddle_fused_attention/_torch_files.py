@@ -21,7 +21,7 @@ from ._unpickling import Budget, FormatError, Global, Unpickler, Unresolved, are
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-# What a dtype is in NumPy, and its name in .safetensors where NumPy has none for it, or another one.
+# Each dtype in NumPy, and its name in .safetensors if NumPy lacks it or means another one.
 _DTYPES = {
     "float64": ("<f8", None),
     "float32": ("<f4", None),
@@ -103,7 +103,7 @@ class _Tensor(Unresolved):
         return np.dtype(_DTYPES[self.dtype][0]).itemsize
 
     def fill(self, data: bytes, shared: bool, budget: Budget) -> None:
-        """Sets the value: on `data` where it is no other tensor's and all of this one, else a copy."""
+        """Sets the value: an array on `data` if this tensor alone uses all of it, else a copy."""
         dtype, raw = _DTYPES[self.dtype]
         size = math.prod(self.shape)
         budget.take(size * self.itemsize)

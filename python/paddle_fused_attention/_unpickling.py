@@ -1,12 +1,12 @@
 """Reads pickles of numbers, strings, plain containers and NumPy arrays. Nothing that a pickle names is imported or
 called.
 
-A small machine for the opcodes of protocols 2 to 5. A global is looked up in a table of stand-ins, which make what the
-real one would make of good arguments and refuse others; where the table has none, the pickle is refused. An array is
-first an `Unresolved`, as a pickle describes it piece by piece, and becomes a NumPy array in `resolve`.
+A small machine runs the opcodes of protocols 2 to 5. A table has a stand-in for each global that a pickle may name;
+others are refused. A stand-in makes what the real global would make of good arguments, and refuses others. A pickle
+describes an array piece by piece, so an array is first an `Unresolved` and becomes a NumPy array in `resolve`.
 
-What a pickle makes is bounded by its length, so that a small file takes little memory: a `Budget` counts what is copied
-or referred to more than once, keys are plain values, and depth has a limit.
+A pickle's length bounds the memory of its values: a `Budget` counts what is copied or referred to more than once, keys
+are plain values, and depth has a limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shown(text: str) -> str:
 
 
 class Budget:
-    """How many bytes what is read from a file of `size` bytes may take beyond it."""
+    """The number of bytes that the values of a file of `size` bytes may take beyond its own."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -206,7 +206,7 @@ def _complex(real: Any, imaginary: Any) -> complex:
 
 
 def _key(value: Any) -> Any:
-    """Plain values alone: others compare and hash by calling each other, as deep as the file says."""
+    """Only plain values may be keys: others compare and hash by calling each other, as deep as the file says."""
     if type(value) not in _KEY_TYPES:
         raise FormatError(f"a value of type {type(value).__name__.strip('_')} can't be a key")
     return value
@@ -441,7 +441,7 @@ _STEPS: dict[bytes, Callable[[Unpickler], Any]] = {
 def resolve(value: Any, budget: Budget) -> Any:
     """The value with every `Unresolved` in it replaced, in place where it is a list or dict.
 
-    Each reference to an array counts: a file can refer to one a thousand times, and who writes them writes each.
+    Each reference to an array counts: a file can refer to one array a thousand times, and a writer writes it each time.
     """
     done: dict[int, Any] = {}
     open_: set = set()

@@ -1,12 +1,11 @@
 """Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for
 bit.
 
-A block is packed where its `Naming` and everything else that the names, shapes and metadata tell say that the operator
-computes it; what the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for.
-The packed names begin with a word of their own in every family. What is lost by packing, the old layout and names, goes
-into the metadata that belong to the arrays; without them a block goes back to what its family's names stand for. With
-Paddle's naming only query, key and value are packed, and the names are those of a model after
-``paddle_fused_attention.convert``.
+A block is packed if its `Naming` and all that names, shapes and metadata tell say that the operator computes it. What
+the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names
+begin with a word of their own in every family. The metadata of the arrays keep what packing loses, the old layout and
+names; without them a block gets its family's usual ones. With Paddle's naming only query, key and value are packed,
+under the names of a model after ``paddle_fused_attention.convert``.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from .report import Report
 from .weights import pack_projections, separate_projections
 
 METADATA = "paddle_fused_attention."  # keys that begin so are ours
-METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, when it is in a format that would say otherwise
+METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, if its format says otherwise
 METADATA_BLOCKS = METADATA + "blocks"  # JSON: what each packed block was
 
 # Names that look like attention, to be reported where no naming fits.
 _LIKE_ATTENTION = re.compile(r"^(.*?)\.?(?:q_proj|query|c_attn|in_proj|qkv|qkv_proj|q_lin)(?:\.|_)weight$")
 
-# In Paddle's names, of models whose layers are not Paddle's own.
+# Models with Paddle's names whose layers are not Paddle's own.
 _CAUSAL_MODELS = frozenset(("artist", "gpt", "opt"))
 
 Progress = Callable[[int, int], Any]
@@ -79,24 +78,24 @@ def pack(
 
     Args:
         arrays: NumPy arrays by name, bfloat16 as uint16; other values, and those of other keys, are passed on.
-        num_heads: Of every block that is packed, which are then of one width; or by patterns, as of a shell, for the
-            names of blocks: the first that fits holds.
+        num_heads: One number for all blocks that are packed, which must be of one width, or numbers by a shell's
+            patterns for the names of blocks, of which the first that fits holds.
         names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for blocks with which it is packed and whose names don't tell:
-            those of one stack of layers.
+        normalize_before: Where the layer norm stands, for blocks that are packed with it and whose names don't tell.
+            They must be of one stack of layers.
         progress: Called with the number of blocks that are done and their total.
-        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: what the shapes in a layer
-            tell, or else ``file_layout``.
-        file_layout: What the arrays' file tells of it; None: nothing.
+        layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: as the shapes in a layer
+            tell, else ``file_layout``.
+        file_layout: The layout that the arrays' file tells, if it does.
         metadata: Of the arrays' file.
-        config: What the config.json of a model tells, such as its ``model_type``.
+        config: The content of the model's config.json, such as its ``model_type``.
 
     Returns:
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
         CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for,
-            what tells of the layout is not of one mind, or a packed name is taken.
+            the signs of the layout contradict each other, or a packed name is taken.
     """
     check_layout("layout", layout)
     check_layout("file_layout", file_layout)
@@ -159,12 +158,12 @@ def unpack(
     layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
-    """The inverse of :func:`pack`, with the same results, for what earlier versions packed and the state dicts of
-    models too.
+    """The inverse of :func:`pack`, with results of the same kinds, also for state dicts of models and for what earlier
+    versions packed.
 
     Args:
         arrays, names, progress: As of :func:`pack`.
-        layout: How the weights were stored before, where the metadata don't tell; None: as those of the family are.
+        layout: How the weights were stored before, if the metadata don't tell; None: as the family stores them.
         metadata: Those of the report of :func:`pack`. Without them, as in the state dict of a model, weights come out
             as the family stores them and a layer norm's parameters as weight and bias.
 
@@ -221,7 +220,7 @@ def _with_replacements(arrays: dict[Any, Any], replacements: dict[str, dict], re
 
 
 def _block_records(metadata: Mapping[str, str] | None) -> dict[str, dict]:
-    """What the metadata tell of packed blocks."""
+    """What packed blocks were before, by name, out of the metadata."""
     text = (metadata or {}).get(METADATA_BLOCKS)
     if text is None:
         return {}
@@ -285,7 +284,7 @@ def _layout_and_norm_before(
 def _pack_block(
     arrays: dict[Any, Any], block: NamedBlock, num_heads: int, normalize_before: bool | None, layout: str
 ) -> tuple[list[str], dict[str, Any]]:
-    """The names that go and the arrays that come; `normalize_before` is None where the layer norm stays."""
+    """The names to remove and the arrays to add; `normalize_before` is None if the layer norm stays."""
     prefix, naming = block.prefix, block.naming
     *weights, out = (arrays[name] for name in block.names("weight"))
     *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
@@ -333,7 +332,7 @@ def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | N
 
 
 def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.ndarray]:
-    """The arrays of a packed block, which fit each other."""
+    """The arrays of a packed block, after checks that they fit each other."""
     parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
     if {"pre_ln_scale", "ln_scale"} <= set(parts):
         raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
@@ -359,7 +358,7 @@ def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.nda
 def _unpack_block(
     arrays: dict[Any, Any], block: NamedBlock, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
 ) -> tuple[list[str], dict[str, Any]]:
-    """The names that go and the arrays that come."""
+    """The names to remove and the arrays to add."""
     count = len(block.naming.qkv)
     weights = separate_projections(parts["qkv_weight"], count)
     biases = separate_projections(parts["qkv_bias"], count) if "qkv_bias" in parts else []

@@ -1,10 +1,9 @@
 """Reads and writes checkpoints as NumPy arrays by name; bfloat16 is uint16, as Paddle has it.
 
-Read are Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files
-of these kinds; written are .pdparams and .safetensors. Pickles are read by `_unpickling`, which runs nothing that
-stands in them.
+It reads Paddle's .pdparams, .safetensors, PyTorch's .bin, .pt and .pth, and the indices of checkpoints in several files
+of these kinds. It writes .pdparams and .safetensors. `_unpickling` reads pickles and runs nothing that stands in them.
 
-What has no place in NumPy (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into
+What NumPy can't hold (8-bit floats, say) is passed on as it is. The metadata of a .safetensors file goes into
 .pdparams as a second pickle behind Paddle's own: paddle.load reads the first one and stops.
 """
 
@@ -36,7 +35,7 @@ _NAME_TABLE = "StructuredToParameterName@@"
 _BIG_TABLE = "UnpackBigParamInfor@@"
 _METADATA = "paddle_fused_attention.metadata"
 
-# PaddleNLP writes "np" into files in Paddle's layout, but so does who stores PyTorch's through NumPy.
+# "np" tells nothing: PaddleNLP writes it into files in Paddle's layout, others into files in PyTorch's.
 _LAYOUT_OF_FORMAT = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
 
 __all__ = [
@@ -69,7 +68,7 @@ class Checkpoint:
 
 
 def check_suffix(path: Path) -> None:
-    """That the file's kind can be written."""
+    """Checks that files of this kind can be written."""
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
@@ -81,7 +80,7 @@ def check_target(path: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint of any kind that is known, by its suffix.
+    """Reads a checkpoint of any known kind, by its suffix.
 
     Raises:
         CheckpointError: The file is not there, is no checkpoint, is not complete, or asks for code to be run.
@@ -100,11 +99,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def load_state(path: Path, return_numpy: bool = False) -> Any:
-    """What ``paddle.load`` gives in dygraph for a file that ``paddle.save`` wrote, but runs nothing that stands in it.
+    """Reads a file of ``paddle.save`` as ``paddle.load`` does in dygraph, but runs nothing that stands in it.
 
     Args:
-        path: Of any suffix. Holds tensors, numbers and strings in dicts, lists, tuples and sets: state dicts, an
-            optimizer's, say.
+        path: A file of any suffix, with tensors, numbers and strings in dicts, lists, tuples and sets, such as state
+            dicts.
         return_numpy: NumPy arrays, read-only, for tensors.
 
     Raises:
@@ -137,7 +136,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
-    """Makes a CheckpointError of one line that names the file of whatever goes wrong with its content."""
+    """Turns whatever goes wrong with a file's content into a CheckpointError of one line that names the file."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -190,7 +189,7 @@ def _checked_names(found: Any, path: Path) -> dict[str, Any]:
 
 
 def _read_pickles(path: Path) -> tuple[Any, dict[str, str] | None]:
-    """What paddle.save pickled, arrays for tensors as they stand there, and the metadata behind it."""
+    """What paddle.save pickled, with arrays for tensors, and the metadata behind it."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         budget = Budget(size)
@@ -206,7 +205,7 @@ def _read_pickles(path: Path) -> tuple[Any, dict[str, str] | None]:
 
 
 def _with_slices_joined(value: Any) -> Any:
-    """Puts arrays together that Paddle divided, as pickles of protocols 2 and 3 hold at most 4 GB each."""
+    """Joins arrays that Paddle divided, since each holds at most 4 GB in pickles of protocols 2 and 3."""
     if not isinstance(value, dict) or _BIG_TABLE not in value:
         return value
     table = value.pop(_BIG_TABLE)
@@ -223,10 +222,10 @@ def _with_slices_joined(value: Any) -> Any:
 
 
 def _as_paddle(value: Any, return_numpy: bool) -> Any:
-    """Tensors out of the arrays that were tensors.
+    """Makes tensors of the arrays that were tensors.
 
-    A state dict of tensors alone is pickled as arrays with a table of the parameters' names; anything else with each
-    tensor as a pair of name and array, or, out of static graphs and of Paddle 2.0, as an array.
+    Paddle pickles a state dict of tensors alone as arrays with a table of the parameters' names. In anything else a
+    tensor is a pair of name and array, or an array if it is from a static graph or from Paddle 2.0.
     """
     if isinstance(value, dict) and isinstance(value.get(_NAME_TABLE), dict):
         names = value.pop(_NAME_TABLE)
@@ -294,7 +293,7 @@ def _read_pdparams(path: Path) -> Checkpoint:
 
 
 def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
-    """As paddle.save writes it. A tensor's own name is that which it has in the checkpoint."""
+    """Writes as paddle.save does. A tensor's own name is the one that it has in the checkpoint."""
     values = checkpoint.arrays
     for name in (_NAME_TABLE, _BIG_TABLE):
         if name in values:
@@ -309,7 +308,7 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _with_names(name: str, value: Any) -> Any:
-    """Pairs of name and array for the arrays in a value; refuses what paddle.load would."""
+    """The value, with a pair of name and array for each array in it. Refuses what paddle.load would refuse."""
     done: dict[int, Any] = {}
 
     def visit(value: Any) -> Any:
@@ -372,7 +371,7 @@ def _write_safetensors(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _read_index(path: Path) -> Checkpoint:
-    """The tensors that an index names, each out of the file that it says, in the index's order."""
+    """Reads the tensors that an index names, each from the file that it says, in the index's order."""
     index = parse_json(path.read_bytes())
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places or not is_metadata(places):
@@ -397,7 +396,7 @@ def _read_index(path: Path) -> Checkpoint:
 
 
 def _common_metadata(each: list[dict[str, str] | None]) -> dict[str, str] | None:
-    """The metadata of all files, without what is of one alone: where two say different things."""
+    """The metadata of all files together, without entries that differ between them."""
     merged: dict[str, str] = {}
     different: set = set()
     for metadata in each:

@@ -15,8 +15,8 @@ from ._split_heads import attention_over_mesh, mesh_axis_of_heads
 
 
 def _is_exported_to_onnx() -> bool:
-    """Whether the graph that is built is for ``paddle.onnx.export``. ONNX has no such operator, and the exporter ends
-    the process at one that it does not know: it gets ordinary ops."""
+    """Whether ``paddle.onnx.export`` builds the graph. Its exporter ends the process at an operator that ONNX does not
+    have, so it gets ordinary ops."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
@@ -27,7 +27,7 @@ def _is_exported_to_onnx() -> bool:
 
 @paddle.jit.not_to_static
 def self_attention(block: Block) -> paddle.Tensor:
-    """A block that is checked, by the operator wherever it serves."""
+    """Computes a checked block by the operator wherever that serves."""
     if in_dynamic_mode():
         mesh_axis = mesh_axis_of_heads(block.x, block.qkv_weight)
         if mesh_axis is not None:
@@ -78,8 +78,8 @@ def fused_multi_head_attention(
 
     Args:
         x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
-        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x;
-            beside a float32 x also float16 or bfloat16: then the products and attention are in that dtype, all else in
+        qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x. With
+            a float32 x it may be float16 or bfloat16: then the products and attention are in that dtype, all else in
             float32.
         linear_weight: ``[embed_dim, embed_dim]``, dtype of qkv_weight.
         pre_layer_norm: Whether x is layer-normalised before the QKV projection.
@@ -94,7 +94,7 @@ def fused_multi_head_attention(
             as -inf does. A query that may see no key gives zeros. The mask gets no gradient.
         dropout_rate, attn_dropout_rate: The probability of dropping an element, in [0, 1], exact to 2^-16.
         name: Unused; there for the sake of Paddle's convention.
-        training: Without it nothing is dropped and nothing is kept for the gradient, which is then computed from x
+        training: If False, nothing is dropped and nothing is kept for the gradient, which then computes all from x
             anew.
         mode: "upscale_in_train": what is kept is divided by ``1 - rate`` in training. "downscale_in_infer": everything
             is multiplied by ``1 - rate`` outside training.

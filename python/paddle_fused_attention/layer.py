@@ -9,7 +9,7 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
 from ._block import MODES, TENSORS, Block
-from ._checks import INFINITY, check_count, check_number, check_switches
+from ._checks import INFINITY, check_heads, check_number, check_switches
 from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
@@ -26,8 +26,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
     """Self-attention with layer norm, projections, dropout and residual as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 
-    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias`` [3,
-    num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with
+    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias``
+    [3, num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with
     ``normalize_before`` also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also
     ``ln_scale`` and ``ln_bias`` [embed_dim].
 
@@ -40,9 +40,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         normalize_before: Whether the input is layer-normalised before the QKV projection.
         need_weights: Must be False: the attention weights are never stored.
         weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An
-            initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to separate
-            projections: ``qkv_weight`` becomes what three weights [embed_dim, embed_dim] (in, out) would be, packed.
-            Layer-norm scales begin at one always.
+            initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to three weights
+            [embed_dim, embed_dim] (in, out), which are packed to ``qkv_weight``. Layer-norm scales always begin at one.
         bias_attr: ParamAttr of every bias, those of the layer norms included, read likewise; False: no biases.
         name: Prefix of the parameters' names.
         epsilon: Of both layer norms.
@@ -77,8 +76,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         add_residual: bool = True,
     ) -> None:
         super().__init__(name_scope=name)
-        self.embed_dim = embed_dim = check_count("embed_dim", embed_dim)
-        self.num_heads = num_heads = check_count("num_heads", num_heads)
+        embed_dim, num_heads = self.embed_dim, self.num_heads = check_heads(embed_dim, num_heads)
+        self.head_dim = embed_dim // num_heads
         check_switches(
             normalize_before=normalize_before,
             need_weights=need_weights,
@@ -86,9 +85,6 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             causal=causal,
             add_residual=add_residual,
         )
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
-        self.head_dim = embed_dim // num_heads
         for argument, value in (("kdim", kdim), ("vdim", vdim)):
             if value is not None and value != embed_dim:
                 raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
@@ -106,8 +102,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         self.causal = bool(causal)
         self.add_residual = bool(add_residual)
 
-        # The packed weight is three projections of [embed_dim, embed_dim]; its own four dimensions would give another
-        # fan.
+        # The fans of three projections [embed_dim, embed_dim]; the packed weight's own shape would give others.
         xavier = nn.initializer.XavierUniform(fan_in=embed_dim, fan_out=embed_dim)
         shape = [3, num_heads, self.head_dim, embed_dim]
 
@@ -120,7 +115,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
         def scale() -> Any:
-            # As an attribute: a default would give way to a global initializer.
+            # As an attribute, since a global initializer replaces a default.
             ones = paddle.ParamAttr(initializer=nn.initializer.Constant(1.0))
             return self.create_parameter([embed_dim], ones)
 
@@ -145,11 +140,10 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections.
-            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs where both
-                are the query: the same tensor, or, in dygraph where no gradient is wanted of the three, one of the same
-                contents. Others are served by ordinary ops, which store the scores, with the same meaning, gradients
-                and, in dygraph, dropout; ``causal`` is aligned at the end, and ``normalize_before`` normalises all
-                three.
+            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs if both are
+                the query: the same tensor or, in dygraph if the three want no gradient, one of the same contents.
+                Ordinary ops, which store the scores, compute others with the same meaning, gradients and, in dygraph,
+                dropout. ``causal`` is then aligned at the end, and ``normalize_before`` normalises all three.
             attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``.
             cache: Must be None.
 
@@ -180,8 +174,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         return self_attention(block) if key_value is None else attention_to_keys(block, key_value)
 
     def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
-        """Paddle's way to move or cast a layer, be it in to(), float16(), bfloat16() or amp.decorate. Where it makes
-        the layer 16-bit, layer-norm parameters become float32."""
+        """Moves or casts the layer, for Paddle's to(), float16(), bfloat16() and amp.decorate. Layer-norm parameters of
+        a layer that becomes 16-bit become float32."""
         if dtype is None or convert_dtype(dtype) not in _SIXTEEN_BIT:
             super()._apply(func, device, dtype, blocking, include_sublayers)
             return
@@ -200,7 +194,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
                     func(parameter._grad_ivar(), device, "float32", blocking)
 
     def _settings(self) -> dict[str, Any]:
-        """What the constructor makes such a layer of, but for its parameters."""
+        """The constructor's arguments for such a layer, but for its parameters' attributes."""
         return {
             "embed_dim": self.embed_dim,
             "num_heads": self.num_heads,
@@ -230,8 +224,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
     ) -> FusedMultiHeadAttention:
         """The block that a MultiHeadAttention and the layer norm beside it make up, with copies of their parameters.
 
-        Without ``normalize_before`` the layer computes ``norm(x + dropout(mha(x)))``, with it ``x +
-        dropout(mha(norm(x)))``; where ``norm`` is None there is no layer norm.
+        Without ``normalize_before`` the layer computes ``norm(x + dropout(mha(x)))``, with it
+        ``x + dropout(mha(norm(x)))``; where ``norm`` is None there is no layer norm.
 
         Args:
             mha: A self-attention layer (kdim and vdim equal to embed_dim, need_weights False), with or without biases.
@@ -242,8 +236,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
             causal, add_residual: As in the constructor.
 
         Raises:
-            TypeError: mha or norm is not of exactly its class, which a subclass may compute otherwise, or a projection
-                is no ``paddle.nn.Linear``.
+            TypeError: mha or norm is not of exactly its class, since a subclass may compute something else, or a
+                projection is no ``paddle.nn.Linear``.
             ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a
                 forward of its own or, as under weight_norm, parameters beside its weight and bias.
             NotImplementedError: See the constructor.
@@ -360,15 +354,15 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         return mha, norm
 
     def _assign_parameters(self, parameters: dict[str, Any], origins: dict[str, Any]) -> None:
-        """Copies values into parameters; `origins` are the parameters that a value was made of, where it is not one
+        """Copies values into parameters. `origins` are the parameters that a value was made of, if it is not one
         itself."""
         for name, value in parameters.items():
             _copy_parameter(self, name, value, origins.get(name))
 
 
 def _copy_parameter(layer: nn.Layer, name: str, value: Any, origins: Any = None) -> None:
-    """Gives a layer's parameter the value and dtype of a tensor, or removes it where the value is None. It is frozen if
-    all the parameters that the value comes from are; by default that is the value itself."""
+    """Gives a layer's parameter the value and dtype of a tensor, or removes it if the value is None. It is frozen if
+    all `origins` are, which are by default the value itself."""
     if value is None:
         setattr(layer, name, None)
         return

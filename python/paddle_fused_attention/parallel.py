@@ -1,10 +1,9 @@
 """Tensor parallelism: the attention block with its heads spread over the processes of a communication group.
 
 Each process computes the operator for its own heads, from the whole input to their part of the output projection. The
-parts are summed over the group; bias, dropout, residual and final layer norm then run alike on every process. In
-backward the gradients of what all processes share before the sum, the input and the first layer norm's parameters, are
-summed in turn. Dropout masks are those of the whole layer whatever the number of processes, since all draw from
-generators with the same seed.
+parts are summed over the group. Then bias, dropout, residual and final layer norm run alike on every process. Backward
+sums the gradients of what all processes share before the sum: the input and the first layer norm's parameters. Dropout
+masks are those of the whole layer for any number of processes, since all draw from generators with the same seed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _HEAD_AXES = {"qkv_weight": 1, "qkv_bias": 1, "linear_weight": 0}
 
 
 def _resolve_group(group: Any) -> Any:
-    """The group, or all processes for None; None if there is nobody to talk to."""
+    """The group, or that of all processes for None; None if it has no other process."""
     if group is None:
         if not dist.is_initialized():
             return None
@@ -48,7 +47,7 @@ def _resolve_group(group: Any) -> Any:
 
 
 def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
-    """The group that Paddle's ``ring_id`` stands for; None for -1, or if there is nobody to talk to.
+    """The group that Paddle's ``ring_id`` stands for; None for -1, or if it has no other process.
 
     Raises:
         TypeError: ring_id or nranks is not an int.
@@ -87,12 +86,11 @@ def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
 
 
 def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
-    """What every process uses for its own heads: its gradient is the sum over the group of what each process made of
-    it."""
+    """A tensor that every process uses for its own heads, with a gradient that is summed over the group."""
     if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
         return tensor
-    # A tensor of its own, so that the hook sees the gradient from this use alone. A PyLayer would have to copy it, and
-    # reshape to the same shape gives the tensor itself.
+    # A new tensor, so that the hook sees the gradient of this use alone. A PyLayer would have to copy it, and reshape
+    # to the same shape returns the tensor itself.
     view = tensor.unsqueeze(0).squeeze(0)
     view.register_hook(lambda gradient: _all_reduce(gradient, group))
     return view
@@ -112,12 +110,13 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
 
 @paddle.jit.not_to_static
 def parallel_attention(block: Block, group: Any, key_value: tuple | None = None) -> paddle.Tensor:
-    """A block that is checked, where each process of `group` holds an equal share of the heads, in the order of ranks.
+    """Computes a checked block of which each process of `group` holds an equal share of the heads, in the order of
+    ranks.
 
-    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n,
-    head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the same on every
-    process, ``attn_mask`` included. `group` is one that the process belongs to, or None for no communication. The
-    block's seed fixes the masks of the attention. `keys` are a key and a value other than x, as for
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias``
+    [3, num_heads / n, head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the
+    same on every process, ``attn_mask`` included. The process belongs to `group`; None: no communication. The block's
+    seed fixes the masks of the attention. `key_value` are a key and a value other than x, as for
     :func:`attention_to_keys`.
     """
     if group is not None:
@@ -154,10 +153,10 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
     up to rounding, for every number of processes, one included. Dropout masks are not those of
     :class:`FusedMultiHeadAttention`.
 
-    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias`` [3, num_heads / n,
-    head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]: the process's share, marked
-    ``is_distributed`` as by Paddle's own tensor-parallel layers. The other parameters are whole and alike on every
-    process, and so are their gradients. Clipping by a global norm must add up the squares of the shares, as
+    With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias``
+    [3, num_heads / n, head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]: the process's share,
+    marked ``is_distributed`` as by Paddle's own tensor-parallel layers. The other parameters are whole and alike on
+    every process, and so are their gradients. Clipping by a global norm must add up the squares of the shares, as
     :class:`ParallelClipGradByGlobalNorm` does.
 
     With more than one process the layer works in dygraph only.
@@ -210,7 +209,7 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
             causal=causal,
             add_residual=add_residual,
         )
-        # Groups can be neither copied nor pickled, as layers can.
+        # Layers can be copied and pickled, groups can't.
         self._group_id = None if group is None else group.id
         if group is None:
             return
@@ -245,8 +244,8 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
         return value[tuple(index)]
 
     def _reduce_to_share(self, name: str) -> None:
-        """Makes a whole parameter this process's part of it, so that its name, attributes and initial values are the
-        whole layer's."""
+        """Cuts a whole parameter to this process's part. Its name, attributes and initial values stay the whole
+        layer's."""
         parameter = getattr(self, name)
         if parameter is None:
             return
@@ -268,8 +267,8 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
 
     @classmethod
     def from_full(cls, layer: FusedMultiHeadAttention, group: Any = None) -> ParallelFusedMultiHeadAttention:
-        """The layer with copies of this process's part of the parameters of `layer`, which is the same on every
-        process.
+        """Makes the layer of this process's part of `layer`, which is the same on every process, with copied
+        parameters.
 
         Raises:
             TypeError: `layer` is not a FusedMultiHeadAttention, or is split itself.
@@ -313,7 +312,8 @@ class ParallelFusedMultiHeadAttention(FusedMultiHeadAttention):
 
 
 def _check_seeds(group: Any) -> None:
-    """Other seeds would give every process other initial values and dropout masks, which nothing later would notice."""
+    """Refuses different seeds. They would give each process other initial values and dropout masks, which nothing later
+    would notice."""
     generator = core.default_cpu_generator()
     if paddle.get_device().startswith("gpu"):
         generator = core.default_cuda_generator(int(paddle.get_device().split(":")[1]))
@@ -339,8 +339,8 @@ def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any
 class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
     """Paddle's ClipGradByGlobalNorm over the whole model where layers are spread over `group`, in dygraph.
 
-    Paddle's own would take every process's share for the whole, clip differently on each, and so drive apart the
-    parameters that they have in common.
+    Paddle's own takes every process's share for the whole and clips differently on each, which drives apart the
+    parameters that the processes have in common.
 
     Args:
         clip_norm: The largest norm that gradients may have together.

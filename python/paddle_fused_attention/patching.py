@@ -32,7 +32,7 @@ def _replace(pairs: Any) -> None:
 
 
 class _Patched:
-    """What patch() returns: a context that ends with its own patch()."""
+    """What patch() returns: a context at whose end that patch() is undone."""
 
     def __init__(self) -> None:
         self._active = True
@@ -50,9 +50,9 @@ def patch() -> _Patched:
     """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and
     ``paddle.incubate.nn.functional.fused_multi_head_attention`` those of :mod:`paddle_fused_attention.incubate`.
 
-    It holds at once, wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already),
-    and for code that imports them from Paddle afterwards; a module that imported them before keeps Paddle's. Calls may
-    be nested: each is undone by one :func:`unpatch`, and with the last of these Paddle has its own objects again.
+    It holds at once wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already) and
+    in code that imports them from Paddle afterwards. A module that imported them before keeps Paddle's. Calls may be
+    nested: each :func:`unpatch` undoes one, and after the last Paddle has its own objects again.
 
     Returns:
         A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.

@@ -1,8 +1,8 @@
-"""The state of converted models under the names that it has without conversion, and back.
+"""States of converted models under the names from before the conversion, and back.
 
-A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` where there were the parameters of separate
-projections. Loading takes either names, and those of earlier versions of this package; the rest is here: state dicts
-for the model as it was, and optimizer states.
+A converted model's own state dict has ``qkv_weight`` and ``qkv_bias`` in place of the parameters of separate
+projections. Loading takes both kinds of names, and those of earlier versions of this package. State dicts for the model
+as it was, and optimizer states, are made here too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from ._checks import check_model
 from ._loading import CastingTarget, cast, state_being_loaded
 from .weights import KINDS
 
-# Their checkpoints are read into models that are not converted.
+# Checkpoints of these libraries are read into models that are not converted.
 _SAVING_LIBRARIES = ("paddlenlp.", "paddleformers.")
 
 
 def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """A state dict of a converted model, as the model had it before :func:`convert`: the same names, shapes, bits and
-    order.
+    """A state dict of a converted model as it was before :func:`convert`: the same names, shapes, bits and order.
 
-    What was not packed are the model's own tensors, as in its ``state_dict()``; the projections are copies. To load one
-    needs nothing: ``model.set_state_dict`` takes these names, too.
+    The projections' parameters are copies, all others the model's own tensors, as in its ``state_dict()``.
+    ``model.set_state_dict`` takes these names, too.
 
     Raises:
         TypeError: ``model`` is not a layer.
@@ -39,7 +38,7 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
 
 
 def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
-    """The entries of a packed attention, which begin with `prefix`, under the names that whoever asks for them
+    """The entries of a packed attention, which begin with `prefix`, under the names that the caller of state_dict
     wants."""
     loaded = state_being_loaded()
     if loaded is not None:
@@ -96,7 +95,8 @@ def _loading_targets(attention: Any, kind: str, packed: Any, prefix: str, loaded
 
 
 class _ProjectionTarget:
-    """A separate projection's parameter for set_state_dict, of which set_value fills the part in the packed one."""
+    """Stands for a separate projection's parameter in set_state_dict; its set_value fills the part in the packed
+    one."""
 
     def __init__(self, attention: Any, kind: str, index: int) -> None:
         self._attention, self._kind, self._index = attention, kind, index
@@ -120,7 +120,7 @@ class _ProjectionTarget:
             packed.set_value(packing.pack(values))
 
 
-# Of a converted encoder layer, by what earlier versions of this package called them.
+# Names in a converted encoder layer, by those that earlier versions of this package gave.
 _OLD_NAMES = {
     "self_attn.linear_weight": "self_attn.out_proj.weight",
     "self_attn.linear_bias": "self_attn.out_proj.bias",
@@ -132,8 +132,8 @@ _OLD_NAMES = {
 
 
 def with_old_names(state: dict, prefix: str) -> dict:
-    """The entries of a converted encoder layer, which begin with `prefix`, under their old names where it is
-    set_state_dict that asks, and what it loads has these."""
+    """The entries of a converted encoder layer, which begin with `prefix`, under their old names if set_state_dict asks
+    and what it loads has these."""
     loaded = state_being_loaded()
     if loaded is None:
         return state
@@ -150,7 +150,7 @@ def with_old_names(state: dict, prefix: str) -> dict:
 
 
 def _wants_separate() -> bool:
-    """Whether it is separate_state_dict that asks, or a library that saves a model for others to load."""
+    """Whether separate_state_dict asks, or a library that saves a model for others to load."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_name
@@ -165,8 +165,8 @@ def _wants_separate() -> bool:
 
 
 def _packed_parameters(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any, list[str], dict]]:
-    """For every packed parameter of a model and every group of a state: the packing, the parameter, what Paddle called
-    those that it was made of, and the group."""
+    """For every packed parameter of a model and every dict of a state: the packing, the parameter, Paddle's names of
+    the parameters that it was made of, and the dict."""
     for layer in model.sublayers(include_self=True):
         packing: Any = getattr(layer, "_packing", None)
         for kind in KINDS if packing is not None else ():
@@ -177,23 +177,22 @@ def _packed_parameters(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any,
 
 
 def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
-    """The state of an optimizer of a model that is not converted, for the optimizer of the same model after
-    :func:`convert`.
+    """Makes the state of an unconverted model's optimizer one for the same model's optimizer after :func:`convert`.
 
-    Moments and master weights, which have their parameter's shape, are packed as the parameters were; of numbers, such
-    as powers of beta, which must be the same for the three projections, one is kept. What the step is afterwards is the
-    same as without conversion for optimizers that treat every element by itself, such as SGD, Momentum, Adam and AdamW;
-    Lamb and Lars take norms of whole parameters, and see the three projections as one.
+    Moments and master weights, which have their parameter's shape, are packed as the parameters were. Numbers, such as
+    powers of beta, must be the same for the three projections, and one is kept. Optimizers that treat every element by
+    itself, such as SGD, Momentum, Adam and AdamW, then make the same steps as without conversion. Lamb and Lars take
+    norms of whole parameters, and see the three projections as one.
 
     Args:
-        model: A converted model. What its parameters were called before is what the keys of the state begin with.
-        state: What ``optimizer.state_dict()`` gave, or ``paddle.load`` of a file of it. It is left as it is.
+        model: A converted model. The keys of the state begin with its parameters' names from before the conversion.
+        state: The result of ``optimizer.state_dict()``, or of ``paddle.load`` of its file. It is not changed.
 
     Returns:
         A new dict, for ``optimizer.set_state_dict``.
 
     Raises:
-        TypeError: An argument is of the wrong type.
+        TypeError: An argument is of the wrong type, or the projections' states are of several dtypes.
         ValueError: A state of a projection has another shape than its parameter, or is missing, or numbers differ.
     """
     _check_optimizer_arguments(model, state)
@@ -215,7 +214,7 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
 
     Args:
         model: The converted model, before :func:`revert`.
-        state: What ``optimizer.state_dict()`` gave, or ``paddle.load`` of a file of it. It is left as it is.
+        state: The result of ``optimizer.state_dict()``, or of ``paddle.load`` of its file. It is not changed.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -247,7 +246,7 @@ def _check_optimizer_arguments(model: Any, state: Any) -> None:
 
 
 def _dicts_by_parameter(state: dict) -> list[dict]:
-    """The state itself and its master weights, as a dict that may be changed."""
+    """The state itself and a copy of its master weights, which may be changed."""
     if isinstance(state.get("master_weights"), dict):
         state["master_weights"] = dict(state["master_weights"])
         return [state, state["master_weights"]]

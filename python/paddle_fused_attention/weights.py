@@ -129,8 +129,8 @@ def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
 
 
 def unpack_qkv_weight(qkv_weight: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three ``[embed_dim,
-    embed_dim]``, contiguous copies."""
+    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three
+    ``[embed_dim, embed_dim]``, contiguous copies."""
     _check_packed("qkv_weight", qkv_weight, 4, "[3, num_heads, head_dim, num_heads * head_dim]")
     wq, wk, wv = separate_projections(qkv_weight, 3)
     return wq, wk, wv

@@ -1,6 +1,6 @@
-"""How the operator serves attention classes that it does not know by itself: one adapter a class.
+"""Adapters, each of which says how the operator serves one class of attention layers.
 
-:func:`paddle_fused_attention.convert` serves every layer whose class, and not only a base of it, has an adapter. An
+:func:`paddle_fused_attention.convert` serves a layer if its class itself, and not only a base of it, has an adapter. An
 adapter says where the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
 """
 
@@ -17,20 +17,19 @@ from .._ordinary_ops import additive_mask
 
 
 class AttentionAdapter:
-    """What :func:`convert` has to know of a class of self-attention layers. Derive from it, and call
+    """What :func:`convert` must know of a class of self-attention layers. Derive from it, and call
     :func:`register_adapter`.
 
-    A layer qualifies if it computes, for inputs x ``[batch, seq_len, embed_dim]``, ``dropout(attend(q, k, v) @ W + b)``
-    of projections q, k, v of x, made by ``paddle.nn.Linear`` with as many columns as rows for each, and a
-    ``paddle.nn.Linear`` after them. A layer that has parameters, buffers or sublayers beside those that the adapter
-    names is left alone, as is one whose forward gives other numbers than the operator when :func:`convert` tries both,
-    or whose class is only derived from the registered one.
+    A layer qualifies if it computes ``dropout(attend(q, k, v) @ W + b)`` for inputs x ``[batch, seq_len, embed_dim]``.
+    ``paddle.nn.Linear`` projects x to q, k and v, with as many columns as rows for each, and applies W and b. A layer
+    is left alone if it has parameters, buffers or sublayers that the adapter does not name, if its forward gives other
+    numbers than the operator when :func:`convert` tries both, or if its class is only derived from the registered one.
 
     Attributes:
         projections: The names of the three projections of query, key and value, or of the one that has the columns of
             all three in turn.
-        interleaved: For one projection: whether these columns are in turn for each head, [num_heads, 3, head_dim], and
-            not for all heads, [3, num_heads, head_dim].
+        interleaved: Whether the columns of one projection are ordered [num_heads, 3, head_dim] and not
+            [3, num_heads, head_dim].
         output: The name of the projection after attention.
         attn_dropout: The name of the ``paddle.nn.Dropout`` of the attention's weights; None: there is none, or
             :meth:`attn_dropout_rate` tells.
@@ -50,7 +49,7 @@ class AttentionAdapter:
         return None
 
     def layout(self, attention: nn.Layer) -> tuple[tuple[str, ...], bool]:
-        """The names of the projections and whether they are interleaved, where that differs from layer to layer."""
+        """The names of the projections and whether they are interleaved, if that differs from layer to layer."""
         return self.projections, self.interleaved
 
     def num_heads(self, attention: nn.Layer) -> int:
@@ -72,9 +71,8 @@ class AttentionAdapter:
         """What a call of the layer with these arguments means.
 
         Returns:
-            x, the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal;
-                None: the operator
-            does not serve such a call, and the class's own forward runs.
+            x and the mask or None, as :func:`fused_multi_head_attention` takes them, and whether attention is causal.
+            None if the operator does not serve such a call: then the class's own forward runs.
         """
         raise NotImplementedError(f"{type(self).__name__}.inputs: expected a method of the adapter's own, found none")
 
@@ -170,7 +168,7 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
         served = are_query(query, key, value) and not with_cache and not output_attentions
         if not served or wants_gradient(attention_mask):
             return None
-        # Its masks are added as numbers, whatever their dtype, and hide what comes later themselves.
+        # PaddleNLP adds masks as numbers, whatever their dtype. They hide later keys themselves.
         mask = attention_mask
         if mask is not None and not paddle.is_floating_point(mask):
             mask = paddle.cast(mask, query.dtype)

@@ -1,8 +1,8 @@
 """``paddle.nn.TransformerEncoderLayer`` with its attention, norm1, dropout1 and the first residual as one operator.
 
-All sublayers stay where they are; of their parameters only those of the query, key and value projections are packed. A
-call whose parts are as Paddle's layer makes them runs the operator; otherwise (hooks, replaced parts, quantization,
-attention weights that are asked for) the parts are called one by one.
+All sublayers stay where they are; only the parameters of the query, key and value projections are packed. A call runs
+the operator if all parts are as Paddle's layer makes them. Otherwise (hooks, replaced parts, quantization, attention
+weights that are asked for) it calls the parts one by one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .packed import PackedAttention, active_rate, pack, packed_class, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
-# Libraries that give Paddle's classes a forward which ConvertedEncoderLayer.forward stands for.
+# Libraries' own forwards of Paddle's encoder layer, which ConvertedEncoderLayer.forward stands for.
 _KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
 
 
 class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
     """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base
-    class, and of what PaddleNLP and PaddleFormers make of it: with ``output_attentions``, or where
-    ``self_attn.need_weights`` is set, the result is a tuple that ends with the attention's weights, ``[batch,
-    num_heads, seq_len, keys]``, by ordinary ops."""
+    class, and of PaddleNLP's and PaddleFormers' own forward: with ``output_attentions`` or ``self_attn.need_weights``
+    ordinary ops run, and the result is a tuple that ends with the attention's weights
+    ``[batch, num_heads, seq_len, keys]``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,8 +78,8 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         )
 
     def _attend_by_parts(self, src: Any, mask: Any, cache: Any, output_attentions: bool) -> tuple:
-        """The first half of the layer, and a tuple of the new cache, if there is one, and the attention's weights, if
-        they are wanted."""
+        """The result of the layer's first half, and a tuple of the new cache, if there is one, and the attention's
+        weights, if they are wanted."""
         attention = self.self_attn
         hidden = self.norm1(src) if self.normalize_before else src
         needed_weights = getattr(attention, "need_weights", False)
@@ -147,7 +147,7 @@ def reason_against_encoder_layer(layer: Any, uses: dict) -> str | None:
             return f"its {name} is a {type(part).__name__}, not a paddle.nn.{kind.__name__}"
         if not is_plain(part, kind):
             return f"its {name} has hooks or a forward of its own"
-    # The libraries' forward sets it in every call, as its argument says, and leaves it so.
+    # The libraries' forward sets need_weights in every call, as its argument says, and leaves it so.
     if attention.need_weights and origin_of_forward(nn.TransformerEncoderLayer) is None:
         return "its self_attn has need_weights=True"
     for name in ("kdim", "vdim"):

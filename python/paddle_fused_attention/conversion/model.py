@@ -17,7 +17,7 @@ from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
 
 _OUR_MODULES = __package__.rpartition(".")[0] + "."
-# Names by which attention is known where its class says nothing.
+# An attention is known by the name of its class or by the names of sublayers.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _PROJECTIONS = (
     {"q_proj", "k_proj"},
@@ -31,16 +31,17 @@ _PROJECTIONS = (
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
-    """Makes every attention of a model that the operator can serve run it: each ``paddle.nn.TransformerEncoderLayer``,
-    of either norm order, with its layer norm, dropout and residual, and the layers whose class has an adapter
-    (:func:`register_adapter`). Outputs and gradients are the same, up to rounding; dropout draws other masks.
+    """Makes a model run the operator for every attention that it can serve. These are each
+    ``paddle.nn.TransformerEncoderLayer``, of either norm order, with its layer norm, dropout and residual, and each
+    layer whose class has an adapter (:func:`register_adapter`). Outputs and gradients are the same, up to rounding;
+    dropout draws other masks.
 
     The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value
-    projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters trained as those were; all
-    else stays the object that it was: other parameters, sublayers, modes, hooks. What is changed later is followed:
-    dropout rates, modes, hooks, replaced sublayers, attention weights that are asked for; such a call takes the class's
-    own way where the operator has none. Of the packed projections, which remain as sublayers, ``weight`` and ``bias``
-    can't be reached. Gradient hooks (``Tensor.register_hook``) of their parameters are lost; Paddle does not tell of
+    projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters that are trained as those
+    were. Everything else stays the same object: other parameters, sublayers, modes, hooks. Later changes take effect:
+    dropout rates, modes, hooks, replaced sublayers, attention weights that are asked for. If the operator does not
+    serve such a call, the class's own forward runs. The packed projections stay as sublayers without ``weight`` and
+    ``bias``. Gradient hooks (``Tensor.register_hook``) of their parameters are lost, since Paddle does not tell of
     them.
 
     Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and
@@ -50,12 +51,12 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all
     alike.
 
-    What the operator can't stand for is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``,
+    What the operator can't serve is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``,
     ``need_weights``; parts that were replaced, have hooks or a forward of their own, or share parameters with others;
     classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
 
     Args:
-        model: A layer, of dygraph. A layer that is used several times is converted once.
+        model: A layer in dygraph. A sublayer that is used several times is converted once.
         return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if
             some attention was left alone or none was found.
 
@@ -87,14 +88,14 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
 
 
 def revert(model: nn.Layer) -> nn.Layer:
-    """The inverse of :func:`convert`, in place: projections have parameters of their own again, new ones with the
-    values, the names and Paddle's names (``Parameter.name``) that they had.
+    """The inverse of :func:`convert`, in place. The projections get parameters of their own again: new ones with the
+    packed values, the old names and Paddle's old names (``Parameter.name``).
 
     Raises:
         TypeError: ``model`` is not a layer.
         RuntimeError: Static-graph mode is on, or the model is wrapped for several devices or made static
-            (:func:`separate_state_dict` saves such a model under the names from before). An optimizer that holds packed
-            parameters is warned of.
+            (:func:`separate_state_dict` saves such a model under the names from before). If an optimizer holds packed
+            parameters, there is a warning.
     """
     _check_model("revert", model)
     layers = model.sublayers(include_self=True)
@@ -162,7 +163,7 @@ def _is_attention(layer: nn.Layer) -> bool:
         return True
     if not layer._parameters and not layer._sub_layers:
         return False
-    # A model may have such a name itself; what it holds is what counts then.
+    # A whole model may have such a name itself; then its parts count.
     if any(
         _is_ours(part) or isinstance(part, nn.TransformerEncoderLayer) or adapter_for(type(part)) is not None
         for part in layer.sublayers()
@@ -192,7 +193,7 @@ def _count_uses(model: nn.Layer) -> dict:
 
 
 def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
-    """The parameters that would be packed, by id, and their names."""
+    """The names of the parameters that would be packed, by id."""
     found = {}
     for attention in (*(layer.self_attn for layer in encoder_layers), *attentions):
         adapter = adapter_for(type(attention))
@@ -205,8 +206,8 @@ def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
 
 
 def _check_not_in_use(function: str, changed: list, parameters: dict) -> None:
-    """Refuses where something is made already of what would change. Nothing tells layers of what holds them, so that
-    everything alive is looked through."""
+    """Refuses if an optimizer, a wrapper or a static graph already holds what would change. Layers do not know what
+    holds them, so all living objects are looked through."""
     if not changed:
         return
     ours = {id(layer) for layer in changed}

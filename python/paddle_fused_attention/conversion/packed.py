@@ -1,10 +1,10 @@
 """Attention layers whose query, key and value projections are packed into the operator's parameters.
 
-Such a layer stays the object that it was, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim,
-embed_dim] and ``qkv_bias`` [3, num_heads, head_dim] hold what the projections held; these stay too, as PackedLinear,
-and compute with their part of the packed parameters. All else (output projection, dropouts, attributes, hooks) is left
-as it is. A call that the operator serves runs it; every other call runs the class's own forward. So whatever is done to
-the parts later is never passed over.
+Such a layer stays the same object, of a class derived from its own. ``qkv_weight`` [3, num_heads, head_dim, embed_dim]
+and ``qkv_bias`` [3, num_heads, head_dim] hold the projections' parameters. The projections stay as PackedLinear and
+compute with their part of these. Everything else (output projection, dropouts, attributes, hooks) stays as it is. A
+call runs the operator if that serves it, else the class's own forward, so that no later change of a part is passed
+over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..state_dicts import translate_state_dict
 from ..weights import KINDS, pack_projections, projection_rows, projection_shape, separate_projections
 from .adapters import AttentionAdapter
 
-# What a parameter is trained with, beside its dtype.
+# How a parameter is trained, beside its dtype.
 _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
 
 
@@ -31,9 +31,10 @@ _TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_c
 class Packing:
     """How projections are packed.
 
-    ``projections``: the names of three layers, or of one whose columns are those of query, key and value in turn, for
-    each head if ``interleaved``, else for all heads. ``parameter_names``: what Paddle called their parameters, by
-    projection and "weight" or "bias".
+    Attributes:
+        projections: The names of three layers, or of one with the columns of query, key and value in turn.
+        interleaved: Whether these columns are in turn for each head and not for all heads.
+        parameter_names: Paddle's names of the layers' parameters, by layer and "weight" or "bias".
     """
 
     projections: tuple[str, ...]
@@ -90,7 +91,7 @@ class PackedLinear(nn.Linear):
         return super().add_parameter(name, parameter)
 
     def _refusal(self, name: str) -> RuntimeError:
-        # No AttributeError: who asks by hasattr() must not take it for a layer without weights.
+        # Not an AttributeError: hasattr() must not make this look like a layer without weights.
         return RuntimeError(
             f"{name}: expected a projection of its own, got one that paddle_fused_attention.convert packed into its "
             f"attention's qkv_{name}; paddle_fused_attention.revert(model) first, or use qkv_{name}"
@@ -101,12 +102,13 @@ class PackedLinear(nn.Linear):
 
 
 def active_rate(dropout: Any) -> float:
-    """What a dropout layer drops in the mode it is in."""
+    """The rate at which a dropout layer drops in the mode it is in."""
     return dropout.p if dropout.training else 0.0
 
 
 class PackedAttention(OwnEntries):
-    """What is added to an attention's class. ``_adapter`` and ``_original``, the class, belong to the derived class."""
+    """The base that a packed attention's class has beside the attention's own. It sets ``_adapter`` and ``_original``,
+    the attention's own class."""
 
     _adapter: AttentionAdapter
     _original: type[Any]
@@ -126,7 +128,7 @@ class PackedAttention(OwnEntries):
         return None
 
     def _check_not_half_quantized(self) -> None:
-        """A quantization that is asked for by the type paddle.nn.Linear finds the output projection only."""
+        """Refuses a quantization of the type paddle.nn.Linear, which finds the output projection only."""
         output = self._sub_layers.get(self._adapter.output)
         if type(output).__module__.startswith("paddle.nn.quant") and _packed_parts(self):
             raise RuntimeError(
@@ -175,7 +177,7 @@ class PackedAttention(OwnEntries):
         return translate_state_dict(self, state, prefix)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # Python finds no class by name that is made as it runs.
+        # Pickle finds no class by name that is made at run time.
         return _new_packed, (self._original,), self.__dict__
 
 
@@ -183,7 +185,7 @@ _classes: dict[type, type[Any]] = {}
 
 
 def packed_class(original: type, adapter: AttentionAdapter) -> type[Any]:
-    """The class of packed layers of a class, always the same while its adapter is."""
+    """The class of the packed layers of a class, always the same one for the same adapter."""
     known = _classes.get(original)
     if known is None or known._adapter is not adapter:
         known = type(
@@ -213,23 +215,23 @@ def _scale_query(packed: Any, factor: float) -> Any:
 
 
 def training_attributes(parameter: Any) -> tuple:
-    """How a parameter is trained; what is packed into one parameter must agree in it."""
+    """How a parameter is trained. Parameters that are packed into one must agree in it."""
     return (*(getattr(parameter, name) for name in _TRAINING_ATTRIBUTES), parameter.dtype)
 
 
 def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: str | None = None) -> Any:
-    """A parameter of a value, trained as another one."""
+    """A parameter with a value, trained as the parameter `like`."""
     parameter = owner.create_parameter(
         value.shape,
         dtype=like.dtype,
         is_bias=is_bias,
         default_initializer=nn.initializer.Constant(0.0),
     )
-    if name is not None:  # Paddle makes no parameter of a name that was used before
+    if name is not None:  # Paddle makes no parameter with a name that was used before
         parameter.name = name
     if str(parameter.place) == str(value.place):
         parameter.set_value(value)
-    else:  # the model is not on the device that is current
+    else:  # the model is not on the current device
         parameter.get_tensor()._share_data_with(value.get_tensor())
     for attribute in _TRAINING_ATTRIBUTES:
         setattr(parameter, attribute, getattr(like, attribute))
@@ -237,13 +239,13 @@ def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: 
 
 
 def _packed_parts(attention: Any) -> dict[str, PackedLinear]:
-    """The projections that nobody has put another layer in the place of, by name."""
+    """The projections, by name, that no other layer has replaced."""
     parts = {name: attention._sub_layers.get(name) for name in attention._packing.projections}
     return {name: part for name, part in parts.items() if type(part) is PackedLinear}
 
 
 def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
-    """Packs a layer that :func:`reason_against` has nothing against, in place."""
+    """Packs, in place, a layer that :func:`reason_against` has nothing against."""
     projections, interleaved = adapter.layout(attention)
     layers = [getattr(attention, name) for name in projections]
     names = {
@@ -273,7 +275,8 @@ def pack(attention: nn.Layer, adapter: AttentionAdapter) -> None:
 
 
 def separate(attention: Any) -> None:
-    """The inverse of :func:`pack`, in place: projections with parameters of their own, of the names that they had."""
+    """The inverse of :func:`pack`, in place: the projections get parameters of their own, with the names that they
+    had."""
     packing, parts = attention._packing, _packed_parts(attention)
     with paddle.no_grad():
         for kind in KINDS:
@@ -293,7 +296,7 @@ def separate(attention: Any) -> None:
 
 
 def _count_flops(layer: Any, inputs: Any, output: Any) -> None:
-    """As paddle.flops counts a Linear."""
+    """Counts as paddle.flops does for a Linear."""
     layer.total_ops += inputs[0].shape[-1] * output.numel()
 
 

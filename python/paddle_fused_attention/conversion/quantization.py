@@ -1,7 +1,7 @@
 """Lets ``paddle.quantization`` quantize converted models as it does others.
 
-Where it is asked to quantize a packed projection, the attention gets separate projections again, as Paddle's quantized
-layers need them.
+When it quantizes a packed projection, the attention gets separate projections again, which Paddle's quantized layers
+need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .packed import PackedLinear, separate
 
 
 def _quantized(layer: Any, config: Any) -> nn.Layer:
-    separate(layer._packed_in[0])  # after which it is a Linear, as the attention's others are
+    separate(layer._packed_in[0])  # now this and the attention's other projections are Linear
     return DEFAULT_QAT_LAYER_MAPPINGS[nn.Linear](layer, config)
 
 

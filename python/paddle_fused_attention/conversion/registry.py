@@ -1,4 +1,4 @@
-"""The adapters by class, and what an attention must be for its adapter to serve it."""
+"""The adapters by class, and the conditions on which an adapter serves an attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> 
 
     Args:
         attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``.
-            Classes that are derived from it are not meant. What was registered for it before is replaced.
+            Derived classes are not meant. A new adapter replaces the class's old one.
         adapter: An :class:`AttentionAdapter`.
 
     Raises:
@@ -129,8 +129,8 @@ def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | N
 
 
 def reason_against_adapted(attention: Any, adapter: AttentionAdapter, uses: dict) -> str | None:
-    """As :func:`reason_against`, for a class that the package does not know well: nothing may be there that the adapter
-    does not name, and the numbers of a copy must be those of the class's own forward."""
+    """As :func:`reason_against`, for classes other than Paddle's: the adapter must name everything in the layer, and a
+    packed copy must give the numbers of the class's own forward."""
     if not is_plain(attention, type(attention)):
         return "it has hooks or a forward of its own"
     reason = reason_against(attention, adapter, uses)

@@ -1,7 +1,7 @@
 """``paddle.incubate.nn``'s fused attention on this package's operator, with the same signatures, parameters and
 meaning.
 
-Other than in ``paddle_fused_attention`` itself, the result is layer-normalised only where the input is not.
+Unlike in ``paddle_fused_attention`` itself, the result is layer-normalised only where the input is not.
 """
 
 from . import functional

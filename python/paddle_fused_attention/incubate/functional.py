@@ -19,8 +19,8 @@ __all__ = ["fused_multi_head_attention"]
 
 
 def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
-    """``[embed_dim, 3 * embed_dim]`` and ``[3 * embed_dim]``, with columns in the order 3, num_heads, head_dim, as
-    packed; or one of nranks parts of these, with a part of the heads."""
+    """Packs a weight ``[embed_dim, 3 * embed_dim]`` and a bias ``[3 * embed_dim]`` with columns in the order 3,
+    num_heads, head_dim, or one of nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
     if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
         embed_dim = qkv_weight.shape[0]
@@ -43,7 +43,7 @@ def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nran
 
 
 def seed_of_program() -> int | None:
-    """What Paddle's function seeds its dropout by; None: Paddle's generator."""
+    """The seed that Paddle's function takes for its dropout; None: Paddle's generator."""
     return paddle.static.default_main_program().random_seed or None
 
 
@@ -86,7 +86,7 @@ def fused_multi_head_attention(
         qkv_bias: ``[3, num_heads, head_dim]``, with ``transpose_qkv_wb`` ``[3 * embed_dim]``, or None.
         linear_bias: ``[embed_dim]`` or None.
         cache_kv: ``[2, batch, num_heads, cached_len, head_dim]``, dtype of x: keys and values that come before those of
-            x. For inference: this way is composed of Paddle's ordinary ops.
+            x. For inference; ordinary ops compute it.
         attn_mask: Broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``; float masks are added, True or a
             nonzero integer keeps a key.
         dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the
@@ -106,9 +106,8 @@ def fused_multi_head_attention(
     Paddle's generator.
 
     Returns:
-        ``[batch, seq_len, embed_dim]``; with ``cache_kv`` a tuple of that and the cache with x's keys and values
-            behind,
-        ``[2, batch, num_heads, cached_len + seq_len, head_dim]``.
+        ``[batch, seq_len, embed_dim]``; with ``cache_kv`` a tuple of that and the new cache, in which x's keys and
+        values come last, ``[2, batch, num_heads, cached_len + seq_len, head_dim]``.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, or does not fit.
@@ -121,7 +120,7 @@ def fused_multi_head_attention(
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
         check_tensor(argument, value)
     if transpose_qkv_wb or cache_kv is not None:
-        # They go through Paddle's own operators.
+        # These tensors go through Paddle's own operators.
         check_tensors(
             ("x", "qkv_weight", "linear_weight", "qkv_bias", "cache_kv"),
             (x, qkv_weight, linear_weight, qkv_bias, cache_kv),

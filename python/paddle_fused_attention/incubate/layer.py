@@ -8,7 +8,7 @@ import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._block import MODES, Block
-from .._checks import INFINITY, check_count, check_number, check_switches, check_tensor
+from .._checks import INFINITY, check_heads, check_number, check_switches, check_tensor
 from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
 from .._ordinary_ops import additive_mask
@@ -76,9 +76,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         transpose_qkv_wb: bool = False,
         name: str | None = None,
     ) -> None:
-        embed_dim, num_heads = check_count("embed_dim", embed_dim), check_count("num_heads", num_heads)
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        embed_dim, num_heads = check_heads(embed_dim, num_heads)
         check_switches(normalize_before=normalize_before, need_weights=need_weights, transpose_qkv_wb=transpose_qkv_wb)
         if need_weights:
             raise ValueError("need_weights: expected False, since the attention weights are never stored, got True")
@@ -124,9 +122,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer takes the query for them whatever
-                they are; here others than the query are computed as what they are, by ordinary ops: see
-                :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer ignores others; here ordinary ops
+                attend to them: see :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
             attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and
                 integer masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
             cache: ``cache_kv`` of the function, or None.
