@@ -7,7 +7,9 @@ import io
 import os
 import sys
 import warnings
-import zlib  # noqa: F401  Paddle 2.6 holds another zlib: Python's own, when loaded after it, calls into that one and crashes
+
+# Paddle 2.6 holds another zlib: Python's own, when loaded after it, calls into that one and crashes.
+import zlib  # noqa: F401
 
 REQUIREMENTS = {"matplotlib", "numpy", "safetensors", "sklearn", "tokenizers", "tqdm"}
 

@@ -17,7 +17,7 @@ from paddle.nn.initializer.normal import NormalInitializer, TruncatedNormalIniti
 from paddle.nn.initializer.uniform import UniformInitializer
 from paddle.nn.initializer.xavier import XavierInitializer
 
-from .weights import pack_projections
+from .weights import QKV_PARAMETERS, pack_projections
 
 _ELEMENTWISE = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
 
@@ -52,7 +52,7 @@ def param_attr_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_
     if attr.name is not None:
         attr.name = f"{attr.name}.{name}"
     initializer = attr.initializer or (_global_bias_initializer() if is_bias else _global_weight_initializer())
-    packed = name in ("qkv_weight", "qkv_bias")
+    packed = name in QKV_PARAMETERS
     size = shape[1] * shape[2] if packed else shape[0]
     separate = [size] if is_bias else [size, size]
     if isinstance(initializer, NumpyArrayInitializer):

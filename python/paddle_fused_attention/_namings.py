@@ -14,9 +14,10 @@ from typing import Any, Iterator
 
 import numpy as np
 
+from .weights import QKV_PARAMETERS
+
 LAYOUTS = ("in-out", "out-in")  # of the weights of linear layers
-QKV_PARTS = ("qkv_weight", "qkv_bias")
-PACKED_PARTS = (*QKV_PARTS, "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+PACKED_PARTS = (*QKV_PARAMETERS, "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 from paddle import nn
 from paddle.framework import in_dynamic_mode
@@ -42,7 +42,7 @@ def reason_against_linear(name: str, layer: Any) -> str | None:
     return f"its {name} has {extra[0]} beside its weight and bias" if extra else None
 
 
-def parameters_of(layer: Any, *names: str) -> list:
+def parameters_of(layer: Any, names: Sequence[str]) -> list:
     """Parameters of a layer. Paddle takes several microseconds to find each as an attribute, which only static graphs
     need: they have other values behind the attributes."""
     known = layer._parameters if in_dynamic_mode() else {}

@@ -25,7 +25,6 @@ from ._namings import (
     NAMINGS,
     NORM_NAMES,
     PACKED_PARTS,
-    QKV_PARTS,
     NamedBlock,
     Signs,
     blocks_in,
@@ -36,7 +35,7 @@ from ._namings import (
     reason_against,
 )
 from .report import Report
-from .weights import pack_projections, separate_projections
+from .weights import QKV_PARAMETERS, pack_projections, separate_projections
 
 METADATA = "paddle_fused_attention."  # keys that begin so are ours
 METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, if its format says otherwise
@@ -337,7 +336,7 @@ def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.nda
     if {"pre_ln_scale", "ln_scale"} <= set(parts):
         raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
     needed = ["qkv_weight"]
-    if not block.naming.only_qkv or not set(parts) <= set(QKV_PARTS):
+    if not block.naming.only_qkv or not set(parts) <= set(QKV_PARAMETERS):
         norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
         needed += ["linear_weight", f"{norm}_scale", f"{norm}_bias"]
     for part in (*needed, *parts):

@@ -164,7 +164,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         epsilon = self.epsilon
         # fmt: off
         return Block._make((
-            query, *parameters_of(self, *_PARAMETERS), attn_mask,
+            query, *parameters_of(self, _PARAMETERS), attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
         )).checked()

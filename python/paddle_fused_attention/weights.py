@@ -10,6 +10,7 @@ import paddle
 
 Array = TypeVar("Array", np.ndarray, paddle.Tensor)
 KINDS = ("weight", "bias")  # the parameters of a projection
+QKV_PARAMETERS = ("qkv_weight", "qkv_bias")  # and the packed ones
 
 
 def pack_projections(parameters: Sequence[Any], num_heads: int, interleaved: bool = False) -> Any:

@@ -19,6 +19,7 @@ from .._ordinary_ops import additive_mask, attention_with_cache
 from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_of, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
+from ..weights import KINDS, QKV_PARAMETERS
 from .adapters import wants_gradient
 from .packed import PackedAttention, active_rate, pack, packed_class, separate
 from .registry import PADDLE_ADAPTER, reason_against
@@ -103,9 +104,9 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         parts = self._sub_layers
         attention, norm, dropout = parts["self_attn"], parts["norm1"], parts["dropout1"]
         before = bool(self.normalize_before)
-        qkv_weight, qkv_bias = parameters_of(attention, "qkv_weight", "qkv_bias")
-        linear_weight, linear_bias = parameters_of(attention._sub_layers["out_proj"], "weight", "bias")
-        scale, bias = parameters_of(norm, "weight", "bias")
+        qkv_weight, qkv_bias = parameters_of(attention, QKV_PARAMETERS)
+        linear_weight, linear_bias = parameters_of(attention._sub_layers["out_proj"], KINDS)
+        scale, bias = parameters_of(norm, KINDS)
         norms = (scale, bias, None, None) if before else (None, None, scale, bias)
         # fmt: off
         return Block._make((

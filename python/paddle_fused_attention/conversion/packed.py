@@ -20,7 +20,7 @@ from .._loading import OwnEntries
 from .._parts import is_plain, is_plain_dropout, parameters_of
 from ..functional import fused_multi_head_attention
 from ..state_dicts import translate_state_dict
-from ..weights import KINDS, pack_projections, projection_rows, projection_shape, separate_projections
+from ..weights import KINDS, QKV_PARAMETERS, pack_projections, projection_rows, projection_shape, separate_projections
 from .adapters import AttentionAdapter
 
 # How a parameter is trained, beside its dtype.
@@ -140,8 +140,8 @@ class PackedAttention(OwnEntries):
     @paddle.jit.not_to_static
     def _run(self, x: Any, mask: Any, causal: bool) -> Any:
         adapter = self._adapter
-        weight, bias = parameters_of(self._sub_layers[adapter.output], "weight", "bias")
-        qkv_weight, qkv_bias = parameters_of(self, "qkv_weight", "qkv_bias")
+        weight, bias = parameters_of(self._sub_layers[adapter.output], KINDS)
+        qkv_weight, qkv_bias = parameters_of(self, QKV_PARAMETERS)
         scale, usual = adapter.scale(self), qkv_weight.shape[2] ** -0.5
         if scale is not None and scale != usual:
             factor = scale / usual
