@@ -1,87 +1,21 @@
-"""Cases, inputs and comparisons shared by all tests; NumPy only.
+"""Inputs of a case, and how results are compared with the reference; shared by all suites, NumPy only.
 
-A `Case` is a shape, a dtype, the switches, the mask and the absent inputs. `make_inputs` draws its inputs as float64
-numbers that the dtype holds exactly, so that the reference and the implementation compute on the same numbers;
-`to_storage` turns them into arrays as Paddle shows them in NumPy (bfloat16 as uint16).
+`make_inputs` draws the inputs of a case as float64 numbers that its dtypes hold exactly, so that the reference and the
+implementation compute on the same numbers. `to_storage` turns them into arrays as Paddle shows them in NumPy, bfloat16
+as uint16.
 """
 
 import zlib
-from dataclasses import dataclass, field, replace
-from typing import Dict, Optional, Tuple
+from dataclasses import dataclass
+from typing import Dict, Optional
 
 import numpy as np
 import reference
-from reference import Config
-
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-SIXTEEN_BIT = ("float16", "bfloat16")
-OPTIONAL = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias", "qkv_bias", "linear_bias", "attn_mask")
+from cases import SIXTEEN_BIT, Case, Mask
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 PEER_FACTOR = {"out": 2.0, "gradient": 3.0}
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask to draw: its shape in letters and ones, e.g. "B1SS", its dtype, and what it holds.
-
-    `content`: "random"; "rows" (some queries see no key at all); "none" (no query sees any); "-inf" (a float mask, much
-    of it -inf); "start", "end", "sides" (all see the keys of the first, the last, or both of these thirds).
-    """
-
-    shape: str = "B1SS"
-    dtype: str = "bool"
-    content: str = "random"
-
-
-@dataclass(frozen=True)
-class Case:
-    batch: int = 2
-    seq_len: int = 7
-    num_heads: int = 2
-    head_dim: int = 8
-    dtype: str = "float64"
-    residual_dtype: Optional[str] = None  # of x, the residual sum, the result and their gradients; None: dtype
-    norm_dtype: Optional[str] = None  # of the layer-norm parameters; None: float32 beside 16-bit weights, else dtype
-    mask: Optional[Mask] = None
-    absent: Tuple[str, ...] = ()
-    config: Config = field(default_factory=Config)
-
-    def but(self, **changes):
-        """This case with other fields, or other switches of its config."""
-        own = {k: v for k, v in changes.items() if k in self.__dataclass_fields__}
-        switches = {k: v for k, v in changes.items() if k not in own}
-        return replace(self, config=replace(self.config, **switches), **own)
-
-    @property
-    def embed_dim(self):
-        return self.num_heads * self.head_dim
-
-    def dtype_of(self, name):
-        if name == "attn_mask":
-            return self.mask.dtype
-        if name in reference.NORM_PARAMETERS:
-            return self.norm_dtype or ("float32" if self.dtype in SIXTEEN_BIT else self.dtype)
-        if name in ("x", "out", "d_out"):
-            return self.residual_dtype or self.dtype
-        return self.dtype
-
-    def __str__(self):
-        default = Case()
-        parts = ["x".join(str(n) for n in (self.batch, self.seq_len, self.num_heads, self.head_dim)), self.dtype]
-        if self.residual_dtype:
-            parts.append("residual_" + self.residual_dtype)
-        if self.norm_dtype:
-            parts.append("norm_" + self.norm_dtype)
-        if self.mask:
-            parts.append("_".join(("mask", self.mask.shape, self.mask.dtype, self.mask.content)))
-        parts += ["no_" + name for name in self.absent]
-        for name in Config.__dataclass_fields__:
-            value = getattr(self.config, name)
-            if value != getattr(default.config, name):
-                parts.append(name if value is True else f"{name}={value}")
-        return "-".join(parts)
 
 
 def make_mask(case, rng):
@@ -96,13 +30,14 @@ def make_mask(case, rng):
     if mask.content in ("start", "end", "sides"):
         third = np.arange(seq_len) * 3 // seq_len
         keep[...] = {"start": third == 0, "end": third == 2, "sides": third != 1}[mask.content]
-    if mask.dtype == "bool":
+    dtype = case.dtype_of("attn_mask")
+    if dtype == "bool":
         return keep
-    if mask.dtype.startswith("float") or mask.dtype == "bfloat16":
-        values = reference.round_to(rng.standard_normal(shape), mask.dtype).astype(np.float64)
+    if "float" in dtype:
+        values = reference.round_to(rng.standard_normal(shape), dtype).astype(np.float64)
         return values if mask.content == "random" else np.where(keep, values, -np.inf)
     # Nonzero is what counts: also negative numbers, and those whose low bytes are zero.
-    dtype = np.dtype(mask.dtype)
+    dtype = np.dtype(dtype)
     values = np.array([1, 2, -1, 1 << (8 * dtype.itemsize - 2)]).astype(dtype)
     return np.where(keep, values[rng.integers(0, 4, shape)], np.zeros((), dtype))
 

@@ -4,7 +4,7 @@ import common
 import numpy as np
 import pytest
 import reference
-from common import Case, Mask
+from cases import OPTIONAL, SIXTEEN_BIT, Case, Mask
 
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -62,7 +62,7 @@ GRADIENT_CASES = [
     Case(mask=Mask("BHSS", "int64")).but(
         pre_layer_norm=True, add_residual=False, mode="downscale_in_infer", dropout_rate=0.5
     ),
-    Case(absent=common.OPTIONAL).but(pre_layer_norm=True),
+    Case(absent=OPTIONAL).but(pre_layer_norm=True),
     Case().but(training=False, mode="downscale_in_infer", dropout_rate=0.4, attn_dropout_rate=0.3),
     Case(mask=Mask("B11S", "float64", "-inf")).but(dropout_rate=1.0),
 ]
@@ -129,7 +129,7 @@ def test_reference_equals_ordinary_paddle_ops(pre_layer_norm):
     )
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_composed_16bit_keeps_a_float32_residual(dtype):
     """With nothing of the branch left x and its gradient pass as they are, which no 16-bit number is."""
     case = Case(dtype=dtype, residual_dtype="float32").but(final_layer_norm=False, dropout_rate=1.0)
@@ -147,7 +147,7 @@ def test_bfloat16_rounds_to_nearest_even():
     assert np.isnan(reference.round_to(np.array([np.nan], np.float32), "bfloat16")).all()
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("residual_dtype", (None, "float32"))
 @pytest.mark.parametrize("pre", (False, True))
 def test_composed_16bit_is_near_the_reference(pre, residual_dtype, dtype):

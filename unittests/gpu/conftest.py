@@ -1,11 +1,6 @@
 """Tests of the CUDA core by pfa_core, on tensors of PyTorch. Left out where there is no GPU, PyTorch or CUDA build."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def missing():

@@ -6,7 +6,7 @@ import common
 import numpy as np
 import pytest
 import reference
-from common import Case, Mask
+from cases import DTYPES, SIXTEEN_BIT, Case, Mask
 from device import run_attention, to_device, to_numpy
 from reference import Config
 
@@ -72,7 +72,7 @@ def check_two_keys(dtype, size, seq_len, head_dim, small_rows=False, causal=Fals
 
 
 # Head dims for every family of kernels.
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", (64, 128, 30, 160))
 @pytest.mark.parametrize("seq_len", (64, 200))
 @pytest.mark.parametrize("size", (1.0, 300.0, 1e6, 1e7))
@@ -88,7 +88,7 @@ def test_larger_scores(head_dim, dtype):
     check_two_keys(dtype, 1e8, 200, head_dim)
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", (64, 128, 30, 160))
 @pytest.mark.parametrize("causal", (False, True))
 def test_large_scores_beside_small(causal, head_dim, dtype):
@@ -100,13 +100,13 @@ def test_large_scores_in_tf32(head_dim):
     check_two_keys("float32", 1e7, 200, head_dim, small_rows=True, allow_tf32=True)
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_large_scores_deterministic(head_dim, dtype):
     check_two_keys(dtype, 1e7, 200, head_dim, small_rows=True, deterministic=True)
 
 
-@pytest.mark.parametrize("dtype", ("float32", *common.SIXTEEN_BIT))
+@pytest.mark.parametrize("dtype", ("float32", *SIXTEEN_BIT))
 @pytest.mark.parametrize("head_dim", (64, 128, 160))
 @pytest.mark.parametrize("size", (1e6, 1e8))
 def test_probabilities_of_large_scores_add_up_to_one(size, head_dim, dtype):
@@ -120,7 +120,7 @@ def test_probabilities_of_large_scores_add_up_to_one(size, head_dim, dtype):
     assert abs(to_numpy(d_qkv[:, :, 2]) - 1.0).max() <= 2e-6
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(case, dtype):
     case = case.but(dtype=dtype)
@@ -138,6 +138,6 @@ def test_attention(case, dtype):
     out, kept = reference.attention(qkv.astype(np.float64), added, factor)
     d_qkv = reference.attention_gradient(kept, d_out.astype(np.float64))
     expected = out, d_qkv, d_qkv.sum((0, 1))
-    peer = composed(qkv, d_out, added, factor, dtype) if dtype in common.SIXTEEN_BIT else (None, None, None)
+    peer = composed(qkv, d_out, added, factor, dtype) if dtype in SIXTEEN_BIT else (None, None, None)
     for name, a, e, p in zip(("out", "d_qkv", "d_qkv_bias"), actual, expected, peer):
         common.check_tensor(name, to_numpy(a), e, dtype, p)

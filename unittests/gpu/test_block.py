@@ -1,47 +1,14 @@
 """The whole block on the GPU against the float64 reference: dtypes, features, sizes, dropout."""
 
+import cases
 import common
 import numpy as np
 import pytest
 import reference
 import torch
-from common import Case, Mask
+from cases import DTYPES, FEATURES, SIXTEEN_BIT, Case, Mask
 from device import Run, run_case
 from reference import Config
-
-FEATURES = {
-    "plain": Case(),
-    "pre": Case(config=Config(pre_layer_norm=True, final_layer_norm=False)),
-    "pre-and-final": Case(config=Config(pre_layer_norm=True)),
-    "no-norm": Case(config=Config(final_layer_norm=False)),
-    "no-residual": Case(config=Config(add_residual=False)),
-    "pre-no-residual": Case(config=Config(pre_layer_norm=True, final_layer_norm=False, add_residual=False)),
-    "causal": Case(config=Config(causal=True)),
-    "dropout": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, seed=7)),
-    "dropout-pre": Case(
-        config=Config(pre_layer_norm=True, final_layer_norm=False, dropout_rate=0.3, attn_dropout_rate=0.2, seed=2**40)
-    ),
-    "dropout-pre-causal": Case(
-        config=Config(pre_layer_norm=True, causal=True, dropout_rate=0.1, attn_dropout_rate=0.1, seed=-1, offset=2**33)
-    ),
-    "dropout-all": Case(config=Config(dropout_rate=1.0, attn_dropout_rate=1.0)),
-    "dropout-output-only": Case(config=Config(dropout_rate=0.5, offset=3)),
-    "downscale": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, mode="downscale_in_infer")),
-    "eval": Case(config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False)),
-    "eval-downscale": Case(
-        config=Config(dropout_rate=0.3, attn_dropout_rate=0.2, training=False, mode="downscale_in_infer")
-    ),
-    "epsilon": Case(config=Config(pre_layer_norm=True, pre_ln_epsilon=0.1, ln_epsilon=0.5)),
-}
-for absent in common.OPTIONAL[:-1]:
-    FEATURES["no-" + absent] = Case(absent=(absent,), config=Config(pre_layer_norm=True))
-FEATURES["no-optional"] = Case(absent=common.OPTIONAL, config=Config(pre_layer_norm=True, dropout_rate=0.2))
-
-MASK_SHAPES = ("SS", "S", "11SS", "B11S", "1HSS", "BHSS", "BHS1", "B1SS", "1H1S", "BH1S", "B1S1")
-MASK_DTYPES = ("int32", "int64", "uint8", "int8", "int16", "float32", "float64", "float16", "bfloat16")
-MASKS = [Mask(shape) for shape in MASK_SHAPES] + [Mask(dtype=dtype) for dtype in MASK_DTYPES]
-MASKS += [Mask(content=content) for content in ("rows", "none")]
-MASKS += [Mask(dtype="float32", content=content) for content in ("-inf", "rows", "none")]
 
 
 def check(case, **options):
@@ -49,26 +16,26 @@ def check(case, **options):
     common.check(case, common.expect(case, inputs), *run_case(case, inputs, **options))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(feature, dtype):
     check(FEATURES[feature].but(dtype=dtype, seq_len=37, head_dim=24))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_norm_parameters_of_x_dtype(dtype):
     case = Case(dtype=dtype, norm_dtype=dtype, seq_len=100, num_heads=4, head_dim=24)
     check(case.but(pre_layer_norm=True, dropout_rate=0.1))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_float32_residual(feature, dtype):
     check(FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=37, head_dim=24))
 
 
 # Rows that are read by vectors, and not; test_rows.py has those that no group of threads holds.
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout", "dropout-pre"))
 @pytest.mark.parametrize("sizes", ((1, 5, 8, 128), (2, 37, 3, 11), (3, 257, 4, 64)), ids=str)
 def test_float32_residual_of_all_widths(sizes, feature, dtype):
@@ -77,13 +44,13 @@ def test_float32_residual_of_all_widths(sizes, feature, dtype):
     check(case.but(num_heads=num_heads, head_dim=head_dim))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout"))
 def test_float32_residual_unaligned(feature, dtype):
     check(FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=37), offset=4)
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout", "dropout-pre", "eval-downscale"))
 def test_float32_residual_forward_alone_has_the_same_bits(feature, dtype):
     case = FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=130, head_dim=40)
@@ -117,7 +84,7 @@ def test_float32_residual_beyond_float16():
     common.check(case, common.expect(case, inputs), *run_case(case, inputs))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_many_layers_with_float32_residual(dtype):
     """The error of 24 pre-norm layers is that of their products, not of a sum that is rounded 24 times."""
     config = Config(pre_layer_norm=True, final_layer_norm=False)
@@ -137,10 +104,44 @@ def test_many_layers_with_float32_residual(dtype):
     assert error[0] <= 1.5 * error[1] and error[0] < 0.6 * error[2], error
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", cases.MASKS_FOR_EVERY_DTYPE + cases.HARD_MASKS, ids=str)
 def test_mask(mask, dtype):
     check(Case(dtype=dtype, seq_len=70, mask=mask))
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("mask", cases.MASKS, ids=str)
+def test_mask_of_every_shape(mask, causal):
+    check(Case(dtype="float32", seq_len=70, num_heads=3, mask=mask, config=Config(causal=causal)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", cases.HARD_MASKS, ids=str)
+def test_bare_attention_under_hard_masks(mask, dtype):
+    check(cases.bare(mask, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", cases.ABSENT_PAIRS + cases.NORM_PARAMETERS_IN_16_BIT, ids=str)
+def test_absent_inputs_and_16_bit_norms(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases.DROPOUT, ids=str)
+def test_dropout(case, dtype):
+    check(case.but(dtype=dtype))
+
+
+@pytest.mark.parametrize("case", cases.SEEDS + cases.RATES_BETWEEN_STEPS, ids=str)
+def test_seeds_and_rates(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("case", cases.SIZES, ids=str)
+def test_sizes(case, dtype):
+    check(case.but(dtype=dtype))
 
 
 @pytest.mark.parametrize("low", common.FAR_DOWN)
@@ -159,37 +160,21 @@ def test_equal_keys_of_large_scores(dtype, size):
 
 
 # Over several tiles of keys, in lengths whose rows the copy engine can read (528) and cannot.
-TILED_MASKS = [Mask("B11S", "bool", content) for content in ("random", "start", "end", "sides", "none")]
-TILED_MASKS += [
-    Mask("B11S", "float32", "end"),
-    Mask("1H1S", "float32", "sides"),
-    Mask("BH1S", "int64"),
-    Mask("B1SS", "bool", "rows"),
-]
-TILED_MASKS += [Mask("B1SS", dtype) for dtype in ("uint8", "int16", "int32", "int64")]
-TILED_MASKS += [
-    Mask("BHSS", "float32", "-inf"),
-    Mask("1HSS", "float16"),
-    Mask("1HSS", "bfloat16"),
-    Mask("SS", "float32", "start"),
-]
-
-
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("seq_len,causal", ((528, False), (515, True)))
-@pytest.mark.parametrize("mask", TILED_MASKS, ids=str)
+@pytest.mark.parametrize("mask", cases.MASKS_OVER_TILES, ids=str)
 def test_mask_over_tiles(mask, seq_len, causal, head_dim, dtype):
     check(Case(dtype=dtype, seq_len=seq_len, head_dim=head_dim, mask=mask, config=Config(causal=causal)))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mask_causal_dropout(dtype):
     config = Config(causal=True, attn_dropout_rate=0.2, dropout_rate=0.2, seed=11)
     check(Case(dtype=dtype, seq_len=133, mask=Mask("1HSS", "float32", "-inf"), config=config))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("seed", range(6))
 def test_few_rows(seed, dtype):
     """Matrix products of few rows and columns may be split along their sums."""
@@ -197,54 +182,35 @@ def test_few_rows(seed, dtype):
     check(Case(dtype=dtype, config=config))
 
 
-@pytest.mark.parametrize("dtype", common.SIXTEEN_BIT)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_many_heads(dtype):
     """More heads than a kernel has sums of d_q for."""
     check(Case(dtype=dtype, batch=16, num_heads=8, seq_len=257, head_dim=16))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("seq_len", (1, 7, 64, 129, 257))
-def test_length(seq_len, causal, dtype):
-    check(Case(dtype=dtype, seq_len=seq_len, head_dim=64, config=Config(causal=causal, attn_dropout_rate=0.1)))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases.LENGTHS + cases.LONG, ids=str)
+def test_length(case, dtype):
+    check(case.but(dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("causal", (False, True))
-def test_length_1000(causal, dtype):
-    config = Config(causal=causal, attn_dropout_rate=0.1)
-    check(Case(batch=1, dtype=dtype, seq_len=1000, num_heads=1, head_dim=64, config=config))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases.HEAD_DIMS, ids=str)
+def test_head_dim(case, dtype):
+    check(case.but(dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("head_dim", (1, 3, 8, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256))
-def test_head_dim(head_dim, dtype):
-    check(Case(dtype=dtype, seq_len=93, num_heads=3, head_dim=head_dim, config=Config(causal=True, dropout_rate=0.1)))
-
-
-WANTED = [
-    ["x"],
-    ["qkv_weight"],
-    ["qkv_bias"],
-    ["linear_weight"],
-    ["linear_bias"],
-    ["ln_scale"],
-    ["ln_bias", "linear_bias"],
-    ["pre_ln_scale"],
-    ["x", "qkv_weight"],
-    ["x", "pre_ln_bias", "linear_weight"],
-    ["x", "pre_ln_bias", "qkv_weight"],
-    [],
-]
+@pytest.mark.parametrize("case, wanted", cases.subsets(cases.FULL, cases.PAIRS), ids=cases.name_of_subset)
+def test_pairs_of_gradients(case, wanted):
+    check(case.but(dtype="float32"), wanted=wanted)
 
 
 @pytest.mark.parametrize(
     "dtype,residual_dtype",
-    [(dtype, None) for dtype in common.DTYPES] + [(dtype, "float32") for dtype in common.SIXTEEN_BIT],
+    [(dtype, None) for dtype in DTYPES] + [(dtype, "float32") for dtype in SIXTEEN_BIT],
     ids=str,
 )
-@pytest.mark.parametrize("wanted", WANTED, ids="-".join)
+@pytest.mark.parametrize("wanted", cases.WANTED, ids=cases.name_of_subset)
 @pytest.mark.parametrize("rate", (0.0, 0.3))
 @pytest.mark.parametrize("final", (False, True))
 def test_wanted_gradients(wanted, rate, final, dtype, residual_dtype):
@@ -255,7 +221,7 @@ def test_wanted_gradients(wanted, rate, final, dtype, residual_dtype):
     check(Case(dtype=dtype, residual_dtype=residual_dtype, config=config), wanted=wanted)
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", ("plain", "pre", "dropout", "dropout-pre", "eval-downscale"))
 def test_forward_alone_has_the_same_bits(feature, dtype):
     case = FEATURES[feature].but(dtype=dtype, seq_len=130, head_dim=40)
@@ -265,13 +231,13 @@ def test_forward_alone_has_the_same_bits(feature, dtype):
     assert (saving == alone).all()
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned(dtype):
     offset = 8 if dtype == "float64" else 4
     check(Case(dtype=dtype, seq_len=37, config=Config(pre_layer_norm=True, dropout_rate=0.2)), offset=offset)
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic(dtype):
     case = Case(dtype=dtype, batch=4, seq_len=300, head_dim=64, config=Config(causal=True, dropout_rate=0.1))
     inputs = common.make_inputs(case)
@@ -283,7 +249,7 @@ def test_deterministic(dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype,residual_dtype", [(dtype, None) for dtype in common.DTYPES] + [("float16", "float32")], ids=str
+    "dtype,residual_dtype", [(dtype, None) for dtype in DTYPES] + [("float16", "float32")], ids=str
 )
 @pytest.mark.parametrize("pre", (False, True))
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0)))

@@ -10,7 +10,7 @@ import pfa_core
 import pytest
 import reference
 import torch
-from common import Case, Mask
+from cases import DTYPES, Case, Mask
 from device import Run, run_case, to_numpy
 from reference import Config
 
@@ -52,7 +52,7 @@ def test_same_as_cpu(case):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("current", (0, 1))
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_second_gpu(dtype, current):
     case = Case(
         dtype=dtype, seq_len=257, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, causal=True)

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 import reference
+from cases import DTYPES
 from paddle.nn import initializer
 from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, convert, incubate
 from reference import Config
@@ -332,7 +333,7 @@ def test_state_dicts_of_other_dtypes_are_cast(kind, own, nested, as_arrays):
     root.to(dtype=own)
     dtypes = {name: p.dtype for name, p in root.state_dict().items()}
     rng = np.random.default_rng(0)
-    for dtype in common.DTYPES:
+    for dtype in DTYPES:
         numbers = {
             name: reference.round_to(rng.standard_normal(p.shape), "bfloat16") for name, p in root.state_dict().items()
         }

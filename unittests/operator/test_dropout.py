@@ -4,40 +4,35 @@ generator.
 
 import contextlib
 
+import cases
 import common
 import numpy as np
 import paddle
 import paddle_fused_attention as pfa
 import pytest
 import reference
-from common import Case, Mask
+from cases import DTYPES
 from runners import call, check_case, check_stored, run_dygraph, static_mode, to_tensors
 
-CASE = Case(2, 37, 3, 8, mask=Mask("B11S", "bool")).but(pre_layer_norm=True)
+CASE = cases.DROPOUT_BASE
 
 
-@pytest.mark.parametrize("dtype", common.DTYPES)
-@pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
-@pytest.mark.parametrize(
-    "rates", [(0.0, 0.5), (0.1, 0.0), (0.1, 0.5), (0.5, 0.1), (1.0, 0.1), (0.1, 1.0), (1.0, 1.0)], ids=str
-)
-def test_masks_of_a_known_seed(rates, mode, dtype, place):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases.DROPOUT, ids=str)
+def test_masks_of_a_known_seed(case, dtype, place):
     """Result and gradients with the same masks as the reference: so backward's are forward's."""
-    case = CASE.but(dtype=dtype, dropout_rate=rates[0], attn_dropout_rate=rates[1], mode=mode, seed=2021)
-    if dtype in common.SIXTEEN_BIT and rates[0] == 1.0:
-        case = case.but(final_layer_norm=False)  # else the composed peer is exact, and nothing can be compared with it
+    check_case(case.but(dtype=dtype), place)
+
+
+@pytest.mark.parametrize("case", cases.SEEDS, ids=str)
+def test_seeds(case, place):
     check_case(case, place)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 5, 2**62 + 2**40 + 3, 2**63 - 1, -1, -(2**63)])
-def test_seeds(seed, place):
-    check_case(CASE.but(dropout_rate=0.5, attn_dropout_rate=0.5, seed=seed), place)
-
-
-@pytest.mark.parametrize("rate", [1e-9, 2.0**-17, 2.0**-16, 1 / 3, 1 - 2.0**-16])
-def test_rates_between_two_steps(rate, place):
+@pytest.mark.parametrize("case", cases.RATES_BETWEEN_STEPS, ids=str)
+def test_rates_between_two_steps(case, place):
     """The rate is rounded to a multiple of 2^-16; the scale is that of the rate itself."""
-    check_case(CASE.but(dropout_rate=rate, attn_dropout_rate=rate, seed=5), place)
+    check_case(case, place)
 
 
 def test_an_element_whose_number_is_the_threshold_is_kept(place):

@@ -4,14 +4,14 @@ import os
 import shutil
 import subprocess
 
-import common
 import pytest
+from cases import DTYPES
 from processes import run_python
 
 PEAK = """
 import ctypes, sys
 import common, runners, paddle
-from common import Case, Mask
+from cases import Case, Mask
 
 # What is freed goes back to the system, and no page is larger than what is asked for.
 libc = ctypes.CDLL(None)
@@ -123,7 +123,7 @@ SHORT_OF_MEMORY = """
 import ctypes, sys
 import numpy as np
 import common, runners, paddle
-from common import Case
+from cases import Case
 
 hooks = ctypes.CDLL(sys.argv[1])
 hooks.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
@@ -158,7 +158,7 @@ print("errors", errors)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="cc, which compiles the allocator that fails, is not installed")
-@pytest.mark.parametrize("dtype", common.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_each_allocation_may_fail(dtype, tmp_path):
     """The numbers are right or there is an error, whichever allocation of a forward and backward pass fails."""
     source, library = tmp_path / "failing.c", tmp_path / "libfailing.so"

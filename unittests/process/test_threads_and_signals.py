@@ -1,16 +1,16 @@
 """The same bits for any number of threads, whatever ran before, and under signals."""
 
-import common
 import pytest
+from cases import DTYPES
 from processes import run_python
 
 BITS = """
 import hashlib
 import common, runners, paddle
-from common import Case, Mask
+from cases import DTYPES, Case, Mask
 
 # Of the second one's matrix products, some are a single block with long sums.
-cases = [(sizes, dtype) for sizes in ((3, 150, 3, 24), (1, 4096, 1, 64)) for dtype in common.DTYPES]
+cases = [(sizes, dtype) for sizes in ((3, 150, 3, 24), (1, 4096, 1, 64)) for dtype in DTYPES]
 for sizes, dtype in cases:
     case = Case(*sizes, dtype, mask=Mask("B1SS" if sizes[0] > 1 else "S", "float32"))
     case = case.but(attn_dropout_rate=0.1, dropout_rate=0.1, pre_layer_norm=True)
@@ -29,7 +29,7 @@ def test_same_bits_for_any_number_of_threads():
     for threads in (1, 2, 2, 3):
         result = run_python(BITS, threads=threads)
         assert result.returncode == 0, result.stderr[-3000:]
-        outputs.append([line for line in result.stdout.splitlines() if line.startswith(common.DTYPES)])
+        outputs.append([line for line in result.stdout.splitlines() if line.startswith(DTYPES)])
     assert len(outputs[0]) == 2 * 4 * 10
     for other in outputs[1:]:
         assert [line for line in other if line not in outputs[0]] == []
@@ -41,7 +41,7 @@ def test_same_bits_whatever_ran_before():
     for before in ("", "import paddle; a = paddle.ones([64, 64], 'float64'); paddle.matmul(a, a)\n"):
         result = run_python(before + BITS)
         assert result.returncode == 0, result.stderr[-3000:]
-        outputs.append([line for line in result.stdout.splitlines() if line.startswith(common.DTYPES)])
+        outputs.append([line for line in result.stdout.splitlines() if line.startswith(DTYPES)])
     assert outputs[0] == outputs[1]
 
 
@@ -49,7 +49,7 @@ UNDER_SIGNALS = """
 import signal, threading, time
 import numpy as np
 import common, runners, paddle
-from common import Case
+from cases import DTYPES, Case
 from paddle_fused_attention import FusedMultiHeadAttention
 
 layer = FusedMultiHeadAttention(384, 12)
@@ -59,7 +59,7 @@ with paddle.no_grad():
     expected = layer(x).numpy()
 
 cases = []
-for dtype in common.DTYPES:
+for dtype in DTYPES:
     for sizes in ((4, 60, 4, 32), (1, 7, 2, 64)):
         case = Case(*sizes, dtype).but(attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
         inputs = common.make_inputs(case)
