@@ -124,7 +124,6 @@ def test_entries_and_batches(model):
     assert any(not batch.keep.all() for batch in model.batches), "no batch has padding, so the mask is not tested"
 
 
-@pytest.mark.slow
 def test_fused_equals_float64_numpy(model):
     expected = [numpy_embedding(model.weights, model.config, model.tokenizer.encode(text).ids) for text in model.texts]
     assert model.embeddings.dtype == np.float32
@@ -249,6 +248,7 @@ def run_main(model, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_command(run_main):
     status, output, _ = run_main("--top", "3", "save a model", "attention")
     assert status == 0
