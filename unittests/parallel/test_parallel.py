@@ -52,7 +52,7 @@ def runs(directory):
 
 
 @pytest.mark.slow
-def test_loss_curve(runs):
+def test_loss_curve_is_that_of_one_process(runs):
     expected = worker.train(worker.make_network(), worker.FIRST)
     assert expected[-1] < expected[0]
     for degree in DEGREES:
@@ -67,7 +67,7 @@ def test_dropout_drops(runs):
 
 
 @pytest.mark.slow
-def test_gradients(runs):
+def test_gradients_are_those_of_one_process(runs):
     expected = worker.gradients()
     for degree in DEGREES:
         for name, gradient in expected.items():
@@ -115,7 +115,7 @@ def test_clipped_by_global_norm(runs):
 
 
 @pytest.mark.slow
-def test_checkpoints(runs, directory):
+def test_checkpoints_load_at_other_degrees(runs, directory):
     """Two processes, then four, then one."""
     alone = worker.make_network()
     worker.train(alone, worker.FIRST)
