@@ -3,6 +3,11 @@
 import importlib.util
 import os
 
+import pytest
+
+# What tests assert by, outside the files of tests.
+pytest.register_assert_rewrite("common", "runners", "families", "file_bytes", "built_in", "encoders", "device")
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 

@@ -102,7 +102,7 @@ def test_rows_without_a_key_give_zeros():
 
 
 @pytest.mark.parametrize("pre_layer_norm", [False, True])
-def test_reference_equals_ordinary_paddle_ops(pre_layer_norm):
+def test_reference_agrees_with_ordinary_paddle_ops(pre_layer_norm):
     paddle = pytest.importorskip("paddle")
     functional = paddle.nn.functional
     case = Case(mask=Mask("B1SS", "float64")).but(pre_layer_norm=pre_layer_norm)

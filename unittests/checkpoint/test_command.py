@@ -36,6 +36,7 @@ def run(arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """As a process: exit status, report, one line for an error."""
     source = save(tmp_path / "in.pdparams", paddle_block("encoder.layers.0."))

@@ -62,7 +62,7 @@ def packed_gradients(found):
 
 @pytest.mark.parametrize("kind", ["none", "bool", "int64", "int32", "float"])
 @pytest.mark.parametrize("normalize_before", [False, True])
-def test_outputs(normalize_before, kind, dtype):
+def test_outputs_are_those_of_paddles_layers(normalize_before, kind, dtype):
     model = (
         encoder(normalize_before, dropout=0.3, layer_norm_eps=1e-4) if has_epsilon() else encoder(normalize_before, 0.3)
     )
@@ -99,7 +99,7 @@ def check_gradients(normalize_before, dtype, mask):
 
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
 @pytest.mark.parametrize("normalize_before", [False, True])
-def test_gradients(normalize_before, kind, dtype):
+def test_gradients_are_those_of_paddles_layers(normalize_before, kind, dtype):
     check_gradients(normalize_before, dtype, make_mask(kind, dtype, sees_none=False))
 
 
@@ -174,8 +174,8 @@ def test_what_is_trained_is_kept():
     assert {n: (p.stop_gradient, p.optimize_attr, p.need_clip) for n, p in model.named_parameters()} == attributes
 
 
-def test_training_goes_the_same_way():
-    """Ten steps of AdamW end in the same parameters."""
+def test_training_ends_in_the_same_parameters():
+    """Ten steps of AdamW end in the same parameters, up to rounding."""
     states, losses = [], []
     for change in (lambda model: model, converted):
         paddle.seed(8)
@@ -197,7 +197,7 @@ def test_training_goes_the_same_way():
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])
-def test_cache(normalize_before, dtype):
+def test_outputs_and_caches_step_by_step(normalize_before, dtype):
     """Step by step with Paddle's caches: the same outputs and the same caches."""
     model = encoder(normalize_before)
     model.eval()
@@ -414,7 +414,7 @@ def test_decoders_are_left_alone():
     check("out", model(x, y).numpy(), expected, "float32")
 
 
-def test_warnings():
+def test_only_a_model_without_attention_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(encoder())

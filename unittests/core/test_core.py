@@ -266,6 +266,7 @@ assert len(handled) > 20, len(handled)
 """
 
 
+@pytest.mark.slow
 @EVERY_ISA
 def test_signals(isa):
     """A signal may come at any instruction, on any thread: nothing below the stack pointer, and no memory, may be left

@@ -115,7 +115,7 @@ def test_a_checkpoint_matters(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_same_curve_as_plain_layers(images, tmp_path):
+def test_curves_of_fused_and_plain_layers_agree(images, tmp_path):
     settings = Settings(epochs=2, batch_size=128, seed=1)
     fused, plain = (train(kind, settings, images, tmp_path / kind) for kind in ("fused", "plain"))
     np.testing.assert_allclose(fused.losses, plain.losses, rtol=1e-3)

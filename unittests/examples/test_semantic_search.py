@@ -124,20 +124,19 @@ def test_entries_and_batches(model):
     assert any(not batch.keep.all() for batch in model.batches), "no batch has padding, so the mask is not tested"
 
 
-@pytest.mark.slow
-def test_fused_equals_float64_numpy(model):
+def test_fused_agrees_with_float64_numpy(model):
     expected = [numpy_embedding(model.weights, model.config, model.tokenizer.encode(text).ids) for text in model.texts]
     assert model.embeddings.dtype == np.float32
     assert np.abs(model.embeddings - np.stack(expected)).max() < TOLERANCE
 
 
-def test_fused_equals_plain_layers(model):
+def test_fused_agrees_with_plain_layers(model):
     plain = dygraph_encode(model.config, PlainAttentionBlock, plain_state(model.weights, model.config))
     embeddings, _ = embed(plain, model.batches)
     assert np.abs(model.embeddings - embeddings).max() < TOLERANCE
 
 
-def test_static_program_equals_dygraph(model):
+def test_static_program_agrees_with_dygraph(model):
     static = StaticEncoder(model.config, model.state)
     assert paddle.in_dynamic_mode()
     embeddings, _ = embed(static, model.batches)
@@ -146,7 +145,7 @@ def test_static_program_equals_dygraph(model):
     assert static.kind == ("legacy" if paddle.__version__.startswith("2.") else "PIR")
 
 
-def test_padding_and_neighbours_change_nothing(model):
+def test_padding_and_neighbours_change_the_rounding_alone(model):
     alone = np.concatenate([model.embed([text]) for text in model.texts])
     assert np.abs(model.embeddings - alone).max() < 1e-6
     batch = model.batches[0]
@@ -249,6 +248,7 @@ def run_main(model, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_command(run_main):
     status, output, _ = run_main("--top", "3", "save a model", "attention")
     assert status == 0

@@ -79,12 +79,12 @@ def request(port, path, body=None):
         return error.code, json.load(error)
 
 
-def test_saved_encoder_equals_dygraph(encoder, expected):
+def test_saved_encoder_agrees_with_dygraph(encoder, expected):
     assert np.abs(encoder.embed(TEXTS) - expected).max() < 1e-5
     assert np.abs(encoder.embed(TEXTS[2:3]) - expected[2:3]).max() < 1e-5
 
 
-def test_answers(port, expected):
+def test_answers_of_the_server(port, expected):
     status, value = request(port, "/embed", json.dumps({"texts": TEXTS}).encode())
     assert status == 200 and np.abs(np.array(value["embeddings"]) - expected).max() < 1e-5
     assert request(port, "/health")[1]["status"] == "ok"

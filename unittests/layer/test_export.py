@@ -93,7 +93,7 @@ def saved(tmp_path_factory):
     return path, [run(network, *size)[0] for size in SIZES]
 
 
-def test_jit_load(saved):
+def test_jit_load_gives_the_same_bits(saved):
     path, expected = saved
     loaded = paddle.jit.load(path)
     loaded.eval()
@@ -137,7 +137,7 @@ def predict(predictor, arrays):
     return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
 
 
-def test_predictor(saved):
+def test_predictor_agrees_with_dygraph(saved):
     path, expected = saved
     predictor = make_predictor(path)
     for size, wanted in zip(SIZES, expected):

@@ -197,7 +197,6 @@ def test_initializers_of_each_element_draw_the_parameter_at_once(name, make):
         ),
         ("bias_attr", initializer.Assign(np.zeros(72)), ValueError, ["[24]", "[72]"]),
     ],
-    ids=str,
 )
 def test_bad_attributes(argument, value, error, words):
     with pytest.raises(error) as raised:

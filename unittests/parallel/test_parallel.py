@@ -51,7 +51,8 @@ def runs(directory):
     return found
 
 
-def test_loss_curve(runs):
+@pytest.mark.slow
+def test_loss_curve_is_that_of_one_process(runs):
     expected = worker.train(worker.make_network(), worker.FIRST)
     assert expected[-1] < expected[0]
     for degree in DEGREES:
@@ -59,12 +60,14 @@ def test_loss_curve(runs):
             np.testing.assert_allclose(found["losses"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_drops(runs):
     without = worker.train(worker.make_network(0.0), worker.FIRST)
     assert np.abs(runs[2][0]["losses"] - without).max() > 1e-2
 
 
-def test_gradients(runs):
+@pytest.mark.slow
+def test_gradients_are_those_of_one_process(runs):
     expected = worker.gradients()
     for degree in DEGREES:
         for name, gradient in expected.items():
@@ -80,6 +83,7 @@ def test_gradients(runs):
             np.testing.assert_allclose(whole, gradient, rtol=0, atol=2e-5 * np.abs(gradient).max() + 1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_len", [worker.SEQ_LEN, 10])
 def test_other_keys_and_values(runs, key_len):
     """Computed of ordinary ops, with dropout; the gradients of what every process uses are whole on each."""
@@ -100,6 +104,7 @@ def test_other_keys_and_values(runs, key_len):
                 np.testing.assert_allclose(share, whole, rtol=0, atol=2e-5 * np.abs(whole).max() + 1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_clipped_by_global_norm(runs):
     expected = worker.train(worker.make_network(), range(5), paddle.nn.ClipGradByGlobalNorm(0.1))
     alone = worker.train(worker.make_network(), range(5), ParallelClipGradByGlobalNorm(0.1))
@@ -109,7 +114,8 @@ def test_clipped_by_global_norm(runs):
             np.testing.assert_allclose(found["clipped"], expected, rtol=0, atol=1e-5)
 
 
-def test_checkpoints(runs, directory):
+@pytest.mark.slow
+def test_checkpoints_load_at_other_degrees(runs, directory):
     """Two processes, then four, then one."""
     alone = worker.make_network()
     worker.train(alone, worker.FIRST)
@@ -121,6 +127,7 @@ def test_checkpoints(runs, directory):
     )
 
 
+@pytest.mark.slow
 def test_checkpoint_for_the_single_layer(runs, directory):
     state = paddle.load(str(directory / "degree4.pdparams"))
     network, alone = worker.make_network(), worker.make_network(layer_class=FusedMultiHeadAttention)
@@ -132,6 +139,7 @@ def test_checkpoint_for_the_single_layer(runs, directory):
     assert list(full_state_dict(network)) == list(alone.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 6e-2)])
 def test_evaluation(runs, dtype, tolerance):
     layer = worker.make_network(layer_class=FusedMultiHeadAttention).second
@@ -141,6 +149,7 @@ def test_evaluation(runs, dtype, tolerance):
         np.testing.assert_allclose(found[f"evaluated/{dtype}"], expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2 has no rules for custom operators")
 @pytest.mark.parametrize("kind, dropout_rate", [("batch", 0.0), ("heads", 0.2)])
 def test_mesh(runs, kind, dropout_rate):
@@ -166,6 +175,7 @@ def test_mesh(runs, kind, dropout_rate):
         assert np.array_equal(found[f"mesh/{kind}/recorded"], found[f"mesh/{kind}/unrecorded"])
 
 
+@pytest.mark.slow
 def test_ring_id(runs):
     """Results and gradients of Paddle's layer with nranks and ring_id, against those of the whole layer."""
     for found in runs[2]:
@@ -174,6 +184,7 @@ def test_ring_id(runs):
         assert max(differences.values()) < 2e-5, differences
 
 
+@pytest.mark.slow
 def test_conversions(runs):
     for found in runs[2]:
         for name in ("split", "copy", "again", "group of one", "attention", "attention again"):
@@ -181,6 +192,7 @@ def test_conversions(runs):
         assert found["frozen"].tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_errors(runs):
     for rank, found in enumerate(runs[2]):
         errors = {name.split("/")[1]: str(text) for name, text in found.items() if name.startswith("error/")}

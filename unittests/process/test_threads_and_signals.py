@@ -35,6 +35,7 @@ def test_same_bits_for_any_number_of_threads():
         assert [line for line in other if line not in outputs[0]] == []
 
 
+@pytest.mark.slow
 def test_same_bits_whatever_ran_before():
     """Libraries that Paddle loads in its own products, MKL among them, have no say in ours."""
     outputs = []
@@ -98,6 +99,7 @@ assert len(handled) > 20, len(handled)
 """
 
 
+@pytest.mark.slow
 def test_signals():
     """A handler may run at any instruction: of every dtype, forward and backward, in two Python threads."""
     result = run_python(UNDER_SIGNALS)
