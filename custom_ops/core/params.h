@@ -67,7 +67,7 @@ inline Dropout dropout_of(double rate, bool training, bool upscales) {
 // the QKV projection and the first layer norm.
 enum class Phase { kForward, kOutputBackward, kAttentionBackward, kInputBackward };
 
-// What is added to (float dtype), or must be nonzero in (bool, integer dtypes) the scores. Element (b, h, i, j) lies
+// A float mask is added to the scores; of bool and integer masks an element that is 0 hides its key. (b, h, i, j) lies
 // at data + b*strides[0] + h*strides[1] + i*strides[2] + j*strides[3], counted in elements; 0 where it broadcasts.
 struct Mask {
   const void* data = nullptr;
@@ -82,8 +82,8 @@ struct Params {
   int64_t embed_dim = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
-  // Where these heads stand in a layer whose heads are spread over devices: dropout masks are those of the whole. 0
-  // heads in all: these are all.
+  // In a layer whose heads are spread over devices, the number of the first head here and of all heads, by which
+  // dropout counts. total_heads 0: these are all.
   int64_t first_head = 0;
   int64_t total_heads = 0;
 
@@ -102,7 +102,7 @@ struct Params {
   double ln_epsilon = 1e-5;
   Dropout attn_dropout;
   Dropout dropout;
-  // Of the dropout masks (philox.h), for the forward pass; backward finds them in random_state.
+  // The seed of the dropout masks (philox.h) in the forward pass; backward finds it in random_state.
   uint64_t seed = 0;
   uint64_t offset = 0;
 

@@ -44,7 +44,7 @@ struct PhiloxWords {
 
 PFA_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
-  // Of the plain product nvcc makes a 64-bit one, with an addition of 0 after it.
+  // nvcc makes a 64-bit product of the plain one, with an addition of 0 after it.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;

@@ -48,13 +48,13 @@ struct QkvLayout {
     return {static_cast<int64_t>(batch), static_cast<int64_t>(head), static_cast<int64_t>(flat), dropout_head};
   }
 
-  // Of qkv or its gradient.
+  // The head's rows of qkv or its gradient.
   template <class T>
   PFA_HOST_DEVICE HeadRows<T> rows(T* qkv, const HeadIndex& h, QkvPart part) const {
     return {qkv + h.batch * seq_len * 3 * heads_dim() + bias_offset(h, part), 3 * heads_dim()};
   }
 
-  // Of attn_out or its gradient.
+  // The head's rows of attn_out or its gradient.
   template <class T>
   PFA_HOST_DEVICE HeadRows<T> out_rows(T* attn_out, const HeadIndex& h) const {
     return {attn_out + h.batch * seq_len * heads_dim() + h.head * head_dim, heads_dim()};

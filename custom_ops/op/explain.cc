@@ -1,5 +1,5 @@
-// For Python's explain(): which implementations a call may take, fastest first, up to the one that it takes, and why not
-// those before it.
+// For Python's explain(): which implementations a call may take, fastest first, up to the one that it takes, and why
+// not those before it.
 #include <string>
 #include <utility>
 

@@ -259,8 +259,8 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
       p.*kInputPointers[i].gradient = gradients.back().data();
       continue;
     }
-    // What nobody reads must still be a tensor: for absent inputs, which are of one element, and in dygraph for those
-    // that need none. One zero does for all of a dtype.
+    // A gradient that nobody reads must still be a tensor: that of an absent input, which has one element, and in
+    // dygraph that of an input that needs none. One zero does for all of a dtype.
     if (unwanted.empty() || unwanted.back().dtype() != tensors[i]->dtype()) {
       unwanted.push_back(allocate({1}, tensors[i]->dtype(), x.place()));
     }

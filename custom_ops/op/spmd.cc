@@ -80,7 +80,7 @@ TensorDistAttr attr_of_out(const Tensors& tensors, const Sharding& sharding) {
   return make_attr(*tensors[kX], {sharding.batch, -1, -1}, {sharding.heads});
 }
 
-// What backward needs has another layout on every process: nothing else reads it, so that it counts as replicated.
+// Saved has another layout on every process. Nothing but backward reads it, so it counts as replicated.
 TensorDistAttr attr_of_saved(const Tensors& tensors) { return make_attr(*tensors[kX], {-1}); }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct AttentionImplementation {
   // Why it does not serve a call; null if it does. A pointer that is not placed yet is null, and will be aligned.
   const char* (*why_not)(const Context& context, const Params& p, Pass pass);
   void (*forward)(Context& context, const Params& p);
-  // Of backward's workspace; may be asked before pointers are placed (stages.md).
+  // The size of backward's workspace. It may be asked before pointers are placed (stages.md).
   size_t (*backward_workspace_bytes)(const Context& context, const Params& p);
   void (*backward)(Context& context, const Params& p);  // d_qkv, and d_qkv_bias where it is wanted
 };

@@ -26,7 +26,7 @@ void launch(const Context& context, const char* name, void (*kernel)(Args...), i
   check_launch(name);
 }
 
-// What was built of a kernel for the context's device, asked once.
+// The attributes of a kernel as it was built for the context's device. They are asked for once.
 inline cudaFuncAttributes kernel_attributes(const Context& context, const void* kernel) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, cudaFuncAttributes> known;

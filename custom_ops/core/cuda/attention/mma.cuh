@@ -148,7 +148,7 @@ struct BackwardShape {
   static constexpr bool kSplit = kHeadDim > 128;  // d_k and d_v each by a launch: both don't fit in registers
 };
 
-// Of attention_backward_q_mma, as registers allow.
+// How many thread blocks of attention_backward_q_mma share a multiprocessor, as registers allow.
 template <class T, int kHeadDim, bool kMaskOrDropout>
 constexpr int kQueryBlocksPerSm = sizeof(T) == 4   ? (kHeadDim <= 64 ? 4 : 3)
                                   : kHeadDim <= 96 ? (kMaskOrDropout ? 3 : 4)

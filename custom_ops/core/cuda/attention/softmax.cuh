@@ -35,8 +35,8 @@ struct RowSoftmax {
     return base;
   }
 
-  // What the row's sums are to be multiplied with: drop_scale over the sum of exponentials, which kLanes neighbouring
-  // threads hold together; 0 for a row that sees no key. One of them stores the row's statistics.
+  // Returns the factor of the row's sums: drop_scale over the sum of exponentials, or 0 for a row that sees no key.
+  // kLanes neighbouring threads hold the row together; one of them stores its statistics.
   template <int kLanes>
   __device__ __forceinline__ Acc finish(const ForwardArgs& args, const HeadIndex& h, int row) {
 #pragma unroll

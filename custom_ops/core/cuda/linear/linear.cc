@@ -106,7 +106,7 @@ MatrixProduct d_attn_out_product(const Params& p) {
   return product;
 }
 
-// Of the linear bias in residual_dtype: a product takes a bias of its result's type.
+// The size of a copy of the linear bias in residual_dtype: a product takes a bias of its result's type.
 size_t wide_bias_bytes(const Params& p) {
   return p.linear_bias && has_wide_residual(p) ? Arena::aligned(p.embed_dim * size_of(p.residual_dtype)) : 0;
 }

@@ -3,7 +3,7 @@
 //   g = d_out * scale,  n = (z - mean) * rstd,  d_z = rstd * (g - mean(g) - n * mean(g * n)) + d_added,  d_y =
 //   dropout'(d_z) d_scale = sum of d_out * n,  d_bias = sum of d_out,  d_y_sum = sum of d_y, over the rows
 //
-// With dropout n is given in place of z.
+// With dropout, n is given in place of z.
 //
 // Few thread blocks walk over many rows, so that sums over rows stay in registers until the end; then each writes
 // one row of sums, and a second kernel adds those (column_sums.h). A thread copies what it will need of the next rows
@@ -123,7 +123,7 @@ constexpr int kItems = sizeof(T) == 2 ? 2 : 4;
 template <class T, Kind kKind>
 constexpr int kRowsInFlight = std::max(2, std::min(4, (192 << 10) / (16 * kInputs<kKind> * kItems<T> * kBlockThreads)));
 
-// Of shared memory for the sums of groups.
+// The shared memory for the sums of groups.
 template <class T>
 constexpr size_t kStaticBytes = 4 * kMaxWarps * sizeof(Accumulator<T>);
 

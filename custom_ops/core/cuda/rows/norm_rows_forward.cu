@@ -16,8 +16,7 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupThreads = 512;
 constexpr int kLongThreads = 256;
-// Of the vectors that a thread may hold, 1 to 4, so many let two of the largest thread blocks share a multiprocessor's
-// registers.
+// A thread may hold 1 to 4 vectors. With so many, two of the largest thread blocks share a multiprocessor's registers.
 template <class T>
 constexpr int kFewItems = sizeof(T) == 2 ? 2 : 4;
 

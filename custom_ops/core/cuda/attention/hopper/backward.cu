@@ -10,8 +10,8 @@
 // registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for what is
 // added to all keys alike moves all scores of a query alike.
 //
-// Of a mask that is the same for all queries a thread holds its two keys' elements, and tiles of keys that nobody sees
-// have no walk; elements of any other mask are loaded a step ahead.
+// Where the mask is the same for all queries, a thread holds its two keys' elements, and a tile of keys that nobody
+// sees has no walk. The elements of any other mask are loaded a step ahead.
 #include <cuda_runtime_api.h>
 
 #if CUDART_VERSION >= 12010
@@ -39,7 +39,7 @@ constexpr int kThreads = 384;
 constexpr int kQueriesTaken = kKeys;           // of d_q at a time, so that there are as many tiles of them as of keys
 constexpr int kSumPanel = 64 * kPanelColumns;  // sums of d_q that a warpgroup adds to at a time
 constexpr int kElementBytes = 12;              // q, k, v, d_out and the sums of d_q
-// In a build for compute-sanitizer.
+// Whether this is a build for compute-sanitizer.
 #ifdef PFA_SANITIZED
 constexpr bool kSanitized = true;
 #else
@@ -54,8 +54,8 @@ struct BackwardShape {
   static constexpr int kScorePanelBytes = kKeys * kRowBytes;   // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScorePanelBytes;
   static constexpr int kStatisticBytes = kQueries * static_cast<int>(sizeof(float));
-  // Of the computing threads at a barrier, or one for each warp: compute-sanitizer follows only the former, which with
-  // small tiles of queries takes 8% longer.
+  // How many of the computing threads arrive at a barrier: all, or one of each warp. compute-sanitizer follows only the
+  // former, which takes 8% longer with small tiles of queries.
   static constexpr int kArrivals = kQueries > 64 || kSanitized ? 256 : 8;
   // The probabilities of 128 queries are kept in their 16-bit form only.
   static constexpr bool kPackedOnly = kQueries > 64;

@@ -169,7 +169,7 @@ struct ForwardRoles {
     return {copy & mask_copies.log2_stages, copy >> mask_copies.log2_stages};
   }
 
-  // Of a warpgroup's 64 queries.
+  // Copies the mask of a warpgroup's 64 queries.
   __device__ __forceinline__ void copy_mask(int group, int n, int part) const {
     const RingStep step = mask_step(n, part);
     uint64_t* full = shared.mask[group].fill(step, mask_copies.panels * kCopyBytes);
@@ -182,7 +182,8 @@ struct ForwardRoles {
     }
   }
 
-  // By all threads, before the walk: starts the copies of its first step, and brings a key mask to shared memory.
+  // All threads call this before the walk. It starts the copies of the first step, and brings a key mask to shared
+  // memory.
   __device__ __forceinline__ void begin() {
     if (threadIdx.x == 0) {
       copy_queries();

@@ -30,7 +30,7 @@ void with_mask_kind(const AttentionArgs& args, F&& f) {
 
 constexpr int64_t kMaxTiledMaskBytes = 4;  // of an element
 
-// Of a mask, in copies of 64 queries x 128 bytes of keys; false where the copy engine cannot read it.
+// Maps a mask, for copies of 64 queries x 128 bytes of keys; false where the copy engine cannot read it.
 inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
   const Mask& mask = args.mask;
   const int64_t size = size_of(mask.dtype);

@@ -28,7 +28,7 @@ struct Ring {
   uint64_t full[kStages];
   uint64_t empty[kStages];
 
-  // By one thread, before all others are told of it.
+  // One thread calls this, before the others use the ring.
   __device__ __forceinline__ void init() {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);

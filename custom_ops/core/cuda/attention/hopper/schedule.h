@@ -38,7 +38,7 @@ struct BackwardSchedule {
   }
 
   __device__ __forceinline__ uint32_t* tiles_begun() const { return progress; }
-  // Of the tiles of all heads that a head's slot has had.
+  // These count the tiles of all heads that a head's slot has had.
   __device__ __forceinline__ uint32_t* tiles_added(uint32_t head) const { return progress + 1 + head % slots; }
   __device__ __forceinline__ uint32_t* tiles_taken(uint32_t head) const { return progress + 1 + slots + head % slots; }
 #endif

@@ -46,7 +46,7 @@ inline bool encode_map(CUtensorMap* map, CUtensorMapDataType type, const void* d
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Of a tensor [B, S, parts, H, D], in copies of 64 tokens x 64 head dims of one head.
+// Maps a tensor [B, S, parts, H, D], for copies of 64 tokens x 64 head dims of one head.
 inline CUtensorMap tensor_map(const void* data, DType dtype, const AttentionArgs& args, int parts) {
   const auto size = [](int64_t count) { return static_cast<cuuint64_t>(count); };
   const QkvLayout& layout = args.layout;
