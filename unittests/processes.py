@@ -1,19 +1,22 @@
-"""Python in a process of its own."""
+"""Python in a process of its own, which finds the modules that this one finds."""
 
 import os
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+
+def run_python(code, *arguments, **options):
+    """What `python -c CODE ARGUMENTS` ended with: `returncode`, `stdout`, `stderr`."""
+    return _run("-c", code, *arguments, **options)
 
 
-def run_python(code, *arguments, threads=2, **variables):
-    path = os.pathsep.join([HERE, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=path, **variables)
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_script(path, *arguments, **options):
+    """The same of `python PATH ARGUMENTS`."""
+    return _run(path, *arguments, **options)
+
+
+def _run(*arguments, threads=2, directory=None, **variables):
+    """`directory` is the one to start in; `variables` are more of the environment's."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(sys.path), **variables)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=300)

@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +13,7 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 from paddle_fused_attention import FusedMultiHeadAttention
+from processes import run_python
 
 PADDLE_VERSION = (int(paddle.version.major), int(paddle.version.minor))
 IS_PADDLE_2 = PADDLE_VERSION[0] == 2
@@ -203,13 +202,6 @@ def test_static_inference_model(tmp_path):
     assert np.array_equal(result, expected)
 
 
-def run_python(code, directory):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
 LOAD = """
 import numpy as np
 import paddle
@@ -226,7 +218,7 @@ def test_a_process_of_its_own(saved, tmp_path):
     shutil.copytree(os.path.dirname(path), tmp_path / "saved")
     x, keep = make_arrays(*SIZES[0])
     np.savez(tmp_path / "saved" / "arrays.npz", x=x, keep=keep)
-    result = run_python(LOAD, tmp_path / "saved")
+    result = run_python(LOAD, threads=1, directory=tmp_path / "saved")
     assert result.returncode == 0, result.stderr[-3000:]
     assert np.array_equal(np.load(tmp_path / "saved" / "result.npy"), expected[0])
 
@@ -244,14 +236,14 @@ def readme_example(tmp_path_factory):
     )
     assert load.count(IMPORT) == load.count(BY_JIT_LOAD) == 1
     directory = tmp_path_factory.mktemp("readme")
-    result = run_python(save, directory)
+    result = run_python(save, threads=1, directory=directory)
     assert result.returncode == 0, result.stderr[-3000:]
     return directory, load.replace("block.json", "block.pdmodel") if IS_PADDLE_2 else load
 
 
 def test_readme(readme_example):
     directory, load = readme_example
-    result = run_python(load, directory)
+    result = run_python(load, threads=1, directory=directory)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -268,7 +260,7 @@ def test_readme_without_the_import(readme_example, kind, tmp_path):
         network.eval()
         paddle.jit.save(network, str(directory / "block"), input_spec=[InputSpec([None, None, 64], "float32", "x")])
     no_core_file = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-    result = run_python(no_core_file + load, directory)
+    result = run_python(no_core_file + load, threads=1, directory=directory)
     if kind == "jit.load" and PADDLE_VERSION >= (3, 1):
         assert result.returncode == -signal.SIGSEGV, result.stderr[-3000:]
     else:

@@ -2,10 +2,6 @@
 mode, also where they change after a graph was made.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -14,6 +10,7 @@ import pytest
 from paddle import nn
 from paddle.static import InputSpec
 from paddle_fused_attention import FusedMultiHeadAttention, _op
+from processes import run_script
 from runners import static_mode
 
 IS_PADDLE_2 = paddle.__version__.startswith("2.")
@@ -423,10 +420,7 @@ def test_a_mask_that_wants_a_gradient(kind, mode, tmp_path):
     """One warning a process, and a result that does not pretend to have a gradient if only the mask wants one."""
     script = tmp_path / "wants_mask.py"  # of which to_static reads the source
     script.write_text(WANTS_MASK)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    result = subprocess.run(
-        [sys.executable, str(script), kind, mode], env=environment, capture_output=True, text=True, timeout=120
-    )
+    result = run_script(script, kind, mode, threads=1)
     assert result.returncode == 0 and result.stdout.endswith("fine\n"), result.stderr[-3000:]
 
 

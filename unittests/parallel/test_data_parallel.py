@@ -1,27 +1,16 @@
 """paddle.DataParallel over two processes of the CPU against one."""
 
-import os
-import subprocess
-import sys
-
 import data_parallel
 import numpy as np
 import pytest
+from processes import run_script
 
 
 @pytest.mark.slow
 def test_data_parallel(tmp_path):
     """Two processes with half of each batch train as one process with all of it."""
     path = tmp_path / "parameters.npz"
-    script = data_parallel.__file__
-    result = subprocess.run(
-        [sys.executable, script, str(path)],
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    result = run_script(data_parallel.__file__, path, threads=1, directory=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     network = data_parallel.make_network()
     start = {name: p.numpy() for name, p in network.named_parameters()}

@@ -1,9 +1,5 @@
 """Tensor parallelism over two and four processes of the CPU against one."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import paddle
 import parallel_worker as worker
@@ -15,6 +11,7 @@ from paddle_fused_attention.parallel import (
     full_state_dict,
     load_full_state_dict,
 )
+from processes import run_script
 
 DEGREES = (2, 4)
 AXES = {"qkv_weight": 1, "qkv_bias": 1, "linear_weight": 0}
@@ -38,14 +35,7 @@ def runs(directory):
     """What each process of each degree found."""
     found = {}
     for degree in DEGREES:
-        result = subprocess.run(
-            [sys.executable, worker.__file__, str(degree), str(directory)],
-            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        result = run_script(worker.__file__, degree, directory, threads=1, directory=directory)
         assert result.returncode == 0, result.stderr[-3000:]
         found[degree] = [dict(np.load(directory / f"degree{degree}_rank{rank}.npz")) for rank in range(degree)]
     return found
