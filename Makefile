@@ -168,6 +168,7 @@ lint-python: build/lint/packages
 
 lint-cpp: build/lint/packages
 	build/lint/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	! grep -nE '^.{121}' $(CXX_FILES) # which clang-format leaves to us in comments
 	printf '%s\n' $(CORE_SOURCES) | xargs -P $(JOBS) -n 1 \
 		$(or $(CXX),g++) -std=c++17 -fopenmp -ffp-contract=fast -Icustom_ops -Wall -Wextra -Werror -fsyntax-only
 
