@@ -12,10 +12,21 @@ from cases import DTYPES, FEATURES, FULL, Case, Mask
 from paddle_fused_attention import FusedMultiHeadAttention
 from runners import as_called, call, check_case, check_stored, run_dygraph, run_static, static_mode
 
+IS_PADDLE_2 = paddle.__version__.startswith("2.")
+
+
+def cannot(case):
+    """Why a program has no way for a case; None if it has one."""
+    if IS_PADDLE_2 and case.mask and case.dtype_of("attn_mask") == "int16":
+        return "inputs of programs are copied on Paddle 2.6, whose assign knows no int16"
+    return None
+
 
 def check_equal(case, place):
     """A program gives the bits of dygraph, and both what the reference gives."""
     case = as_called(case)
+    if cannot(case):
+        pytest.skip(cannot(case))
     inputs = common.make_inputs(case)
     arrays = common.stored_inputs(case, inputs)
     wanted = common.differentiable(inputs)
@@ -308,7 +319,7 @@ def test_clone_for_test_turns_dropout_off(mode):
     assert not np.allclose(train, test)
 
 
-@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6 makes legacy programs")
+@pytest.mark.skipif(IS_PADDLE_2, reason="Paddle 2.6 makes legacy programs")
 @pytest.mark.parametrize("mode", ["upscale_in_train", "downscale_in_infer"])
 def test_is_test_turns_dropout_off(mode):
     """The same in PIR, whose clone() knows no for_test: there set_is_test_attr() follows it."""
