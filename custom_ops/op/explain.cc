@@ -20,7 +20,7 @@ bool add_line(std::string& lines, const char* pass, const char* name, const char
 
 void explain_cpu(std::string& lines) {
   for (const char* pass : {"forward", "backward"}) {
-    const auto& all = cpu::implementations();
+    const auto& all = cpu::compiled_implementations();
     for (auto i = all.rbegin(); i != all.rend(); ++i) {
       if (add_line(lines, pass, (*i)->name, (*i)->why_not())) break;
     }

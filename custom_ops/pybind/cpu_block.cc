@@ -187,7 +187,9 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const cpu::Implementation* usable : cpu::usable_implementations()) names.push_back(usable->name);
+  for (const cpu::Implementation* implementation : cpu::usable_implementations()) {
+    names.push_back(implementation->name);
+  }
   return names;
 }
 
@@ -208,7 +210,7 @@ void bind_cpu(py::module_& module) {
   module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"),
              py::arg("needs"), py::arg("isa") = "", backward_doc.c_str());
   module.def("instruction_sets", instruction_sets,
-             "The instruction sets of the implementations that this processor runs, slowest first.");
+             "The instruction sets that the stages are compiled for and this processor has, slowest first.");
 }
 
 }  // namespace pfa

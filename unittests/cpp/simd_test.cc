@@ -6,6 +6,10 @@
 #define PFA_VECTOR_BYTES 16
 #include "core/cpu/isa/simd.isa.h"
 
+#include "core/cpu/isa/exp.isa.h"
+#include "core/cpu/isa/numbers.isa.h"
+#include "core/cpu/isa/philox.isa.h"
+
 #include <cstdio>
 #include <random>
 
@@ -118,9 +122,9 @@ void test_lanes() {
   for (int r = 0; r < lanes; ++r) {
     for (int l = 0; l < lanes; ++l) rows[r][l] = T(100 * r + l);
   }
-  transpose_square<T>(rows);
+  transpose_lanes<T>(rows);
   for (int r = 0; r < lanes; ++r) {
-    for (int l = 0; l < lanes; ++l) expect(rows[r][l] == T(100 * l + r), "transpose_square", 100 * r + l);
+    for (int l = 0; l < lanes; ++l) expect(rows[r][l] == T(100 * l + r), "transpose_lanes", 100 * r + l);
   }
   const uint64_t bits = 0x9D3C5A7781F0E6B4ull;
   for (int first = 0; first < 64; first += lanes) {

@@ -1,39 +1,30 @@
+// The list of the implementations, and which of them this processor runs.
 #include "core/cpu/implementations.h"
+
+#include "core/cpu/isa/instruction_sets.h"
 
 namespace pfa::cpu {
 
-extern const Implementation kBaseline;
-#if defined(__x86_64__)
-extern const Implementation kAvx2;
-extern const Implementation kAvx512;
-#if __has_include(<avx512bf16intrin.h>)
-extern const Implementation kAvx512Bf16;
-#if __has_include(<amxbf16intrin.h>) && defined(__linux__)
-extern const Implementation kAmx;
-#endif
-#endif
-#endif
-
-const std::vector<const Implementation*>& implementations() {
-  static const std::vector<const Implementation*> all{
+const std::vector<const Implementation*>& compiled_implementations() {
+  static const std::vector<const Implementation*> compiled = {
       &kBaseline,
-#if defined(__x86_64__)
+#if PFA_X86
       &kAvx2,       &kAvx512,
-#if __has_include(<avx512bf16intrin.h>)
+#endif
+#if PFA_AVX512_BF16
       &kAvx512Bf16,
-#if __has_include(<amxbf16intrin.h>) && defined(__linux__)
+#endif
+#if PFA_AMX
       &kAmx,
 #endif
-#endif
-#endif
   };
-  return all;
+  return compiled;
 }
 
 const std::vector<const Implementation*>& usable_implementations() {
   static const std::vector<const Implementation*> usable = [] {
     std::vector<const Implementation*> found;
-    for (const Implementation* implementation : implementations()) {
+    for (const Implementation* implementation : compiled_implementations()) {
       if (!implementation->why_not()) found.push_back(implementation);
     }
     return found;

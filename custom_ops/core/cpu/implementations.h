@@ -1,5 +1,5 @@
-// The implementations of the block's stages: one for each instruction set, all compiled from the same sources (isa/).
-// The best that this processor has is chosen at run time.
+// The implementations of the block's stages: one for every instruction set, compiled from the same code (isa/), and the
+// choice between them at run time.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,9 @@ struct Context;
 
 struct Implementation {
   const char* name;
-  const char* (*why_not)();  // why this processor does not run it; null if it does
-  bool has_tile_products;    // of bfloat16 matrices, by AMX
+  // Null if this processor runs it, else what is missing: a static text.
+  const char* (*why_not)();
+  bool has_tile_products;  // of bfloat16 matrices, by AMX
   void (*layer_norm_forward)(Context&, const Params&);
   void (*layer_norm_backward)(Context&, const Params&);
   void (*narrow_x)(Context&, const Params&);
@@ -29,10 +30,10 @@ struct Implementation {
   size_t (*stage_workspace_bytes)(const Context&, const Params&, Phase);
 };
 
-// All that are compiled in, slowest first.
-const std::vector<const Implementation*>& implementations();
+// All that were compiled in, slowest first. What the compiler or the architecture has no way for is not among them.
+const std::vector<const Implementation*>& compiled_implementations();
 
-// Those that this processor runs, slowest first.
+// Those of them that this processor runs, slowest first.
 const std::vector<const Implementation*>& usable_implementations();
 
 inline const Implementation& best_implementation() { return *usable_implementations().back(); }

@@ -1,7 +1,7 @@
-// The gradient of attention. With s = q k^T + mask (q scaled), p = exp(s - score_shift - log_sum_exp), r the dropout
-// factors:
+// The gradient of attention. With s = scale * q k^T + mask, p the softmax of s, r the dropout factors:
 //
-//   dv = (r p)^T do,  dp = do v^T,  ds = p (r dp - delta),  delta = sum over d of do o,  dq = ds k,  dk = ds^T q
+//   dv = (r p)^T do,  dp = do v^T,  ds = p (r dp - delta),  delta = sum over d of do o,
+//   dq = scale * ds k,  dk = scale * ds^T q
 //
 // The scores are computed again, tile by tile. A unit of work is a range of query tiles against a range of key tiles of
 // one head, for dq, for dk and dv, or for both. With enough heads a head is one unit; else it is split by query tiles
@@ -16,72 +16,46 @@ struct AttentionBackward {
   using P = Operand<T>;
 
   struct Unit {
-    int64_t head;                    // batch * H + head
-    int64_t query_begin, query_end;  // in rows, begins are multiples of the tiles
-    int64_t key_begin, key_end;
+    int64_t head;            // HeadIndex::flat
+    Range<int64_t> queries;  // begins a tile, and ends one or the sequence
+    Range<int64_t> keys;     // the same
     bool wants_query;
     bool wants_key_value;
   };
 
-  // Tiles of one thread, and its sums for dk and dv. What is named _rows is packed along the rows.
+  // Of one thread, with its sums for dk and dv. What is named _rows is packed along the rows.
   struct Tiles {
-    P* query;             // [kQueryTile][stride]
+    Scores<T> scores;
+    ScoreGradient<T> gradient;
     P* query_rows;        // [operands(kQueryTile)][padded]
-    P* query_transposed;  // [depth][kQueryTile]
     P* d_out;             // [kQueryTile][stride]
     P* d_out_rows;        // [operands(kQueryTile)][padded]
     P* d_out_transposed;  // [depth][kQueryTile]
-    P* key;               // [kKeyTile][stride]
     P* key_rows;          // [operands(kKeyTile)][padded]
-    P* value;             // [kKeyTile][stride]
-    A* scores;            // [kKeyTile][kQueryTile]
-    A* d_probability;     // [kKeyTile][kQueryTile]
-    P* probability;       // [kKeyTile][operands(kQueryTile)]: along the queries
-    P* d_score;           // [kKeyTile][operands(kQueryTile)]: along the queries
-    P* d_score_rows;      // [operands(kKeyTile)][kQueryTile]: along the keys
-    uint64_t* kept;       // [kKeyTile]
-    A* score_shift;       // [kQueryTile]
-    A* log_sum_exp;       // [kQueryTile]
-    A* delta;             // [kQueryTile]
-    A* rows;              // [2][padded]
+    A* out_row;           // [padded]
+    A* d_out_row;         // [padded]
     A* d_query;           // [kQueryTile][padded]
     A* d_key;             // [unit_keys][padded]
     A* d_value;           // [unit_keys][padded]
 
-    Tiles(Arena& arena, const Context& context, const Params& p) {
+    Tiles(Arena& arena, const Context& context, const Params& p) : scores(arena, p), gradient(arena, scores.scores) {
       const HeadShape<T> shape(p);
-      const auto take = [&](int64_t count) { return static_cast<A*>(arena.take(count * sizeof(A))); };
-      const auto take_operands = [&](int64_t count) { return static_cast<P*>(arena.take(count * sizeof(P))); };
-      query = take_operands(kQueryTile * shape.stride);
-      query_transposed = take_operands(shape.depth * kQueryTile);
-      d_out = take_operands(kQueryTile * shape.stride);
-      d_out_transposed = take_operands(shape.depth * kQueryTile);
-      key = take_operands(kKeyTile * shape.stride);
-      value = take_operands(kKeyTile * shape.stride);
-      scores = take(kKeyTile * kQueryTile);
-      d_probability = take(kKeyTile * kQueryTile);
+      d_out = take<P>(arena, kQueryTile * shape.stride);
+      d_out_transposed = take<P>(arena, shape.depth * kQueryTile);
       if constexpr (kPaired<T>) {
-        query_rows = take_operands(kQueryTile / 2 * shape.padded);
-        d_out_rows = take_operands(kQueryTile / 2 * shape.padded);
-        key_rows = take_operands(kKeyTile / 2 * shape.padded);
-        probability = take_operands(kKeyTile * kQueryTile / 2);
-        d_score = take_operands(kKeyTile * kQueryTile / 2);
-        d_score_rows = take_operands(kKeyTile / 2 * kQueryTile);
+        query_rows = take<P>(arena, kQueryTile / 2 * shape.padded);
+        d_out_rows = take<P>(arena, kQueryTile / 2 * shape.padded);
+        key_rows = take<P>(arena, kKeyTile / 2 * shape.padded);
       } else {
-        query_rows = query;
+        query_rows = scores.query;
         d_out_rows = d_out;
-        key_rows = key;
-        probability = scores;
-        d_score = d_score_rows = d_probability;
+        key_rows = scores.key;
       }
-      kept = p.attn_dropout.threshold ? static_cast<uint64_t*>(arena.take(kKeyTile * sizeof(uint64_t))) : nullptr;
-      score_shift = take(kQueryTile);
-      log_sum_exp = take(kQueryTile);
-      delta = take(kQueryTile);
-      rows = take(2 * shape.padded);
-      d_query = take(kQueryTile * shape.padded);
-      d_key = take(unit_keys(context, p) * shape.padded);
-      d_value = take(unit_keys(context, p) * shape.padded);
+      out_row = take<A>(arena, 2 * shape.padded);
+      d_out_row = out_row + shape.padded;
+      d_query = take<A>(arena, kQueryTile * shape.padded);
+      d_key = take<A>(arena, unit_keys(context, p) * shape.padded);
+      d_value = take<A>(arena, unit_keys(context, p) * shape.padded);
     }
   };
 
@@ -93,7 +67,7 @@ struct AttentionBackward {
 
   // No more threads than work.
   static int threads(const Context& context, const Params& p) {
-    const int64_t tiles = (p.seq_len + kQueryTile - 1) / kQueryTile;
+    const int64_t tiles = ceil_div(visibility_of<int64_t>(p).queries, kQueryTile);
     return static_cast<int>(std::min<int64_t>(context.threads, 2 * p.batch * p.num_heads * tiles));
   }
 
@@ -106,7 +80,7 @@ struct AttentionBackward {
     const size_t bytes = thread_bytes(context, p);
     parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(p, units[index], Tiles(arena, context, p));
+      run_unit(Head<T>(p, units[index].head), units[index], Tiles(arena, context, p));
     });
   }
 
@@ -115,162 +89,141 @@ struct AttentionBackward {
     return heads < 2 * context.threads && heads % context.threads != 0;
   }
 
-  // The number of ranges that the tiles of a head that is split are cut into; a range has at most tiles / parts tiles,
-  // rounded up.
+  // The number of ranges that the tiles of a head that is split are cut into.
   static int64_t parts(const Context& context, const Params& p) {
-    const int64_t heads = p.batch * p.num_heads;
-    return std::min<int64_t>(key_tiles(p), (4 * context.threads + heads - 1) / heads);
+    const int64_t tiles = ceil_div(visibility_of<int64_t>(p).keys, kKeyTile);
+    return std::min(tiles, ceil_div(4 * context.threads, p.batch * p.num_heads));
   }
 
-  static int64_t key_tiles(const Params& p) { return (p.seq_len + kKeyTile - 1) / kKeyTile; }
+  // Range `part` of `parts` of the positions 0..length - 1: at most so many tiles as tiles / parts rounded up.
+  static Range<int64_t> part_of(int64_t length, int64_t tile, int64_t part, int64_t parts) {
+    const int64_t tiles = ceil_div(length, tile);
+    return {tiles * part / parts * tile, std::min(tiles * (part + 1) / parts * tile, length)};
+  }
 
   // The most keys that a unit has sums for.
   static int64_t unit_keys(const Context& context, const Params& p) {
-    if (!splits_heads(context, p) || p.seq_len == 0) return p.seq_len;
-    const int64_t ranges = parts(context, p);
-    return std::min(p.seq_len, (key_tiles(p) + ranges - 1) / ranges * kKeyTile);
+    const int64_t keys = visibility_of<int64_t>(p).keys;
+    if (!splits_heads(context, p) || keys == 0) return keys;
+    return std::min(keys, ceil_div(ceil_div(keys, kKeyTile), parts(context, p)) * kKeyTile);
   }
 
   static std::vector<Unit> split(const Context& context, const Params& p) {
-    const int64_t heads = p.batch * p.num_heads;
+    const auto visibility = visibility_of<int64_t>(p);
+    const Range<int64_t> all_queries{0, visibility.queries};
+    const Range<int64_t> all_keys{0, visibility.keys};
+    const bool splits = splits_heads(context, p);
     std::vector<Unit> units;
-    if (!splits_heads(context, p)) {
-      for (int64_t head = 0; head < heads; ++head) units.push_back({head, 0, p.seq_len, 0, p.seq_len, true, true});
-      return units;
-    }
-    const int64_t tiles = key_tiles(p);
-    const int64_t ranges = parts(context, p);
-    for (int64_t head = 0; head < heads; ++head) {
+    for (int64_t head = 0; head < p.batch * p.num_heads; ++head) {
+      if (!splits) {
+        units.push_back({head, all_queries, all_keys, true, true});
+        continue;
+      }
+      const int64_t ranges = parts(context, p);
       for (int64_t part = 0; part < ranges; ++part) {
-        const int64_t begin = tiles * part / ranges * kKeyTile;
-        const int64_t end = std::min(tiles * (part + 1) / ranges * kKeyTile, p.seq_len);
-        units.push_back({head, begin, end, 0, p.seq_len, true, false});
-        units.push_back({head, 0, p.seq_len, begin, end, false, true});
+        const Range<int64_t> queries = part_of(visibility.queries, kQueryTile, part, ranges);
+        const Range<int64_t> keys = part_of(visibility.keys, kKeyTile, part, ranges);
+        units.push_back({head, queries, all_keys, true, false});
+        units.push_back({head, all_queries, keys, false, true});
       }
     }
     return units;
   }
 
-  static void run_unit(const Params& p, const Unit& unit, const Tiles& tiles) {
-    const int64_t padded = HeadShape<T>(p).padded;
-    const HeadIndex h = qkv_layout(p).head(unit.head);
-    if (unit.wants_key_value) {
-      const int64_t count = (unit.key_end - unit.key_begin) * padded;
-      std::fill(tiles.d_key, tiles.d_key + count, A(0));
-      std::fill(tiles.d_value, tiles.d_value + count, A(0));
-    }
-    Range<int64_t> walk{unit.query_begin, unit.query_end};
+  static void run_unit(const Head<T>& head, const Unit& unit, const Tiles& tiles) {
+    const int64_t padded = head.shape.padded;
+    const int64_t unit_keys = unit.keys.end - unit.keys.first;
+    Range<int64_t> queries = unit.queries;
     if (!unit.wants_query) {
-      const Range<int64_t> seeing = visibility_of<int64_t>(p).queries_of(unit.key_begin, unit.key_end);
-      walk = {std::max(walk.first, first_of_tile(seeing.first, kQueryTile)), std::min(walk.end, seeing.end)};
+      queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
     }
-    for (int64_t i0 = walk.first; i0 < walk.end; i0 += kQueryTile) query_tile(p, h, unit, i0, tiles);
     if (unit.wants_key_value) {
-      for (int64_t j = unit.key_begin; j < unit.key_end; ++j) {
-        const int64_t offset = (j - unit.key_begin) * padded;
-        store_row(tiles.d_key + offset, p.head_dim, d_rows_of(p, h, QkvPart::kKey).row(j));
-        store_row(tiles.d_value + offset, p.head_dim, d_rows_of(p, h, QkvPart::kValue).row(j));
-      }
+      std::fill(tiles.d_key, tiles.d_key + unit_keys * padded, A(0));
+      std::fill(tiles.d_value, tiles.d_value + unit_keys * padded, A(0));
+    }
+    for (int64_t first = queries.first; first < queries.end; first += kQueryTile) query_tile(head, unit, first, tiles);
+    if (unit.wants_key_value) {
+      write(head, QkvPart::kKey, unit.keys.first, unit_keys, tiles.d_key);
+      write(head, QkvPart::kValue, unit.keys.first, unit_keys, tiles.d_value);
     }
   }
 
-  static HeadRows<T> d_rows_of(const Params& p, const HeadIndex& h, QkvPart part) {
-    return qkv_layout(p).rows(static_cast<T*>(p.d_qkv), h, part);
+  // Writes gradient [count][padded] to rows first..first + count - 1 of d_qkv.
+  static void write(const Head<T>& head, QkvPart part, int64_t first, int64_t count, const A* gradient) {
+    const HeadRows<T> target = head.layout.rows(static_cast<T*>(head.p.d_qkv), head.index, part);
+    for (int64_t r = 0; r < count; ++r) {
+      store_row(gradient + r * head.shape.padded, head.shape.head_dim, target.row(first + r));
+    }
   }
 
-  static void query_tile(const Params& p, const HeadIndex& h, const Unit& unit, int64_t i0, const Tiles& tiles) {
+  // What a tile of queries gives to the unit.
+  static void query_tile(const Head<T>& head, const Unit& unit, int64_t first_query, const Tiles& tiles) {
     constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
-    const HeadShape<T> shape(p);
+    const HeadShape<T>& shape = head.shape;
     const int64_t padded = shape.padded;
-    const int64_t queries = std::min(kQueryTile, p.seq_len - i0);
+    const int64_t queries = std::min(kQueryTile, unit.queries.end - first_query);
     const int64_t width = round_up(queries, kLanes<A>);
-    const A dropout_scale = static_cast<A>(p.attn_dropout.scale);
+    const A dropout_scale = static_cast<A>(head.p.attn_dropout.scale);
+    const Range<int64_t> seen = head.visibility.keys_of(first_query, first_query + queries);
+    const Range<int64_t> keys = whole_tiles(unit.keys, seen, kKeyTile);
+    const ScoreGradient<T>& gradient = tiles.gradient;
 
-    load_queries(p, shape, h, i0, queries, tiles);
+    load_queries(head, first_query, queries, tiles);
     if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + queries * padded, A(0));
-
-    const Range<int64_t> walk = visibility_of<int64_t>(p).keys_of(i0, i0 + queries);
-    const int64_t keys_end = std::min(unit.key_end, walk.end);
-    for (int64_t j0 = std::max(unit.key_begin, first_of_tile(walk.first, kKeyTile)); j0 < keys_end; j0 += kKeyTile) {
-      const int64_t keys = std::min(kKeyTile, keys_end - j0);
-      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kKey), j0, keys, shape, tiles.key);
-      pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kValue), j0, keys, shape, tiles.value);
-      score_tile<T>(p, shape, h, i0, j0, queries, keys, tiles.key, tiles.query_transposed, tiles.scores);
-      micro_gemm<A, P>(keys, width, shape.depth, {tiles.value, shape.stride, 1}, tiles.d_out_transposed, kQueryTile,
-                       {tiles.d_probability, kQueryTile, dropout_scale, false});
-      if (tiles.kept) keep_tile(p, h, i0, j0, queries, keys, tiles.kept);
-      score_gradients(keys, width, tiles);
+    for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
+      const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
+      // scores [keys, queries] = scale * k @ q^T + mask
+      tiles.scores.load_keys(head, tile);
+      // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
+      micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
+                       kQueryTile, {gradient.d_probability, kQueryTile, dropout_scale, false});
+      // r p and ds [keys, queries]
+      gradient.compute(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
       if (unit.wants_key_value) {
-        const int64_t offset = (j0 - unit.key_begin) * padded;
-        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.probability, score_stride, 1}, tiles.d_out_rows,
-                         padded, {tiles.d_value + offset, padded, dropout_scale, true});
-        micro_gemm<A, P>(keys, padded, operands<T>(queries), {tiles.d_score, score_stride, 1}, tiles.query_rows, padded,
-                         {tiles.d_key + offset, padded, query_scale<A>(p), true});
+        const int64_t offset = (first_key - unit.keys.first) * padded;
+        // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
+        micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.probability, score_stride, 1},
+                         tiles.d_out_rows, padded, {tiles.d_value + offset, padded, dropout_scale, true});
+        // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
+        micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.d_score, score_stride, 1}, tiles.query_rows,
+                         padded, {tiles.d_key + offset, padded, head.score_scale, true});
       }
       if (unit.wants_query) {
-        const P* key_rows = pack_along_rows<T>(tiles.key, keys, shape, tiles.key_rows);
-        micro_gemm<A, P>(queries, padded, operands<T>(keys), {tiles.d_score_rows, 1, kQueryTile}, key_rows, padded,
-                         {tiles.d_query, padded, query_scale<A>(p), true});
+        const P* key_rows = pack_along_rows<T>(tiles.scores.key, tile.keys, shape, tiles.key_rows);
+        // dq [queries, padded] += scale * ds^T [queries, keys] @ k [keys, padded]
+        micro_gemm<A, P>(queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile}, key_rows,
+                         padded, {tiles.d_query, padded, head.score_scale, true});
       }
     }
-    if (unit.wants_query) {
-      const HeadRows<T> target = d_rows_of(p, h, QkvPart::kQuery);
-      for (int64_t i = 0; i < queries; ++i) store_row(tiles.d_query + i * padded, p.head_dim, target.row(i0 + i));
-    }
+    if (unit.wants_query) write(head, QkvPart::kQuery, first_query, queries, tiles.d_query);
   }
 
-  static void load_queries(const Params& p, const HeadShape<T>& shape, const HeadIndex& h, int64_t i0, int64_t queries,
-                           const Tiles& tiles) {
-    const QkvLayout layout = qkv_layout(p);
-    const HeadRows<const T> out = layout.out_rows(static_cast<const T*>(p.attn_out), h);
-    const HeadRows<const T> d_out = layout.out_rows(static_cast<const T*>(p.d_attn_out), h);
-    const A* log_sum_exp = static_cast<const A*>(p.log_sum_exp) + h.flat * p.seq_len + i0;
-    const A* score_shift = static_cast<const A*>(p.score_shift) + h.flat * p.seq_len + i0;
-    pack_along_depth<T>(rows_of<T>(p, h, QkvPart::kQuery), i0, queries, shape, tiles.query);
-    pack_along_depth<T>(d_out, i0, queries, shape, tiles.d_out);
-    transpose_tile(tiles.query, queries, shape.depth, shape.stride, tiles.query_transposed);
+  // q and do in all the ways that the products read them, and the statistics of every query.
+  static void load_queries(const Head<T>& head, int64_t first, int64_t queries, const Tiles& tiles) {
+    const Params& p = head.p;
+    const HeadShape<T>& shape = head.shape;
+    const HeadRows<const T> out = head.layout.out_rows(static_cast<const T*>(p.attn_out), head.index);
+    const HeadRows<const T> d_out = head.layout.out_rows(static_cast<const T*>(p.d_attn_out), head.index);
+    tiles.scores.load_queries(head, first, queries);
+    pack_along_depth<T>(d_out, first, queries, shape, tiles.d_out);
     transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);
-    pack_along_rows<T>(tiles.query, queries, shape, tiles.query_rows);
+    pack_along_rows<T>(tiles.scores.query, queries, shape, tiles.query_rows);
     pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
-    for (int64_t i = 0; i < round_up(queries, kLanes<A>); ++i) {
-      // A query that is only there to fill the vector has no probabilities, like one that sees no key.
-      tiles.score_shift[i] = i < queries ? score_shift[i] : A(0);
-      tiles.log_sum_exp[i] = i < queries ? log_sum_exp[i] : std::numeric_limits<A>::infinity();
-      tiles.delta[i] = A(0);
-      if (i >= queries) continue;
-      load_row(out.row(i0 + i), p.head_dim, tiles.rows);
-      load_row(d_out.row(i0 + i), p.head_dim, tiles.rows + shape.padded);
-      tiles.delta[i] = row_dot<A>(tiles.rows, tiles.rows + shape.padded, p.head_dim);
-    }
-  }
 
-  // From scores and the gradient of what is kept of p, times the scale of dropout: what dv is made of, r p without that
-  // scale, and ds.
-  static void score_gradients(int64_t keys, int64_t width, const Tiles& tiles) {
-    constexpr int numbers = kNumbers<T>;
-    constexpr int64_t score_stride = kQueryTile / numbers;
-    for (int64_t i = 0; i < width; i += kLanes<A>) {
-      const Vec<A> score_shift = load(tiles.score_shift + i);
-      const Vec<A> log_sum_exp = load(tiles.log_sum_exp + i);
-      const Vec<A> delta = load(tiles.delta + i);
-      for (int64_t j = 0; j < keys; j += numbers) {
-        Vec<A> d_score[numbers] = {};
-        for (int n = 0; n < numbers && j + n < keys; ++n) {
-          const int64_t at = (j + n) * kQueryTile + i;
-          const Vec<A> probability = vexp(load(tiles.scores + at) - score_shift - log_sum_exp);
-          Vec<A> kept = probability;
-          Vec<A> d_probability = load(tiles.d_probability + at);
-          if (tiles.kept) {
-            kept = keep_lanes<A>(tiles.kept + j + n, i, kept);
-            d_probability = keep_lanes<A>(tiles.kept + j + n, i, d_probability);
-          }
-          d_score[n] = probability * (d_probability - delta);
-          store_operands(tiles.probability + (j + n) * score_stride + i / numbers, kept);
-          store_operands(tiles.d_score + (j + n) * score_stride + i / numbers, d_score[n]);
-        }
-        if constexpr (kPaired<T>)
-          store(tiles.d_score_rows + j / 2 * kQueryTile + i, narrow_pair(d_score[0], d_score[1]));
-      }
+    const A* log_sum_exp = head.statistics(p.log_sum_exp, first);
+    const A* score_shift = head.statistics(p.score_shift, first);
+    for (int64_t i = 0; i < queries; ++i) {
+      tiles.gradient.score_shift[i] = score_shift[i];
+      tiles.gradient.log_sum_exp[i] = log_sum_exp[i];
+      load_row(out.row(first + i), p.head_dim, tiles.out_row);
+      load_row(d_out.row(first + i), p.head_dim, tiles.d_out_row);
+      tiles.gradient.delta[i] = row_dot<A>(tiles.out_row, tiles.d_out_row, p.head_dim);
+    }
+    // A query that is only there to fill the vector has no probabilities, like one that sees no key.
+    for (int64_t i = queries; i < round_up(queries, kLanes<A>); ++i) {
+      tiles.gradient.score_shift[i] = A(0);
+      tiles.gradient.log_sum_exp[i] = std::numeric_limits<A>::infinity();
+      tiles.gradient.delta[i] = A(0);
     }
   }
 };

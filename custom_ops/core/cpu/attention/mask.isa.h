@@ -1,10 +1,6 @@
-// The mask on a tile of scores [keys][kQueryTile]: what each element adds. A float element is added; of other types
-// only whether it is 0 counts.
+// What a query may not see, in a tile of scores: the mask is added, and what is hidden by position becomes -inf.
 
 namespace pfa::cpu::PFA_ISA {
-
-constexpr int64_t kQueryTile = 64;  // of queries in a tile
-constexpr int64_t kKeyTile = 64;
 
 template <class A, class M>
 inline A mask_term(M value) {
@@ -15,35 +11,36 @@ inline A mask_term(M value) {
   }
 }
 
-// Adds the mask to scores [keys][kQueryTile].
-template <class A, class M>
-void add_mask_typed(const Mask& mask, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
-                    A* scores) {
-  const M* origin = static_cast<const M*>(mask.data) + h.batch * mask.strides[0] + h.head * mask.strides[1] +
-                    i0 * mask.strides[2] + j0 * mask.strides[3];
-  const int64_t i_stride = mask.strides[2];
-  const int64_t j_stride = mask.strides[3];
-  if (i_stride == 0) {
+template <class M, class A>
+void add_mask_typed(const Mask& mask, const HeadIndex& head, const ScoreTile& tile, A* scores) {
+  const int64_t query_stride = mask.strides[2];
+  const int64_t key_stride = mask.strides[3];
+  const int64_t queries = tile.queries;
+  const int64_t keys = tile.keys;
+  const M* origin = static_cast<const M*>(mask.data) + head.batch * mask.strides[0] + head.head * mask.strides[1] +
+                    tile.first_query * query_stride + tile.first_key * key_stride;
+  if (query_stride == 0) {
     for (int64_t j = 0; j < keys; ++j) {
-      const A term = mask_term<A>(origin[j * j_stride]);
+      const A term = mask_term<A>(origin[j * key_stride]);
       for (int64_t i = 0; i < queries; ++i) scores[j * kQueryTile + i] += term;
     }
     return;
   }
-  constexpr int64_t strip = 16;
-  for (int64_t jb = 0; jb < keys; jb += strip) {
-    const int64_t j_end = std::min(jb + strip, keys);
+  constexpr int64_t at_once = 16;  // keys, so that lines of the mask and of the scores stay in the cache
+  for (int64_t first = 0; first < keys; first += at_once) {
+    const int64_t end = std::min(first + at_once, keys);
     for (int64_t i = 0; i < queries; ++i) {
-      const M* row = origin + i * i_stride;
-      for (int64_t j = jb; j < j_end; ++j) scores[j * kQueryTile + i] += mask_term<A>(row[j * j_stride]);
+      const M* row = origin + i * query_stride;
+      for (int64_t j = first; j < end; ++j) scores[j * kQueryTile + i] += mask_term<A>(row[j * key_stride]);
     }
   }
 }
 
+// Adds the mask to scores [keys][kQueryTile].
 template <class A>
-void add_mask(const Params& p, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries, int64_t keys, A* scores) {
-  const auto add = [&](auto type) { add_mask_typed<A, decltype(type)>(p.mask, h, i0, j0, queries, keys, scores); };
-  switch (p.mask.dtype) {
+void add_mask(const Mask& mask, const HeadIndex& head, const ScoreTile& tile, A* scores) {
+  const auto add = [&](auto type) { add_mask_typed<decltype(type)>(mask, head, tile, scores); };
+  switch (mask.dtype) {
     case DType::kFloat32:
       return add(float{});
     case DType::kFloat64:
@@ -62,6 +59,22 @@ void add_mask(const Params& p, const HeadIndex& h, int64_t i0, int64_t j0, int64
       return add(int32_t{});
     case DType::kInt64:
       return add(int64_t{});
+  }
+}
+
+// Makes scores [keys][kQueryTile] -inf where the query does not see the key.
+template <class A>
+void hide_unseen(const Visibility<int64_t>& visibility, const ScoreTile& tile, A* scores) {
+  const int64_t end_query = tile.first_query + tile.queries;
+  if (!visibility.hides_any(tile.first_query, end_query, tile.first_key, tile.first_key + tile.keys)) return;
+  const auto clamp = [&](int64_t query) {
+    return std::min(std::max<int64_t>(query - tile.first_query, 0), tile.queries);
+  };
+  for (int64_t j = 0; j < tile.keys; ++j) {
+    const Range<int64_t> seeing = visibility.queries_of(tile.first_key + j);
+    A* row = scores + j * kQueryTile;
+    std::fill(row, row + clamp(seeing.first), -std::numeric_limits<A>::infinity());
+    std::fill(row + clamp(seeing.end), row + tile.queries, -std::numeric_limits<A>::infinity());
   }
 }
 

@@ -1,13 +1,29 @@
-// What the attention's two passes share: the tiling, operands packed as tiles, and masked, dropped scores.
+// How attention is cut into tiles, and how the rows of a head are packed into them.
 //
-// A tile of scores is held transposed, [keys][queries], so that vectors run along the queries: the row-wise softmax
+// A tile of scores is held transposed, [keys][queries], so that vectors run along the queries: the softmax over keys
 // needs no sums across a vector.
 //
-// An operand P of the products holds kNumbers numbers that follow each other along the sum (simd.h). Where the sum runs
-// over head_dim, a tile is packed along the depth, [rows][depth]; where it runs over queries or keys, along the rows,
-// [rows / kNumbers][padded]. With one number the two are the same.
+// An operand P of the products holds kNumbers numbers that follow each other along the sum (numbers.isa.h). Where the
+// sum runs over head_dim, a tile is packed along the depth, [rows][depth]; where it runs over queries or keys, along
+// the rows, [rows / kNumbers][padded]. With one number the two are the same.
 
 namespace pfa::cpu::PFA_ISA {
+
+constexpr int64_t kQueryTile = 64;
+constexpr int64_t kKeyTile = 64;
+
+// The scores of some queries with some keys: at most kQueryTile, at most kKeyTile.
+struct ScoreTile {
+  int64_t first_query;
+  int64_t queries;
+  int64_t first_key;
+  int64_t keys;
+};
+
+// What `seen` leaves of `positions`, begun with a whole tile, as `positions` is.
+inline Range<int64_t> whole_tiles(Range<int64_t> positions, Range<int64_t> seen, int64_t tile) {
+  return {std::max(positions.first, round_down(seen.first, tile)), std::min(positions.end, seen.end)};
+}
 
 // Sizes of a head in the tiles.
 template <class T>
@@ -24,12 +40,35 @@ struct HeadShape {
         padded(round_up(p.head_dim, kLanes<Accumulator<T>>)) {}
 };
 
+// One head of one sequence, as both passes see it.
 template <class T>
-HeadRows<const T> rows_of(const Params& p, const HeadIndex& h, QkvPart part) {
-  return qkv_layout(p).rows(static_cast<const T*>(p.qkv), h, part);
-}
+struct Head {
+  using A = Accumulator<T>;
 
-// Rows [first, first + count) packed along the depth: tile [count][stride], zero beyond head_dim.
+  const Params& p;
+  QkvLayout layout;
+  HeadIndex index;
+  HeadShape<T> shape;
+  Visibility<int64_t> visibility;
+  A score_scale;
+
+  Head(const Params& p, int64_t flat)
+      : p(p),
+        layout(qkv_layout(p)),
+        index(layout.head(flat)),
+        shape(p),
+        visibility(visibility_of<int64_t>(p)),
+        score_scale(A(1) / std::sqrt(static_cast<A>(p.head_dim))) {}
+
+  HeadRows<const T> rows(QkvPart part) const { return layout.rows(static_cast<const T*>(p.qkv), index, part); }
+
+  // From `query` on, of a tensor [batch, H, seq_len] with a number for every query.
+  A* statistics(void* data, int64_t query) const {
+    return static_cast<A*>(data) + index.flat * visibility.queries + query;
+  }
+};
+
+// Packs rows first..first + count - 1 along the depth: tile [count][stride], zero beyond head_dim.
 template <class T>
 void pack_along_depth(const HeadRows<const T>& rows, int64_t first, int64_t count, const HeadShape<T>& shape,
                       Operand<T>* tile) {
@@ -72,77 +111,15 @@ void transpose_tile(const P* tile, int64_t count, int64_t depth, int64_t stride,
   constexpr int lanes = kLanes<P>;
   for (int64_t i = 0; i < count; i += lanes) {
     for (int64_t d = 0; d < depth; d += lanes) {
-      Vec<P> square[lanes];
-      for (int l = 0; l < lanes; ++l) square[l] = i + l < count ? load(tile + (i + l) * stride + d) : Vec<P>{};
-      transpose_square<P>(square);
+      Vec<P> vectors[lanes];
+      for (int l = 0; l < lanes; ++l) vectors[l] = i + l < count ? load(tile + (i + l) * stride + d) : Vec<P>{};
+      transpose_lanes<P>(vectors);
       const int64_t rows = std::min<int64_t>(lanes, depth - d);
       if (rows == lanes) {
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) store(transposed + (d + l) * kQueryTile + i, square[l]);
+        for (int l = 0; l < lanes; ++l) store(transposed + (d + l) * kQueryTile + i, vectors[l]);
       } else {
-        for (int64_t l = 0; l < rows; ++l) store(transposed + (d + l) * kQueryTile + i, square[l]);
-      }
-    }
-  }
-}
-
-template <class A>
-inline A query_scale(const Params& p) {
-  return A(1) / std::sqrt(static_cast<A>(p.head_dim));
-}
-
-// Where the walk over keys starts whose first is `first`: at the beginning of its tile.
-inline int64_t first_of_tile(int64_t first, int64_t tile) { return first / tile * tile; }
-
-// scores [keys][kQueryTile] = scale * k @ q^T + mask; `keys_packed` is [keys][stride], `query_transposed`
-// [depth][kQueryTile].
-template <class T, class A = Accumulator<T>>
-void score_tile(const Params& p, const HeadShape<T>& shape, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries,
-                int64_t keys, const Operand<T>* keys_packed, const Operand<T>* query_transposed, A* scores) {
-  const int64_t width = round_up(queries, kLanes<A>);
-  micro_gemm<A, Operand<T>>(keys, width, shape.depth, {keys_packed, shape.stride, 1}, query_transposed, kQueryTile,
-                            {scores, kQueryTile, query_scale<A>(p), false});
-  if (p.mask.data) add_mask(p, h, i0, j0, queries, keys, scores);
-  const auto visibility = visibility_of<int64_t>(p);
-  if (!visibility.hides_any(i0, i0 + queries, j0, j0 + keys)) return;
-  for (int64_t j = 0; j < keys; ++j) {
-    const Range<int64_t> seeing = visibility.queries_of(j0 + j);
-    const int64_t first = std::min(std::max<int64_t>(seeing.first - i0, 0), width);
-    const int64_t end = std::max(std::min(seeing.end - i0, width), first);
-    A* row = scores + j * kQueryTile;
-    std::fill(row, row + first, -std::numeric_limits<A>::infinity());
-    if (end < queries) std::fill(row + end, row + queries, -std::numeric_limits<A>::infinity());
-  }
-}
-
-// Bit i of kept[j]: whether the element of query i0 + i and key j0 + j is kept. i0 is a multiple of 32 and j0 of 16.
-inline void keep_tile(const Params& p, const HeadIndex& h, int64_t i0, int64_t j0, int64_t queries, int64_t keys,
-                      uint64_t* kept) {
-  static_assert(kQueryTile == 64, "a row of the tile is a word of bits");
-  constexpr int lanes = kLanes<uint32_t>;
-  constexpr int chunk = lanes < 8 ? lanes : 8;  // lanes of consecutive queries
-  const PhiloxState state = philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention);
-  // A number is at least the threshold when the word that begins with it is greater than this.
-  const Vec<uint32_t> below = broadcast((p.attn_dropout.threshold << 16) - 1);
-  const int64_t row_groups = round_up(queries, 16) / 2;
-  std::fill(kept, kept + round_up(keys, 16), 0);
-  for (int64_t j = 0; j < keys; j += 16) {
-    for (int t = 0; t < 4; ++t) {
-      const uint32_t c0 = static_cast<uint32_t>((j0 + j) / 16 * 4 + t);
-      for (int64_t group = 0; group < row_groups; group += lanes) {
-        const Vec<uint32_t> c1 = lane_numbers() + static_cast<uint32_t>(i0 / 2 + group);
-        const PhiloxVectors words = philox_vector(state, c0, c1, h.dropout_head);
-        for (int word = 0; word < 4; ++word) {
-          for (int half = 0; half < 2; ++half) {
-            const uint64_t bits = greater_bits(half ? words.w[word] : words.w[word] << 16, below);
-            uint64_t spread = 0;
-            for (int first = 0; first < lanes; first += chunk) {
-              const int64_t row = (group + first) / 8 * 16 + (group + first) % 8 + 8 * (word / 2);
-              spread |= (bits >> first & ((1u << chunk) - 1)) << row;
-            }
-            kept[j + 8 * (word % 2) + 2 * t + half] |= spread;
-          }
-        }
+        for (int64_t l = 0; l < rows; ++l) store(transposed + (d + l) * kQueryTile + i, vectors[l]);
       }
     }
   }

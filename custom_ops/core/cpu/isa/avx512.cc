@@ -1,15 +1,7 @@
 // The stages for x86-64 processors with AVX-512 F, BW, DQ and VL.
-#if defined(__x86_64__)
+#include "core/cpu/isa/instruction_sets.h"
+#if PFA_X86
 #include "core/cpu/isa/system_headers.h"
-
-// What runs on every processor comes before the instruction set is raised.
-namespace {
-const char* why_not() {
-  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return runs ? nullptr : "the processor lacks AVX-512 F, BW, DQ or VL";
-}
-}  // namespace
 
 PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #define PFA_ISA avx512
@@ -17,8 +9,7 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #include "core/cpu/isa/stages.isa.h"
 
 namespace pfa::cpu {
-extern const Implementation kAvx512;
-constexpr Implementation kAvx512 = avx512::make_implementation("avx512", why_not);
+constexpr Implementation kAvx512 = avx512::make_implementation("avx512", why_not_avx512);
 }  // namespace pfa::cpu
 PFA_END_TARGET
 #endif

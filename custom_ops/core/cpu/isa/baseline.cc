@@ -1,4 +1,5 @@
 // The stages for any processor of the architecture: SSE2 on x86-64, NEON on aarch64.
+#include "core/cpu/isa/instruction_sets.h"
 #include "core/cpu/isa/system_headers.h"
 
 #define PFA_ISA baseline
@@ -6,6 +7,5 @@
 #include "core/cpu/isa/stages.isa.h"
 
 namespace pfa::cpu {
-extern const Implementation kBaseline;
 constexpr Implementation kBaseline = baseline::make_implementation("baseline", []() -> const char* { return nullptr; });
 }  // namespace pfa::cpu

@@ -1,22 +1,48 @@
-// All stages for one instruction set: the including file has defined PFA_ISA, the namespace they go to, and
-// PFA_VECTOR_BYTES.
+// All stages for one instruction set. The including file has defined PFA_ISA, the namespace that they go to, and
+// PFA_VECTOR_BYTES; with the instructions for it PFA_BFLOAT16_PRODUCTS and PFA_TILE_PRODUCTS.
+//
+// A file that is compiled once for every instruction set ends in .isa.h. It has no include guard and includes nothing:
+// here all stand in the order in which they build on each other.
+
+#include "core/cpu/isa/sizes.isa.h"
 
 #include "core/cpu/isa/simd.isa.h"
 
-// The order matters: each builds on those before it.
-#include "core/cpu/linear/micro_gemm.isa.h"
+#include "core/cpu/isa/exp.isa.h"
+#include "core/cpu/isa/numbers.isa.h"
+#include "core/cpu/isa/philox.isa.h"
 
-#include "core/cpu/attention/mask.isa.h"
-#include "core/cpu/linear/matrix_product.isa.h"
+#include "core/cpu/isa/memory.isa.h"
+
+#include "core/cpu/rows/chunks.isa.h"
+#include "core/cpu/rows/row_sums.isa.h"
+
 #include "core/cpu/rows/norm_rows.isa.h"
+
+#include "core/cpu/rows/layer_norm.isa.h"
+#include "core/cpu/rows/residual.isa.h"
+
+#include "core/cpu/linear/micro_gemm.isa.h"
+#include "core/cpu/linear/panels.isa.h"
+
+#include "core/cpu/linear/tile_products.isa.h"
+
+#include "core/cpu/linear/matrix_product.isa.h"
+
+#include "core/cpu/linear/linear.isa.h"
 
 #include "core/cpu/attention/tile.isa.h"
 
+#include "core/cpu/attention/dropout.isa.h"
+#include "core/cpu/attention/mask.isa.h"
+
+#include "core/cpu/attention/scores.isa.h"
+
+#include "core/cpu/attention/score_gradient.isa.h"
+#include "core/cpu/attention/softmax.isa.h"
+
 #include "core/cpu/attention/backward.isa.h"
 #include "core/cpu/attention/forward.isa.h"
-#include "core/cpu/linear/linear.isa.h"
-#include "core/cpu/rows/layer_norm.isa.h"
-#include "core/cpu/rows/residual.isa.h"
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -76,7 +102,7 @@ auto for_norm_dtypes(const Params& p, F&& f) {
 
 PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, R, N>::forward))
 PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, R, N>::backward))
-PFA_NORM_STAGE(narrow_x, (LayerNorm<T, R, N>::narrow))
+PFA_NORM_STAGE(narrow_x, (LayerNorm<T, R, N>::narrow_x))
 PFA_STAGE(qkv_linear_forward, (Linear<T, R>::qkv_linear_forward))
 PFA_STAGE(qkv_linear_backward, (Linear<T, R>::qkv_linear_backward))
 PFA_STAGE(attention_forward, AttentionForward<T>::run)

@@ -12,17 +12,11 @@
 #include <vector>
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #endif
 
 #include "core/arena.h"
 #include "core/cpu/context.h"
-#include "core/cpu/implementations.h"
 #include "core/cpu/parallel.h"
 #include "core/params.h"
 #include "core/philox.h"

@@ -18,14 +18,14 @@ struct Linear {
 
   // sums [n] of the columns of source [m, n].
   static void column_sums(const Context& context, const T* source, int64_t m, int64_t n, T* sums) {
-    constexpr int64_t width = 128;
+    constexpr int64_t columns = 128;
     constexpr int64_t run = 64;  // rows summed before they join the total: keeps the rounding error of long columns low
-    parallel_for((n + width - 1) / width, context.threads, [&](int64_t index, int) {
-      const int64_t first = index * width;
-      const int64_t size = std::min(width, n - first);
-      A total[width] = {};
+    parallel_for(ceil_div(n, columns), context.threads, [&](int64_t index, int) {
+      const int64_t first = index * columns;
+      const int64_t size = std::min(columns, n - first);
+      A total[columns] = {};
       for (int64_t start = 0; start < m; start += run) {
-        A part[width] = {};
+        A part[columns] = {};
         for (int64_t r = start; r < std::min(start + run, m); ++r) {
           const T* row = source + r * n + first;
           for (int64_t i = 0; i < size; ++i) part[i] += widen(row[i]);

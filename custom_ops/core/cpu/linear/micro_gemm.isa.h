@@ -1,10 +1,11 @@
-// Small matrix products on tiles that lie in the caches: c (+)= scale * a @ b, with c and b row-major and padded to
-// whole vectors along n, and a in any layout. A tile of c is held in registers while the sum over k runs; a is
-// broadcast, b loaded as vectors. The operands are of c's type, or pairs of bfloat16 numbers that follow each other
-// along k (simd.h), and then k counts pairs.
+// Small matrix products, of what lies in the caches: c (+)= scale * a @ b. c and b are row-major and padded to whole
+// vectors along n; a has any layout. A register tile of c is held in registers while the sum over k runs. Numbers of a
+// are broadcast, b is loaded as vectors. The operands are of c's type, or pairs of bfloat16 numbers that follow each
+// other along k (numbers.isa.h); then k counts pairs.
 
 namespace pfa::cpu::PFA_ISA {
 
+// Element (i, k) of a lies at data[i * row_stride + k * k_stride].
 template <class P>
 struct TileOperand {
   const P* data;
@@ -21,8 +22,11 @@ struct TileResult {
   bool accumulate;
 };
 
+// c [kRows, kVectors * lanes] (+)= scale * a [kRows, k_size] @ b [k_size, kVectors * lanes]; row k of b begins at b + k
+// * b_k.
 template <int kRows, int kVectors, class T, class P>
-inline void register_tile(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k, TileResult<T> c) {
+inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k,
+                                   TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
   if (c.accumulate) {
@@ -55,35 +59,39 @@ inline void register_tile(int64_t k_size, TileOperand<P> a, const P* __restrict 
   }
 }
 
-// Rows of a tile such that its sums, a row of b and a factor fit the registers (32 with AVX-512 and NEON, else 16).
+// kRegisterTileRows[vectors] is the number of rows with which the sums of a register tile, a row of b and a factor fit
+// the registers (32 with AVX-512 and NEON, else 16).
 #if PFA_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kRegisterRows[5] = {0, 12, 12, 8, 4};
-constexpr int kBlockVectors = 4;
+constexpr int kRegisterTileRows[5] = {0, 12, 12, 8, 4};
+constexpr int kRegisterTileVectors = 4;
 #else
-constexpr int kRegisterRows[5] = {0, 8, 6, 4, 4};
-constexpr int kBlockVectors = 2;
+constexpr int kRegisterTileRows[5] = {0, 8, 6, 4, 4};
+constexpr int kRegisterTileVectors = 2;
 #endif
 
+// The same for any number of rows up to kRows.
 template <int kRows, int kVectors, class T, class P>
-inline void micro_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
+inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k,
+                               TileResult<T> c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      register_tile<kRows, kVectors>(k_size, a, b, b_k, c);
+      multiply_register_tile<kRows, kVectors>(k_size, a, b, b_k, c);
     } else {
-      micro_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c);
+      multiply_last_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c);
     }
   }
 }
 
+// c [m, kVectors * lanes] (+)= scale * a [m, k_size] @ b [k_size, kVectors * lanes], register tile by register tile.
 template <int kVectors, class T, class P>
-inline void micro_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
-  constexpr int rows = kRegisterRows[kVectors];
+inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
+  constexpr int rows = kRegisterTileRows[kVectors];
   for (; m >= rows; m -= rows) {
-    register_tile<rows, kVectors>(k_size, a, b, b_k, c);
+    multiply_register_tile<rows, kVectors>(k_size, a, b, b_k, c);
     a.data += rows * a.row_stride;
     c.data += rows * c.row_stride;
   }
-  micro_rows<rows - 1, kVectors>(m, k_size, a, b, b_k, c);
+  multiply_last_rows<rows - 1, kVectors>(m, k_size, a, b, b_k, c);
 }
 
 // c [m, n] (+)= scale * a [m, k] @ b [k, n]; n is a multiple of the vector's lanes.
@@ -91,12 +99,12 @@ template <class T, class P>
 void micro_gemm(int64_t m, int64_t n, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
   while (n > 0) {
-    const int64_t vectors = std::min<int64_t>(n / lanes, kBlockVectors);
-    if (vectors == 1) micro_panel<1>(m, k_size, a, b, b_k, c);
-    if (vectors == 2) micro_panel<2>(m, k_size, a, b, b_k, c);
-    if constexpr (kBlockVectors > 2) {
-      if (vectors == 3) micro_panel<3>(m, k_size, a, b, b_k, c);
-      if (vectors == 4) micro_panel<4>(m, k_size, a, b, b_k, c);
+    const int64_t vectors = std::min<int64_t>(n / lanes, kRegisterTileVectors);
+    if (vectors == 1) multiply_with_panel<1>(m, k_size, a, b, b_k, c);
+    if (vectors == 2) multiply_with_panel<2>(m, k_size, a, b, b_k, c);
+    if constexpr (kRegisterTileVectors > 2) {
+      if (vectors == 3) multiply_with_panel<3>(m, k_size, a, b, b_k, c);
+      if (vectors == 4) multiply_with_panel<4>(m, k_size, a, b, b_k, c);
     }
     b += vectors * lanes;
     c.data += vectors * lanes;

@@ -1,9 +1,5 @@
-// Products of bfloat16 panels on the tiles of AMX: [32, 32] sums in four tiles of [16, 16]. A panel of a is [32][depth]
-// pairs, row by row, one of b [depth][32]; depth is a multiple of 16.
-
-#ifndef PFA_TILE_PRODUCTS
-#define PFA_TILE_PRODUCTS 0
-#endif
+// Products of bfloat16 panels on the tiles of AMX, registers of 16 rows of 64 bytes: [32, 32] sums in four of them. A
+// panel of a is [32][depth] pairs, row by row, one of b [depth][32]; depth is a multiple of 16.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -11,15 +7,20 @@ constexpr int64_t kTileProductRows = 32;
 constexpr int64_t kTileProductDepth = 16;
 
 // Whether this instruction set may have such products of T.
+#if defined(PFA_TILE_PRODUCTS)
 template <class T>
-constexpr bool kHasTileProducts = kPaired<T> && PFA_TILE_PRODUCTS;
+constexpr bool kHasTileProducts = kPaired<T>;
+#else
+template <class T>
+constexpr bool kHasTileProducts = false;
+#endif
 
 // While it lives, the thread's tiles are set up.
 struct TileScope {
   const bool used;
 
   explicit TileScope(bool used) : used(used) {
-#if PFA_TILE_PRODUCTS
+#if defined(PFA_TILE_PRODUCTS)
     if (!used) return;
     struct alignas(64) {
       uint8_t palette = 1;
@@ -33,7 +34,7 @@ struct TileScope {
   }
 
   ~TileScope() {
-#if PFA_TILE_PRODUCTS
+#if defined(PFA_TILE_PRODUCTS)
     if (used) _tile_release();
 #endif
   }
@@ -42,7 +43,7 @@ struct TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-#if PFA_TILE_PRODUCTS
+#if defined(PFA_TILE_PRODUCTS)
 // c [32, 32] (+)= a @ b; c.scale is not looked at.
 inline void multiply_tiles(int64_t depth, const uint32_t* a, const uint32_t* b, TileResult<float> c) {
   constexpr int64_t b_bytes = 32 * sizeof(uint32_t);
@@ -76,7 +77,7 @@ inline void multiply_tiles(int64_t depth, const uint32_t* a, const uint32_t* b, 
   _tile_stored(3, lower + 16, c_bytes);
 }
 
-// Packs the k_count numbers from k0 on of rows [first, first + count) as panels of a, with zeros beyond them.
+// Packs the k_count numbers from k0 on of rows first..first + count - 1 as panels of a, with zeros beyond them.
 template <class T>
 void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int64_t k0, int64_t k_count, int64_t depth,
                     uint32_t* out) {
@@ -96,7 +97,7 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
   for (int64_t i = 0; i < count; i += lanes) {
     const int64_t rows = std::min(lanes, count - i);
     for (int64_t pair = 0; pair < depth; pair += lanes) {
-      Vec<uint32_t> square[lanes];
+      Vec<uint32_t> vectors[lanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t k = 2 * (pair + l);
         const T* low = k < k_count ? source + k * view.depth_stride + i : zeros;
@@ -107,10 +108,10 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
         } else {
           for (int64_t r = 0; r < rows; ++r) pairs[r] = low[r].bits | static_cast<uint32_t>(high[r].bits) << 16;
         }
-        square[l] = load(pairs);
+        vectors[l] = load(pairs);
       }
-      transpose_square<uint32_t>(square);
-      for (int64_t r = 0; r < rows; ++r) store(out + (i + r) * depth + pair, square[r]);
+      transpose_lanes<uint32_t>(vectors);
+      for (int64_t r = 0; r < rows; ++r) store(out + (i + r) * depth + pair, vectors[r]);
     }
   }
 }

@@ -15,11 +15,11 @@ struct LayerNorm {
     A* rows;  // [threads][2][E]
 
     Memory(Arena& arena, const Context& context, const Params& p, bool backward)
-        : scale(widen<N>(arena, p.pre_ln_scale, p.embed_dim)),
-          bias(widen<N>(arena, p.pre_ln_bias, p.embed_dim)),
+        : scale(widened<N>(arena, p.pre_ln_scale, p.embed_dim)),
+          bias(widened<N>(arena, p.pre_ln_bias, p.embed_dim)),
           d_scale(arena, p.rows(), p.embed_dim, backward && p.d_pre_ln_scale),
           d_bias(arena, p.rows(), p.embed_dim, backward && p.d_pre_ln_bias),
-          rows(static_cast<A*>(arena.take(context.threads * 2 * p.embed_dim * sizeof(A)))) {}
+          rows(take<A>(arena, context.threads * 2 * p.embed_dim)) {}
   };
 
   static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
@@ -47,7 +47,7 @@ struct LayerNorm {
     });
   }
 
-  static void narrow(Context& context, const Params& p) {
+  static void narrow_x(Context& context, const Params& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);

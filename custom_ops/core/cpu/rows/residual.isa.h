@@ -18,14 +18,14 @@ struct Residual {
     A* keep;  // [threads][E]
 
     Memory(Arena& arena, const Context& context, const Params& p, bool backward)
-        : linear_bias(widen<T>(arena, p.linear_bias, p.embed_dim)),
-          scale(widen<N>(arena, p.ln_scale, p.embed_dim)),
-          bias(widen<N>(arena, p.ln_bias, p.embed_dim)),
+        : linear_bias(widened<T>(arena, p.linear_bias, p.embed_dim)),
+          scale(widened<N>(arena, p.ln_scale, p.embed_dim)),
+          bias(widened<N>(arena, p.ln_bias, p.embed_dim)),
           d_scale(arena, p.rows(), p.embed_dim, backward && p.d_ln_scale),
           d_bias(arena, p.rows(), p.embed_dim, backward && p.d_ln_bias),
           d_linear_bias(arena, p.rows(), p.embed_dim, backward && p.d_linear_bias),
-          rows(static_cast<A*>(arena.take(context.threads * 2 * p.embed_dim * sizeof(A)))),
-          keep(static_cast<A*>(arena.take(context.threads * p.embed_dim * sizeof(A)))) {}
+          rows(take<A>(arena, context.threads * 2 * p.embed_dim)),
+          keep(take<A>(arena, context.threads * p.embed_dim)) {}
   };
 
   static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
