@@ -345,7 +345,8 @@ def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
             value = paddle.full([1], 0.0, dtype="float32")
             value.stop_gradient = False
         elif value.stop_gradient:
-            value = paddle.assign(value)
+            # assign has no int16, of which only a mask can be: of that only whether an element is 0 counts.
+            value = value.cast("int32") if value.dtype == paddle.int16 else paddle.assign(value)
             value.stop_gradient = False
         variables[name] = [value]
     out = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)

@@ -15,18 +15,9 @@ from runners import as_called, call, check_case, check_stored, run_dygraph, run_
 IS_PADDLE_2 = paddle.__version__.startswith("2.")
 
 
-def cannot(case):
-    """Why a program has no way for a case; None if it has one."""
-    if IS_PADDLE_2 and case.mask and case.dtype_of("attn_mask") == "int16":
-        return "inputs of programs are copied on Paddle 2.6, whose assign knows no int16"
-    return None
-
-
 def check_equal(case, place):
     """A program gives the bits of dygraph, and both what the reference gives."""
     case = as_called(case)
-    if cannot(case):
-        pytest.skip(cannot(case))
     inputs = common.make_inputs(case)
     arrays = common.stored_inputs(case, inputs)
     wanted = common.differentiable(inputs)
