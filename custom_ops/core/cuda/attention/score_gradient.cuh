@@ -2,7 +2,8 @@
 //
 //   d_v = (P R)^T d_out,  dP = d_out v^T R,  dS = P (dP - delta),  d_q = D^-0.5 dS k,  d_k = D^-0.5 dS^T q,
 //
-// delta = sum over d of d_out * out. P is computed anew from q, k and the rows' saved statistics.
+// delta = sum over d of d_out * out. P is computed anew from q, k and the rows' saved statistics (Dao et al.,
+// "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022).
 #pragma once
 
 #include "core/cuda/attention/dropout.cuh"
