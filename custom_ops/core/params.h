@@ -164,9 +164,9 @@ struct Params {
   // memory that the running stage may use freely; stage_workspace_bytes of the device says how much it needs
   void* stage_workspace = nullptr;
 
-  int64_t rows() const { return batch * seq_len; }
-  int64_t heads_dim() const { return num_heads * head_dim; }
-  int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
+  constexpr int64_t rows() const { return batch * seq_len; }
+  constexpr int64_t heads_dim() const { return num_heads * head_dim; }
+  constexpr int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
 
 // The inputs, in the order of the operator: DO(Name, name) for each, separated by commas. First those that have
