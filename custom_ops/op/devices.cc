@@ -47,20 +47,22 @@ int current_card() {
 
 }  // namespace
 
+CurrentCard::CurrentCard(int card) : card_(card), previous_(current_card()) {
+  if (card_ != previous_) cuda::check(cudaSetDevice(card_), "cudaSetDevice");
+}
+
+CurrentCard::~CurrentCard() {
+  if (card_ != previous_) cudaSetDevice(previous_);
+}
+
 cuda::Context context_of_card(int card, cudaStream_t stream) {
   return cuda::make_context(stream, card, allows_tf32(), FLAGS_cudnn_deterministic);
 }
 
-CudaDevice::CudaDevice(const paddle::Tensor& tensor) : previous_(current_card()) {
+CudaDevice::CudaDevice(const paddle::Tensor& tensor) : current_(tensor.place().GetDeviceId()) {
   static const bool has_library = (cuda::cublaslt::set_library(phi::dynload::GetCublasLtDsoHandle()), true);
   static_cast<void>(has_library);
-  const int card = tensor.place().GetDeviceId();
-  if (card != previous_) cuda::check(cudaSetDevice(card), "cudaSetDevice");
-  context = context_of_card(card, tensor.stream());
-}
-
-CudaDevice::~CudaDevice() {
-  if (context.device != previous_) cudaSetDevice(previous_);
+  context = context_of_card(tensor.place().GetDeviceId(), tensor.stream());
 }
 
 std::pair<uint64_t, uint64_t> CudaDevice::draw() const {

@@ -24,22 +24,32 @@ struct CpuDevice {
 };
 
 #ifdef PFA_WITH_CUDA
-// A card's context, with Paddle's switches.
+// Makes a card current while it lives.
+class CurrentCard {
+ public:
+  explicit CurrentCard(int card);
+  ~CurrentCard();
+  CurrentCard(const CurrentCard&) = delete;
+  CurrentCard& operator=(const CurrentCard&) = delete;
+
+ private:
+  int card_;
+  int previous_;
+};
+
+// The context of the current card, with Paddle's switches.
 cuda::Context context_of_card(int card, cudaStream_t stream);
 
-// Makes the tensor's card current while it lives, and queues work on Paddle's stream.
+// The tensor's card, current while this lives, with work queued on Paddle's stream.
 struct CudaDevice {
   cuda::Context context;
 
   explicit CudaDevice(const paddle::Tensor& tensor);
-  ~CudaDevice();
-  CudaDevice(const CudaDevice&) = delete;
-  CudaDevice& operator=(const CudaDevice&) = delete;
   std::pair<uint64_t, uint64_t> draw() const;
   void clear(void* memory, size_t bytes) const;
 
  private:
-  int previous_;
+  CurrentCard current_;
 };
 #endif
 

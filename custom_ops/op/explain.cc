@@ -29,6 +29,7 @@ void explain_cpu(std::string& lines) {
 
 #ifdef PFA_WITH_CUDA
 void explain_card(std::string& lines, int card, const Params& p) {
+  const CurrentCard current(card);  // what was compiled for it is asked of the current card
   const cuda::Context context = context_of_card(card, nullptr);
   for (const auto& [pass, name] : {std::pair{cuda::Pass::kForward, "forward"}, {cuda::Pass::kBackward, "backward"}}) {
     for (const cuda::AttentionImplementation* implementation : cuda::kAttentionImplementations) {

@@ -14,7 +14,9 @@ const char* why_not_hopper(const Context& context, const Params& p, Pass pass) {
   if (!is_16bit_float(p.dtype)) return "it computes float16 and bfloat16 only";
   if (p.head_dim > 128) return "it takes a head_dim up to 128";
   if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
-  if (pass == Pass::kBackward && context.deterministic) return "it adds gradients in no fixed order";
+  if (pass == Pass::kBackward && context.deterministic) {
+    return "it adds gradients in no fixed order, and deterministic ones are asked for";
+  }
   return nullptr;
 }
 #endif
