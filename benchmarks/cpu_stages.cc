@@ -97,7 +97,7 @@ int main(int count, char** arguments) {
     return 2;
   }
   const bool bfloat16 = !std::strcmp(arguments[1], "bfloat16");
-  Params p;
+  AttentionParams p;
   p.dtype = bfloat16 ? DType::kBFloat16 : DType::kFloat32;
   p.residual_dtype = p.dtype;
   p.batch = std::atoll(arguments[2]);
@@ -119,7 +119,7 @@ int main(int count, char** arguments) {
     }
     return data;
   };
-  const int64_t rows = p.rows(), embed = p.embed_dim;
+  const int64_t rows = p.rows, embed = p.embed_dim;
   const float weight_scale = 1 / std::sqrt(static_cast<float>(embed));
   p.x = tensor(rows * embed, 1, p.dtype);
   p.qkv_weight = tensor(3 * embed * embed, weight_scale, p.dtype);
@@ -142,7 +142,7 @@ int main(int count, char** arguments) {
   context.threads = cpu::max_threads();
   p.seed = 1;
   char* const saved = allocate(saved_bytes(p));
-  const Params forward =
+  const AttentionParams forward =
       plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
   const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
@@ -151,8 +151,8 @@ int main(int count, char** arguments) {
   const double row_bytes = static_cast<double>(rows * embed * size_of(p.dtype));
   const struct {
     const char* name;
-    void (*run)(cpu::Context&, const Params&);
-    const Params* params;
+    void (*run)(cpu::Context&, const AttentionParams&);
+    const AttentionParams* params;
     double operations;
   } stages[] = {
       {"qkv_linear_forward", cpu::qkv_linear_forward, &forward, qkv},

@@ -117,8 +117,8 @@ Mask mask_of(const paddle::Tensor& tensor) {
   return mask;
 }
 
-Params describe(const Tensors& tensors, const Attributes& attributes) {
-  Params p;
+AttentionParams describe(const Tensors& tensors, const Attributes& attributes) {
+  AttentionParams p;
   const Shape x = shape_of(*tensors[kX]);
   const Shape weight = shape_of(*tensors[kQKVWeight]);
   p.batch = x[0];
@@ -167,7 +167,7 @@ paddle::Tensor bytes(size_t count, const paddle::Place& place) {
 
 // The seed and offset of this call's dropout masks; Paddle's generator moves on only if something is dropped.
 template <class Device>
-void choose_seed(Device& device, Params& p, const Attributes& attributes) {
+void choose_seed(Device& device, AttentionParams& p, const Attributes& attributes) {
   if (!p.attn_dropout.threshold && !p.dropout.threshold) return;
   if (attributes.has(kFixedSeed)) {
     p.seed = static_cast<uint64_t>(attributes.seed);
@@ -178,11 +178,11 @@ void choose_seed(Device& device, Params& p, const Attributes& attributes) {
 
 // Runs the forward pass into p.out, which saves for backward into `saved` unless that is null.
 template <class Device>
-void run_forward(Device& device, Params p, const Attributes& attributes, paddle::Tensor* saved,
+void run_forward(Device& device, AttentionParams p, const Attributes& attributes, paddle::Tensor* saved,
                  const paddle::Place& place) {
   paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), place);
   choose_seed(device, p, attributes);
-  block_forward(device.context, p, saved ? saved->data() : nullptr, workspace.data());
+  run_forward(device.context, p, saved ? saved->data() : nullptr, workspace.data());
 }
 
 // An exception that Paddle hands on to Python.
@@ -218,7 +218,7 @@ constexpr char kReleased[] =
 paddle::Tensor run_forward_op(const Tensors& tensors, const Attributes& attributes, paddle::Tensor* saved) {
   const paddle::Tensor& x = *tensors[kX];
   check(tensors, attributes);
-  Params p = describe(tensors, attributes);
+  AttentionParams p = describe(tensors, attributes);
   paddle::Tensor out = allocate(x.shape(), x.dtype(), x.place());
   p.out = out.data();
   if (saved) *saved = bytes(saved_bytes(p), x.place());
@@ -237,7 +237,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
     throw std::invalid_argument(
         "[custom_fused_attention] ValueError: Grad(Out): expected a gradient of Out with the shape and dtype of x");
   }
-  Params p = describe(tensors, attributes);
+  AttentionParams p = describe(tensors, attributes);
 
   paddle::Tensor saved_again;
   const paddle::Tensor* saved_memory = &saved;
@@ -269,7 +269,7 @@ std::vector<paddle::Tensor> run_backward_op(const Tensors& tensors, const paddle
   on_device_of(x, [&](auto& device) {
     for (paddle::Tensor& tensor : unwanted) device.clear(tensor.data(), phi::SizeOf(tensor.dtype()));
     paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
-    block_backward(device.context, p, saved_memory->data(), workspace.data());
+    run_backward(device.context, p, saved_memory->data(), workspace.data());
   });
   return gradients;
 }

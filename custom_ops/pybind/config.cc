@@ -52,7 +52,7 @@ Config parse_config(const py::dict& config) {
     if (!take(name, value)) throw py::value_error(std::string("config: expected an entry ") + name);
   };
   Config result;
-  Params& p = result.params;
+  AttentionParams& p = result.params;
   require("batch", p.batch);
   require("seq_len", p.seq_len);
   require("embed_dim", p.embed_dim);

@@ -12,7 +12,7 @@ namespace pfa {
 DType dtype_of(const std::string& name);
 
 struct Config {
-  Params params;  // sizes, types and switches
+  AttentionParams params;  // sizes, types and switches
   bool allow_tf32 = false;
   bool deterministic = false;
 };

@@ -39,7 +39,7 @@ using Sizes = std::vector<py::ssize_t>;
 bool is_required(Input input) { return input == kX || input == kQKVWeight || input == kLinearWeight; }
 
 // An input's, and its gradient's.
-DType input_dtype(const Params& p, Input input) {
+DType input_dtype(const AttentionParams& p, Input input) {
   switch (input) {
     case kX:
       return p.residual_dtype;
@@ -53,7 +53,7 @@ DType input_dtype(const Params& p, Input input) {
   }
 }
 
-Sizes input_shape(const Params& p, Input input) {
+Sizes input_shape(const AttentionParams& p, Input input) {
   switch (input) {
     case kX:
       return {p.batch, p.seq_len, p.embed_dim};
@@ -87,7 +87,7 @@ const void* checked(const py::object& object, const std::string& name, DType dty
 }
 
 // Any strides will do.
-Mask mask_of(const py::object& object, const Params& p) {
+Mask mask_of(const py::object& object, const AttentionParams& p) {
   if (!py::isinstance<py::array>(object)) throw py::type_error("attn_mask: expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
   Mask mask;
@@ -107,8 +107,8 @@ Mask mask_of(const py::object& object, const Params& p) {
   return mask;
 }
 
-Params describe(const py::dict& inputs, const py::dict& config) {
-  Params p = parse_config(config).params;
+AttentionParams describe(const py::dict& inputs, const py::dict& config) {
+  AttentionParams p = parse_config(config).params;
   for (const auto& item : inputs) {
     const auto name = item.first.cast<std::string>();
     const auto value = py::reinterpret_borrow<py::object>(item.second);
@@ -144,7 +144,7 @@ cpu::Context make_context(const std::string& isa) {
 
 py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
                   const std::string& isa) {
-  Params p = describe(inputs, config);
+  AttentionParams p = describe(inputs, config);
   cpu::Context context = make_context(isa);
   py::array out(py::dtype(numpy_name(p.residual_dtype)), input_shape(p, kX));
   p.out = out.mutable_data();
@@ -155,14 +155,14 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
   std::vector<uint8_t> workspace(forward_workspace_bytes(context, p, saves));
   {
     py::gil_scoped_release release;
-    block_forward(context, p, saved_memory, workspace.data());
+    run_forward(context, p, saved_memory, workspace.data());
   }
   return py::make_tuple(out, saves ? py::object(saved) : py::none());
 }
 
 py::dict backward(const py::dict& inputs, const py::dict& config, const py::array& d_out, const Bytes& saved,
                   const std::vector<std::string>& needs, const std::string& isa) {
-  Params p = describe(inputs, config);
+  AttentionParams p = describe(inputs, config);
   cpu::Context context = make_context(isa);
   p.d_out = checked(d_out, "d_out", p.residual_dtype, input_shape(p, kX));
   if (static_cast<size_t>(saved.size()) != saved_bytes(p))
@@ -180,7 +180,7 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
   const void* const saved_memory = saved.data();
   {
     py::gil_scoped_release release;
-    block_backward(context, p, saved_memory, workspace.data());
+    run_backward(context, p, saved_memory, workspace.data());
   }
   return gradients;
 }

@@ -97,7 +97,7 @@ struct Results {
 };
 
 Results run_block(const cpu::Implementation& implementation, DType dtype, const Inputs& in, const Values& d_out) {
-  Params p;
+  AttentionParams p;
   p.batch = kBatch;
   p.seq_len = kSeq;
   p.embed_dim = kEmbed;
@@ -124,9 +124,9 @@ Results run_block(const cpu::Implementation& implementation, DType dtype, const 
 
   std::vector<char> saved(saved_bytes(p));
   std::vector<char> workspace(forward_workspace_bytes(context, p, true));
-  block_forward(context, p, saved.data(), workspace.data());
+  run_forward(context, p, saved.data(), workspace.data());
   workspace.assign(backward_workspace_bytes(context, p), 0);
-  block_backward(context, p, saved.data(), workspace.data());
+  run_backward(context, p, saved.data(), workspace.data());
 
   Results results;
   results.out = loaded(out, dtype);

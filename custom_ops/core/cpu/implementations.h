@@ -16,18 +16,18 @@ struct Implementation {
   // Null if this processor runs it, else what is missing: a static text.
   const char* (*why_not)();
   bool has_tile_products;  // of bfloat16 matrices, by AMX
-  void (*layer_norm_forward)(Context&, const Params&);
-  void (*layer_norm_backward)(Context&, const Params&);
-  void (*narrow_x)(Context&, const Params&);
-  void (*qkv_linear_forward)(Context&, const Params&);
-  void (*qkv_linear_backward)(Context&, const Params&);
-  void (*attention_forward)(Context&, const Params&);
-  void (*attention_backward)(Context&, const Params&);
-  void (*output_linear_forward)(Context&, const Params&);
-  void (*output_linear_backward)(Context&, const Params&);
-  void (*residual_forward)(Context&, const Params&);
-  void (*residual_backward)(Context&, const Params&);
-  size_t (*stage_workspace_bytes)(const Context&, const Params&, Phase);
+  void (*layer_norm_forward)(Context&, const AttentionParams&);
+  void (*layer_norm_backward)(Context&, const AttentionParams&);
+  void (*narrow_x)(Context&, const AttentionParams&);
+  void (*qkv_linear_forward)(Context&, const AttentionParams&);
+  void (*qkv_linear_backward)(Context&, const AttentionParams&);
+  void (*attention_forward)(Context&, const AttentionParams&);
+  void (*attention_backward)(Context&, const AttentionParams&);
+  void (*output_linear_forward)(Context&, const AttentionParams&);
+  void (*output_linear_backward)(Context&, const AttentionParams&);
+  void (*residual_forward)(Context&, const AttentionParams&);
+  void (*residual_backward)(Context&, const AttentionParams&);
+  size_t (*stage_workspace_bytes)(const Context&, const AttentionParams&, Phase);
 };
 
 // All that were compiled in, slowest first. What the compiler or the architecture has no way for is not among them.

@@ -53,7 +53,7 @@ struct Type {
 
 // Calls f with the element's type and that of the residual stream.
 template <class F>
-auto for_dtypes(const Params& p, F&& f) {
+auto for_dtypes(const AttentionParams& p, F&& f) {
   const auto with_residual = [&](auto element) {
     return has_wide_residual(p) ? f(element, Type<float>{}) : f(element, element);
   };
@@ -71,7 +71,7 @@ auto for_dtypes(const Params& p, F&& f) {
 
 // Calls f with these and the type of the layer-norm parameters: that of the residual stream, or float32.
 template <class F>
-auto for_norm_dtypes(const Params& p, F&& f) {
+auto for_norm_dtypes(const AttentionParams& p, F&& f) {
   return for_dtypes(p, [&](auto element, auto residual) {
     using R = typename decltype(residual)::type;
     if constexpr (std::is_same_v<R, Accumulator<R>>) {
@@ -83,7 +83,7 @@ auto for_norm_dtypes(const Params& p, F&& f) {
 }
 
 #define PFA_STAGE(name, pass)                                       \
-  inline void name(Context& context, const Params& p) {             \
+  inline void name(Context& context, const AttentionParams& p) {             \
     for_dtypes(p, [&](auto element, auto residual) {                \
       using T = typename decltype(element)::type;                   \
       using R [[maybe_unused]] = typename decltype(residual)::type; \
@@ -91,7 +91,7 @@ auto for_norm_dtypes(const Params& p, F&& f) {
     });                                                             \
   }
 #define PFA_NORM_STAGE(name, pass)                                   \
-  inline void name(Context& context, const Params& p) {              \
+  inline void name(Context& context, const AttentionParams& p) {              \
     for_norm_dtypes(p, [&](auto element, auto residual, auto norm) { \
       using T = typename decltype(element)::type;                    \
       using R = typename decltype(residual)::type;                   \
@@ -115,7 +115,7 @@ PFA_NORM_STAGE(residual_backward, (Residual<T, R, N>::backward))
 #undef PFA_STAGE
 #undef PFA_NORM_STAGE
 
-inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+inline size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
   return for_norm_dtypes(p, [&](auto element, auto residual_element, auto norm) {
     using T = typename decltype(element)::type;
     using R = typename decltype(residual_element)::type;

@@ -36,8 +36,8 @@ struct Linear {
     });
   }
 
-  static Product<T, T> qkv_forward(const Params& p) {
-    return {p.rows(),
+  static Product<T, T> qkv_forward(const AttentionParams& p) {
+    return {p.rows,
             3 * p.heads_dim(),
             p.embed_dim,
             by_rows<T>(p.hidden, p.embed_dim),
@@ -47,10 +47,10 @@ struct Linear {
             static_cast<T*>(p.qkv)};
   }
 
-  static Product<T, T> qkv_backward_weight(const Params& p) {
+  static Product<T, T> qkv_backward_weight(const AttentionParams& p) {
     return {3 * p.heads_dim(),
             p.embed_dim,
-            p.rows(),
+            p.rows,
             by_columns<T>(p.d_qkv, 3 * p.heads_dim()),
             by_columns<T>(p.hidden, p.embed_dim),
             nullptr,
@@ -60,8 +60,8 @@ struct Linear {
 
   // The gradient of hidden in C; `addend` joins it.
   template <class C>
-  static Product<T, C> qkv_backward_input(const Params& p, const void* addend, void* target) {
-    return {p.rows(),
+  static Product<T, C> qkv_backward_input(const AttentionParams& p, const void* addend, void* target) {
+    return {p.rows,
             p.embed_dim,
             3 * p.heads_dim(),
             by_rows<T>(p.d_qkv, 3 * p.heads_dim()),
@@ -71,15 +71,15 @@ struct Linear {
             static_cast<C*>(target)};
   }
 
-  static Product<T, T> qkv_backward_hidden(const Params& p) { return qkv_backward_input<T>(p, nullptr, p.d_hidden); }
+  static Product<T, T> qkv_backward_hidden(const AttentionParams& p) { return qkv_backward_input<T>(p, nullptr, p.d_hidden); }
 
   // Without a layer norm before it, x gets the gradient of both branches here.
-  static Product<T, R> qkv_backward_x(const Params& p) {
+  static Product<T, R> qkv_backward_x(const AttentionParams& p) {
     return qkv_backward_input<R>(p, p.add_residual ? p.d_residual : nullptr, p.d_x);
   }
 
-  static Product<T, R> output_forward(const Params& p) {
-    return {p.rows(),
+  static Product<T, R> output_forward(const AttentionParams& p) {
+    return {p.rows,
             p.embed_dim,
             p.heads_dim(),
             by_rows<T>(p.attn_out, p.heads_dim()),
@@ -89,10 +89,10 @@ struct Linear {
             static_cast<R*>(p.residual)};
   }
 
-  static Product<T, T> output_backward_weight(const Params& p) {
+  static Product<T, T> output_backward_weight(const AttentionParams& p) {
     return {p.heads_dim(),
             p.embed_dim,
-            p.rows(),
+            p.rows,
             by_columns<T>(p.attn_out, p.heads_dim()),
             by_columns<T>(p.d_linear, p.embed_dim),
             nullptr,
@@ -100,8 +100,8 @@ struct Linear {
             static_cast<T*>(p.d_linear_weight)};
   }
 
-  static Product<T, T> output_backward_input(const Params& p) {
-    return {p.rows(),
+  static Product<T, T> output_backward_input(const AttentionParams& p) {
+    return {p.rows,
             p.heads_dim(),
             p.embed_dim,
             by_rows<T>(p.d_linear, p.embed_dim),
@@ -117,7 +117,7 @@ struct Linear {
   }
 
   // Pointers are not placed yet, so what depends on them is not asked.
-  static size_t workspace_bytes(const Context& context, const Params& p, Phase phase) {
+  static size_t workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
     switch (phase) {
       case Phase::kForward:
         return std::max(bytes(context, qkv_forward(p)), bytes(context, output_forward(p)));
@@ -132,16 +132,16 @@ struct Linear {
   }
 
   template <class C>
-  static void multiply(const Context& context, const Params& p, const Product<T, C>& product) {
+  static void multiply(const Context& context, const AttentionParams& p, const Product<T, C>& product) {
     MatrixProduct<T, C>::run(context, product, p.stage_workspace);
   }
 
-  static void qkv_linear_forward(Context& context, const Params& p) { multiply(context, p, qkv_forward(p)); }
+  static void qkv_linear_forward(Context& context, const AttentionParams& p) { multiply(context, p, qkv_forward(p)); }
 
-  static void qkv_linear_backward(Context& context, const Params& p) {
+  static void qkv_linear_backward(Context& context, const AttentionParams& p) {
     if (p.d_qkv_weight) multiply(context, p, qkv_backward_weight(p));
     if (p.d_qkv_bias) {
-      column_sums(context, static_cast<const T*>(p.d_qkv), p.rows(), 3 * p.heads_dim(), static_cast<T*>(p.d_qkv_bias));
+      column_sums(context, static_cast<const T*>(p.d_qkv), p.rows, 3 * p.heads_dim(), static_cast<T*>(p.d_qkv_bias));
     }
     if (!needs_d_hidden(p)) return;
     if (p.pre_layer_norm) {
@@ -151,9 +151,9 @@ struct Linear {
     }
   }
 
-  static void output_linear_forward(Context& context, const Params& p) { multiply(context, p, output_forward(p)); }
+  static void output_linear_forward(Context& context, const AttentionParams& p) { multiply(context, p, output_forward(p)); }
 
-  static void output_linear_backward(Context& context, const Params& p) {
+  static void output_linear_backward(Context& context, const AttentionParams& p) {
     if (p.d_linear_weight) multiply(context, p, output_backward_weight(p));
     if (p.d_attn_out) multiply(context, p, output_backward_input(p));
   }

@@ -17,25 +17,25 @@ struct Residual {
     A* rows;  // [threads][2][E]
     A* keep;  // [threads][E]
 
-    Memory(Arena& arena, const Context& context, const Params& p, bool backward)
+    Memory(Arena& arena, const Context& context, const AttentionParams& p, bool backward)
         : linear_bias(widened<T>(arena, p.linear_bias, p.embed_dim)),
           scale(widened<N>(arena, p.ln_scale, p.embed_dim)),
           bias(widened<N>(arena, p.ln_bias, p.embed_dim)),
-          d_scale(arena, p.rows(), p.embed_dim, backward && p.d_ln_scale),
-          d_bias(arena, p.rows(), p.embed_dim, backward && p.d_ln_bias),
-          d_linear_bias(arena, p.rows(), p.embed_dim, backward && p.d_linear_bias),
+          d_scale(arena, p.rows, p.embed_dim, backward && p.d_ln_scale),
+          d_bias(arena, p.rows, p.embed_dim, backward && p.d_ln_bias),
+          d_linear_bias(arena, p.rows, p.embed_dim, backward && p.d_linear_bias),
           rows(take<A>(arena, context.threads * 2 * p.embed_dim)),
           keep(take<A>(arena, context.threads * p.embed_dim)) {}
   };
 
-  static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
+  static size_t workspace_bytes(const Context& context, const AttentionParams& p, bool backward) {
     Arena arena;
     Memory(arena, context, p, backward);
     return arena.used();
   }
 
   // Multiplies row r by its dropout factors.
-  static void drop(const Params& p, int64_t r, A* __restrict row, A* __restrict keep) {
+  static void drop(const AttentionParams& p, int64_t r, A* __restrict row, A* __restrict keep) {
     const int64_t width = p.embed_dim;
     const A scale = static_cast<A>(p.dropout.scale);
     if (p.dropout.threshold) {
@@ -71,11 +71,11 @@ struct Residual {
     }
   }
 
-  static void forward(Context& context, const Params& p) {
+  static void forward(Context& context, const AttentionParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);
-    for_row_chunks(context, p.rows(), [&](int64_t, int64_t first, int64_t end, int thread) {
+    for_row_chunks(context, p.rows, [&](int64_t, int64_t first, int64_t end, int thread) {
       A* row = memory.rows + thread * 2 * width;
       A* keep = memory.keep + thread * width;
       for (int64_t r = first; r < end; ++r) {
@@ -112,11 +112,11 @@ struct Residual {
     });
   }
 
-  static void backward(Context& context, const Params& p) {
+  static void backward(Context& context, const AttentionParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, true);
-    for_row_chunks(context, p.rows(), [&](int64_t chunk, int64_t first, int64_t end, int thread) {
+    for_row_chunks(context, p.rows, [&](int64_t chunk, int64_t first, int64_t end, int thread) {
       A* input = memory.rows + thread * 2 * width;
       A* gradient = input + width;
       A* keep = memory.keep + thread * width;
@@ -142,7 +142,7 @@ struct Residual {
         }
       }
     });
-    const int64_t chunks = row_chunks(p.rows());
+    const int64_t chunks = row_chunks(p.rows);
     memory.d_scale.finish(context, chunks, static_cast<N*>(p.d_ln_scale));
     memory.d_bias.finish(context, chunks, static_cast<N*>(p.d_ln_bias));
     memory.d_linear_bias.finish(context, chunks, static_cast<T*>(p.d_linear_bias));
