@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
 
@@ -102,6 +102,7 @@ int main(int count, char** arguments) {
   p.residual_dtype = p.dtype;
   p.batch = std::atoll(arguments[2]);
   p.seq_len = std::atoll(arguments[3]);
+  p.rows = p.batch * p.seq_len;
   p.embed_dim = std::atoll(arguments[4]);
   p.num_heads = std::atoll(arguments[5]);
   p.head_dim = p.embed_dim / p.num_heads;

@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cuda/stages.h"
 #include "pybind/config.h"
 

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "op/attributes.h"
 #include "op/checks.h"
 #include "op/devices.h"
@@ -123,6 +123,7 @@ AttentionParams describe(const Tensors& tensors, const Attributes& attributes) {
   const Shape weight = shape_of(*tensors[kQKVWeight]);
   p.batch = x[0];
   p.seq_len = x[1];
+  p.rows = p.batch * p.seq_len;
   p.embed_dim = x[2];
   p.num_heads = weight[1];
   p.head_dim = weight[2];

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cuda/stages.h"
 #include "pybind/config.h"
 
@@ -24,7 +24,8 @@ const std::string& doc() {
       "CudaBlock(config, device=0): " +
       std::string(kConfigDoc) +
       "\n\n"
-      "Methods take `arrays`, a dict from the names of AttentionParams' pointers (x, qkv_weight, out, d_x, ...) to addresses or "
+      "Methods take `arrays`, a dict from the names of AttentionParams' pointers (x, qkv_weight, out, d_x, ...) to "
+      "addresses or "
       "objects\n"
       "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a "
       "tuple\n"
@@ -46,7 +47,8 @@ void* address_of(const py::handle& array) {
 
 using Setter = void (*)(AttentionParams&, void*);
 
-#define PFA_POINTER(name) {#name, [](AttentionParams& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
+#define PFA_POINTER(name) \
+  {#name, [](AttentionParams& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
 #define PFA_INPUT(Name, name) PFA_POINTER(name)
 #define PFA_GRADIENT(Name, name) PFA_POINTER(d_##name)
 

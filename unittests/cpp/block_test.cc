@@ -1,6 +1,6 @@
 // The whole block on every instruction set of this processor: in float64 the result against its definition and the
 // gradients against differences, in the other types against float64.
-#include "core/block.h"
+#include "core/attention_block.h"
 
 #include <cmath>
 #include <cstdio>
@@ -100,6 +100,7 @@ Results run_block(const cpu::Implementation& implementation, DType dtype, const 
   AttentionParams p;
   p.batch = kBatch;
   p.seq_len = kSeq;
+  p.rows = kRows;
   p.embed_dim = kEmbed;
   p.num_heads = kHeads;
   p.head_dim = kDim;

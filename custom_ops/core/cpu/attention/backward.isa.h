@@ -38,7 +38,8 @@ struct AttentionBackward {
     A* d_key;             // [unit_keys][padded]
     A* d_value;           // [unit_keys][padded]
 
-    Tiles(Arena& arena, const Context& context, const AttentionParams& p) : scores(arena, p), gradient(arena, scores.scores) {
+    Tiles(Arena& arena, const Context& context, const AttentionParams& p)
+        : scores(arena, p), gradient(arena, scores.scores) {
       const HeadShape<T> shape(p);
       d_out = take<P>(arena, kQueryTile * shape.stride);
       d_out_transposed = take<P>(arena, shape.depth * kQueryTile);

@@ -36,7 +36,9 @@ struct AttentionForward {
     return arena.used();
   }
 
-  static size_t workspace_bytes(const Context& context, const AttentionParams& p) { return context.threads * thread_bytes(p); }
+  static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
+    return context.threads * thread_bytes(p);
+  }
 
   static void run(Context& context, const AttentionParams& p) {
     p.random_state[0] = p.seed;

@@ -1,4 +1,4 @@
-// What stands before the QKV projection: hidden = layer_norm(x) and its gradient, which is added to what the residual
+// What stands before the first product: hidden = layer_norm(x) and its gradient, which is added to what the residual
 // branch left; or, without a layer norm, x rounded to the type of the products.
 
 namespace pfa::cpu::PFA_ISA {
@@ -14,7 +14,7 @@ struct LayerNorm {
     ChunkSums<A> d_bias;
     A* rows;  // [threads][2][E]
 
-    Memory(Arena& arena, const Context& context, const AttentionParams& p, bool backward)
+    Memory(Arena& arena, const Context& context, const BlockParams& p, bool backward)
         : scale(widened<N>(arena, p.pre_ln_scale, p.embed_dim)),
           bias(widened<N>(arena, p.pre_ln_bias, p.embed_dim)),
           d_scale(arena, p.rows, p.embed_dim, backward && p.d_pre_ln_scale),
@@ -22,13 +22,13 @@ struct LayerNorm {
           rows(take<A>(arena, context.threads * 2 * p.embed_dim)) {}
   };
 
-  static size_t workspace_bytes(const Context& context, const AttentionParams& p, bool backward) {
+  static size_t workspace_bytes(const Context& context, const BlockParams& p, bool backward) {
     Arena arena;
     Memory(arena, context, p, backward);
     return arena.used();
   }
 
-  static void forward(Context& context, const AttentionParams& p) {
+  static void forward(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);
@@ -47,7 +47,7 @@ struct LayerNorm {
     });
   }
 
-  static void narrow_x(Context& context, const AttentionParams& p) {
+  static void narrow_x(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);
@@ -60,7 +60,7 @@ struct LayerNorm {
     });
   }
 
-  static void backward(Context& context, const AttentionParams& p) {
+  static void backward(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, true);
