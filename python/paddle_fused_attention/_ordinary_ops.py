@@ -84,7 +84,7 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
 
 def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
     """Checks the inputs as the operator does, but for the mask, which has another shape here."""
-    _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
+    _op.check_attention(block._replace(attn_mask=None), first_head, total_heads)
 
 
 def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
