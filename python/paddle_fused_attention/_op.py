@@ -143,16 +143,18 @@ class Operator:
     ) -> None:
         self.type = op_type
         self._forward_type = f"{op_type}_forward"
-        self._tensors = tuple(tensors)
+        self.tensors = tuple(tensors)
         self._input_names = tuple(input_names)
         self._attribute_names = ("is_test", "switches", "present", "needs_grad", *numbers, *integers)
         self._rates = tuple(i for i, name in enumerate(numbers) if name.endswith("_rate"))
-        self._norms = tuple(map(self._tensors.index, norms))
-        self._residual = tuple(map(self._tensors.index, residual))
-        self._mask = None if mask is None else self._tensors.index(mask)
+        self._norms = tuple(map(self.tensors.index, norms))
+        self._residual = tuple(map(self.tensors.index, residual))
+        self._mask = None if mask is None else self.tensors.index(mask)
         self._mask_bit = 0 if self._mask is None else 1 << self._mask
-        self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
-        self._check.restype = ctypes.c_char_p
+        self.exists = hasattr(library, f"{op_type}_check")
+        if self.exists:
+            self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
+            self._check.restype = ctypes.c_char_p
 
     def call(
         self,
@@ -197,13 +199,13 @@ class Operator:
             )[0]
         except Exception as error:
             _raise_checked(str(error))
-            check_tensors(self._tensors, inputs)
+            check_tensors(self.tensors, inputs)
             raise
 
     def _call_static(
         self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
     ) -> Any:
-        check_graph(self._tensors, inputs)
+        check_graph(self.tensors, inputs)
         wants_grad = self._wants_grad_static(inputs)  # before they are cast
         amp_dtype = _amp.target_dtype(self.type, None)
         if amp_dtype is not None:
@@ -221,13 +223,23 @@ class Operator:
         try:
             return _amp.cast_inputs(inputs, self._norms, self._residual, self._mask, dtype)
         except Exception:
-            check_tensors(self._tensors, inputs)
+            check_tensors(self.tensors, inputs)
             raise
 
     def check(self, *arguments: Any) -> None:
         """Refuses shapes and dtypes that the operator does not take, before there are values. The arguments are those
         of a call."""
         self._check_attributes(arguments[0], self._static_attributes(*arguments))
+
+    def checked_inputs(self, inputs: Sequence[Any], *others: Any) -> Sequence[Any]:
+        """The inputs as auto_cast wants them, checked as by a call with these arguments, for ordinary ops in the
+        operator's place."""
+        check_tensors(self.tensors, inputs)
+        amp_dtype = _amp.target_dtype(self.type, _dygraph_tracer())
+        if amp_dtype is not None:
+            inputs = self._cast(inputs, amp_dtype)
+        self.check(inputs, *others)
+        return inputs
 
     def _static_attributes(
         self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
@@ -237,6 +249,8 @@ class Operator:
         return (not training, switches | SAVE_FOR_BACKWARD, present, present, *_float_bits(numbers), *integers)
 
     def _check_attributes(self, inputs: Sequence[Any], attributes: tuple) -> None:
+        if not self.exists:
+            return
         shapes = [[] if value is None else list(value.shape) for value in inputs]
         dimensions = [size for shape in shapes for size in shape]
         dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
