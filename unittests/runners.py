@@ -79,6 +79,12 @@ def static_mode():
         paddle.disable_static()
 
 
+def legacy_programs():
+    """Programs before PIR, which are all there is on Paddle 2.6."""
+    guard = getattr(getattr(paddle, "pir_utils", None), "OldIrGuard", contextlib.nullcontext)
+    return guard()
+
+
 def run_static(arrays, config, place, wanted=(), unknown=(), **changes):
     """As run_dygraph, by a program. Sizes of x, the residual, d_out and the mask at the axes in `unknown` are declared
     as -1.
