@@ -307,13 +307,13 @@ def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 
     shapes = [[] if value is None else list(value.shape) for value in inputs]
     dimensions = [size for shape in shapes for size in shape]
     dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
+    attributes = dict.fromkeys(ATTRIBUTE_NAMES, 0)
+    attributes.update(present=_present(inputs), first_head=first_head, total_heads=total_heads)
     message = _check_inputs(
         (ctypes.c_int64 * len(dimensions))(*dimensions),
         (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
         (ctypes.c_char_p * len(dtypes))(*dtypes),
-        ctypes.c_int64(_present(inputs)),
-        ctypes.c_int64(first_head),
-        ctypes.c_int64(total_heads),
+        (ctypes.c_int64 * len(attributes))(*attributes.values()),
     )
     if message is not None:
         _raise_checked(message.decode())
