@@ -15,7 +15,7 @@ def test_feature(feature, dtype):
     check(LINEAR_FEATURES[feature].but(dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
 @pytest.mark.parametrize("case", [case for case in cases.LINEAR_SIZES if 0 not in case.shape], ids=str)
 def test_size(case, dtype):
     check(case.but(dtype=dtype))
@@ -24,7 +24,7 @@ def test_size(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transpose_x", (False, True))
 @pytest.mark.parametrize("transpose_weight", (False, True))
-@pytest.mark.parametrize("sizes", ((37, 24, 40), (1, 33, 7), (129, 1, 65), (200, 96, 1)), ids=str)
+@pytest.mark.parametrize("sizes", ((37, 24, 40), (7, 33, 65), (129, 40, 65), (200, 96, 8)), ids=str)
 def test_transposed(sizes, transpose_weight, transpose_x, dtype):
     rows, width, out_width = sizes
     case = LinearCase(shape=(rows,), width=width, out_width=out_width, dtype=dtype)
@@ -32,8 +32,7 @@ def test_transposed(sizes, transpose_weight, transpose_x, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transpose", (False, True))
-@pytest.mark.parametrize("activation", (None, "relu", "gelu"))
+@pytest.mark.parametrize("activation,transpose", ((None, False), (None, True), ("relu", False), ("gelu", True)))
 @pytest.mark.parametrize(
     "wanted", [[], *([name] for name in ("x", "weight", "bias")), ["x", "bias"], ["weight", "bias"]], ids=str
 )

@@ -26,7 +26,7 @@ def test_norm_parameters_of_x_dtype(case, dtype):
     check(case.but(dtype=dtype, norm_dtype=dtype, shape=(100,)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
 @pytest.mark.parametrize("case", [case for case in cases.RESIDUAL_NORM_SIZES if 0 not in case.shape], ids=str)
 def test_size(case, dtype):
     check(case.but(dtype=dtype))

@@ -20,6 +20,7 @@ struct NormRowsForward {
   Dropout dropout;
   const uint64_t* random_state = nullptr;
   void* z = nullptr;            // null: not wanted, with a layer norm
+  bool rounds_z = false;        // the layer norm is that of z as dtype holds it
   void* normalized = nullptr;   // n; null: not wanted
   void* out = nullptr;          // null: no layer norm
   const void* scale = nullptr;  // [cols] or null

@@ -33,6 +33,7 @@ struct Kernel {
   A dropout_scale;
   const uint64_t* random_state;
   T* z;
+  bool rounds_z;
   T* normalized;
   O* out;
   T* kept;  // for rows that no group can hold: where z waits; null: z is y
@@ -100,7 +101,8 @@ struct Kernel {
   }
 };
 
-// kAlone: y has no bias yet, and z may be wanted beside out. Apart, so that the others need no registers for it.
+// kAlone: y may have a bias, and out be wanted beside z or made of z as it is rounded. Apart, so that the others need no
+// registers for it.
 template <class T, class P, class O, int kRowItems, bool kAlone>
 __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 2 : 1)
     norm_rows_forward_kernel(const Kernel<T, P, O> k) {
@@ -129,7 +131,13 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 
     if (col < cols) {
       const int64_t index = row * k.cols + col;
       k.template form_z<kAlone>(state, index, col, y[item], x[item], z[item]);
-      if (kAlone ? k.z != nullptr : !k.out) store(k.z + index, z[item]);
+      if constexpr (kAlone) {
+        const Vector<T, kVec> rounded = narrow_vector<T>(z[item]);
+        if (k.z) store_vector(k.z + index, rounded);
+        if (k.rounds_z) widen(rounded, z[item]);
+      } else {
+        if (!k.out) store(k.z + index, z[item]);
+      }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += z[item][i];
     }
@@ -235,6 +243,7 @@ void run(Context& context, const NormRowsForward& args) {
                                   static_cast<A>(args.dropout.scale),
                                   args.random_state,
                                   static_cast<T*>(args.z),
+                                  args.rounds_z,
                                   static_cast<T*>(args.normalized),
                                   static_cast<O*>(args.out),
                                   static_cast<T*>(kept),
@@ -256,7 +265,7 @@ void run(Context& context, const NormRowsForward& args) {
   };
   const auto launch_items = [&](auto items) {
     if constexpr (std::is_same_v<T, O>) {
-      if (args.y_bias || (args.z && args.out)) return launch(items, std::true_type{});
+      if (args.y_bias || args.rounds_z) return launch(items, std::true_type{});
     }
     launch(items, std::false_type{});
   };

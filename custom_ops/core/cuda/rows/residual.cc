@@ -50,7 +50,11 @@ void residual_forward(Context& context, const ResidualNormParams& p) {
   NormRowsForward args = forward_rows(p);
   args.y_bias = p.linear_bias;
   if (p.add_residual) args.x = p.x;
-  if (p.residual != p.out && !args.normalized) args.z = p.residual;
+  if (p.final_layer_norm && !has_output_dropout(p)) {
+    // Backward reads z, and what it makes of it must be what forward has made, also where a row hardly varies.
+    args.rounds_z = true;
+    if (p.residual != p.out) args.z = p.residual;
+  }
   norm_rows_forward(context, args);
 }
 
