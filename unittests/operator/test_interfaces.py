@@ -1,6 +1,7 @@
 """The operators as programs know them, called without the package's functions: names, checks, attributes, gradients."""
 
 import ctypes
+import os
 import struct
 
 import numpy as np
@@ -271,12 +272,23 @@ def test_linear(activation, transposes, switches):
     check_like(out, ACTIVATIONS[activation](product + bias), tensors)
 
 
-@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 4, 6)])
 def test_linear_of_any_rank(shape):
     tensors = tensors_of(shape, (6, 3), None)
     out = call("custom_fused_linear", tensors, switches=SAVE | NEEDS_GRAD_HOLDS, needs_grad=3)
     assert out.shape == [*shape[:-1], 3]
     check_like(out, paddle.matmul(tensors[0], tensors[1]), tensors)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_of_no_rows(activation):
+    tensors = tensors_of((2, 0, 6), (6, 3), (3,))
+    out = call("custom_fused_linear", tensors, switches=SAVE, activation=activation)
+    assert out.shape == [2, 0, 3]
+    d_x, d_weight, d_bias = paddle.grad([out], tensors, [paddle.zeros_like(out)])
+    assert d_x.shape == [2, 0, 6]
+    np.testing.assert_array_equal(d_weight.numpy(), np.zeros((6, 3)))
+    np.testing.assert_array_equal(d_bias.numpy(), np.zeros(3))
 
 
 def feed_forward(tensors, gated, activation, switches):
@@ -393,3 +405,69 @@ def test_the_twin_gives_the_same_bits(op):
     assert twin.stop_gradient
     out = call(op, tensors, switches=SAVE | FIXED_SEED, activation=2)
     np.testing.assert_array_equal(twin.numpy(), out.numpy())
+
+
+has_sharding_rules = os.path.exists(f"{paddle.sysconfig.get_include()}/paddle/phi/api/ext/spmd_infer.h")
+
+
+@pytest.mark.skipif(not has_sharding_rules, reason="this Paddle has no sharding rules for custom operators")
+@pytest.mark.parametrize(
+    ("op", "shapes", "placed", "values", "wanted"),
+    [
+        (
+            "custom_fused_feedforward",
+            [X, W1, W2, (8,), (8,), None, None, (16,), None],
+            [(0, None), (None, 1), (None, 0), (), (), (), (), (None, 0), ()],
+            {"switches": SAVE | PRE_LAYER_NORM, "total_hidden": 32},
+            [(0, "+"), (0, "+"), ("+", 1), ("+", 0), ("+", "+"), ("+", "+"), ("+", 0)],
+        ),
+        (  # the weights hold all hidden numbers
+            "custom_fused_feedforward",
+            [X, W1, W2, None, None, None, None, None, None],
+            [(1, None), (None, 1), (None, 0), (), (), (), (), (), ()],
+            {"switches": SAVE},
+            [(1, None), (1, None), ("+", None), ("+", None)],
+        ),
+        (
+            "custom_residual_norm",
+            [X, X, (8,), None, None],
+            [(1, None), (), (), (), ()],
+            {"switches": SAVE},
+            [(1, None), (1, None), (1, None), ("+", None)],
+        ),
+        (
+            "custom_fused_linear",
+            [(6, 5), (6, 3), (3,)],
+            [(1, None), (None, 1), ()],
+            {"switches": SAVE | TRANSPOSE_X},
+            [(0, None), (1, None), ("+", None), ("+", None)],
+        ),
+        (
+            "custom_fused_linear",
+            [X, (8, 4), (4,)],
+            [(0, 2), (), ()],
+            {"switches": SAVE},
+            [(0, None), (0, None), ("+", None), ("+", None)],
+        ),
+    ],
+)
+def test_what_stays_spread_over_a_mesh(op, shapes, placed, values, wanted):
+    """`wanted` is of Out and of each gradient: the dimension that is sharded, or a part of a sum, on both axes."""
+    from paddle import distributed
+
+    mesh = distributed.ProcessMesh([[0]], dim_names=["rows", "parts"])
+    whole = [distributed.Replicate(), distributed.Replicate()]
+    tensors = []
+    for tensor, axes in zip(tensors_of(*shapes), placed):
+        if tensor is not None:
+            placements = [distributed.Replicate() if axis is None else distributed.Shard(axis) for axis in axes]
+            tensor = distributed.shard_tensor(tensor, mesh, placements or whole, stop_gradient=False)
+        tensors.append(tensor)
+    out = call(op, tensors, activation=2, **values)
+    d_out = distributed.shard_tensor(paddle.ones(out.shape, dtype="float64"), mesh, whole)
+    gradients = paddle.grad([out], [tensor for tensor in tensors if tensor is not None], [d_out])
+
+    def on_axis(placement):
+        return "+" if placement.is_partial() else placement.get_dim() if placement.is_shard() else None
+
+    assert [tuple(map(on_axis, tensor.placements)) for tensor in (out, *gradients)] == wanted
