@@ -24,7 +24,7 @@ def test_features(feature, dtype, place):
 @pytest.mark.parametrize("feature", FEED_FORWARD_FEATURES)
 def test_float32_x_beside_16_bit_weights(feature, dtype, place):
     """x, the residual sum and the result stay float32; the products are 16-bit."""
-    check_case(FEED_FORWARD_FEATURES[feature].but(dtype=dtype, residual_dtype="float32", shape=(3, 31)), place)
+    check_case(FEED_FORWARD_FEATURES[feature].but(dtype=dtype, residual_dtype="float32"), place)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -35,6 +35,12 @@ def test_norm_parameters_in_16_bit(dtype, place):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", cases.FEED_FORWARD_SIZES, ids=str)
 def test_sizes(case, dtype, place):
+    check_case(case.but(dtype=dtype), place)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", cases.FEED_FORWARD_TINY, ids=str)
+def test_tiny_sizes(case, dtype, place):
     check_case(case.but(dtype=dtype), place)
 
 
