@@ -10,6 +10,7 @@ from paddle.framework import in_dynamic_mode
 from . import _op
 from ._amp import without_auto_cast
 from ._checks import check_switches, check_tensor
+from ._descriptions import USUAL_TYPES
 from ._feed_forward import ACTIVATIONS, activate, check_activation
 from ._meshes import is_auto_parallel
 from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx
@@ -41,9 +42,11 @@ def linear(
     Raises:
         TypeError, ValueError: An argument is of the wrong type, or does not fit.
     """
-    for name, value, required in zip(names, (x, weight, bias), (True, True, False)):
-        check_tensor(name, value, required)
-    check_switches(**dict(zip(switch_names, (transpose_x, transpose_weight))))
+    if x is None or weight is None or not USUAL_TYPES.issuperset((type(x), type(weight), type(bias))):
+        for name, value, required in zip(names, (x, weight, bias), (True, True, False)):
+            check_tensor(name, value, required)
+    if not type(transpose_x) is type(transpose_weight) is bool:
+        check_switches(**dict(zip(switch_names, (transpose_x, transpose_weight))))
     if activation is not None:
         check_activation(activation)
     try:

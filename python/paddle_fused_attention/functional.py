@@ -150,8 +150,8 @@ def fused_bias_dropout_residual_layer_norm(
         ValueError: A shape or a number does not fit.
         NotImplementedError: There are auto-parallel tensors on Paddle 2.
     """
-    check_tensor("x", x, required=True)
-    check_tensor("residual", residual, required=True)
+    if residual is None:
+        check_tensor("residual", residual, required=True)
     # fmt: off
     description = ResidualNorm._make((
         x, residual, bias, ln_scale, ln_bias, ln_epsilon, dropout_rate, training, final_layer_norm, mode, seed,
