@@ -190,3 +190,24 @@ def test_is_test_turns_dropout_off(case):
             executor = paddle.static.Executor(paddle.CPUPlace())
             (test,) = executor.run(for_test, feed=feed, fetch_list=[fetched])
         common.check(case, expected, test, {})
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if "dropout" not in name])
+def test_ordinary_ops_for_onnx(feature):
+    """Where Paddle's exporter builds the graph, there is none of our operators in it, and the numbers are the same."""
+    case = FEATURES[feature].but(dtype="float32")
+    if getattr(case.config, "training", True):
+        rates = [name for name in case.config.__dataclass_fields__ if name.endswith("_rate")]
+        case = case.but(**dict.fromkeys(rates, 0.0))
+    inputs = common.make_inputs(case)
+    feed = {n: a for n, a in common.stored_inputs(case, inputs).items() if n != "d_out"}
+    exporter = {"__name__": "paddle2onnx.convert"}
+    exec("def export(build):\n    return build()", exporter)
+    with static_mode():
+        main = paddle.static.Program()
+        with paddle.static.program_guard(main, paddle.static.Program()):
+            variables = {n: paddle.static.data(n, a.shape, str(a.dtype)) for n, a in feed.items()}
+            out = exporter["export"](lambda: call(variables, case.config))
+        assert "custom_" not in str(main)
+        (found,) = paddle.static.Executor(paddle.CPUPlace()).run(main, feed=feed, fetch_list=[out])
+    common.check(case, common.expect(case, inputs), common.from_storage(found), {})
