@@ -88,7 +88,7 @@ class Case(_Changeable):
 class _RowsCase(_Changeable):
     """What the cases of blocks that compute row by row share. `shape` is of x, but for its last size."""
 
-    shape: Tuple[int, ...] = (3, 31)
+    shape: Tuple[int, ...] = (2, 7)
     width: int = 16
     dtype: str = "float64"
     residual_dtype: Optional[str] = None
@@ -416,21 +416,22 @@ def feed_forward_features():
 
 
 FEED_FORWARD_FEATURES = feed_forward_features()
-# Shape of x but for its last size, that, and the hidden numbers: odd ones, one, more than a tile of rows or columns.
-FEED_FORWARD_SIZES = [
-    FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
-    for shape, width, hidden in (
-        ((2, 3, 11), 40, 24), ((43,), 8, 130), ((7, 19), 96, 384), ((300,), 24, 41), ((1, 130), 130, 65),
-        ((75, 1), 33, 67), ((257,), 17, 3), ((1000,), 1, 1),
-    )
-    for gated in (False, True)
-]  # fmt: skip
-# With so few numbers the errors of 16-bit dtypes can't be compared with those of other ways of rounding.
-FEED_FORWARD_TINY = [
-    FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
-    for shape, width, hidden in (((1,), 1, 1), ((1, 1), 17, 3), ((3, 5), 33, 67), ((5,), 8, 130), ((1,), 64, 256))
-    for gated in (False, True)
-]
+
+
+def _feed_forward_sizes(*sizes):
+    """Of the shape of x but for its last size, that, and the hidden numbers; gated and not."""
+    return [
+        FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
+        for shape, width, hidden in sizes
+        for gated in (False, True)
+    ]
+
+
+# Odd sizes, and more than a tile of rows or columns.
+FEED_FORWARD_SIZES = _feed_forward_sizes(
+    ((3, 5), 33, 67), ((2, 3, 4), 40, 24), ((7, 19), 96, 384), ((300,), 24, 41), ((1, 130), 130, 65)
+)
+FEED_FORWARD_SMALL = _feed_forward_sizes(((1,), 1, 1), ((1, 1), 17, 3), ((5,), 8, 130), ((2,), 1, 9))
 FEED_FORWARD_EMPTY = [
     FULL_FEED_FORWARD.but(shape=shape, gated=gated) for shape in ((0,), (0, 7), (2, 0)) for gated in (False, True)
 ]

@@ -42,19 +42,29 @@ def make_mask(case, rng):
     return np.where(keep, values[rng.integers(0, 4, shape)], np.zeros((), dtype))
 
 
+def _draw(case, name, rng):
+    shape, scale, centre = case.drawn()[name]
+    return reference.round_to(centre + scale * rng.standard_normal(shape), case.dtype_of(name)).astype(np.float64)
+
+
+def _keep_off_the_kink(case, inputs, rng):
+    """Draws rows of x anew until relu is smooth where they are: at 0 a rounding turns a gradient on or off, and which
+    is chance, for ordinary ops too."""
+    x = reference.rows(inputs["x"])
+    while True:
+        close = (np.abs(reference.pre_activation(inputs, case.config)) < 0.03).any(axis=1)
+        if not close.any():
+            return
+        x[close] = reference.rows(_draw(case, "x", rng))[close]
+
+
 def make_inputs(case):
     """Inputs and the gradient of the result ("d_out"), as float64 (the mask: float64, bool or int) arrays by name."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     if not isinstance(case, Case):
-        inputs = {
-            name: reference.round_to(centre + scale * rng.standard_normal(shape), case.dtype_of(name)).astype(
-                np.float64
-            )
-            for name, (shape, scale, centre) in case.drawn().items()
-            if name not in case.absent
-        }
-        if case.dtype in SIXTEEN_BIT and getattr(case.config, "activation", None) == "relu":
-            _draw_away_from_zero(case, inputs, rng)
+        inputs = {name: _draw(case, name, rng) for name in case.drawn() if name not in case.absent}
+        if getattr(case.config, "activation", None) == "relu" and case.dtype in SIXTEEN_BIT:
+            _keep_off_the_kink(case, inputs, rng)
         return inputs
     b, s, h, d, e = case.batch, case.seq_len, case.num_heads, case.head_dim, case.embed_dim
 
@@ -79,17 +89,6 @@ def make_inputs(case):
     unused = [] if case.config.pre_layer_norm else ["pre_ln_scale", "pre_ln_bias"]
     unused += [] if case.config.final_layer_norm else ["ln_scale", "ln_bias"]
     return {name: a for name, a in inputs.items() if name not in case.absent and name not in unused}
-
-
-def _draw_away_from_zero(case, inputs, rng):
-    """Draws rows of x again until no argument of relu is so small that rounding may change its sign, and with it the
-    gradient as a whole."""
-    x = reference.rows(inputs["x"])
-    while True:
-        near = (np.abs(reference.before_activation(inputs, case.config)) < 0.03).any(axis=1)
-        if not near.any():
-            return
-        x[near] = reference.round_to(rng.standard_normal((near.sum(), x.shape[1])), case.dtype_of("x"))
 
 
 def to_storage(a, dtype):

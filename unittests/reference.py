@@ -562,17 +562,6 @@ def _tail(y, x, bias, norm, epsilon, factor, rounding):
     return out, gradient
 
 
-def before_activation(inputs, config):
-    """What the activation of a feed-forward block or of a linear layer is computed of, [rows, width]."""
-    x = rows(inputs["x"].T if getattr(config, "transpose_x", False) else inputs["x"])
-    if isinstance(config, LinearConfig):
-        weight, bias = inputs["weight"].T if config.transpose_weight else inputs["weight"], inputs.get("bias", 0.0)
-        return x @ weight + bias
-    if config.pre_layer_norm:
-        x, _, _ = layer_norm(x, inputs.get("ln1_scale"), inputs.get("ln1_bias"), config.ln1_epsilon)
-    return (x @ inputs["linear1_weight"] + inputs.get("linear1_bias", 0.0))[:, : inputs["linear2_weight"].shape[0]]
-
-
 def _feed_forward(inputs, config, rounding, d_out=None):
     """The result, and the gradients if there is d_out."""
     narrow = rounding.narrow
@@ -663,6 +652,18 @@ def _linear(inputs, config, rounding, d_out=None):
         "bias": narrow(d_a.sum(0)),
     }
     return out, {name: g[name] for name in LINEAR_TENSORS if name in f}
+
+
+def pre_activation(inputs, config):
+    """What the activation of a feed-forward or a linear block takes, [rows, columns]."""
+    x = rows(inputs["x"])
+    if isinstance(config, LinearConfig):
+        weight = inputs["weight"].T if config.transpose_weight else inputs["weight"]
+        return x @ weight + inputs.get("bias", 0.0)
+    h = x
+    if config.pre_layer_norm:
+        h, _, _ = layer_norm(x, inputs.get("ln1_scale"), inputs.get("ln1_bias"), config.ln1_epsilon)
+    return (h @ inputs["linear1_weight"] + inputs.get("linear1_bias", 0.0))[:, : inputs["linear2_weight"].shape[0]]
 
 
 _BLOCKS = {FeedForwardConfig: _feed_forward, ResidualNormConfig: _residual_norm, LinearConfig: _linear}

@@ -112,8 +112,8 @@ def test_sizes_of_feed_forward(case, dtype, isa):
 
 @EVERY_ISA
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", cases.FEED_FORWARD_TINY, ids=str)
-def test_tiny_sizes_of_feed_forward(case, dtype, isa):
+@pytest.mark.parametrize("case", cases.FEED_FORWARD_SMALL, ids=str)
+def test_small_sizes_of_feed_forward(case, dtype, isa):
     check_case(case.but(dtype=dtype), isa)
 
 
