@@ -10,7 +10,14 @@ from . import incubate
 from ._explain import explain
 from ._flops import count_flops
 from .conversion import AttentionAdapter, VisionTransformerAdapter, convert, register_adapter, revert
-from .functional import fused_multi_head_attention
+from .feed_forward import fused_feedforward
+from .functional import (
+    fused_bias_dropout_residual_layer_norm,
+    fused_linear,
+    fused_linear_activation,
+    fused_matmul_bias,
+    fused_multi_head_attention,
+)
 from .layer import FusedMultiHeadAttention
 from .parallel import (
     ParallelClipGradByGlobalNorm,
@@ -34,6 +41,11 @@ __all__ = [
     "count_flops",
     "explain",
     "full_state_dict",
+    "fused_bias_dropout_residual_layer_norm",
+    "fused_feedforward",
+    "fused_linear",
+    "fused_linear_activation",
+    "fused_matmul_bias",
     "fused_multi_head_attention",
     "incubate",
     "load_full_state_dict",
