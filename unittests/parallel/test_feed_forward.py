@@ -146,7 +146,7 @@ def test_sums_over_the_group(runs):
 @pytest.mark.slow
 def test_copies(runs):
     for found in runs[2]:
-        for name in ("group of one", "copy", "pickle"):
+        for name in ("group of one", "copy", "again"):
             assert found[f"difference/{name}"] < 1e-5, name
 
 
