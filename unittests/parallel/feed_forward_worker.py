@@ -1,4 +1,4 @@
-"""Run by test_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes, and each
+"""Run by test_parallel_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes, and each
 saves what it found. The models and the training are those of the tests too.
 """
 
