@@ -16,8 +16,8 @@ from . import _op
 from ._amp import without_auto_cast
 from ._block import Block
 from ._ordinary_ops import attention_before_tail, result_dtype
-from ._ordinary_parts import is_auto_parallel
-from ._residual_norm import residual_norm, residual_tail, tail_of
+from ._ordinary_parts import cast_all, compute_dtype, is_auto_parallel
+from ._residual_norm import ResidualNorm, residual_norm, tail_of
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
@@ -85,6 +85,9 @@ def attention_over_processes(
     y = attention_before_tail(
         part, key_value if sum_gradient is None else tuple(map(sum_gradient, key_value)), first_head, total_heads
     )
-    dtype = result_dtype(block.x)
+    dtype, tail = result_dtype(block.x), tail_of(block, all_reduce(y))
     with without_auto_cast():
-        return residual_tail(tail_of(block, all_reduce(y)), dtype)
+        # By the operator, whose dropout is that of the call without other keys.
+        tensors = cast_all(tail.tensors, compute_dtype(block.x))
+        tail = ResidualNorm._make((*tensors, *tail[len(tensors) :]))
+        return paddle.cast(residual_norm(tail), dtype)

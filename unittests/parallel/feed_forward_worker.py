@@ -1,5 +1,5 @@
-"""Run by test_parallel_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes, and each
-saves what it found. The models and the training are those of the tests too.
+"""Run by test_parallel_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes,
+and each saves what it found. The models and the training are those of the tests too.
 """
 
 import copy
