@@ -6,7 +6,6 @@ import re
 import common
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 import pytest
 from families import (
     EMBED,
@@ -33,7 +32,7 @@ from families import (
 )
 from paddle import nn
 from paddle.incubate.nn import FusedTransformerEncoderLayer
-from paddle_fused_attention import FusedMultiHeadAttention, checkpoint, checkpoint_files
+from paddle_fused_attention import checkpoint, checkpoint_files, incubate
 from paddle_fused_attention.__main__ import main
 from paddle_fused_attention.checkpoint import CheckpointError
 
@@ -92,26 +91,11 @@ def separate_layer(state, block, normalize_before, transpose):
 
 
 def described_layer(report):
-    """Paddle's layer that a line of the report is for."""
+    """The layer that a line of the report is for, with the model's activation, which it leaves open."""
     arguments = re.search(r"for FusedTransformerEncoderLayer\((.*?)\)", report).group(1)
-    return eval(f"layer({arguments})", {"layer": FusedTransformerEncoderLayer})
-
-
-def computed(layer, x, causal):
-    """What Paddle's layer says that it computes, in evaluation mode; its own feed-forward half needs a GPU."""
-    before = layer.normalize_before
-    attention = FusedMultiHeadAttention(
-        EMBED, HEADS, 0.0, 0.0, normalize_before=before, final_layer_norm=not before, causal=causal
-    )
-    if layer.fused_attn.qkv_bias is None:
-        attention.qkv_bias = None
-    assert attention.set_state_dict(layer.fused_attn.state_dict()) == ([], [])
-    x = attention(x)
-    ffn, epsilon = layer.ffn, 1e-5
-    h = F.layer_norm(x, EMBED, ffn._ln1_scale, ffn._ln1_bias, epsilon) if before else x
-    u = F.gelu(F.linear(h, ffn._linear1_weight, ffn._linear1_bias))
-    z = x + F.linear(u, ffn._linear2_weight, ffn._linear2_bias)
-    return z if before else F.layer_norm(z, EMBED, ffn._ln2_scale, ffn._ln2_bias, epsilon)
+    layer = eval(f"layer({arguments}, activation='gelu')", {"layer": incubate.FusedTransformerEncoderLayer})
+    layer.eval()
+    return layer
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -138,7 +122,6 @@ def test_packed_layers_compute_the_same_and_go_back(name, suffix, tmp_path, caps
             ("a causal mask" in report.split(", ")) == name.startswith("GPT")
         )
         layer = described_layer(report)
-        layer.eval()
         assert ("whose fused_attn.qkv_bias is None" in report) == (f"{prefix}fused_attn.qkv_bias" not in packed)
         if f"{prefix}fused_attn.qkv_bias" not in packed:
             layer.fused_attn.qkv_bias = None
@@ -146,7 +129,7 @@ def test_packed_layers_compute_the_same_and_go_back(name, suffix, tmp_path, caps
         assert layer.set_state_dict(parts) == ([], [])
         expected = separate_layer(state, block, normalize_before, out_in(name))
         mask = paddle.tril(paddle.ones([5, 5], "bool")) if name.startswith("GPT") else None
-        actual = computed(layer, x, causal=name.startswith("GPT"))
+        actual = layer(x, mask)
         common.check_tensor(
             "out", actual.numpy().astype("float64"), expected(x, mask).numpy().astype("float64"), "float32"
         )
@@ -314,6 +297,7 @@ def test_what_a_config_tells_of_bert(key, value, name):
     report = packed_by(bert_block("a."), whole_layers=True, config={key: value, "layer_norm_eps": 1e-12})[1]
     line = report.converted["a.attention"]
     activation, told = (f", activation={name!r}", "") if name else ("", "the model's activation, ")
+    incubate.FusedTransformerEncoderLayer(EMBED, HEADS, HIDDEN, activation=name or "relu")  # it knows the name
     assert line.endswith(
         f"FusedTransformerEncoderLayer(16, 4, 24{activation}), with {told}epsilon 1e-12, in a decoder a causal mask"
     )
@@ -353,22 +337,20 @@ def test_missing_biases_are_told():
 @pytest.mark.parametrize("normalize_before", [False, True])
 def test_state_dicts_of_paddle_s_own_layer(normalize_before, tmp_path, capsys):
     """Without metadata the names are those of paddle.nn.TransformerEncoderLayer, and the numbers the same."""
-    fused = nn.LayerList(
-        [FusedTransformerEncoderLayer(EMBED, HEADS, HIDDEN, 0.0, "gelu", normalize_before=normalize_before)]
-    )
-    for parameter in fused.parameters():
+    sizes, options = (EMBED, HEADS, HIDDEN, 0.0, "gelu"), dict(normalize_before=normalize_before)
+    built_in = nn.LayerList([FusedTransformerEncoderLayer(*sizes, **options)])
+    for parameter in built_in.parameters():
         parameter.set_value(draw(*parameter.shape))
     source, back = tmp_path / "in.pdparams", tmp_path / "back.pdparams"
-    paddle.save(fused.state_dict(), str(source))
+    paddle.save(built_in.state_dict(), str(source))
     assert main(["revert", str(source), str(back)]) == 0
     assert "0.fused_attn: Paddle, weights [in, out]" in capsys.readouterr().out
-    layers = nn.LayerList(
-        [nn.TransformerEncoderLayer(EMBED, HEADS, HIDDEN, 0.0, "gelu", normalize_before=normalize_before)]
-    )
+    layers = nn.LayerList([nn.TransformerEncoderLayer(*sizes, **options)])
     assert layers.set_state_dict(paddle.load(str(back))) == ([], [])
+    fused = incubate.FusedTransformerEncoderLayer(*sizes, **options)
+    assert fused.set_state_dict(built_in[0].state_dict()) == ([], [])
     x = paddle.to_tensor(draw(2, 5, EMBED))
-    expected = computed(fused[0], x, causal=False).numpy()
-    common.check_tensor("out", layers[0](x).numpy().astype("float64"), expected.astype("float64"), "float32")
+    common.check_tensor("out", layers[0](x).numpy().astype("float64"), fused(x).numpy().astype("float64"), "float32")
     again, order = tmp_path / "again.pdparams", f"--normalize-{'before' if normalize_before else 'after'}"
     assert main(["convert", str(back), str(again), "--num-heads", str(HEADS), "--whole-layers", order]) == 0
     assert_same(load(again), load(source))
