@@ -1,8 +1,7 @@
-"""Run by test_parallel_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes,
-and each saves what it found. The models and the training are those of the tests too.
+"""Run by test_split_feed_forward.py: ``python feed_forward_worker.py PROCESSES DIRECTORY`` starts so many processes,
+and each saves what it found. The blocks are those of the tests too.
 """
 
-import copy
 import os
 import sys
 
@@ -11,193 +10,134 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddle.distributed as dist  # noqa: E402
-from paddle_fused_attention import (  # noqa: E402
-    ParallelClipGradByGlobalNorm,
-    ParallelFusedFeedForward,
-    ParallelFusedMultiHeadAttention,
-    full_state_dict,
-    load_full_state_dict,
-)
+from paddle_fused_attention import fused_bias_dropout_residual_layer_norm, fused_feedforward, incubate  # noqa: E402
 
-WIDTH, HIDDEN, SEQ_LEN, BATCH = 24, 40, 7, 4
-STEPS = range(20)
-
-LAYERS = {
-    "post-norm": dict(activation="gelu"),
-    "pre-norm": dict(activation="relu", normalize_before=True),
-    "gated": dict(activation="silu", normalize_before=True, gated=True, act_dropout_rate=0.4),
-    "two norms": dict(activation="gelu_tanh", normalize_before=True, final_layer_norm=True, epsilon=0.01),
-    "no norm, no residual": dict(final_layer_norm=False, add_residual=False, gated=True),
-    "no biases": dict(bias_attr=False),
+ROWS, WIDTH, HIDDEN = 10, 12, 24
+WEIGHTS = ("linear1_weight", "linear1_bias", "linear2_weight")
+BLOCKS = {
+    "plain": dict(seed=5, activation="gelu"),
+    "before": dict(seed=5, pre_layer_norm=True),
+    "gated": dict(seed=6, activation="silu", gated=True, pre_layer_norm=True, final_layer_norm=True),
+    "bare": dict(seed=7, add_residual=False, final_layer_norm=False, mode="downscale_in_infer"),
+    "evaluated": dict(training=False, mode="downscale_in_infer"),
 }
 
 
-def perturbed(network):
-    """Biases and scales away from their initial zeros and ones, the same for every degree."""
-    rng = np.random.default_rng(5)
-    state = full_state_dict(network)
-    changed = {name: (p.numpy() + 0.1 * rng.standard_normal(p.shape)).astype("float32") for name, p in state.items()}
-    load_full_state_dict(network, changed)
-    return network
-
-
-def make_layer(kind, dropout_rate=0.2, **arguments):
-    paddle.seed(7)
-    return perturbed(ParallelFusedFeedForward(WIDTH, HIDDEN, dropout_rate, **{**LAYERS[kind], **arguments}))
-
-
-def make_network(dropout_rate=0.2):
-    """Both halves of a transformer layer, the feed-forward half of another, and a head."""
-    paddle.seed(11)
-    return perturbed(
-        paddle.nn.Sequential(
-            ParallelFusedMultiHeadAttention(
-                WIDTH, 4, dropout_rate, dropout_rate, normalize_before=True, final_layer_norm=False
-            ),
-            ParallelFusedFeedForward(WIDTH, HIDDEN, dropout_rate, **LAYERS["gated"]),
-            ParallelFusedFeedForward(WIDTH, HIDDEN, dropout_rate, **LAYERS["post-norm"]),
-            paddle.nn.Linear(WIDTH, 3),
-        )
-    )
-
-
-def make_batch(step, width=3):
-    rng = np.random.default_rng(100 + step)
-    return (rng.standard_normal((BATCH, SEQ_LEN, n)).astype("float32") for n in (WIDTH, width))
-
-
-def train(network, steps, clip=None):
-    """Losses of SGD with momentum; Adam would blow up the rounding errors of a key bias, whose gradient is zero."""
-    optimizer = paddle.optimizer.Momentum(0.1, 0.9, parameters=network.parameters(), grad_clip=clip)
-    losses = []
-    for step in steps:
-        x, y = map(paddle.to_tensor, make_batch(step))
-        loss = ((network(x) - y) ** 2).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        losses.append(float(loss))
-    return losses
-
-
-def computed(kind, dropout_rate):
-    """A layer's result and its gradients, of the input and every parameter; a share where the layer has a share."""
-    layer = make_layer(kind, dropout_rate)
-    x, y = map(paddle.to_tensor, make_batch(0, WIDTH))
-    x.stop_gradient = False
-    paddle.seed(13)
-    out = layer(x)
-    ((out - y) ** 2).mean().backward()
-    return {"out": out.numpy(), "x": x.grad.numpy(), **{name: p.grad.numpy() for name, p in layer.named_parameters()}}
-
-
-def evaluated(kind, dtype):
-    layer = make_layer(kind)
-    layer.eval()
-    layer.to(dtype=dtype)
-    return layer(paddle.to_tensor(next(make_batch(0))).astype(dtype)).astype("float32").numpy()
-
-
-def counted_sums(kind, **frozen):
-    """How many sums over the group a call takes, and its backward."""
-    layer = make_layer(kind)
-    for name in frozen:
-        getattr(layer, name).stop_gradient = True
-    x = paddle.to_tensor(next(make_batch(0)))
-    x.stop_gradient = False
-    calls, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda *arguments, **named: calls.append(1) or all_reduce(*arguments, **named)
-    try:
-        out = layer(x)
-        forward = len(calls)
-        out.sum().backward()
-    finally:
-        dist.all_reduce = all_reduce
-    return [forward, len(calls) - forward]
-
-
-def error_of(function):
-    try:
-        function()
-    except (TypeError, ValueError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
-
-
-def run_errors():
-    rank = dist.get_rank()
-    paddle.seed(1)
-    layer = ParallelFusedFeedForward(WIDTH, HIDDEN, gated=True)
-    # Paddle's gloo can make no second group of several processes.
-    alone, other = dist.new_group([0]), dist.new_group([1])
-
-    def with_seed(seed):
-        paddle.seed(seed)
-        return ParallelFusedFeedForward(WIDTH, HIDDEN)
-
-    def in_static_graph():
-        paddle.enable_static()
-        try:
-            with paddle.static.program_guard(paddle.static.Program(), paddle.static.Program()):
-                layer(paddle.static.data("x", [2, 3, WIDTH]))
-        finally:
-            paddle.disable_static()
-
-    results = {
-        "error/hidden": error_of(lambda: ParallelFusedFeedForward(WIDTH, 41)),
-        "error/type": error_of(lambda: ParallelFusedFeedForward(WIDTH, HIDDEN, group=[0, 1])),
-        "error/member": error_of(lambda: ParallelFusedFeedForward(WIDTH, HIDDEN, group=other if rank == 0 else alone)),
-        "error/seed": error_of(lambda: with_seed(1 + rank)),
-        "error/x type": error_of(lambda: layer(1)),
-        "error/x": error_of(lambda: layer(paddle.ones([2, WIDTH + 1]))),
-        "error/state": error_of(lambda: layer.load_full_state_dict(layer.state_dict())),
-        "error/static": error_of(in_static_graph),
+def arrays_of(block, dtype="float64"):
+    rng = np.random.default_rng(3)
+    first = HIDDEN * (2 if BLOCKS[block].get("gated") else 1)
+    shapes = {
+        "x": (ROWS, WIDTH),
+        "linear1_weight": (WIDTH, first),
+        "linear2_weight": (HIDDEN, WIDTH),
+        "linear1_bias": (first,),
+        **{n: (WIDTH,) for n in ("linear2_bias", "ln1_scale", "ln1_bias", "ln2_scale", "ln2_bias")},
     }
-    paddle.seed(1)
-    x = paddle.to_tensor(next(make_batch(0)))
-    whole = layer.full_state_dict()
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def results_of(tensors, block, **arguments):
+    """The result and all gradients, of a fixed gradient of the result. NumPy arrays."""
+    for tensor in tensors.values():
+        tensor.stop_gradient = False
+    out = fused_feedforward(**tensors, dropout1_rate=0.2, dropout2_rate=0.3, **BLOCKS[block], **arguments)
+    (out * (paddle.arange(WIDTH).astype(out.dtype) - 3.0)).sum().backward()
+    found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
+    return {"out": out, **found}
+
+
+def share_of(name, array, part, parts):
+    """The part of a whole parameter, with gated blocks of each half, or of its gradient."""
+    if name not in WEIGHTS:
+        return array
+    if name == "linear2_weight":
+        return np.split(array, parts)[part]
+    halves = np.split(array, array.shape[-1] // HIDDEN, axis=-1)
+    return np.concatenate([np.split(half, parts, axis=-1)[part] for half in halves], axis=-1)
+
+
+def run_group(group):
+    results = {}
+    for block in BLOCKS:
+        tensors = {
+            name: paddle.to_tensor(share_of(name, array, group.rank, group.nranks))
+            for name, array in arrays_of(block).items()
+        }
+        found = results_of(tensors, block, ring_id=group.id)
+        results.update({f"group/{block}/{name}": t.numpy() for name, t in found.items()})
+    return results
+
+
+def run_layer(group):
+    """Paddle's layer with nranks and ring_id, trained for one step by the generator's masks."""
+    paddle.seed(31)
+    whole = incubate.FusedFeedForward(WIDTH, HIDDEN, 0.3, activation="gelu", act_dropout_rate=0.2)
+    layer = incubate.FusedFeedForward(
+        WIDTH, HIDDEN, 0.3, activation="gelu", act_dropout_rate=0.2, nranks=group.nranks, ring_id=group.id
+    )
+    layer.set_state_dict(
+        {
+            name: share_of(name[1:], value.numpy(), group.rank, group.nranks)
+            for name, value in whole.state_dict().items()
+        }
+    )
+    x = paddle.to_tensor(arrays_of("plain", "float32")["x"])
+    paddle.seed(32)
+    first, second = layer(x).numpy(), layer(x).numpy()
     layer.eval()
-    expected = layer(x).numpy()
-    own = ParallelFusedFeedForward(WIDTH, HIDDEN, gated=True, group=alone if rank == 0 else other)
-    own.set_state_dict(whole)
-    own.eval()
-    results["difference/group of one"] = np.abs(own(x).numpy() - expected).max()
-    again = ParallelFusedFeedForward(WIDTH, HIDDEN, gated=True)
-    assert again.set_state_dict(layer.state_dict()) == ([], [])
-    again.eval()
-    for name, found in (("copy", copy.deepcopy(layer)), ("again", again)):
-        results[f"difference/{name}"] = np.abs(found(x).numpy() - expected).max()
+    whole.eval()
+    return {
+        "layer/drops": float(np.abs(first - second).max()),
+        "layer/first": first,
+        "layer/evaluated": layer(x).numpy(),
+        "layer/whole": whole(x).numpy(),
+        "layer/distributed": [p.is_distributed for p in layer.parameters()],
+    }
+
+
+def run_mesh():
+    """The auto-parallel engine: rows of x, or hidden numbers, spread over two processes."""
+    mesh = dist.ProcessMesh([0, 1], dim_names=["part"])
+    if paddle.__version__.startswith("2."):
+        tensors = {name: paddle.to_tensor(array) for name, array in arrays_of("plain").items()}
+        tensors["x"] = dist.shard_tensor(tensors["x"], mesh, [dist.Replicate()])
+        try:
+            fused_feedforward(**tensors)
+        except NotImplementedError as error:
+            return {"mesh/error": str(error)}
+        return {"mesh/error": "none"}
+    results = {}
+    for block in ("before", "gated", "bare", "evaluated"):
+        for kind in ("rows", "hidden"):
+            if kind == "rows" and BLOCKS[block].get("training", True):
+                continue  # every process counts the elements of its own rows
+            axes = {"x": 0} if kind == "rows" else {"linear1_weight": 1, "linear1_bias": 0, "linear2_weight": 0}
+            tensors = {
+                name: dist.shard_tensor(
+                    paddle.to_tensor(array), mesh, [dist.Shard(axes[name]) if name in axes else dist.Replicate()]
+                )
+                for name, array in arrays_of(block).items()
+            }
+            found = results_of(tensors, block)
+            for name, t in found.items():
+                whole = dist.reshard(t, mesh, [dist.Replicate()])
+                results[f"mesh/{kind}/{block}/{name}"] = whole.numpy()
+            if kind == "hidden" and block != "gated":
+                results[f"mesh/{kind}/{block}/local"] = tensors["linear1_weight"].grad._local_shape
+    x = dist.shard_tensor(paddle.to_tensor(arrays_of("bare")["x"]), mesh, [dist.Shard(0)])
+    tail = fused_bias_dropout_residual_layer_norm(x, x, dropout_rate=0.0)
+    results["mesh/tail"] = dist.reshard(tail, mesh, [dist.Replicate()]).numpy()
     return results
 
 
 def worker(directory):
     paddle.set_device("cpu")
     dist.init_parallel_env()
-    rank, degree = dist.get_rank(), dist.get_world_size()
-    network = make_network()
-    results = {
-        "distributed": sorted(name for name, p in network.named_parameters() if getattr(p, "is_distributed", False)),
-        "losses": train(network, STEPS),
-        "clipped": train(make_network(), range(5), ParallelClipGradByGlobalNorm(0.1)),
-    }
-    state = full_state_dict(network)
-    if rank == 0:
-        paddle.save(state, os.path.join(directory, f"degree{degree}.pdparams"))
-    for kind in LAYERS:
-        paddle.seed(3)
-        for name, p in ParallelFusedFeedForward(WIDTH, HIDDEN, **LAYERS[kind]).full_state_dict().items():
-            results[f"{kind}/initial/{name}"] = p.numpy()
-        for rate in (0.0, 0.2):
-            for name, array in computed(kind, rate).items():
-                results[f"{kind}/{rate}/{name}"] = array
-        for dtype in ("float32", "float16", "bfloat16"):
-            results[f"{kind}/evaluated/{dtype}"] = evaluated(kind, dtype)
-    results["sums/post-norm"] = counted_sums("post-norm")
-    results["sums/frozen norm"] = counted_sums("pre-norm", ln1_scale=True, ln1_bias=True)
-    results["sums/pre-norm"] = counted_sums("pre-norm")
-    if degree == 2:
-        results.update(run_errors())
-    np.savez(os.path.join(directory, f"degree{degree}_rank{rank}.npz"), **results)
+    group = dist.get_group(0)
+    results = {**run_group(group), **run_layer(group)}
+    if group.nranks == 2:
+        results.update(run_mesh())
+    np.savez(os.path.join(directory, f"degree{group.nranks}_rank{group.rank}.npz"), **results)
 
 
 if __name__ == "__main__":

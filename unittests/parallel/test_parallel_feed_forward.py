@@ -2,10 +2,10 @@
 
 import copy
 
-import feed_forward_worker as worker
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+import parallel_feed_forward_worker as worker
 import pytest
 from paddle_fused_attention import (
     ParallelClipGradByGlobalNorm,
