@@ -390,7 +390,8 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
     As with :class:`ParallelFusedMultiHeadAttention`, every process of the group makes the layer, with the same
     arguments and the same ``paddle.seed``, calls it with the same input and gets the whole result. Initial values,
     dropout masks, results and gradients are then the same, up to rounding, for every number of processes, one included.
-    Dropout masks are not those of :func:`fused_feedforward`. The group takes one sum forward and one backward.
+    Dropout masks are not those of :func:`fused_feedforward`. A call takes one sum over the group forward and one
+    backward, there with two small ones for a trained first layer norm.
 
     Parameters, None where they are absent, with n processes: ``linear1_weight`` [d_model, dim_feedforward / n] and
     ``linear1_bias`` [dim_feedforward / n], with ``gated`` twice as many columns, the process's share of each half;
