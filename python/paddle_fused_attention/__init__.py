@@ -21,6 +21,7 @@ from .functional import (
 from .layer import FusedMultiHeadAttention
 from .parallel import (
     ParallelClipGradByGlobalNorm,
+    ParallelFusedFeedForward,
     ParallelFusedMultiHeadAttention,
     full_state_dict,
     load_full_state_dict,
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionAdapter",
     "FusedMultiHeadAttention",
     "ParallelClipGradByGlobalNorm",
+    "ParallelFusedFeedForward",
     "ParallelFusedMultiHeadAttention",
     "VisionTransformerAdapter",
     "convert",
