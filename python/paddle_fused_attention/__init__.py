@@ -18,7 +18,14 @@ from .conversion import (
     register_adapter,
     revert,
 )
-from .functional import fused_multi_head_attention
+from .feed_forward import fused_feedforward
+from .functional import (
+    fused_bias_dropout_residual_layer_norm,
+    fused_linear,
+    fused_linear_activation,
+    fused_matmul_bias,
+    fused_multi_head_attention,
+)
 from .layer import FusedMultiHeadAttention
 from .parallel import (
     ParallelClipGradByGlobalNorm,
@@ -44,6 +51,11 @@ __all__ = [
     "count_flops",
     "explain",
     "full_state_dict",
+    "fused_bias_dropout_residual_layer_norm",
+    "fused_feedforward",
+    "fused_linear",
+    "fused_linear_activation",
+    "fused_matmul_bias",
     "fused_multi_head_attention",
     "incubate",
     "load_full_state_dict",

@@ -42,18 +42,20 @@ def target_dtype(op_type: str, tracer: Any) -> Any:
     return paddle.float32 if op_type in black_list else dtype
 
 
-def cast_inputs(inputs: Sequence[Any], norm_indices: Sequence[int], mask_index: int, dtype: Any) -> list[Any]:
-    """Casts the operator's inputs to `dtype`, those at `norm_indices` to float32. Inputs may be None. The first is x,
-    which stays float32 if it is."""
+def cast_inputs(
+    inputs: Sequence[Any], norms: Sequence[int], residual: Sequence[int], mask: int | None, dtype: Any
+) -> list[Any]:
+    """Casts an operator's inputs, which may be None, to `dtype`; those at `norms` to float32; those at `residual`
+    to float32 if one of them is that. The mask is left alone."""
     cast = list(inputs)
-    x_dtype = inputs[0].dtype.value
-    if x_dtype not in _CASTABLE:
+    if inputs[0].dtype.value not in _CASTABLE:
         return cast
+    wide = any(inputs[i] is not None and inputs[i].dtype.value == _FLOAT32 for i in residual)
     for_norms, for_others = (paddle.float32, _FLOAT32), (dtype, dtype.value)
     for i, tensor in enumerate(inputs):
-        if tensor is None or i == mask_index or (i == 0 and x_dtype == _FLOAT32):
+        if tensor is None or i == mask:
             continue
-        wanted, value = for_norms if i in norm_indices else for_others
+        wanted, value = for_norms if i in norms or (wide and i in residual) else for_others
         found = tensor.dtype.value
         if found != value and found in _CASTABLE:
             cast[i] = paddle.cast(tensor, wanted)

@@ -13,7 +13,8 @@ from ._amp import without_auto_cast
 from ._block import Block
 from ._checks import check_tensor
 from ._dropout_masks import generator_of, kept_output
-from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
+from ._ordinary_ops import attention_before_tail, result_dtype
+from ._residual_norm import residual_tail, tail_of
 
 
 def are_query(query: Any, key: Any, value: Any) -> bool:
@@ -108,4 +109,4 @@ def attention_to_keys(block: Block, key_value: tuple) -> paddle.Tensor:
         generator_of(block.x).set_state(state)  # the operator draws once for both
         keep = kept_output(block)
     with without_auto_cast():
-        return residual_tail(block, y, dtype, keep)
+        return residual_tail(tail_of(block, y), dtype, keep)

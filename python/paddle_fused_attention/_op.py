@@ -1,4 +1,4 @@
-"""Loads the operator library and calls the operator custom_fused_attention in each of Paddle's graph modes.
+"""Loads the operator library and calls its operators in each of Paddle's graph modes.
 
 The library is compiled for one version of Paddle. Another version would load it and misbehave, so the versions are
 compared first.
@@ -25,42 +25,10 @@ from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
-from ._block import OF_NUMBERS, OF_SWITCHES, OF_TENSORS, TENSORS, Block
+from ._block import OF_NUMBERS, OF_TENSORS, TENSORS, Block
 from ._checks import dtype_name
 
 OP_TYPE = "custom_fused_attention"
-# The operator without a gradient: Paddle records an operator that has one even where none is wanted.
-_FORWARD_OP_TYPE = f"{OP_TYPE}_forward"
-
-# The operator's inputs, in a Block's order. Bit i of the attributes `present` and `needs_grad` belongs to input i.
-INPUT_NAMES = (
-    "X",
-    "QKVWeight",
-    "LinearWeight",
-    "PreLnScale",
-    "PreLnBias",
-    "LnScale",
-    "LnBias",
-    "QKVBias",
-    "LinearBias",
-    "AttnMask",
-)
-_NORM_INPUTS = range(INPUT_NAMES.index("PreLnScale"), INPUT_NAMES.index("LnBias") + 1)
-_MASK_INPUT = INPUT_NAMES.index("AttnMask")
-_MASK_BIT = 1 << _MASK_INPUT
-ATTRIBUTE_NAMES = (
-    "is_test",
-    "switches",
-    "present",
-    "needs_grad",
-    "pre_ln_epsilon",
-    "ln_epsilon",
-    "dropout_rate",
-    "attn_dropout_rate",
-    "seed",
-    "first_head",
-    "total_heads",
-)
 
 # Bits of the attribute `switches`.
 PRE_LAYER_NORM = 1
@@ -71,12 +39,15 @@ UPSCALE_IN_TRAIN = 16
 SAVE_FOR_BACKWARD = 32
 FIXED_SEED = 64
 NEEDS_GRAD_HOLDS = 128
+GATED = 256
+TRANSPOSE_X = 512
+TRANSPOSE_WEIGHT = 1024
 
 # A number for each call with dropout in a static graph. Paddle's passes merge operators with equal inputs and
 # attributes, which would give two calls the same dropout masks.
 _call_numbers = itertools.count(1)
 
-_ERROR = re.compile(rf"\[{OP_TYPE}\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
+_ERROR = re.compile(r"\[custom_\w+\] (ValueError|TypeError): (.*?)(?: \(at [^\n]*\))?(?:\n|$)")
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
 
 
@@ -114,8 +85,6 @@ def _load() -> Any:
 
 
 library = _load()
-_check_inputs = library.custom_fused_attention_check  # of the inputs of a static graph
-_check_inputs.restype = ctypes.c_char_p
 
 _run_custom_op = getattr(paddle._C_ops, "_run_custom_op", None) or core.eager._run_custom_op
 _absent_tensor: Any = None
@@ -137,96 +106,271 @@ def _float_bits(numbers: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def _raise_checked(message: str) -> None:
-    """Raises what the operator's checks found as ValueError or TypeError; returns if the message is not theirs."""
+    """Raises what the operators' checks found as ValueError or TypeError; returns if the message is not theirs."""
     found = _ERROR.search(message)
     if found is not None:
         raise _ERROR_TYPES[found.group(1)](found.group(2)) from None
 
 
+class Operator:
+    """An operator of the library: its names, and its call in dygraph, in PIR and in legacy programs.
+
+    Beside it there is one of the same inputs and attributes without a gradient, `<op_type>_forward`: Paddle records an
+    operator that has a gradient even where none is wanted.
+
+    Args:
+        op_type: Its name.
+        tensors: What errors call its inputs, in order. Bit i of the attributes `present` and `needs_grad` belongs to
+            input i.
+        input_names: The inputs' names in a program.
+        numbers: The names of its float attributes, which are handed on as their bits.
+        integers: The names of the attributes after these. The first is the seed if there is dropout.
+        norms: The inputs that are layer-norm parameters, by their names among `tensors`.
+        residual: The inputs that auto_cast leaves in float32.
+        mask: The input that gets no gradient.
+    """
+
+    def __init__(
+        self,
+        op_type: str,
+        tensors: Sequence[str],
+        input_names: Sequence[str],
+        numbers: Sequence[str],
+        integers: Sequence[str],
+        norms: Sequence[str] = (),
+        residual: Sequence[str] = (),
+        mask: str | None = None,
+    ) -> None:
+        self.type = op_type
+        self._forward_type = f"{op_type}_forward"
+        self.tensors = tuple(tensors)
+        self._input_names = tuple(input_names)
+        self._attribute_names = ("is_test", "switches", "present", "needs_grad", *numbers, *integers)
+        self._rates = tuple(i for i, name in enumerate(numbers) if name.endswith("_rate"))
+        self._norms = tuple(map(self.tensors.index, norms))
+        self._residual = tuple(map(self.tensors.index, residual))
+        self._mask = None if mask is None else self.tensors.index(mask)
+        self._mask_bit = 0 if self._mask is None else 1 << self._mask
+        self.exists = hasattr(library, f"{op_type}_check")
+        if self.exists:
+            self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
+            self._check.restype = ctypes.c_char_p
+
+    def call(
+        self,
+        inputs: Sequence[Any],
+        training: bool,
+        switches: int,
+        numbers: tuple[float, ...],
+        integers: tuple[int, ...],
+    ) -> Any:
+        """Calls the operator and returns Out. An input may be None."""
+        tracer = _dygraph_tracer()
+        if tracer is None:
+            return self._call_static(inputs, training, switches, numbers, integers)
+        amp_dtype = _amp.target_dtype(self.type, tracer)
+        if amp_dtype is not None:
+            inputs = self._cast(inputs, amp_dtype)
+        absent = _absent_eager()
+        tensors = []
+        present = 0
+        needs_grad = 0
+        bit = 1
+        for tensor in inputs:
+            if tensor is None:
+                tensors.append(absent)
+            else:
+                tensors.append(tensor)
+                present |= bit
+                if not tensor.stop_gradient:
+                    needs_grad |= bit
+            bit <<= 1
+        op_type = self._forward_type
+        if needs_grad and paddle.is_grad_enabled():
+            if needs_grad & self._mask_bit:
+                needs_grad ^= self._mask_bit
+                _warn_of_mask(inputs[self._mask])  # type: ignore[index]
+            switches |= NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD if training else NEEDS_GRAD_HOLDS
+            if needs_grad:
+                op_type = self.type
+        try:
+            return _run_custom_op(
+                op_type, *tensors, not training, switches, present, needs_grad, *_float_bits(numbers), *integers
+            )[0]
+        except Exception as error:
+            _raise_checked(str(error))
+            check_tensors(self.tensors, inputs)
+            raise
+
+    def _call_static(
+        self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
+    ) -> Any:
+        check_graph(self.tensors, inputs)
+        wants_grad = self._wants_grad_static(inputs)  # before they are cast
+        amp_dtype = _amp.target_dtype(self.type, None)
+        if amp_dtype is not None:
+            inputs = self._cast(inputs, amp_dtype)
+        if training and not switches & FIXED_SEED and any(numbers[i] > 0.0 for i in self._rates):
+            integers = (next(_call_numbers), *integers[1:])
+        attributes = self._static_attributes(inputs, training, switches, numbers, integers)
+        self._check_attributes(inputs, attributes)
+        out = (self._call_pir if in_dynamic_or_pir_mode() else self._append_to_program)(inputs, attributes)
+        if not wants_grad:
+            out.stop_gradient = True
+        return out
+
+    def _cast(self, inputs: Sequence[Any], dtype: Any) -> list[Any]:
+        try:
+            return _amp.cast_inputs(inputs, self._norms, self._residual, self._mask, dtype)
+        except Exception:
+            check_tensors(self.tensors, inputs)
+            raise
+
+    def check(self, *arguments: Any) -> None:
+        """Refuses shapes and dtypes that the operator does not take, before there are values. The arguments are those
+        of a call."""
+        self._check_attributes(arguments[0], self._static_attributes(*arguments))
+
+    def checked_inputs(self, inputs: Sequence[Any], *others: Any) -> Sequence[Any]:
+        """The inputs as auto_cast wants them, checked as by a call with these arguments, for ordinary ops in the
+        operator's place."""
+        check_tensors(self.tensors, inputs)
+        amp_dtype = _amp.target_dtype(self.type, _dygraph_tracer())
+        if amp_dtype is not None:
+            inputs = self._cast(inputs, amp_dtype)
+        self.check(inputs, *others)
+        return inputs
+
+    def _static_attributes(
+        self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
+    ) -> tuple:
+        present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
+        # All gradients: what is frozen now may be trained when the program runs.
+        return (not training, switches | SAVE_FOR_BACKWARD, present, present, *_float_bits(numbers), *integers)
+
+    def _check_attributes(self, inputs: Sequence[Any], attributes: tuple) -> None:
+        if not self.exists:
+            return
+        shapes = [[] if value is None else list(value.shape) for value in inputs]
+        dimensions = [size for shape in shapes for size in shape]
+        dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
+        message = self._check(
+            (ctypes.c_int64 * len(dimensions))(*dimensions),
+            (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
+            (ctypes.c_char_p * len(dtypes))(*dtypes),
+            ctypes.c_int64(attributes[2]),
+            ctypes.c_int64(attributes[-2]),
+            ctypes.c_int64(attributes[-1]),
+        )
+        if message is not None:
+            _raise_checked(message.decode())
+
+    def _wants_grad_static(self, inputs: Sequence[Any]) -> bool:
+        """Whether the result may have a gradient, as with Paddle's own operators: on Paddle 2.6 they give one under
+        no_grad too."""
+        if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
+            return False
+        wanted = [value is not None and not value.stop_gradient for value in inputs]
+        if self._mask is not None and wanted[self._mask]:
+            _warn_of_mask(inputs[self._mask])
+            wanted[self._mask] = False
+        return any(wanted)
+
+    def _call_pir(self, inputs: Sequence[Any], attributes: tuple) -> Any:
+        absent = None
+        values = []
+        for value in inputs:
+            if value is None:
+                if absent is None:
+                    absent = paddle.full([1], 0.0, dtype="float32")
+                    absent.stop_gradient = True
+                value = absent
+            values.append(value)
+        op_type = self.type if paddle.is_grad_enabled() else self._forward_type
+        return _run_custom_op(op_type, *values, *attributes)[0]
+
+    def _append_to_program(self, inputs: Sequence[Any], attributes: tuple) -> Any:
+        """Adds the operator to a static graph of Paddle 2.6. There append_backward fails if an input has stop_gradient
+        set, so such inputs and the placeholders go in as copies without it."""
+        from paddle.base.layer_helper import LayerHelper
+
+        helper = LayerHelper(self.type)
+        variables = {}
+        for name, value in zip(self._input_names, inputs):
+            if value is None:
+                value = paddle.full([1], 0.0, dtype="float32")
+                value.stop_gradient = False
+            elif value.stop_gradient:
+                # assign has no int16, of which only a mask can be: of that only whether an element is 0 counts.
+                value = value.cast("int32") if value.dtype == paddle.int16 else paddle.assign(value)
+                value.stop_gradient = False
+            variables[name] = [value]
+        out = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)
+        saved = helper.create_variable_for_type_inference(dtype="uint8")
+        helper.append_op(
+            type=self.type,
+            inputs=variables,
+            outputs={"Out": [out], "Saved": [saved]},
+            attrs=dict(zip(self._attribute_names, attributes)),
+        )
+        return out
+
+
+ATTENTION = Operator(
+    OP_TYPE,
+    TENSORS,
+    (
+        "X",
+        "QKVWeight",
+        "LinearWeight",
+        "PreLnScale",
+        "PreLnBias",
+        "LnScale",
+        "LnBias",
+        "QKVBias",
+        "LinearBias",
+        "AttnMask",
+    ),
+    numbers=("pre_ln_epsilon", "ln_epsilon", "dropout_rate", "attn_dropout_rate"),
+    integers=("seed", "first_head", "total_heads"),
+    norms=("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias"),
+    residual=("x",),
+    mask="attn_mask",
+)
+
+
+def _attention_switches(block: Block) -> int:
+    switches = FIXED_SEED if block.seed is not None else 0
+    if block.pre_layer_norm:
+        switches |= PRE_LAYER_NORM
+    if block.final_layer_norm:
+        switches |= FINAL_LAYER_NORM
+    if block.add_residual:
+        switches |= ADD_RESIDUAL
+    if block.causal:
+        switches |= CAUSAL
+    if block.mode == "upscale_in_train":
+        switches |= UPSCALE_IN_TRAIN
+    return switches
+
+
 @paddle.jit.not_to_static
 def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> Any:
-    """Calls the operator and returns Out.
+    """Computes a checked block by the operator.
 
     If `total_heads` is not 0, the weights hold only the heads from `first_head` on of a layer with that many heads, and
-    Out is their part of a sum.
+    the result is their part of a sum.
     """
     fields: Any = block
-    inputs, numbers = fields[OF_TENSORS], fields[OF_NUMBERS]
-    pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed = fields[OF_SWITCHES]
-    is_test = not training
-    switches = 0
-    if pre_layer_norm:
-        switches |= PRE_LAYER_NORM
-    if final_layer_norm:
-        switches |= FINAL_LAYER_NORM
-    if add_residual:
-        switches |= ADD_RESIDUAL
-    if causal:
-        switches |= CAUSAL
-    if mode == "upscale_in_train":
-        switches |= UPSCALE_IN_TRAIN
-    if seed is None:
-        seed = 0
-    else:
-        switches |= FIXED_SEED
-
-    tracer = _dygraph_tracer()  # None while a static graph is built
-    if tracer is None:
-        check_graph(TENSORS, inputs)
-        wants_grad = _wants_grad_static(inputs)  # before they are cast
-    amp_dtype = _amp.target_dtype(OP_TYPE, tracer)
-    if amp_dtype is not None:
-        try:
-            inputs = tuple(_amp.cast_inputs(inputs, _NORM_INPUTS, _MASK_INPUT, amp_dtype))
-        except Exception:
-            check_tensors(TENSORS, inputs)
-            raise
-    if tracer is not None:
-        return _call_eager(inputs, is_test, switches, (*_float_bits(numbers), seed, first_head, total_heads))
-
-    present = _present(inputs)
-    check_shapes(inputs, first_head, total_heads)
-    drops = not is_test and (numbers[2] > 0 or numbers[3] > 0)
-    if drops and not switches & FIXED_SEED:
-        seed = next(_call_numbers)
-    constants = (*_float_bits(numbers), seed, first_head, total_heads)
-    # All gradients: what is frozen now may be trained when the program runs.
-    attributes = (is_test, switches | SAVE_FOR_BACKWARD, present, present, *constants)
-    out = _call_pir(inputs, attributes) if in_dynamic_or_pir_mode() else _append_to_program(inputs, attributes)
-    if not wants_grad:
-        out.stop_gradient = True
-    return out
+    integers = (block.seed or 0, first_head, total_heads)
+    return ATTENTION.call(fields[OF_TENSORS], block.training, _attention_switches(block), fields[OF_NUMBERS], integers)
 
 
-def _call_eager(inputs: Sequence[Any], is_test: bool, switches: int, constants: tuple) -> Any:
-    absent = _absent_eager()
-    tensors = []
-    present = 0
-    needs_grad = 0
-    bit = 1
-    for tensor in inputs:
-        if tensor is None:
-            tensors.append(absent)
-        else:
-            tensors.append(tensor)
-            present |= bit
-            if not tensor.stop_gradient:
-                needs_grad |= bit
-        bit <<= 1
-    if needs_grad and paddle.is_grad_enabled():
-        if needs_grad & _MASK_BIT:
-            needs_grad ^= _MASK_BIT
-            _warn_of_mask(inputs[_MASK_INPUT])
-        switches |= NEEDS_GRAD_HOLDS if is_test else NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD
-        op_type = OP_TYPE if needs_grad else _FORWARD_OP_TYPE
-    else:
-        op_type = _FORWARD_OP_TYPE
-    try:
-        return _run_custom_op(op_type, *tensors, is_test, switches, present, needs_grad, *constants)[0]
-    except Exception as error:
-        _raise_checked(str(error))
-        check_tensors(TENSORS, inputs)
-        raise
+def check_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
+    """Refuses shapes and dtypes of a block as the operator does, before there are values."""
+    fields: Any = block
+    integers = (block.seed or 0, first_head, total_heads)
+    ATTENTION.check(fields[OF_TENSORS], block.training, _attention_switches(block), fields[OF_NUMBERS], integers)
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
@@ -270,17 +414,6 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
             raise ValueError(f"{name}: expected a tensor with values, got one without memory")
 
 
-def _wants_grad_static(inputs: Sequence[Any]) -> bool:
-    """Whether the result may have a gradient, as with Paddle's own operators: on Paddle 2.6 they give one under no_grad
-    too."""
-    wanted = [value is not None and not value.stop_gradient for value in inputs]
-    if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
-        return False
-    if wanted[_MASK_INPUT]:
-        _warn_of_mask(inputs[_MASK_INPUT])
-    return any(wanted[:_MASK_INPUT])
-
-
 def _warn_of_mask(mask: Any) -> None:
     """Says, once, that a float mask that wants a gradient gets none."""
     global _has_warned_of_mask
@@ -296,65 +429,3 @@ def _warn_of_mask(mask: Any) -> None:
 
 
 _has_warned_of_mask = False
-
-
-def _present(inputs: Sequence[Any]) -> int:
-    return sum(1 << i for i, value in enumerate(inputs) if value is not None)
-
-
-def check_shapes(inputs: Sequence[Any], first_head: int = 0, total_heads: int = 0) -> None:
-    """Refuses shapes and dtypes that the operator does not take, before there are values."""
-    shapes = [[] if value is None else list(value.shape) for value in inputs]
-    dimensions = [size for shape in shapes for size in shape]
-    dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
-    message = _check_inputs(
-        (ctypes.c_int64 * len(dimensions))(*dimensions),
-        (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
-        (ctypes.c_char_p * len(dtypes))(*dtypes),
-        ctypes.c_int64(_present(inputs)),
-        ctypes.c_int64(first_head),
-        ctypes.c_int64(total_heads),
-    )
-    if message is not None:
-        _raise_checked(message.decode())
-
-
-def _call_pir(inputs: Sequence[Any], attributes: tuple) -> Any:
-    absent = None
-    values = []
-    for value in inputs:
-        if value is None:
-            if absent is None:
-                absent = paddle.full([1], 0.0, dtype="float32")
-                absent.stop_gradient = True
-            value = absent
-        values.append(value)
-    op_type = OP_TYPE if paddle.is_grad_enabled() else _FORWARD_OP_TYPE
-    return _run_custom_op(op_type, *values, *attributes)[0]
-
-
-def _append_to_program(inputs: Sequence[Any], attributes: tuple) -> Any:
-    """Adds the operator to a static graph of Paddle 2.6. There append_backward fails if an input has stop_gradient set,
-    so such inputs and the placeholders go in as copies without it."""
-    from paddle.base.layer_helper import LayerHelper
-
-    helper = LayerHelper(OP_TYPE)
-    variables = {}
-    for name, value in zip(INPUT_NAMES, inputs):
-        if value is None:
-            value = paddle.full([1], 0.0, dtype="float32")
-            value.stop_gradient = False
-        elif value.stop_gradient:
-            # assign has no int16, of which only a mask can be: of that only whether an element is 0 counts.
-            value = value.cast("int32") if value.dtype == paddle.int16 else paddle.assign(value)
-            value.stop_gradient = False
-        variables[name] = [value]
-    out = helper.create_variable_for_type_inference(dtype=inputs[0].dtype)
-    saved = helper.create_variable_for_type_inference(dtype="uint8")
-    helper.append_op(
-        type=OP_TYPE,
-        inputs=variables,
-        outputs={"Out": [out], "Saved": [saved]},
-        attrs=dict(zip(ATTRIBUTE_NAMES, attributes)),
-    )
-    return out

@@ -19,6 +19,8 @@ from ._amp import without_auto_cast
 from ._block import TENSORS, Block
 from ._checks import dtype_name
 from ._dropout_masks import kept_scores
+from ._ordinary_parts import cast_all, compute_dtype, dropout, layer_norm
+from ._residual_norm import residual_tail, tail_of
 
 
 @paddle.jit.not_to_static
@@ -84,7 +86,7 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
 
 def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
     """Checks the inputs as the operator does, but for the mask, which has another shape here."""
-    _op.check_shapes(block._replace(attn_mask=None).tensors, first_head, total_heads)
+    _op.check_attention(block._replace(attn_mask=None), first_head, total_heads)
 
 
 def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
@@ -115,31 +117,6 @@ def _softmax(scores: Any) -> Any:
     return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))
 
 
-def _layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
-    """Layer norm. Paddle's own takes no epsilon above 0.001, and its gradient is wrong for a frozen scale on the
-    CPU."""
-    centred = x - x.mean(axis=-1, keepdim=True)
-    out = centred * paddle.rsqrt((centred * centred).mean(axis=-1, keepdim=True) + epsilon)
-    out = out if scale is None else out * scale
-    return out if bias is None else out + bias
-
-
-def _dropout(tensor: Any, rate: float, block: Block, keep: Any) -> Any:
-    """Dropout by the mask `keep`, or Paddle's own if that is None."""
-    if keep is None:
-        return F.dropout(tensor, rate, training=block.training, mode=block.mode)
-    scaled = tensor / (1.0 - rate) if block.mode == "upscale_in_train" and rate < 1.0 else tensor
-    return paddle.where(keep, scaled, paddle.zeros_like(scaled))
-
-
-def _cast_all(tensors: Sequence[Any], dtype: str) -> list:
-    return [None if tensor is None else paddle.cast(tensor, dtype) for tensor in tensors]
-
-
-def _compute_dtype(x: Any) -> str:
-    return "float64" if x.dtype == paddle.float64 else "float32"
-
-
 def _project(h: Any, weight: Any, bias: Any) -> Any:
     """Projects [batch, tokens, embed_dim] by [n, num_heads, head_dim, embed_dim] to
     [n, batch, num_heads, tokens, head_dim]."""
@@ -158,26 +135,8 @@ def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None
     scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
         scores = _masked(scores, _causal_mask(scores))
-    o = paddle.matmul(_dropout(_softmax(scores), block.attn_dropout_rate, block, keep), v)
+    o = paddle.matmul(dropout(_softmax(scores), block.attn_dropout_rate, block.training, block.mode, keep), v)
     return o.transpose([0, 2, 1, 3]).reshape([0, 0, num_heads * head_dim])
-
-
-def residual_tail(block: Block, y: Any, dtype: Any, keep: Any = None) -> Any:
-    """Bias, dropout, residual and final layer norm of y, the output projection without its bias, as `dtype`.
-
-    It is computed in float32 at least, as in the operator. `keep` is the dropout's mask; None: Paddle's own dropout.
-    """
-    x, y, linear_bias, ln_scale, ln_bias = _cast_all(
-        (block.x, y, block.linear_bias, block.ln_scale, block.ln_bias), _compute_dtype(block.x)
-    )
-    if linear_bias is not None:
-        y = y + linear_bias
-    z = _dropout(y, block.dropout_rate, block, keep)
-    if block.add_residual:
-        z = x + z
-    if block.final_layer_norm:
-        z = _layer_norm(z, ln_scale, ln_bias, block.ln_epsilon)
-    return paddle.cast(z, dtype)
 
 
 @paddle.jit.not_to_static
@@ -209,18 +168,18 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
     num_keys = -1 if -1 in (cached_len, seq_len) else cached_len + seq_len
     _check_mask(block.attn_mask, [batch, num_heads, seq_len, num_keys])
 
-    dtype, compute = x.dtype, _compute_dtype(x)
+    dtype, compute = x.dtype, compute_dtype(x)
     with without_auto_cast():
-        h, weight, bias, linear_weight = _cast_all((x, block.qkv_weight, block.qkv_bias, block.linear_weight), compute)
+        h, weight, bias, linear_weight = cast_all((x, block.qkv_weight, block.qkv_bias, block.linear_weight), compute)
         if block.pre_layer_norm:
-            scale, shift = _cast_all((block.pre_ln_scale, block.pre_ln_bias), compute)
-            h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
+            scale, shift = cast_all((block.pre_ln_scale, block.pre_ln_bias), compute)
+            h = layer_norm(h, scale, shift, block.pre_ln_epsilon)
         q, k, v = paddle.unbind(_project(h, weight, bias))
         k, v = (
-            paddle.concat([cached, new], axis=2) for cached, new in zip(_cast_all((cache_k, cache_v), compute), (k, v))
+            paddle.concat([cached, new], axis=2) for cached, new in zip(cast_all((cache_k, cache_v), compute), (k, v))
         )
         o = _attend(block, q, k, v, causal=False)
-        out = residual_tail(block, paddle.matmul(o, linear_weight), dtype)
+        out = residual_tail(tail_of(block, paddle.matmul(o, linear_weight)), dtype)
         return out, paddle.cast(k, dtype), paddle.cast(v, dtype)
 
 
@@ -257,20 +216,20 @@ def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, t
         scores = [x.shape[0], block.qkv_weight.shape[1], x.shape[1], key.shape[1]]
         _check_mask(block.attn_mask, scores)
 
-        compute = _compute_dtype(x)
+        compute = compute_dtype(x)
         if 0 in x.shape:
             return paddle.zeros(x.shape, compute)
         if key.shape[1] == 0:  # Paddle multiplies no empty matrix: a hidden key takes its place
             key = value = paddle.zeros([*key.shape[:1], 1, *key.shape[2:]], key.dtype)
             block = block._replace(attn_mask=paddle.zeros([1, 1], "bool"))
-        weight, bias, linear_weight, scale, shift = _cast_all(
+        weight, bias, linear_weight, scale, shift = cast_all(
             (block.qkv_weight, block.qkv_bias, block.linear_weight, block.pre_ln_scale, block.pre_ln_bias), compute
         )
         projected = []
         for i, tensor in enumerate((x, key, value)):
             h = paddle.cast(tensor, compute)
             if block.pre_layer_norm:
-                h = _layer_norm(h, scale, shift, block.pre_ln_epsilon)
+                h = layer_norm(h, scale, shift, block.pre_ln_epsilon)
             projected.append(_project(h, weight[i : i + 1], None if bias is None else bias[i : i + 1])[0])
         keep = None
         if in_dynamic_mode() and block.training:

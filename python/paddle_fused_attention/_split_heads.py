@@ -1,5 +1,5 @@
 """The attention block with its heads spread over processes. The operator gives each process its heads' part of a sum,
-and ordinary ops compute what comes after the sum.
+and what comes after the sum is an operator of its own.
 
 The processes are those of a communication group, or of one dimension of a mesh in Paddle's auto-parallel engine.
 """
@@ -15,7 +15,9 @@ import paddle.distributed as dist
 from . import _op
 from ._amp import without_auto_cast
 from ._block import Block
-from ._ordinary_ops import attention_before_tail, residual_tail, result_dtype
+from ._ordinary_ops import attention_before_tail, result_dtype
+from ._ordinary_parts import is_auto_parallel
+from ._residual_norm import residual_norm, residual_tail, tail_of
 
 
 def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
@@ -25,15 +27,8 @@ def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
     Raises:
         NotImplementedError: A tensor is auto-parallel on Paddle 2, whose custom operators take no such tensors.
     """
-    try:
-        if not (x.is_dist() or qkv_weight.is_dist()):
-            return None
-    except AttributeError:  # a variable of a static graph on Paddle 2, which the operator's call refuses
+    if not is_auto_parallel(x, qkv_weight):
         return None
-    if paddle.__version__.startswith("2."):
-        raise NotImplementedError(
-            f"x: expected ordinary tensors, since auto-parallel ones need Paddle 3, got them on {paddle.__version__}"
-        )
     if qkv_weight.is_dist() and len(qkv_weight.shape) == 4:
         for axis, placement in enumerate(qkv_weight.placements):
             if placement.is_shard(1):
@@ -74,7 +69,7 @@ def attention_over_processes(
     """Computes a checked block whose weights and mask hold the heads from `first_head` on of `total_heads`.
 
     `all_reduce` sums over the processes. `sum_gradient`, if given, takes each tensor that all processes use for their
-    own heads, and returns it with a gradient that is summed. The block's seed fixes the masks of the attention.
+    own heads, and returns it with a gradient that is summed. A seed of the block fixes the masks of the attention.
     `key_value` are a key and a value other than x, which the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
@@ -86,12 +81,10 @@ def attention_over_processes(
             **{name: sum_gradient(getattr(part, name)) for name in ("x", "pre_ln_scale", "pre_ln_bias")}
         )
     if key_value is None:
-        y = _op.fused_attention(part, first_head, total_heads)
-        dtype = y.dtype
-    else:
-        y = attention_before_tail(
-            part, key_value if sum_gradient is None else tuple(map(sum_gradient, key_value)), first_head, total_heads
-        )
-        dtype = result_dtype(block.x)
+        return residual_norm(tail_of(block, all_reduce(_op.fused_attention(part, first_head, total_heads))))
+    y = attention_before_tail(
+        part, key_value if sum_gradient is None else tuple(map(sum_gradient, key_value)), first_head, total_heads
+    )
+    dtype = result_dtype(block.x)
     with without_auto_cast():
-        return residual_tail(block, all_reduce(y), dtype)
+        return residual_tail(tail_of(block, all_reduce(y)), dtype)

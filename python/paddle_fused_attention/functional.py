@@ -1,28 +1,18 @@
-"""The fused attention block as a function."""
+"""The fused attention block, a block's tail and linear layers as functions."""
 
 from __future__ import annotations
-
-import sys
-from types import FrameType
 
 import paddle
 from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._block import Block
+from ._checks import check_tensor
 from ._keys import attention_to_keys
+from ._linear import linear
+from ._ordinary_parts import is_exported_to_onnx
+from ._residual_norm import ResidualNorm, residual_norm
 from ._split_heads import attention_over_mesh, mesh_axis_of_heads
-
-
-def _is_exported_to_onnx() -> bool:
-    """Whether ``paddle.onnx.export`` builds the graph. Its exporter ends the process at an operator that ONNX does not
-    have, so it gets ordinary ops."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
-            return True
-        frame = frame.f_back
-    return False
 
 
 @paddle.jit.not_to_static
@@ -32,7 +22,7 @@ def self_attention(block: Block) -> paddle.Tensor:
         mesh_axis = mesh_axis_of_heads(block.x, block.qkv_weight)
         if mesh_axis is not None:
             return attention_over_mesh(block, mesh_axis)
-    elif _is_exported_to_onnx():
+    elif is_exported_to_onnx():
         return attention_to_keys(block, (block.x, block.x))
     return _op.fused_attention(block)
 
@@ -118,3 +108,124 @@ def fused_multi_head_attention(
     ))
     # fmt: on
     return self_attention(block.checked())
+
+
+@paddle.jit.not_to_static
+def fused_bias_dropout_residual_layer_norm(
+    x: paddle.Tensor,
+    residual: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    ln_scale: paddle.Tensor | None = None,
+    ln_bias: paddle.Tensor | None = None,
+    dropout_rate: float = 0.5,
+    ln_epsilon: float = 1e-5,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    name: str | None = None,
+    *,
+    final_layer_norm: bool = True,
+    seed: int | None = None,
+) -> paddle.Tensor:
+    """``layer_norm(residual + dropout(x + bias))`` as one operator, differentiable, in dygraph and in static graphs.
+
+    The parameters up to ``name`` are those of ``paddle.incubate.nn.functional``.
+
+    Args:
+        x: ``[..., embed_dim]``, float32, float64, float16 or bfloat16.
+        residual: Shape and dtype of x.
+        bias: ``[embed_dim]``, dtype of x, or of 16 bits beside a float32 x, or None.
+        ln_scale, ln_bias: ``[embed_dim]``, dtype of x, or float32 for a 16-bit x. None: 1 and 0. Unused without
+            ``final_layer_norm``.
+        dropout_rate: The probability of dropping an element of x + bias, in [0, 1], exact to 2^-16.
+        ln_epsilon: Added to the variance.
+        training, mode, seed: As in :func:`fused_multi_head_attention`.
+        name: Unused; there for the sake of Paddle's convention.
+        final_layer_norm: Whether the sum is layer-normalised.
+
+    Returns:
+        Shape and dtype of x.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape or a number does not fit.
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
+    """
+    check_tensor("x", x, required=True)
+    check_tensor("residual", residual, required=True)
+    # fmt: off
+    description = ResidualNorm._make((
+        x, residual, bias, ln_scale, ln_bias, ln_epsilon, dropout_rate, training, final_layer_norm, mode, seed,
+    ))
+    # fmt: on
+    return residual_norm(description.checked())
+
+
+@paddle.jit.not_to_static
+def fused_linear(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    transpose_weight: bool = False,
+    name: str | None = None,
+) -> paddle.Tensor:
+    """``x @ weight + bias`` as one operator, differentiable, in dygraph and in static graphs.
+
+    Args:
+        x: ``[..., in_features]``, float32, float64, float16 or bfloat16.
+        weight: ``[in_features, out_features]``, with ``transpose_weight`` ``[out_features, in_features]``, dtype of x.
+        bias: ``[out_features]``, dtype of x, or None.
+        transpose_weight: See weight.
+        name: Unused; there for the sake of Paddle's convention.
+
+    Returns:
+        ``[..., out_features]``, dtype of x.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape does not fit.
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
+    """
+    return linear(x, weight, bias, False, transpose_weight)
+
+
+@paddle.jit.not_to_static
+def fused_linear_activation(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    trans_x: bool = False,
+    trans_y: bool = False,
+    activation: str | None = None,
+) -> paddle.Tensor:
+    """``activation(x @ y + bias)`` as one operator, differentiable, in dygraph and in static graphs.
+
+    Args:
+        x: ``[..., K]``, float32, float64, float16 or bfloat16; with ``trans_x`` ``[K, M]``, which is transposed.
+        y: ``[K, N]``, dtype of x; with ``trans_y`` ``[N, K]``, which is transposed.
+        bias: ``[N]``, dtype of x, or None.
+        trans_x, trans_y: See x and y.
+        activation: "relu", "gelu" (exact), "gelu_tanh" (approximate), "silu" or None.
+
+    Returns:
+        ``[..., N]``, with ``trans_x`` ``[M, N]``, dtype of x.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape or activation does not fit.
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
+    """
+    return linear(x, y, bias, trans_x, trans_y, activation, ("x", "y", "bias"), ("trans_x", "trans_y"))
+
+
+@paddle.jit.not_to_static
+def fused_matmul_bias(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    name: str | None = None,
+) -> paddle.Tensor:
+    """:func:`fused_linear_activation` without an activation, with the parameters that Paddle's function of this name
+    has."""
+    return linear(x, y, bias, transpose_x, transpose_y, None, ("x", "y", "bias"), ("transpose_x", "transpose_y"))

@@ -1,7 +1,7 @@
-"""Puts this package in the place of ``paddle.incubate.nn``'s fused attention, and takes it out again.
+"""Puts this package in the place of ``paddle.incubate.nn``'s fused layers and functions, and takes it out again.
 
-Paddle hands the function and the class from module to module by name, so every module of Paddle that holds one of them
-is given ours.
+Paddle hands functions and classes from module to module by name, so every module of Paddle that holds one of them is
+given ours.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from typing import Any
 
 import paddle.incubate.nn.functional
 
-from .incubate import FusedMultiHeadAttention
-from .incubate.functional import fused_multi_head_attention
+from . import incubate
 
 _REPLACEMENTS = (
-    (paddle.incubate.nn.FusedMultiHeadAttention, FusedMultiHeadAttention),
-    (paddle.incubate.nn.functional.fused_multi_head_attention, fused_multi_head_attention),
+    *(
+        (getattr(paddle.incubate.nn, name), getattr(incubate, name))
+        for name in incubate.__all__
+        if name != "functional"
+    ),
+    *(
+        (getattr(paddle.incubate.nn.functional, name), getattr(incubate.functional, name))
+        for name in incubate.functional.__all__
+    ),
 )
 _patch_depth = 0
 
@@ -47,10 +53,10 @@ class _Patched:
 
 
 def patch() -> _Patched:
-    """Makes ``paddle.incubate.nn.FusedMultiHeadAttention`` and
-    ``paddle.incubate.nn.functional.fused_multi_head_attention`` those of :mod:`paddle_fused_attention.incubate`.
+    """Makes the fused layers of ``paddle.incubate.nn`` and the fused functions of ``paddle.incubate.nn.functional``
+    those that :mod:`paddle_fused_attention.incubate` has.
 
-    It holds at once wherever Paddle itself uses them (``FusedTransformerEncoderLayer``, layers that exist already) and
+    It holds at once wherever Paddle itself uses them (layers that exist already, too) and
     in code that imports them from Paddle afterwards. A module that imported them before keeps Paddle's. Calls may be
     nested: each :func:`unpatch` undoes one, and after the last Paddle has its own objects again.
 

@@ -65,14 +65,21 @@ def gradients(model, x, mask):
 @contextlib.contextmanager
 def feed_forward_calls():
     """Collects the feed-forwards that the operator is called for, in dygraph and in graphs as they are built."""
-    calls, call = [], _feed_forward.operator
+    calls, described = [], []
+    operator, arguments_of = _feed_forward.FEED_FORWARD, _feed_forward._arguments
+    call = operator.call
 
-    def counted(description):
-        calls.append(description)
-        return call(description)
+    def remembered(description, *part):
+        described[:] = [description]
+        return arguments_of(description, *part)
 
-    _feed_forward.operator = counted
+    def counted(*arguments):
+        calls.extend(described)
+        return call(*arguments)
+
+    _feed_forward._arguments, operator.call = remembered, counted
     try:
         yield calls
     finally:
-        _feed_forward.operator = call
+        _feed_forward._arguments = arguments_of
+        del operator.call

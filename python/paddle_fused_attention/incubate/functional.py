@@ -1,5 +1,5 @@
-"""``paddle.incubate.nn.functional.fused_multi_head_attention``, as Paddle defines it today, on this package's
-operator."""
+"""The fused functions of ``paddle.incubate.nn.functional``, as Paddle defines them today, on this package's
+operators."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from typing import Any
 
 import paddle
 
+from .. import feed_forward, functional
 from .._block import Block
 from .._checks import check_switches, check_tensor
+from .._linear import linear
 from .._op import check_tensors
 from .._ordinary_ops import attention_with_cache
 from ..functional import self_attention
 from ..parallel import group_of_ring, parallel_attention
 from ..weights import pack_projections
 
-__all__ = ["fused_multi_head_attention"]
+__all__ = [
+    "fused_bias_dropout_residual_layer_norm",
+    "fused_feedforward",
+    "fused_linear",
+    "fused_linear_activation",
+    "fused_matmul_bias",
+    "fused_multi_head_attention",
+]
 
 
 def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
@@ -148,3 +157,139 @@ def fused_multi_head_attention(
         )
     out, k, v = attention_with_cache(block, *paddle.unbind(cache_kv), cache_name="cache_kv[0]")
     return out, paddle.stack([k, v])
+
+
+@paddle.jit.not_to_static
+def fused_feedforward(
+    x: paddle.Tensor,
+    linear1_weight: paddle.Tensor,
+    linear2_weight: paddle.Tensor,
+    linear1_bias: paddle.Tensor | None = None,
+    linear2_bias: paddle.Tensor | None = None,
+    ln1_scale: paddle.Tensor | None = None,
+    ln1_bias: paddle.Tensor | None = None,
+    ln2_scale: paddle.Tensor | None = None,
+    ln2_bias: paddle.Tensor | None = None,
+    dropout1_rate: float = 0.5,
+    dropout2_rate: float = 0.5,
+    activation: str = "relu",
+    ln1_epsilon: float = 1e-5,
+    ln2_epsilon: float = 1e-5,
+    pre_layer_norm: bool = False,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    ring_id: int = -1,
+    add_residual: bool = True,
+    name: str | None = None,
+) -> paddle.Tensor:
+    """:func:`paddle_fused_attention.fused_feedforward` with the signature of ``paddle.incubate.nn.functional``: the
+    result is layer-normalised exactly where ``pre_layer_norm`` is False. Dropout is seeded as that of
+    :func:`fused_multi_head_attention`."""
+    return feed_forward.fused_feedforward(
+        x,
+        linear1_weight,
+        linear2_weight,
+        linear1_bias,
+        linear2_bias,
+        ln1_scale,
+        ln1_bias,
+        ln2_scale,
+        ln2_bias,
+        dropout1_rate,
+        dropout2_rate,
+        activation,
+        ln1_epsilon,
+        ln2_epsilon,
+        pre_layer_norm,
+        training,
+        mode,
+        ring_id,
+        add_residual,
+        seed=seed_of_program(),
+    )
+
+
+@paddle.jit.not_to_static
+def fused_bias_dropout_residual_layer_norm(
+    x: paddle.Tensor,
+    residual: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    ln_scale: paddle.Tensor | None = None,
+    ln_bias: paddle.Tensor | None = None,
+    dropout_rate: float = 0.5,
+    ln_epsilon: float = 1e-5,
+    training: bool = True,
+    mode: str = "upscale_in_train",
+    name: str | None = None,
+) -> paddle.Tensor:
+    """:func:`paddle_fused_attention.fused_bias_dropout_residual_layer_norm` with the signature of
+    ``paddle.incubate.nn.functional``. Dropout is seeded as that of :func:`fused_multi_head_attention`."""
+    return functional.fused_bias_dropout_residual_layer_norm(
+        x, residual, bias, ln_scale, ln_bias, dropout_rate, ln_epsilon, training, mode, seed=seed_of_program()
+    )
+
+
+def _linear_activation(
+    x: Any, y: Any, bias: Any, transpose_x: Any, transpose_y: Any, activation: Any, names: tuple, switch_names: tuple
+) -> Any:
+    """As Paddle's functions compute it, which with ``transpose_x`` take x ``[K, ...]`` of any rank, read as
+    ``[K, M]``, for M a product of sizes."""
+    if not transpose_x or len(x.shape) < 3:
+        return linear(x, y, bias, transpose_x, transpose_y, activation, names, switch_names)
+    check_tensors(names[:1], (x,))
+    out = linear(x.flatten(1), y, bias, transpose_x, transpose_y, activation, names, switch_names)
+    unknown = sum(size < 0 for size in x.shape[1:]) > 1
+    sizes = [paddle.shape(x)[i] for i in range(1, len(x.shape))] if unknown else list(x.shape[1:])
+    return out.reshape([*sizes, out.shape[-1]])
+
+
+@paddle.jit.not_to_static
+def fused_matmul_bias(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    name: str | None = None,
+) -> paddle.Tensor:
+    """:func:`paddle_fused_attention.fused_matmul_bias`, and ``paddle.matmul`` where there is no bias and y, or a
+    transposed x, is no matrix, as in Paddle.
+
+    With a bias and ``transpose_x`` x is ``[K, ...]``, and the result ``[..., N]``.
+    """
+    names, switch_names = ("x", "y", "bias"), ("transpose_x", "transpose_y")
+    check_tensor("x", x, required=True)
+    check_tensor("y", y, required=True)
+    if bias is None and (len(y.shape) != 2 or len(x.shape) < 2 or (transpose_x and len(x.shape) > 2)):
+        check_switches(transpose_x=transpose_x, transpose_y=transpose_y)
+        check_tensors(("x", "y"), (x, y))
+        return paddle.matmul(x, y, bool(transpose_x), bool(transpose_y))
+    return _linear_activation(x, y, bias, transpose_x, transpose_y, None, names, switch_names)
+
+
+@paddle.jit.not_to_static
+def fused_linear(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    transpose_weight: bool = False,
+    name: str | None = None,
+) -> paddle.Tensor:
+    """:func:`paddle_fused_attention.fused_linear`."""
+    return functional.fused_linear(x, weight, bias, transpose_weight)
+
+
+@paddle.jit.not_to_static
+def fused_linear_activation(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    bias: paddle.Tensor | None,
+    trans_x: bool = False,
+    trans_y: bool = False,
+    activation: str | None = None,
+) -> paddle.Tensor:
+    """:func:`paddle_fused_attention.fused_linear_activation`, which takes "none" too, Paddle's name for no activation,
+    and with ``trans_x`` x ``[K, ...]``, for a result ``[..., N]``."""
+    activation = None if activation == "none" else activation
+    check_tensor("x", x, required=True)
+    return _linear_activation(x, y, bias, trans_x, trans_y, activation, ("x", "y", "bias"), ("trans_x", "trans_y"))

@@ -1,0 +1,77 @@
+"""What blocks of ordinary Paddle ops share, and where such ops take the operators' place."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any, Sequence
+
+import paddle
+import paddle.nn.functional as F
+from paddle.framework import in_dynamic_mode
+
+from ._block import MODES
+
+
+def is_auto_parallel(*tensors: Any) -> bool:
+    """Whether one of the tensors is one of Paddle's auto-parallel engine, in dygraph. They may be None.
+
+    Raises:
+        NotImplementedError: There is one on Paddle 2, whose custom operators take no such tensors.
+    """
+    try:
+        for tensor in tensors:
+            if tensor is not None and tensor.is_dist():
+                break
+        else:
+            return False
+    except AttributeError:  # a variable of a static graph on Paddle 2, which the operator's call refuses
+        return False
+    if paddle.__version__.startswith("2."):
+        raise NotImplementedError(
+            f"x: expected ordinary tensors, since auto-parallel ones need Paddle 3, got them on {paddle.__version__}"
+        )
+    return True
+
+
+def is_exported_to_onnx() -> bool:
+    """Whether ``paddle.onnx.export`` builds the graph. Its exporter ends the process at an operator that ONNX does not
+    have, so it gets ordinary ops."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("paddle2onnx."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def needs_ordinary_ops(*tensors: Any) -> bool:
+    """Whether ordinary ops must compute what has these tensors: the operators beside attention have no rules for
+    auto-parallel tensors, and ONNX has no such operators."""
+    return is_auto_parallel(*tensors) if in_dynamic_mode() else is_exported_to_onnx()
+
+
+def compute_dtype(x: Any) -> str:
+    """float32 at least: Paddle multiplies no 16-bit matrices on the CPU."""
+    return "float64" if x.dtype == paddle.float64 else "float32"
+
+
+def cast_all(tensors: Sequence[Any], dtype: str) -> list:
+    return [None if tensor is None else paddle.cast(tensor, dtype) for tensor in tensors]
+
+
+def layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+    """Layer norm. Paddle's own takes no epsilon above 0.001, and its gradient is wrong for a frozen scale on the
+    CPU."""
+    centred = x - x.mean(axis=-1, keepdim=True)
+    out = centred * paddle.rsqrt((centred * centred).mean(axis=-1, keepdim=True) + epsilon)
+    out = out if scale is None else out * scale
+    return out if bias is None else out + bias
+
+
+def dropout(tensor: Any, rate: float, training: bool, mode: str, keep: Any = None) -> Any:
+    """Dropout by the mask `keep`, or Paddle's own if that is None."""
+    if keep is None:
+        return F.dropout(tensor, rate, training=training, mode=mode)
+    scaled = tensor / (1.0 - rate) if mode == MODES[0] and rate < 1.0 else tensor
+    return paddle.where(keep, scaled, paddle.zeros_like(scaled))
