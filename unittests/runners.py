@@ -13,7 +13,7 @@ import common
 import numpy as np
 import paddle
 import reference
-from paddle_fused_attention import _op, fused_multi_head_attention
+from paddle_fused_attention import _feed_forward, _op, fused_multi_head_attention
 
 
 def call(tensors, config, **changes):
@@ -128,3 +128,25 @@ def operator_calls():
         yield calls
     finally:
         _op.fused_attention = call
+
+
+@contextlib.contextmanager
+def feed_forward_calls():
+    """Collects the feed-forwards that the operator is called for, in dygraph and in graphs as they are built."""
+    calls, described = [], []
+    operator, arguments_of = _feed_forward.FEED_FORWARD, _feed_forward._arguments
+    call = operator.call
+
+    def remembered(description, *part):
+        described[:] = [description]
+        return arguments_of(description, *part)
+
+    def counted(*arguments):
+        calls.extend(described)
+        return call(*arguments)
+
+    _feed_forward._arguments, operator.call = remembered, counted
+    try:
+        yield calls
+    finally:
+        _feed_forward._arguments, operator.call = arguments_of, call

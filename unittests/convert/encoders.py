@@ -1,12 +1,9 @@
 """Encoders of Paddle's layers, inputs and masks for them, and how converted ones are compared with them."""
 
-import contextlib
-
 import common
 import numpy as np
 import paddle
 from paddle import nn
-from paddle_fused_attention import _feed_forward
 
 BATCH, SEQ, HEADS, EMBED = 2, 6, 4, 16
 
@@ -60,26 +57,3 @@ def gradients(model, x, mask):
     d_out = paddle.to_tensor(np.random.default_rng(9).standard_normal(out.shape).astype(out.numpy().dtype))
     out.backward(d_out)
     return x.grad.numpy(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@contextlib.contextmanager
-def feed_forward_calls():
-    """Collects the feed-forwards that the operator is called for, in dygraph and in graphs as they are built."""
-    calls, described = [], []
-    operator, arguments_of = _feed_forward.FEED_FORWARD, _feed_forward._arguments
-    call = operator.call
-
-    def remembered(description, *part):
-        described[:] = [description]
-        return arguments_of(description, *part)
-
-    def counted(*arguments):
-        calls.extend(described)
-        return call(*arguments)
-
-    _feed_forward._arguments, operator.call = remembered, counted
-    try:
-        yield calls
-    finally:
-        _feed_forward._arguments = arguments_of
-        del operator.call

@@ -17,7 +17,6 @@ from encoders import (
     check,
     encoder,
     encoder_layer,
-    feed_forward_calls,
     gradients,
     make_mask,
     make_x,
@@ -76,7 +75,7 @@ def test_outputs_are_those_of_paddles_layers(normalize_before, kind, dtype):
     expected, expected_layer = model(x, mask).numpy(), model.layers[0](x, mask).numpy()
     model = converted(model)
     assert not any(layer.training for layer in model.sublayers(include_self=True))
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         check("out", model(x, mask).numpy(), expected, dtype)
     assert len(calls) == len(feed_forwards) == 2
     check("layer", model.layers[0](x, mask).numpy(), expected_layer, dtype)
@@ -117,7 +116,7 @@ def test_gradients_where_a_query_sees_no_key(normalize_before):
 def test_dropout_rates():
     """Each of the rates goes to its place, and drops."""
     layer = convert(encoder_layer(dropout=0.25, attn_dropout=0.5, act_dropout=0.125))
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         x = make_x()
         assert (layer(x).numpy() != layer(x).numpy()).any()
     assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.25, 0.5)] * 2
@@ -314,7 +313,7 @@ def test_sixteen_bit_parameters_keep_their_dtypes():
     converted(model)
     assert model.self_attn.qkv_weight.dtype == model.self_attn.out_proj.bias.dtype == paddle.bfloat16
     assert model.norm1.weight.dtype == paddle.float32
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         assert model(make_x()).dtype == paddle.float32
     assert len(calls) == len(feed_forwards) == 1
     for name, value in revert(model).state_dict().items():
@@ -451,7 +450,7 @@ def test_the_other_half_is_converted(case):
     assert report.left_alone["encoder"].startswith(f"{half}: ") and reason in report.left_alone["encoder"]
     assert ("self_attn.qkv_weight" in layer.state_dict()) == (half == "feed-forward")
     if usable:
-        with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+        with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
             check("out", layer(x).numpy(), expected, "float32")
         assert (len(calls), len(feed_forwards)) == ((0, 1) if half == "attention" else (1, 0))
     assert revert(model).encoder is layer
@@ -520,7 +519,7 @@ def test_to_static():
         static = paddle.jit.to_static(converted(shake(encoder(normalize_before=True))), full_graph=full_graph)
         static.set_state_dict(model.state_dict())
         static.eval()
-        with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+        with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
             check("out", static(x, mask).numpy(), expected, "float32")
         assert len(calls) == len(feed_forwards) > 0
 

@@ -20,7 +20,6 @@ from encoders import (
     check,
     encoder,
     encoder_layer,
-    feed_forward_calls,
     make_mask,
     make_x,
     shake,
@@ -52,7 +51,7 @@ def check_both(plain, converted, calls, mask=None, feed_forwards=1):
     for layer in (plain, converted):
         inputs = x.clone()
         inputs.stop_gradient = False
-        with runners.operator_calls() as made, feed_forward_calls() as halves:
+        with runners.operator_calls() as made, runners.feed_forward_calls() as halves:
             out = layer(inputs, mask)
         out.backward(d_out)
         found.append((out.numpy(), inputs.grad.numpy(), len(made), len(halves)))
@@ -103,7 +102,7 @@ def test_hooks_and_forwards_that_come_later(kind, path):
     # changed.
     is_inside = path.startswith("self_attn.") or (path, kind) == ("self_attn", "pre")
     x = make_x()
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         actual = converted(x).numpy()
     check("out", actual, plain(x).numpy(), "float32")
     assert (len(calls), len(feed_forwards)) == (0 if is_inside else 1, 0 if path in FEED_FORWARD_PARTS else 1)
@@ -333,7 +332,7 @@ def test_rates_and_modes_that_are_set_later():
     _, converted = pair(dropout=0.4)
     for layer in (converted.dropout, converted.dropout1, converted.dropout2):
         layer.eval()
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         converted(x)
         converted.dropout2.train()
         converted.dropout2.p = 1
@@ -342,7 +341,7 @@ def test_rates_and_modes_that_are_set_later():
     assert [(half.dropout1_rate, half.dropout2_rate) for half in feed_forwards] == [(0.0, 0.0), (0.0, 1.0)]
     converted.eval()
     converted.dropout.train()
-    with feed_forward_calls() as feed_forwards:
+    with runners.feed_forward_calls() as feed_forwards:
         assert (converted(x).numpy() != converted(x).numpy()).any()
     assert [(half.dropout1_rate, half.dropout2_rate, half.training) for half in feed_forwards] == [(0.4, 0.0, True)] * 2
 
@@ -436,7 +435,7 @@ def test_quantization(how):
         kinds = [type(getattr(layer.self_attn, name)).__name__ for layer in quantized.layers for name in PROJECTIONS]
         kinds += [type(layer).__name__ for half in quantized.layers for layer in (half.linear1, half.linear2)]
         assert set(kinds) == {"QuantedLinear"}
-        with feed_forward_calls() as feed_forwards:
+        with runners.feed_forward_calls() as feed_forwards:
             for seed in (1, 2):
                 out = quantized(make_x(seed=seed), make_mask("bool", "float32"))
         assert not feed_forwards
@@ -548,7 +547,7 @@ def test_activations_whose_forward_was_replaced(kind, monkeypatch):
     monkeypatch.setattr(getattr(nn, kind), "forward", lambda self, x: x)
     _, report = convert(nn.Sequential(layer), return_report=True)
     assert report.left_alone == {"0": f"feed-forward: paddle.nn.{kind}.forward was replaced by one of {__name__}"}
-    with feed_forward_calls() as feed_forwards:
+    with runners.feed_forward_calls() as feed_forwards:
         layer(make_x())
     assert not feed_forwards
 

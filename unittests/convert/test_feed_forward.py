@@ -17,7 +17,6 @@ from encoders import (
     check,
     encoder,
     encoder_layer,
-    feed_forward_calls,
     gradients,
     make_x,
     shake,
@@ -73,7 +72,7 @@ def test_activations(name, normalize_before):
     assert not report.left_alone
     x = make_x()
     expected, expected_gradients = gradients(plain, x, None)
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         actual, actual_gradients = gradients(layer, x, None)
     assert [(call.activation, call.pre_layer_norm, call.final_layer_norm) for call in calls] == [
         (expected_name, normalize_before, not normalize_before)
@@ -96,7 +95,7 @@ def test_activations_that_the_operator_does_not_have(name):
     assert report.converted == {"0": "post-layer-norm encoder layer, attention"}
     assert report.left_alone["0"].startswith(f"feed-forward: its activation is {shown}")
     assert report.left_alone["0"].endswith(", not relu, gelu or silu")
-    with runners.operator_calls() as calls, feed_forward_calls() as feed_forwards:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         check("out", layer(x).numpy(), expected, "float32")
     assert (len(calls), len(feed_forwards)) == (1, 0)
 
@@ -141,7 +140,7 @@ def test_shared_feed_forwards_are_converted():
     expected = model(x).numpy()
     _, report = convert(model, return_report=True)
     assert len(report.converted) == 2 and not report.left_alone
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         check("out", model(x).numpy(), expected, "float32")
     assert len(calls) == 2
 
@@ -229,7 +228,7 @@ def test_bare_feed_forwards(name, training):
     for module in (plain, layer):
         x = make_x()
         x.stop_gradient = False
-        with feed_forward_calls() as calls:
+        with runners.feed_forward_calls() as calls:
             out = module(x)
         out.backward(paddle.to_tensor(np.random.default_rng(4).standard_normal(out.shape).astype("float32")))
         found.append([out.numpy(), x.grad.numpy(), *(p.grad.numpy() for p in module.parameters())])
@@ -247,7 +246,7 @@ def test_dropout_of_adapters():
     for make, rates in ((lambda: Mlp(drop=0.25), (0.25, 0.25)), (Written, (0.25, 0.5))):
         model = convert(nn.Sequential(make()))
         x = make_x()
-        with feed_forward_calls() as calls:
+        with runners.feed_forward_calls() as calls:
             assert (model(x).numpy() != model(x).numpy()).any()
             model.eval()
             np.testing.assert_array_equal(model(x).numpy(), model(x).numpy())
@@ -262,7 +261,7 @@ def test_calls_that_the_operator_does_not_serve():
     plain.eval()
     layer = convert(nn.Sequential(copy.deepcopy(plain)))[0]
     x = make_x()
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         for arguments, keywords in (((x, True), {}), ((x,), {"twice": True}), ((), {"x": x})):
             check("out", layer(*arguments, **keywords).numpy(), plain(*arguments, **keywords).numpy(), "float32")
         assert not calls
@@ -286,7 +285,7 @@ def test_parts_that_change_later(change):
     layer = convert(nn.Sequential(copy.deepcopy(plain)))[0]
     for module in (plain, layer):
         LATER[change](module)
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         check("out", layer(make_x()).numpy(), plain(make_x()).numpy(), "float32")
     assert not calls
 
@@ -299,14 +298,14 @@ def test_copies_and_pickles():
     if (int(paddle.version.major), int(paddle.version.minor)) >= (3, 3):  # no earlier one pickles parameters
         clones.append(pickle.loads(pickle.dumps(model)))
     for clone in clones:
-        with feed_forward_calls() as calls:
+        with runners.feed_forward_calls() as calls:
             np.testing.assert_array_equal(clone(x).numpy(), expected)
         assert len(calls) == 2 and type(clone[0]) is type(model[0]) and type(clone[1]) is type(model[1])
         clone[0].fc1.weight.set_value(clone[0].fc1.weight * 2)
         assert np.abs(clone(x).numpy() - expected).max() > 1e-3
     np.testing.assert_array_equal(model(x).numpy(), expected)
     half = convert(nn.Sequential(with_activation(F.tanh)), return_report=True)[0]
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         np.testing.assert_array_equal(copy.deepcopy(half)(x).numpy(), half(x).numpy())
     assert not calls
 
@@ -327,7 +326,7 @@ def test_static_graphs(full_graph):
     x = make_x()
     expected = model(x).numpy()
     static = paddle.jit.to_static(convert(model), full_graph=full_graph)
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         check("out", static(x).numpy(), expected, "float32")
     assert len(calls) == 3
 
@@ -355,7 +354,7 @@ def test_quantization_of_bare_feed_forwards():
         model = change(shake(nn.Sequential(Mlp())))
         quantized = quantization.QAT(quantization.QuantConfig(activation=quanter, weight=quanter)).quantize(model)
         assert type(quantized[0].fc1).__name__ == type(quantized[0].fc2).__name__ == "QuantedLinear"
-        with feed_forward_calls() as calls:
+        with runners.feed_forward_calls() as calls:
             outs.append(quantized(make_x()).numpy())
         assert not calls
     check("out", outs[1], outs[0], "float32")
@@ -482,7 +481,7 @@ def test_layers_without_values():
     assert report.converted == {"1": "post-layer-norm encoder layer, feed-forward"}
     for p in layer.parameters():
         p.initialize()
-    with feed_forward_calls() as calls:
+    with runners.feed_forward_calls() as calls:
         assert layer(make_x()).shape == [BATCH, SEQ, EMBED]
     assert len(calls) == 1
 
