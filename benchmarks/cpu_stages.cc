@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
 
@@ -97,11 +97,12 @@ int main(int count, char** arguments) {
     return 2;
   }
   const bool bfloat16 = !std::strcmp(arguments[1], "bfloat16");
-  Params p;
+  AttentionParams p;
   p.dtype = bfloat16 ? DType::kBFloat16 : DType::kFloat32;
   p.residual_dtype = p.dtype;
   p.batch = std::atoll(arguments[2]);
   p.seq_len = std::atoll(arguments[3]);
+  p.rows = p.batch * p.seq_len;
   p.embed_dim = std::atoll(arguments[4]);
   p.num_heads = std::atoll(arguments[5]);
   p.head_dim = p.embed_dim / p.num_heads;
@@ -119,7 +120,7 @@ int main(int count, char** arguments) {
     }
     return data;
   };
-  const int64_t rows = p.rows(), embed = p.embed_dim;
+  const int64_t rows = p.rows, embed = p.embed_dim;
   const float weight_scale = 1 / std::sqrt(static_cast<float>(embed));
   p.x = tensor(rows * embed, 1, p.dtype);
   p.qkv_weight = tensor(3 * embed * embed, weight_scale, p.dtype);
@@ -142,7 +143,7 @@ int main(int count, char** arguments) {
   context.threads = cpu::max_threads();
   p.seed = 1;
   char* const saved = allocate(saved_bytes(p));
-  const Params forward =
+  const AttentionParams forward =
       plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
   const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
@@ -151,8 +152,8 @@ int main(int count, char** arguments) {
   const double row_bytes = static_cast<double>(rows * embed * size_of(p.dtype));
   const struct {
     const char* name;
-    void (*run)(cpu::Context&, const Params&);
-    const Params* params;
+    void (*run)(cpu::Context&, const AttentionParams&);
+    const AttentionParams* params;
     double operations;
   } stages[] = {
       {"qkv_linear_forward", cpu::qkv_linear_forward, &forward, qkv},

@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cuda/stages.h"
 #include "pybind/config.h"
 
@@ -21,8 +21,8 @@ class Block {
  public:
   explicit Block(const pybind11::dict& config) : config_(pfa::parse_config(config)) {}
 
-  pfa::Params params(const variable_list& inputs) const {
-    pfa::Params p = config_.params;
+  pfa::AttentionParams params(const variable_list& inputs) const {
+    pfa::AttentionParams p = config_.params;
     p.x = inputs[kX].data_ptr();
     p.qkv_weight = inputs[kQkvWeight].data_ptr();
     p.qkv_bias = inputs[kQkvBias].data_ptr();
@@ -41,19 +41,19 @@ class Block {
   // Saves for the gradient into `saved` unless that is null.
   Tensor forward(const variable_list& inputs, Tensor* saved) {
     pfa::cuda::Context context = this->context(inputs[kX]);
-    pfa::Params p = params(inputs);
+    pfa::AttentionParams p = params(inputs);
     Tensor out = torch::empty_like(inputs[kX]);
     p.out = out.data_ptr();
     p.offset = ++calls_;
     if (saved) *saved = bytes(pfa::saved_bytes(p), out);
     const Tensor workspace = bytes(pfa::forward_workspace_bytes(context, p, saved != nullptr), out);
-    pfa::block_forward(context, p, saved ? saved->data_ptr() : nullptr, workspace.data_ptr());
+    pfa::run_forward(context, p, saved ? saved->data_ptr() : nullptr, workspace.data_ptr());
     return out;
   }
 
   variable_list backward(const variable_list& inputs, const Tensor& saved, const Tensor& d_out) {
     pfa::cuda::Context context = this->context(inputs[kX]);
-    pfa::Params p = params(inputs);
+    pfa::AttentionParams p = params(inputs);
     p.d_out = d_out.data_ptr();
     void*& d_scale = p.pre_layer_norm ? p.d_pre_ln_scale : p.d_ln_scale;
     void*& d_bias = p.pre_layer_norm ? p.d_pre_ln_bias : p.d_ln_bias;
@@ -65,7 +65,7 @@ class Block {
       *targets[i] = gradients.back().data_ptr();
     }
     const Tensor workspace = bytes(pfa::backward_workspace_bytes(context, p), d_out);
-    pfa::block_backward(context, p, saved.data_ptr(), workspace.data_ptr());
+    pfa::run_backward(context, p, saved.data_ptr(), workspace.data_ptr());
     return gradients;
   }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple
 
 import reference
-from reference import Config
+from reference import Config, FeedForwardConfig, LinearConfig, ResidualNormConfig
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SIXTEEN_BIT = ("float16", "bfloat16")
@@ -30,8 +30,24 @@ class Mask:
     content: str = "random"
 
 
+class _Changeable:
+    def but(self, **changes):
+        """This case with other fields, or other switches of its config."""
+        own = {k: v for k, v in changes.items() if k in self.__dataclass_fields__}
+        switches = {k: v for k, v in changes.items() if k not in own}
+        return replace(self, config=replace(self.config, **switches), **own)
+
+    def _switches(self):
+        """The switches that are not those of the default, for the case's name."""
+        default = type(self)().config
+        for name in self.config.__dataclass_fields__:
+            value = getattr(self.config, name)
+            if value != getattr(default, name):
+                yield name if value is True else f"{name}={value}"
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(_Changeable):
     batch: int = 2
     seq_len: int = 7
     num_heads: int = 2
@@ -42,12 +58,6 @@ class Case:
     mask: Optional[Mask] = None
     absent: Tuple[str, ...] = ()
     config: Config = field(default_factory=Config)
-
-    def but(self, **changes):
-        """This case with other fields, or other switches of its config."""
-        own = {k: v for k, v in changes.items() if k in self.__dataclass_fields__}
-        switches = {k: v for k, v in changes.items() if k not in own}
-        return replace(self, config=replace(self.config, **switches), **own)
 
     @property
     def embed_dim(self):
@@ -63,7 +73,6 @@ class Case:
         return self.dtype
 
     def __str__(self):
-        default = Case()
         parts = ["x".join(str(n) for n in (self.batch, self.seq_len, self.num_heads, self.head_dim)), self.dtype]
         if self.residual_dtype:
             parts.append("residual_" + self.residual_dtype)
@@ -72,11 +81,102 @@ class Case:
         if self.mask:
             parts.append("_".join(("mask", self.mask.shape, self.mask.dtype or "own", self.mask.content)))
         parts += ["no_" + name for name in self.absent]
-        for name in Config.__dataclass_fields__:
-            value = getattr(self.config, name)
-            if value != getattr(default.config, name):
-                parts.append(name if value is True else f"{name}={value}")
-        return "-".join(parts)
+        return "-".join([*parts, *self._switches()])
+
+
+@dataclass(frozen=True)
+class _RowsCase(_Changeable):
+    """What the cases of blocks that compute row by row share. `shape` is of x, but for its last size."""
+
+    shape: Tuple[int, ...] = (2, 7)
+    width: int = 16
+    dtype: str = "float64"
+    residual_dtype: Optional[str] = None
+    norm_dtype: Optional[str] = None
+    absent: Tuple[str, ...] = ()
+
+    def dtype_of(self, name):
+        if "ln" in name:
+            return self.norm_dtype or ("float32" if self.dtype in SIXTEEN_BIT else self.dtype)
+        if name in ("x", "residual", "out", "d_out"):
+            return self.residual_dtype or self.dtype
+        return self.dtype
+
+    def __str__(self):
+        sizes = [str(n) for n in (*self.shape, *self.sizes)]
+        parts = ["x".join(sizes), self.dtype]
+        if self.residual_dtype:
+            parts.append("residual_" + self.residual_dtype)
+        if self.norm_dtype:
+            parts.append("norm_" + self.norm_dtype)
+        return "-".join([*parts, *("no_" + name for name in self.absent), *self._switches()])
+
+    def _norm(self, name):
+        return {f"{name}_scale": ((self.width,), 0.2, 1.0), f"{name}_bias": ((self.width,), 0.2, 0.0)}
+
+
+@dataclass(frozen=True)
+class FeedForwardCase(_RowsCase):
+    hidden: int = 24
+    config: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+
+    @property
+    def sizes(self):
+        return self.width, self.hidden
+
+    def drawn(self):
+        """The inputs to draw by name: shape, scale and centre."""
+        x = (*self.shape, self.width)
+        first = self.hidden * (2 if self.config.gated else 1)
+        return {
+            "x": (x, 1.0, 0.0),
+            "linear1_weight": ((self.width, first), self.width**-0.5, 0.0),
+            "linear2_weight": ((self.hidden, self.width), self.hidden**-0.5, 0.0),
+            **(self._norm("ln1") if self.config.pre_layer_norm else {}),
+            **(self._norm("ln2") if self.config.final_layer_norm else {}),
+            "linear1_bias": ((first,), 0.3, 0.0),
+            "linear2_bias": ((self.width,), 0.3, 0.0),
+            "d_out": (x, 1.0, 0.0),
+        }
+
+
+@dataclass(frozen=True)
+class ResidualNormCase(_RowsCase):
+    config: ResidualNormConfig = field(default_factory=ResidualNormConfig)
+
+    @property
+    def sizes(self):
+        return (self.width,)
+
+    def drawn(self):
+        x = (*self.shape, self.width)
+        return {
+            "x": (x, 1.0, 0.0),
+            "residual": (x, 1.0, 0.0),
+            "bias": ((self.width,), 0.3, 0.0),
+            **(self._norm("ln") if self.config.final_layer_norm else {}),
+            "d_out": (x, 1.0, 0.0),
+        }
+
+
+@dataclass(frozen=True)
+class LinearCase(_RowsCase):
+    out_width: int = 24
+    config: LinearConfig = field(default_factory=LinearConfig)
+
+    @property
+    def sizes(self):
+        return self.width, self.out_width
+
+    def drawn(self):
+        transpose_x, transpose_weight = self.config.transpose_x, self.config.transpose_weight
+        weight = (self.width, self.out_width)
+        return {
+            "x": ((self.width, *self.shape) if transpose_x else (*self.shape, self.width), 1.0, 0.0),
+            "weight": (weight[::-1] if transpose_weight else weight, self.width**-0.5, 0.0),
+            "bias": ((self.out_width,), 0.3, 0.0),
+            "d_out": ((*self.shape, self.out_width), 1.0, 0.0),
+        }
 
 
 # Everything at once: a mask of the case's own float dtype, both norms with an epsilon of their own, both dropouts.
@@ -269,3 +369,126 @@ def name_of_subset(value):
     if isinstance(value, Case):
         return "+".join(n for n in ("pre_layer_norm", "final_layer_norm") if getattr(value.config, n)) or "no_norm"
     return "+".join(value) or "none"
+
+
+# The feed-forward block
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+FEED_FORWARD_OPTIONAL = ("ln1_scale", "ln1_bias", "ln2_scale", "ln2_bias", "linear1_bias", "linear2_bias")
+FULL_FEED_FORWARD = FeedForwardCase().but(
+    pre_layer_norm=True, activation="gelu", dropout1_rate=0.2, dropout2_rate=0.3, ln1_epsilon=1e-3, ln2_epsilon=1e-4,
+    seed=17,
+)  # fmt: skip
+
+
+def feed_forward_features():
+    """Switches, dropout and absent inputs by name, for every dtype, and for float32 x beside 16-bit weights."""
+    plain = FeedForwardCase()
+    found = {
+        "plain": plain,
+        "pre": plain.but(pre_layer_norm=True, final_layer_norm=False),
+        "pre-and-final": plain.but(pre_layer_norm=True),
+        "no-norm": plain.but(final_layer_norm=False),
+        "no-residual": plain.but(add_residual=False),
+        "no-residual-no-norm": plain.but(add_residual=False, final_layer_norm=False),
+        "dropout": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, seed=7),
+        "dropout-pre": plain.but(pre_layer_norm=True, final_layer_norm=False, dropout1_rate=0.3, seed=2**40),
+        "dropout-output-only": plain.but(dropout2_rate=0.5, seed=-1),
+        "dropout-all-hidden": plain.but(dropout1_rate=1.0),
+        "dropout-all": plain.but(dropout1_rate=1.0, dropout2_rate=1.0),
+        "downscale": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, mode="downscale_in_infer"),
+        "eval": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, training=False),
+        "eval-downscale": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, training=False, mode="downscale_in_infer"),
+        "epsilon": plain.but(pre_layer_norm=True, ln1_epsilon=0.1, ln2_epsilon=0.5),
+        "no-optional": plain.but(absent=FEED_FORWARD_OPTIONAL, pre_layer_norm=True),
+    }
+    for activation in ACTIVATIONS:
+        found[activation] = plain.but(activation=activation)
+        found["gated-" + activation] = plain.but(activation=activation, gated=True)
+        found["full-" + activation] = FULL_FEED_FORWARD.but(activation=activation)
+        found["full-gated-" + activation] = FULL_FEED_FORWARD.but(activation=activation, gated=True)
+    for gated in (False, True):
+        for name in FEED_FORWARD_OPTIONAL:
+            found[f"full-no-{name}{'-gated' * gated}"] = FULL_FEED_FORWARD.but(absent=(name,), gated=gated)
+        found["full-downscale" + "-gated" * gated] = FULL_FEED_FORWARD.but(mode="downscale_in_infer", gated=gated)
+        found["full-eval" + "-gated" * gated] = FULL_FEED_FORWARD.but(training=False, gated=gated)
+    return found
+
+
+FEED_FORWARD_FEATURES = feed_forward_features()
+# Shape of x but for its last size, that, and the hidden numbers: odd ones, one, more than a tile of rows or columns.
+FEED_FORWARD_SIZES = [
+    FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
+    for shape, width, hidden in (
+        ((1,), 1, 1), ((1, 1), 17, 3), ((3, 5), 33, 67), ((5,), 8, 130), ((2, 3, 4), 40, 24), ((7, 19), 96, 384),
+        ((300,), 24, 41), ((1, 130), 130, 65),
+    )
+    for gated in (False, True)
+]  # fmt: skip
+FEED_FORWARD_EMPTY = [
+    FULL_FEED_FORWARD.but(shape=shape, gated=gated) for shape in ((0,), (0, 7), (2, 0)) for gated in (False, True)
+]
+FEED_FORWARD_SEEDS = [
+    FULL_FEED_FORWARD.but(dropout1_rate=0.5, dropout2_rate=0.5, seed=seed, hidden=37)
+    for seed in (0, 1, 2**32 + 5, 2**63 - 1, -1, -(2**63))
+]
+FEED_FORWARD_RATES = [
+    FULL_FEED_FORWARD.but(dropout1_rate=first, dropout2_rate=second, mode=mode)
+    for first, second in ((0.0, 0.5), (0.5, 0.0), (0.1, 1.0), (1.0, 0.1), (1 / 3, 1e-9), (1 - 2.0**-16, 2.0**-17))
+    for mode in ("upscale_in_train", "downscale_in_infer")
+]
+
+
+def gradient_subsets(case):
+    """None of the gradients, each, and all pairs with x or a weight, of the inputs that the case has."""
+    names = [name for name in case.drawn() if name != "d_out" and name not in case.absent]
+    pairs = [list(pair) for pair in itertools.combinations(names, 2) if "x" in pair or any("weight" in n for n in pair)]
+    return [(case, wanted) for wanted in [[], *([name] for name in names), *pairs]]
+
+
+FEED_FORWARD_SUBSETS = [
+    subset
+    for changes in ({}, {"pre_layer_norm": False}, {"final_layer_norm": False, "gated": True})
+    for subset in gradient_subsets(FULL_FEED_FORWARD.but(**changes))
+]
+
+# A block's tail
+
+RESIDUAL_NORM_OPTIONAL = ("bias", "ln_scale", "ln_bias")
+FULL_RESIDUAL_NORM = ResidualNormCase().but(dropout_rate=0.3, ln_epsilon=1e-4, seed=5)
+RESIDUAL_NORM_FEATURES = {
+    "plain": ResidualNormCase(),
+    "full": FULL_RESIDUAL_NORM,
+    "no-norm": FULL_RESIDUAL_NORM.but(final_layer_norm=False),
+    "dropout-all": FULL_RESIDUAL_NORM.but(dropout_rate=1.0),
+    "downscale": FULL_RESIDUAL_NORM.but(mode="downscale_in_infer"),
+    "eval": FULL_RESIDUAL_NORM.but(training=False),
+    "eval-downscale": FULL_RESIDUAL_NORM.but(training=False, mode="downscale_in_infer"),
+    "epsilon": FULL_RESIDUAL_NORM.but(ln_epsilon=0.5),
+    "no-optional": FULL_RESIDUAL_NORM.but(absent=RESIDUAL_NORM_OPTIONAL),
+    **{"no-" + name: FULL_RESIDUAL_NORM.but(absent=(name,)) for name in RESIDUAL_NORM_OPTIONAL},
+}
+RESIDUAL_NORM_SIZES = [
+    FULL_RESIDUAL_NORM.but(shape=shape, width=width)
+    for shape, width in (((), 5), ((1,), 1), ((3,), 33), ((2, 3, 4), 40), ((1, 130), 257), ((500,), 8), ((0, 7), 16))
+]
+
+# Linear
+
+FULL_LINEAR = LinearCase().but(activation="gelu")
+LINEAR_FEATURES = {
+    "plain": LinearCase(),
+    "no-bias": LinearCase(absent=("bias",)),
+    **{name: LinearCase().but(activation=name) for name in ACTIVATIONS},
+    "transpose-weight": FULL_LINEAR.but(transpose_weight=True),
+    "transpose-x": FULL_LINEAR.but(shape=(9,), transpose_x=True),
+    "transpose-both": FULL_LINEAR.but(shape=(9,), transpose_x=True, transpose_weight=True),
+    "transpose-both-no-bias": LinearCase(shape=(9,), absent=("bias",)).but(transpose_x=True, transpose_weight=True),
+}
+LINEAR_SIZES = [
+    FULL_LINEAR.but(shape=shape, width=width, out_width=out_width, transpose_weight=transposed)
+    for shape, width, out_width in (
+        ((1,), 1, 1), ((3, 5), 33, 67), ((2, 3, 4), 40, 24), ((300,), 24, 41), ((1, 130), 130, 65), ((0, 7), 16, 8),
+    )
+    for transposed in (False, True)
+]  # fmt: skip

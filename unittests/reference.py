@@ -1,4 +1,4 @@
-"""The attention block in float64 NumPy, straight from its definition: what every implementation is compared with.
+"""The blocks in float64 NumPy, straight from their definitions: what every implementation is compared with. Attention:
 
 h      = layer_norm(x; pre_ln_scale, pre_ln_bias, pre_ln_epsilon)  if pre_layer_norm else x
 qkv    = h @ W^T + qkv_bias
@@ -9,13 +9,26 @@ y      = o @ linear_weight
 z      = (x if add_residual) + dropout(y + linear_bias, dropout_rate)
 out    = layer_norm(z; ln_scale, ln_bias, ln_epsilon)  if final_layer_norm else z
 
-`Config` holds the switches. `forward` and `backward` take a dict of float64 arrays under the names of the public
-function's arguments (an absent input is missing or None). `composed_16bit` is the same block as a chain of 16-bit ops.
-The attention in both stands alone too. Dropout masks are Philox4x32-10 numbers; their layout is that of
+The feed-forward block, which may be gated, of a and b the halves of the columns:
+
+h      = layer_norm(x; ln1_scale, ln1_bias, ln1_epsilon)  if pre_layer_norm else x
+a      = h @ linear1_weight + linear1_bias
+u      = dropout(activation(a), dropout1_rate), gated: dropout(activation(a) * b, dropout1_rate)
+z      = (x if add_residual) + dropout(u @ linear2_weight + linear2_bias, dropout2_rate)
+out    = layer_norm(z; ln2_scale, ln2_bias, ln2_epsilon)  if final_layer_norm else z
+
+A block's tail: layer_norm(residual + dropout(x + bias)). Linear: activation(x @ weight + bias).
+
+`Config` holds the switches of attention, `FeedForwardConfig` and its like those of the others. `forward` and `backward`
+take a dict of float64 arrays under the names of the public function's arguments (an absent input is missing or None).
+`composed_16bit` is the same block as a chain of 16-bit ops. `forward_of` and its like do this for any block, by its
+switches. The attention stands alone too. Dropout masks are Philox4x32-10 numbers; their layout is that of
 custom_ops/core/philox.h, written here a second time.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
@@ -77,7 +90,9 @@ def philox4x32(counter, key):
 
 
 def philox_stage(seed, offset, stage):
-    """The key (two words) and the last counter word of a dropout stage: 0 for attention, 1 for the output."""
+    """The key (two words) and the last counter word of a dropout stage: 0 for attention or hidden numbers, 1 for the
+    output.
+    """
     seed %= 1 << 64
     n = (2 * offset + stage) % (1 << 64)
     key = (seed & 0xFFFFFFFF, ((seed >> 32) + (n >> 32)) & 0xFFFFFFFF)
@@ -99,14 +114,14 @@ def attention_random(seed, offset, batch, num_heads, seq_len):
     return numbers.reshape(batch, num_heads, seq_len, seq_len)
 
 
-def output_random(seed, offset, rows, embed_dim):
-    """The 16-bit numbers of the output dropout, [rows, E]."""
-    key, c3 = philox_stage(seed, offset, 1)
-    count = rows * embed_dim
+def output_random(seed, offset, rows, width, stage=1):
+    """The 16-bit numbers of the output dropout, [rows, width], or of another stage with the same order of elements."""
+    key, c3 = philox_stage(seed, offset, stage)
+    count = rows * width
     calls = np.arange(-(-count // 8), dtype=np.uint64)
     words = np.stack(philox4x32((calls & np.uint64(0xFFFFFFFF), calls >> np.uint64(32), 0, c3), key), axis=-1)
     halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
-    return halves.reshape(-1)[:count].reshape(rows, embed_dim)
+    return halves.reshape(-1)[:count].reshape(rows, width)
 
 
 def _drop_factor(rate, config, draw):
@@ -176,7 +191,8 @@ def layer_norm_gradient(d_result, normalised, rstd, scale):
     """Gradients of x, scale and bias."""
     d = d_result if scale is None else d_result * scale
     d_x = rstd * (d - d.mean(-1, keepdims=True) - normalised * (d * normalised).mean(-1, keepdims=True))
-    return d_x, (d_result * normalised).sum((0, 1)), d_result.sum((0, 1))
+    rows = tuple(range(d_result.ndim - 1))
+    return d_x, (d_result * normalised).sum(rows), d_result.sum(rows)
 
 
 def attention(qkv, added, factor):
@@ -397,3 +413,266 @@ def composed_16bit(inputs, config, d_out, dtype, residual_dtype=None):
         d_x = wide(d_x)
     g["x"] = wide(d_x + d_z) if config.add_residual else d_x
     return out, {name: g[name] for name in DIFFERENTIABLE if name in f}
+
+
+# The feed-forward block, a block's tail, linear
+
+
+FEED_FORWARD_TENSORS = (
+    "x",
+    "linear1_weight",
+    "linear2_weight",
+    "ln1_scale",
+    "ln1_bias",
+    "ln2_scale",
+    "ln2_bias",
+    "linear1_bias",
+    "linear2_bias",
+)
+RESIDUAL_NORM_TENSORS = ("x", "residual", "bias", "ln_scale", "ln_bias")
+LINEAR_TENSORS = ("x", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """The switches of fused_feedforward. The weights hold the hidden numbers from first_hidden on of total_hidden; 0:
+    all.
+    """
+
+    pre_layer_norm: bool = False
+    ln1_epsilon: float = 1e-5
+    ln2_epsilon: float = 1e-5
+    dropout1_rate: float = 0.0
+    dropout2_rate: float = 0.0
+    activation: str = "relu"
+    gated: bool = False
+    training: bool = True
+    mode: str = "upscale_in_train"
+    final_layer_norm: bool = True
+    add_residual: bool = True
+    seed: int = 0
+    offset: int = 0
+    first_hidden: int = 0
+    total_hidden: int = 0
+
+
+@dataclass(frozen=True)
+class ResidualNormConfig:
+    """The switches of fused_bias_dropout_residual_layer_norm."""
+
+    ln_epsilon: float = 1e-5
+    dropout_rate: float = 0.0
+    training: bool = True
+    mode: str = "upscale_in_train"
+    final_layer_norm: bool = True
+    seed: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The switches of fused_linear_activation."""
+
+    transpose_x: bool = False
+    transpose_weight: bool = False
+    activation: Optional[str] = None
+
+
+def rows(a):
+    return a.reshape(-1, a.shape[-1])
+
+
+def _normal_density(x):
+    return np.exp(-0.5 * x * x) / np.sqrt(2.0 * np.pi)
+
+
+def _erf(x):
+    return np.vectorize(math.erf, otypes=[np.float64])(np.asarray(x, np.float64))
+
+
+def activate(name, x):
+    """The activation and its slope, in the dtype of x."""
+    one = x.dtype.type(1)
+    if name is None:
+        return x, np.ones_like(x)
+    if name == "relu":
+        return np.maximum(x, 0), (x > 0).astype(x.dtype)
+    if name == "gelu":
+        below = (0.5 * (1.0 + _erf(x / np.sqrt(2.0)))).astype(x.dtype)
+        return x * below, below + x * _normal_density(x)
+    if name == "silu":
+        below = one / (one + np.exp(-x))
+        return x * below, below * (one + x * (one - below))
+    assert name == "gelu_tanh"
+    scale = x.dtype.type(np.sqrt(2.0 / np.pi))
+    t = np.tanh(scale * (x + x.dtype.type(0.044715) * x**3))
+    slope = scale * (one + x.dtype.type(3 * 0.044715) * x * x)
+    return x * (one + t) / 2, (one + t) / 2 + x * (one - t * t) * slope / 2
+
+
+def _exact(a):
+    return a
+
+
+class _Rounding:
+    """How a chain of ordinary ops rounds its results: not at all, or to `dtype` where an op ends, and to `wide`, the
+    residual's, where the residual runs.
+    """
+
+    def __init__(self, dtype=None, wide=None):
+        self.narrow = _exact if dtype is None else lambda a: round_to(a, dtype)
+        self.wide = _exact if dtype is None else lambda a: round_to(a, wide or dtype)
+        self.type = np.float64 if dtype is None else np.float32
+
+    def floats(self, inputs):
+        return {n: np.asarray(a, self.type) for n, a in inputs.items() if a is not None}
+
+
+def _dropped_rows(rate, config, count, width, stage, first=0, total=0):
+    """Factors for the first `count` rows of a stage, of the columns from `first` on of `total`."""
+    total = total or width
+    return _drop_factor(
+        rate,
+        config,
+        lambda: output_random(config.seed, config.offset, count, total, stage)[:, first : first + width],
+    )
+
+
+def _tail(y, x, bias, norm, epsilon, factor, rounding):
+    """[layer norm of] x + factor * (y + bias), and a function from d_out to the gradients of y, x, bias and the norm's
+    scale and bias. `norm` is None, or these two.
+    """
+    narrow, wide = rounding.narrow, rounding.wide
+    z = y if bias is None else narrow(y + bias)
+    z = narrow(z * factor)
+    z = z if x is None else wide(x + z)
+    out, normalised, rstd = z, None, None
+    if norm is not None:
+        out, normalised, rstd = layer_norm(z, *norm, epsilon)
+        out = wide(out)
+
+    def gradient(d_out):
+        d_z, d_scale, d_shift = np.asarray(d_out, rounding.type), None, None
+        if norm is not None:
+            d_z, d_scale, d_shift = layer_norm_gradient(d_z, normalised, rstd, norm[0])
+            d_z = wide(d_z)
+        d_y = narrow(d_z * factor)
+        return d_y, d_z, narrow(d_y.sum(0)), d_scale, d_shift
+
+    return out, gradient
+
+
+def _feed_forward(inputs, config, rounding, d_out=None):
+    """The result, and the gradients if there is d_out."""
+    narrow = rounding.narrow
+    shape = inputs["x"].shape
+    f = rounding.floats(inputs)
+    x = f["x"] = rows(f["x"])
+    count, hidden = len(x), f["linear2_weight"].shape[0]
+    factor1 = np.asarray(
+        _dropped_rows(config.dropout1_rate, config, count, hidden, 0, config.first_hidden, config.total_hidden),
+        rounding.type,
+    )
+    factor2 = np.asarray(_dropped_rows(config.dropout2_rate, config, count, shape[-1], 1), rounding.type)
+    h = x
+    if config.pre_layer_norm:
+        h, h_normalised, h_rstd = layer_norm(x, f.get("ln1_scale"), f.get("ln1_bias"), config.ln1_epsilon)
+    h = narrow(h)
+    a = narrow(h @ f["linear1_weight"])
+    if "linear1_bias" in f:
+        a = narrow(a + f["linear1_bias"])
+    b = None
+    if config.gated:
+        a, b = a[:, :hidden], a[:, hidden:]
+    activated, slope = activate(config.activation, a)
+    activated = narrow(activated)
+    u = activated if b is None else narrow(activated * b)
+    dropped = narrow(u * factor1)
+    y = narrow(dropped @ f["linear2_weight"])
+    norm = (f.get("ln2_scale"), f.get("ln2_bias")) if config.final_layer_norm else None
+    out, tail_gradient = _tail(
+        y, x if config.add_residual else None, f.get("linear2_bias"), norm, config.ln2_epsilon, factor2, rounding
+    )
+    if d_out is None:
+        return out.reshape(shape), None
+
+    g = {}
+    d_y, d_z, g["linear2_bias"], g["ln2_scale"], g["ln2_bias"] = tail_gradient(rows(d_out))
+    g["linear2_weight"] = narrow(dropped.T @ d_y)
+    d_u = narrow(narrow(d_y @ f["linear2_weight"].T) * factor1)
+    if b is not None:
+        d_b = narrow(d_u * activated)
+        d_u = narrow(d_u * b)
+    d_a = narrow(d_u * slope)
+    if b is not None:
+        d_a = np.concatenate([d_a, d_b], axis=1)
+    g["linear1_bias"] = narrow(d_a.sum(0))
+    g["linear1_weight"] = narrow(h.T @ d_a)
+    d_x = narrow(d_a @ f["linear1_weight"].T)
+    if config.pre_layer_norm:
+        d_x, g["ln1_scale"], g["ln1_bias"] = layer_norm_gradient(d_x, h_normalised, h_rstd, f.get("ln1_scale"))
+        d_x = rounding.wide(d_x)
+    g["x"] = (rounding.wide(d_x + d_z) if config.add_residual else d_x).reshape(shape)
+    return out.reshape(shape), {name: g[name] for name in FEED_FORWARD_TENSORS if name in f}
+
+
+def _residual_norm(inputs, config, rounding, d_out=None):
+    shape = inputs["x"].shape
+    f = rounding.floats(inputs)
+    x = rows(f["x"])
+    factor = np.asarray(_dropped_rows(config.dropout_rate, config, len(x), shape[-1], 1), rounding.type)
+    norm = (f.get("ln_scale"), f.get("ln_bias")) if config.final_layer_norm else None
+    residual = rows(f["residual"]) if "residual" in f else None
+    out, tail_gradient = _tail(x, residual, f.get("bias"), norm, config.ln_epsilon, factor, rounding)
+    if d_out is None:
+        return out.reshape(shape), None
+    g = dict(zip(RESIDUAL_NORM_TENSORS, tail_gradient(rows(d_out))))
+    g["x"], g["residual"] = g["x"].reshape(shape), g["residual"].reshape(shape)
+    return out.reshape(shape), {name: g[name] for name in RESIDUAL_NORM_TENSORS if name in f}
+
+
+def _linear(inputs, config, rounding, d_out=None):
+    narrow = rounding.narrow
+    f = rounding.floats(inputs)
+    x = f["x"].T if config.transpose_x else rows(f["x"])
+    weight = f["weight"].T if config.transpose_weight else f["weight"]
+    a = narrow(x @ weight)
+    if "bias" in f:
+        a = narrow(a + f["bias"])
+    activated, slope = activate(config.activation, a)
+    leading = x.shape[:1] if config.transpose_x else inputs["x"].shape[:-1]
+    out = narrow(activated).reshape(*leading, weight.shape[1])
+    if d_out is None:
+        return out, None
+    d_a = narrow(rows(np.asarray(d_out, rounding.type)) * slope)
+    d_x, d_weight = narrow(d_a @ weight.T), narrow(x.T @ d_a)
+    g = {
+        "x": d_x.T if config.transpose_x else d_x.reshape(inputs["x"].shape),
+        "weight": d_weight.T if config.transpose_weight else d_weight,
+        "bias": narrow(d_a.sum(0)),
+    }
+    return out, {name: g[name] for name in LINEAR_TENSORS if name in f}
+
+
+_BLOCKS = {FeedForwardConfig: _feed_forward, ResidualNormConfig: _residual_norm, LinearConfig: _linear}
+
+
+def forward_of(inputs, config):
+    """The result of the block whose switches `config` holds, of any of the four."""
+    if isinstance(config, Config):
+        return forward(inputs, config)
+    return _BLOCKS[type(config)](inputs, config, _Rounding())[0]
+
+
+def backward_of(inputs, config, d_out):
+    """The gradient of every differentiable input that is present, by name."""
+    if isinstance(config, Config):
+        return backward(inputs, config, d_out)
+    return _BLOCKS[type(config)](inputs, config, _Rounding(), d_out)[1]
+
+
+def composed_16bit_of(inputs, config, d_out, dtype, residual_dtype=None):
+    """Result and gradients as `composed_16bit` has them."""
+    if isinstance(config, Config):
+        return composed_16bit(inputs, config, d_out, dtype, residual_dtype)
+    return _BLOCKS[type(config)](inputs, config, _Rounding(dtype, residual_dtype), d_out)

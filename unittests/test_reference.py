@@ -4,7 +4,19 @@ import common
 import numpy as np
 import pytest
 import reference
-from cases import OPTIONAL, SIXTEEN_BIT, Case, Mask
+from cases import (
+    FEED_FORWARD_FEATURES,
+    FULL_FEED_FORWARD,
+    FULL_LINEAR,
+    FULL_RESIDUAL_NORM,
+    LINEAR_FEATURES,
+    OPTIONAL,
+    RESIDUAL_NORM_FEATURES,
+    SIXTEEN_BIT,
+    Case,
+    FeedForwardCase,
+    Mask,
+)
 
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -46,6 +58,25 @@ def test_output_numbers_element_by_element():
             assert numbers[row, column] == (int(word) >> 16 * (e % 2)) & 0xFFFF
 
 
+def test_hidden_numbers_element_by_element():
+    """Those of some columns are those of the whole at these columns, also with columns that another process has."""
+    key, c3 = reference.philox_stage(11, 2, 0)
+    assert key == (11, 0) and c3 == 4
+    case = FeedForwardCase(shape=(5,), width=3, hidden=4).but(
+        final_layer_norm=False, add_residual=False, dropout1_rate=0.5, seed=11, offset=2, first_hidden=6,
+        total_hidden=13,
+    )  # fmt: skip
+    # Every hidden number goes to a column of its own, and is 1 where it is kept.
+    inputs = {"x": np.ones((5, 4)), "linear1_weight": np.eye(4), "linear2_weight": np.eye(4)}
+    kept = reference.forward_of(inputs, case.config)
+    for row in range(5):
+        for column in range(4):
+            e = row * 13 + 6 + column
+            word = reference.philox4x32((e // 8, 0, 0, c3), key)[e % 8 // 2]
+            number = (int(word) >> 16 * (e % 2)) & 0xFFFF
+            assert kept[row, column] == (2.0 if number >= 32768 else 0.0)
+
+
 def test_random_numbers_are_all_different_elements():
     """No two elements of a tensor may share a number, and no two stages: equal 64-bit windows would show it."""
     numbers = reference.attention_random(1, 0, 1, 1, 64).reshape(-1)
@@ -65,6 +96,9 @@ GRADIENT_CASES = [
     Case(absent=OPTIONAL).but(pre_layer_norm=True),
     Case().but(training=False, mode="downscale_in_infer", dropout_rate=0.4, attn_dropout_rate=0.3),
     Case(mask=Mask("B11S", "float64", "-inf")).but(dropout_rate=1.0),
+    *FEED_FORWARD_FEATURES.values(),
+    *RESIDUAL_NORM_FEATURES.values(),
+    *LINEAR_FEATURES.values(),
 ]
 
 
@@ -72,7 +106,7 @@ GRADIENT_CASES = [
 def test_backward_is_the_derivative_of_forward(case):
     inputs = common.make_inputs(case)
     d_out = inputs.pop("d_out")
-    gradients = reference.backward(inputs, case.config, d_out)
+    gradients = reference.backward_of(inputs, case.config, d_out)
     rng = np.random.default_rng(0)
     step = 1e-6
     for name, gradient in gradients.items():
@@ -81,7 +115,7 @@ def test_backward_is_the_derivative_of_forward(case):
             direction = rng.standard_normal(gradient.shape)
             ends = [
                 (
-                    reference.forward(dict(inputs, **{name: inputs[name] + sign * step * direction}), case.config)
+                    reference.forward_of(dict(inputs, **{name: inputs[name] + sign * step * direction}), case.config)
                     * d_out
                 ).sum()
                 for sign in (1, -1)
@@ -129,6 +163,38 @@ def test_reference_agrees_with_ordinary_paddle_ops(pre_layer_norm):
     )
 
 
+ORDINARY = {
+    "relu": lambda functional, a: functional.relu(a),
+    "gelu": lambda functional, a: functional.gelu(a),
+    "gelu_tanh": lambda functional, a: functional.gelu(a, approximate=True),
+    "silu": lambda functional, a: functional.silu(a),
+}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", list(ORDINARY))
+def test_feed_forward_agrees_with_ordinary_paddle_ops(activation, gated):
+    paddle = pytest.importorskip("paddle")
+    functional = paddle.nn.functional
+    case = FULL_FEED_FORWARD.but(activation=activation, gated=gated, dropout1_rate=0.0, dropout2_rate=0.0)
+    case = case.but(ln1_epsilon=1e-5, ln2_epsilon=1e-5)
+    inputs = common.make_inputs(case)
+    t = {n: paddle.to_tensor(a, place=paddle.CPUPlace(), stop_gradient=False) for n, a in inputs.items()}
+    h = functional.layer_norm(t["x"], [case.width], t["ln1_scale"], t["ln1_bias"])
+    a = functional.linear(h, t["linear1_weight"], t["linear1_bias"])
+    if gated:
+        a, b = a.split(2, axis=-1)
+        u = ORDINARY[activation](functional, a) * b
+    else:
+        u = ORDINARY[activation](functional, a)
+    z = t["x"] + functional.linear(u, t["linear2_weight"], t["linear2_bias"])
+    out = functional.layer_norm(z, [case.width], t["ln2_scale"], t["ln2_bias"])
+    names = common.differentiable(inputs)
+    gradients = paddle.grad([out], [t[n] for n in names], grad_outputs=[t["d_out"]])
+    found = {n: g.numpy() for n, g in zip(names, gradients)}
+    common.check(case, common.expect(case, inputs), out.numpy(), found)
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_composed_16bit_keeps_a_float32_residual(dtype):
     """With nothing of the branch left x and its gradient pass as they are, which no 16-bit number is."""
@@ -155,6 +221,31 @@ def test_composed_16bit_is_near_the_reference(pre, residual_dtype, dtype):
     case = Case(dtype=dtype, residual_dtype=residual_dtype, mask=Mask("B1SS", "bool")).but(
         pre_layer_norm=pre, dropout_rate=0.1, attn_dropout_rate=0.1, seed=3
     )
+    inputs = common.make_inputs(case)
+    expected = common.expect(case, inputs)
+    u = common.UNIT_ROUNDOFF[dtype]
+    assert 0 < np.abs(expected.peer_out - expected.out).max() <= 8 * u * np.abs(expected.out).max()
+    for name, gradient in expected.gradients.items():
+        error = np.abs(expected.peer_gradients[name] - gradient).max()
+        assert error <= 16 * u * np.abs(gradient).max(), name
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            FULL_FEED_FORWARD.but(gated=gated, residual_dtype=wide)
+            for gated in (False, True)
+            for wide in (None, "float32")
+        ),
+        FULL_RESIDUAL_NORM,
+        FULL_LINEAR,
+    ],
+    ids=str,
+)
+def test_composed_16bit_of_other_blocks_is_near_the_reference(case, dtype):
+    case = case.but(dtype=dtype)
     inputs = common.make_inputs(case)
     expected = common.expect(case, inputs)
     u = common.UNIT_ROUNDOFF[dtype]

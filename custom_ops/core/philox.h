@@ -2,14 +2,15 @@
 // a function of (seed, offset, stage, element), the same on every device and for every tiling.
 //
 // One call gives four 32-bit words, that is eight 16-bit numbers; an element is kept when its number is >= the
-// threshold. With n = 2 * offset + stage (64 bits; stage 0: attention, 1: output dropout), the key is (low(seed),
-// high(seed) + high(n)) and the counter is (c0, c1, c2, low(n)).
+// threshold. With n = 2 * offset + stage (64 bits; stage 0: attention, or the hidden activations of a feed-forward
+// block; 1: output dropout), the key is (low(seed), high(seed) + high(n)) and the counter is (c0, c1, c2, low(n)).
 //
 // Attention, element (b, h, i, j), with H the heads of the whole layer and h counted among them: c0 = (j / 16) * 4 + (j
 // % 8) / 2, c1 = (i / 16) * 8 + i % 8, c2 = b * H + h, and the number is half j % 2 (0: low 16 bits) of word ((i % 16)
 // / 8) * 2 + (j % 16) / 8. So the eight numbers of a call are those that one thread of a tensor-core instruction holds
-// of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors. Output, element (row, column) of [M, E] with
-// index e = row * E + column: c0, c1 = low, high(e / 8), c2 = 0, and the number is half e % 2 of word (e % 8) / 2.
+// of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors. Output, and hidden activations, element (row,
+// column) of [M, E] with index e = row * E + column, where E is the width of the whole layer: c0, c1 = low, high(e / 8),
+// c2 = 0, and the number is half e % 2 of word (e % 8) / 2.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@
 
 namespace pfa {
 
-enum class DropoutStage : uint32_t { kAttention = 0, kOutput = 1 };
+enum class DropoutStage : uint32_t { kAttention = 0, kHidden = 0, kOutput = 1 };
 
 struct PhiloxState {
   uint32_t key0;
@@ -78,7 +79,7 @@ PFA_HOST_DEVICE uint32_t attention_random(PhiloxState state, uint32_t bh, int64_
   return (philox(state, c0, c1, bh).w[word] >> (16 * (j % 2))) & 0xFFFFu;
 }
 
-// The 16-bit number of output element `index` = row * E + column.
+// The 16-bit number of output or hidden element `index` = row * E + column.
 PFA_HOST_DEVICE uint32_t output_random(PhiloxState state, int64_t index) {
   const uint64_t call = static_cast<uint64_t>(index) / 8;
   const PhiloxWords words = philox(state, static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), 0);

@@ -66,7 +66,7 @@ struct QkvLayout {
   }
 };
 
-PFA_HOST_DEVICE QkvLayout qkv_layout(const Params& p) {
+PFA_HOST_DEVICE QkvLayout qkv_layout(const AttentionParams& p) {
   return {p.seq_len, p.num_heads, p.head_dim, p.first_head, p.heads_in_all()};
 }
 

@@ -57,7 +57,7 @@ struct Visibility {
 };
 
 template <class Index>
-PFA_HOST_DEVICE Visibility<Index> visibility_of(const Params& p) {
+PFA_HOST_DEVICE Visibility<Index> visibility_of(const AttentionParams& p) {
   return {static_cast<Index>(p.seq_len), static_cast<Index>(p.seq_len), p.causal};
 }
 

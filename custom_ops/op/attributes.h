@@ -1,17 +1,17 @@
-// The operator's interface: its inputs and attributes, in one place for registration, checks and kernels.
+// The attributes that all operators begin with. Forward and gradient share them, as Paddle requires.
 //
 // An absent optional input is a one-element placeholder whose bit in `present` is clear: Paddle's own optional inputs
-// break the gradient in static graphs. Forward and gradient share the same attributes, as Paddle requires.
+// break the gradient in static graphs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-
-#include "core/params.h"
+#include <utility>
 
 namespace pfa::op {
 
-// Bits of `switches`.
+// Bits of `switches`. Those that an operator does not know mean nothing to it.
 enum Switch : int64_t {
   kPreLayerNorm = 1,
   kFinalLayerNorm = 2,
@@ -23,6 +23,9 @@ enum Switch : int64_t {
   // Dygraph's: backward runs for the same tensors as forward, so `needs_grad` holds. A program may run with more of
   // them trained than when it was traced, so there it says nothing.
   kNeedsGradHolds = 128,
+  kGated = 256,
+  kTransposeX = 512,
+  kTransposeWeight = 1024,
 };
 
 struct Attributes {
@@ -30,50 +33,34 @@ struct Attributes {
   int64_t switches;
   int64_t present;     // bit i: of input i
   int64_t needs_grad;  // bit i: of input i
-  // float64 numbers as their bits: attributes have no such type on Paddle 2.6.
-  int64_t pre_ln_epsilon;
-  int64_t ln_epsilon;
-  int64_t dropout_rate;
-  int64_t attn_dropout_rate;
-  int64_t seed;  // without kFixedSeed only a number that tells this call from others that drop something
-  // Where the heads of qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all.
-  int64_t first_head;
-  int64_t total_heads;
 
   bool has(Switch bit) const { return switches & bit; }
-  bool has(Input input) const { return present >> input & 1; }
-  bool wants_gradient(Input input) const { return has(input) && (!has(kNeedsGradHolds) || needs_grad >> input & 1); }
+  bool has_input(int input) const { return present >> input & 1; }
+  bool wants_gradient(int input) const {
+    return has_input(input) && (!has(kNeedsGradHolds) || needs_grad >> input & 1);
+  }
   bool saves() const { return has(kSaveForBackward) && !is_test; }
 };
 
+constexpr int kCommonAttributeCount = 4;
+
+// An operator's own attributes, all int64, follow in a struct derived from Attributes, which its file makes of the one
+// list of their names, DO(name) for each: as members, and as the names that Paddle knows.
+#define PFA_MEMBER(name) name
+#define PFA_ATTRIBUTE_NAME(name) #name
+
+// The attributes of the operator, of their numbers in order.
+template <class Own, size_t... kOwn>
+Own attributes_of(const int64_t* numbers, std::index_sequence<kOwn...>) {
+  static_assert(sizeof(Own) == sizeof(Attributes) + sizeof...(kOwn) * sizeof(int64_t));
+  return {{numbers[0] != 0, numbers[1], numbers[2], numbers[3]}, numbers[kCommonAttributeCount + kOwn]...};
+}
+
+// A float64 number is given as its bits: attributes have no such type on Paddle 2.6.
 inline double number(int64_t bits) {
   double value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-
-// The parameter lists that Paddle's registration reads off a function's type, and its names for them.
-#define PFA_TENSOR(Name, name) const paddle::Tensor& name
-#define PFA_TENSORS PFA_INPUTS(PFA_TENSOR)
-#define PFA_SHAPE(Name, name) const std::vector<int64_t>& name
-#define PFA_SHAPES PFA_INPUTS(PFA_SHAPE)
-#define PFA_DTYPE(Name, name) const paddle::DataType& name
-#define PFA_DTYPES PFA_INPUTS(PFA_DTYPE)
-#define PFA_ADDRESS(Name, name) &name
-#define PFA_ADDRESSES {PFA_INPUTS(PFA_ADDRESS)}
-#define PFA_INPUT_NAME(Name, name) #Name
-#define PFA_INPUT_NAMES PFA_INPUTS(PFA_INPUT_NAME)
-#define PFA_GRADIENT_NAME(Name, name) paddle::Grad(#Name)
-#define PFA_GRADIENT_NAMES PFA_DIFFERENTIABLE_INPUTS(PFA_GRADIENT_NAME)
-#define PFA_ATTRIBUTES                                                                                             \
-  bool is_test, int64_t switches, int64_t present, int64_t needs_grad, int64_t pre_ln_epsilon, int64_t ln_epsilon, \
-      int64_t dropout_rate, int64_t attn_dropout_rate, int64_t seed, int64_t first_head, int64_t total_heads
-#define PFA_ATTRIBUTE_VALUES                                                         \
-  {is_test,      switches,          present, needs_grad, pre_ln_epsilon, ln_epsilon, \
-   dropout_rate, attn_dropout_rate, seed,    first_head, total_heads}
-#define PFA_ATTRIBUTE_NAMES                                                                                 \
-  {"is_test: bool",           "switches: int64_t",   "present: int64_t",      "needs_grad: int64_t",        \
-   "pre_ln_epsilon: int64_t", "ln_epsilon: int64_t", "dropout_rate: int64_t", "attn_dropout_rate: int64_t", \
-   "seed: int64_t",           "first_head: int64_t", "total_heads: int64_t"}
 
 }  // namespace pfa::op

@@ -28,7 +28,7 @@ void explain_cpu(std::string& lines) {
 }
 
 #ifdef PFA_WITH_CUDA
-void explain_card(std::string& lines, int card, const Params& p) {
+void explain_card(std::string& lines, int card, const AttentionParams& p) {
   const CurrentCard current(card);  // what was compiled for it is asked of the current card
   const cuda::Context context = context_of_card(card, nullptr);
   for (const auto& [pass, name] : {std::pair{cuda::Pass::kForward, "forward"}, {cuda::Pass::kBackward, "backward"}}) {
@@ -50,7 +50,7 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   thread_local std::string lines;
   lines.clear();
   try {
-    Params p;
+    AttentionParams p;
     p.batch = p.seq_len = p.num_heads = 1;
     p.head_dim = head_dim;
     p.dtype = element == 64    ? DType::kFloat64

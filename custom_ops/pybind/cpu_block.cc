@@ -1,4 +1,4 @@
-// The block on NumPy arrays, for Python: functions forward and backward.
+// The blocks on NumPy arrays, for Python: functions forward and backward.
 #include "pybind/cpu_block.h"
 
 #include <pybind11/numpy.h>
@@ -8,9 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
+#include "core/feed_forward_block.h"
+#include "core/linear_block.h"
+#include "core/residual_norm_block.h"
 #include "pybind/config.h"
 
 namespace py = pybind11;
@@ -34,45 +37,6 @@ std::string numpy_name(DType dtype) {
   }
 }
 
-using Sizes = std::vector<py::ssize_t>;
-
-bool is_required(Input input) { return input == kX || input == kQKVWeight || input == kLinearWeight; }
-
-// An input's, and its gradient's.
-DType input_dtype(const Params& p, Input input) {
-  switch (input) {
-    case kX:
-      return p.residual_dtype;
-    case kPreLnScale:
-    case kPreLnBias:
-    case kLnScale:
-    case kLnBias:
-      return p.norm_dtype;
-    default:
-      return p.dtype;
-  }
-}
-
-Sizes input_shape(const Params& p, Input input) {
-  switch (input) {
-    case kX:
-      return {p.batch, p.seq_len, p.embed_dim};
-    case kQKVWeight:
-      return {3, p.num_heads, p.head_dim, p.embed_dim};
-    case kQKVBias:
-      return {3, p.num_heads, p.head_dim};
-    case kLinearWeight:
-      return {p.heads_dim(), p.embed_dim};
-    default:
-      return {p.embed_dim};
-  }
-}
-
-// kGradientCount if none has a gradient and that name.
-Input find_differentiable(const std::string& name) {
-  return static_cast<Input>(std::find(kInputNames, kInputNames + kGradientCount, name) - kInputNames);
-}
-
 const void* checked(const py::object& object, const std::string& name, DType dtype, const Sizes& shape) {
   if (!py::isinstance<py::array>(object)) throw py::type_error(name + ": expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
@@ -87,7 +51,7 @@ const void* checked(const py::object& object, const std::string& name, DType dty
 }
 
 // Any strides will do.
-Mask mask_of(const py::object& object, const Params& p) {
+Mask mask_of(const py::object& object, const AttentionParams& p) {
   if (!py::isinstance<py::array>(object)) throw py::type_error("attn_mask: expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
   Mask mask;
@@ -107,26 +71,39 @@ Mask mask_of(const py::object& object, const Params& p) {
   return mask;
 }
 
-Params describe(const py::dict& inputs, const py::dict& config) {
-  Params p = parse_config(config).params;
+bool take_mask(const std::string& name, const py::object& value, AttentionParams& p) {
+  if (name != attention::kMaskName) return false;
+  p.mask = mask_of(value, p);
+  return true;
+}
+template <class P>
+bool take_mask(const std::string&, const py::object&, P&) {
+  return false;
+}
+
+template <class P>
+const ArrayOf<P>* find(const std::vector<ArrayOf<P>>& arrays, const std::string& name) {
+  for (const ArrayOf<P>& array : arrays) {
+    if (array.pointers.name == name) return &array;
+  }
+  return nullptr;
+}
+
+template <class P>
+void place_inputs(const py::dict& inputs, const std::vector<ArrayOf<P>>& arrays, P& p) {
   for (const auto& item : inputs) {
     const auto name = item.first.cast<std::string>();
     const auto value = py::reinterpret_borrow<py::object>(item.second);
-    if (value.is_none()) continue;
-    if (name == kInputNames[kAttnMask]) {
-      p.mask = mask_of(value, p);
-      continue;
-    }
-    const Input input = find_differentiable(name);
-    if (input == kGradientCount) throw py::value_error("inputs: unknown entry " + name);
-    p.*kInputPointers[input].value = checked(value, name, input_dtype(p, input), input_shape(p, input));
+    if (value.is_none() || take_mask(name, value, p)) continue;
+    const ArrayOf<P>* array = find(arrays, name);
+    if (!array) throw py::value_error("inputs: unknown entry " + name);
+    p.*(array->pointers.value) = checked(value, name, array->dtype, array->shape);
   }
-  for (int i = 0; i < kGradientCount; ++i) {
-    if (is_required(static_cast<Input>(i)) && !(p.*kInputPointers[i].value)) {
-      throw py::value_error(std::string("inputs: expected an entry ") + kInputNames[i]);
+  for (const ArrayOf<P>& array : arrays) {
+    if (array.is_required && !(p.*(array.pointers.value))) {
+      throw py::value_error(std::string("inputs: expected an entry ") + array.pointers.name);
     }
   }
-  return p;
 }
 
 cpu::Context make_context(const std::string& isa) {
@@ -142,47 +119,60 @@ cpu::Context make_context(const std::string& isa) {
   throw py::value_error("isa: this processor has no " + isa);
 }
 
-py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
-                  const std::string& isa) {
-  Params p = describe(inputs, config);
-  cpu::Context context = make_context(isa);
-  py::array out(py::dtype(numpy_name(p.residual_dtype)), input_shape(p, kX));
-  p.out = out.mutable_data();
+void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
   p.seed = seed;
   p.offset = offset;
-  Bytes saved(saves ? saved_bytes(p) : 0);
-  void* const saved_memory = saves ? saved.mutable_data() : nullptr;
-  std::vector<uint8_t> workspace(forward_workspace_bytes(context, p, saves));
-  {
-    py::gil_scoped_release release;
-    block_forward(context, p, saved_memory, workspace.data());
-  }
-  return py::make_tuple(out, saves ? py::object(saved) : py::none());
+}
+void set_seed(LinearParams&, uint64_t, uint64_t) {}
+
+py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
+                  const std::string& isa) {
+  return with_config(config, [&](const auto& parsed) {
+    auto p = parsed.params;
+    place_inputs(inputs, arrays_of(p), p);
+    set_seed(p, seed, offset);
+    cpu::Context context = make_context(isa);
+    const ResultOf result = result_of(p);
+    py::array out(py::dtype(numpy_name(result.dtype)), result.shape);
+    p.out = out.mutable_data();
+    Bytes saved(saves ? saved_bytes(p) : 0);
+    void* const saved_memory = saves ? saved.mutable_data() : nullptr;
+    std::vector<uint8_t> workspace(forward_workspace_bytes(context, p, saves));
+    {
+      py::gil_scoped_release release;
+      run_forward(context, p, saved_memory, workspace.data());
+    }
+    return py::make_tuple(out, saves ? py::object(saved) : py::none());
+  });
 }
 
 py::dict backward(const py::dict& inputs, const py::dict& config, const py::array& d_out, const Bytes& saved,
                   const std::vector<std::string>& needs, const std::string& isa) {
-  Params p = describe(inputs, config);
-  cpu::Context context = make_context(isa);
-  p.d_out = checked(d_out, "d_out", p.residual_dtype, input_shape(p, kX));
-  if (static_cast<size_t>(saved.size()) != saved_bytes(p))
-    throw py::value_error("saved: expected what forward returned");
-  py::dict gradients;
-  for (const std::string& name : needs) {
-    const Input input = find_differentiable(name);
-    if (input == kGradientCount || !(p.*kInputPointers[input].value))
-      throw py::value_error("needs: no such input: " + name);
-    py::array gradient(py::dtype(numpy_name(input_dtype(p, input))), input_shape(p, input));
-    p.*kInputPointers[input].gradient = gradient.mutable_data();
-    gradients[name.c_str()] = gradient;
-  }
-  std::vector<uint8_t> workspace(backward_workspace_bytes(context, p));
-  const void* const saved_memory = saved.data();
-  {
-    py::gil_scoped_release release;
-    block_backward(context, p, saved_memory, workspace.data());
-  }
-  return gradients;
+  return with_config(config, [&](const auto& parsed) {
+    auto p = parsed.params;
+    const auto arrays = arrays_of(p);
+    place_inputs(inputs, arrays, p);
+    cpu::Context context = make_context(isa);
+    const ResultOf result = result_of(p);
+    p.d_out = checked(d_out, "d_out", result.dtype, result.shape);
+    if (static_cast<size_t>(saved.size()) != saved_bytes(p))
+      throw py::value_error("saved: expected what forward returned");
+    py::dict gradients;
+    for (const std::string& name : needs) {
+      const auto* array = find(arrays, name);
+      if (!array || !(p.*(array->pointers.value))) throw py::value_error("needs: no such input: " + name);
+      py::array gradient(py::dtype(numpy_name(array->dtype)), array->shape);
+      p.*(array->pointers.gradient) = gradient.mutable_data();
+      gradients[name.c_str()] = gradient;
+    }
+    std::vector<uint8_t> workspace(backward_workspace_bytes(context, p));
+    const void* const saved_memory = saved.data();
+    {
+      py::gil_scoped_release release;
+      run_backward(context, p, saved_memory, workspace.data());
+    }
+    return gradients;
+  });
 }
 
 std::vector<std::string> instruction_sets() {
@@ -197,9 +187,8 @@ std::vector<std::string> instruction_sets() {
 
 void bind_cpu(py::module_& module) {
   static const std::string inputs_doc =
-      "inputs is a dict of contiguous NumPy arrays: x, qkv_weight, linear_weight, and optionally qkv_bias, "
-      "linear_bias,\n"
-      "pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, attn_mask (any strides); bfloat16 as uint16.\n";
+      "inputs is a dict of contiguous NumPy arrays by their names in core/inputs.h, attn_mask of any strides; bfloat16 "
+      "as uint16.\n";
   static const std::string forward_doc = "Returns (out, saved); saved, None without `saves`, is for backward.\n" +
                                          inputs_doc + kConfigDoc +
                                          "\nisa: one of instruction_sets(), by default the best.";

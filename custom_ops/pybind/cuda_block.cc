@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/block.h"
+#include "core/attention_block.h"
 #include "core/cuda/stages.h"
 #include "pybind/config.h"
 
@@ -24,7 +24,8 @@ const std::string& doc() {
       "CudaBlock(config, device=0): " +
       std::string(kConfigDoc) +
       "\n\n"
-      "Methods take `arrays`, a dict from the names of Params' pointers (x, qkv_weight, out, d_x, ...) to addresses or "
+      "Methods take `arrays`, a dict from the names of AttentionParams' pointers (x, qkv_weight, out, d_x, ...) to "
+      "addresses or "
       "objects\n"
       "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a "
       "tuple\n"
@@ -44,9 +45,10 @@ void* address_of(const py::handle& array) {
   return reinterpret_cast<void*>(interface["data"].cast<py::tuple>()[0].cast<uintptr_t>());
 }
 
-using Setter = void (*)(Params&, void*);
+using Setter = void (*)(AttentionParams&, void*);
 
-#define PFA_POINTER(name) {#name, [](Params& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
+#define PFA_POINTER(name) \
+  {#name, [](AttentionParams& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
 #define PFA_INPUT(Name, name) PFA_POINTER(name)
 #define PFA_GRADIENT(Name, name) PFA_POINTER(d_##name)
 
@@ -79,7 +81,7 @@ const std::map<std::string, Setter>& pointers() {
 #undef PFA_INPUT
 #undef PFA_POINTER
 
-using Stage = void (*)(cuda::Context&, const Params&);
+using Stage = void (*)(cuda::Context&, const AttentionParams&);
 
 const std::map<std::string, Stage>& stages() {
   static const std::map<std::string, Stage> functions = {{"narrow_x", cuda::narrow_x},
@@ -132,22 +134,22 @@ class CudaBlock {
                uint64_t seed, uint64_t offset) const {
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
-    Params p = params(arrays);
+    AttentionParams p = params(arrays);
     p.seed = seed;
     p.offset = offset;
-    block_forward(context, p, address_of(saved), address_of(workspace));
+    run_forward(context, p, address_of(saved), address_of(workspace));
   }
 
   void backward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream) const {
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
-    block_backward(context, params(arrays), address_of(saved), address_of(workspace));
+    run_backward(context, params(arrays), address_of(saved), address_of(workspace));
   }
 
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {
     CurrentDevice current(device_);
     const cuda::Context context = this->context(0);
-    const Params p = params(arrays);
+    const AttentionParams p = params(arrays);
     const auto bytes = [&](Phase phase) { return cuda::stage_workspace_bytes(context, p, phase); };
     if (!backward) return bytes(Phase::kForward);
     return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
@@ -159,7 +161,7 @@ class CudaBlock {
     if (it == stages().end()) throw py::value_error("run_stage: unknown stage " + name);
     CurrentDevice current(device_);
     cuda::Context context = this->context(stream);
-    Params p = params(arrays);
+    AttentionParams p = params(arrays);
     p.seed = seed;
     p.offset = offset;
     it->second(context, p);
@@ -171,8 +173,8 @@ class CudaBlock {
                               config_.deterministic);
   }
 
-  Params params(const py::dict& arrays) const {
-    Params p = config_.params;
+  AttentionParams params(const py::dict& arrays) const {
+    AttentionParams p = config_.params;
     for (const auto& item : arrays) {
       const std::string name = item.first.cast<std::string>();
       if (name == "mask") {

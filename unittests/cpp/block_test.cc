@@ -1,6 +1,6 @@
 // The whole block on every instruction set of this processor: in float64 the result against its definition and the
 // gradients against differences, in the other types against float64.
-#include "core/block.h"
+#include "core/attention_block.h"
 
 #include <cmath>
 #include <cstdio>
@@ -97,9 +97,10 @@ struct Results {
 };
 
 Results run_block(const cpu::Implementation& implementation, DType dtype, const Inputs& in, const Values& d_out) {
-  Params p;
+  AttentionParams p;
   p.batch = kBatch;
   p.seq_len = kSeq;
+  p.rows = kRows;
   p.embed_dim = kEmbed;
   p.num_heads = kHeads;
   p.head_dim = kDim;
@@ -124,9 +125,9 @@ Results run_block(const cpu::Implementation& implementation, DType dtype, const 
 
   std::vector<char> saved(saved_bytes(p));
   std::vector<char> workspace(forward_workspace_bytes(context, p, true));
-  block_forward(context, p, saved.data(), workspace.data());
+  run_forward(context, p, saved.data(), workspace.data());
   workspace.assign(backward_workspace_bytes(context, p), 0);
-  block_backward(context, p, saved.data(), workspace.data());
+  run_backward(context, p, saved.data(), workspace.data());
 
   Results results;
   results.out = loaded(out, dtype);

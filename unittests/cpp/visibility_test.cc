@@ -17,11 +17,11 @@ void expect(bool holds, const char* what, int64_t a, int64_t b) {
 }
 
 // The definition.
-bool sees(const pfa::Params& p, int64_t i, int64_t j) { return j < p.seq_len && (!p.causal || j <= i); }
+bool sees(const pfa::AttentionParams& p, int64_t i, int64_t j) { return j < p.seq_len && (!p.causal || j <= i); }
 
 // All tiles of queries and keys, also such as reach past the ends.
 template <class Index>
-void check_visibility(const pfa::Params& p, Index tile) {
+void check_visibility(const pfa::AttentionParams& p, Index tile) {
   const auto visibility = pfa::visibility_of<Index>(p);
   const Index size = static_cast<Index>(p.seq_len);
   for (Index i = 0; i < size; ++i) {
@@ -48,7 +48,7 @@ void check_visibility(const pfa::Params& p, Index tile) {
 }
 
 void check_layout() {
-  pfa::Params p;
+  pfa::AttentionParams p;
   p.batch = 2, p.seq_len = 3, p.num_heads = 4, p.head_dim = 5, p.first_head = 8, p.total_heads = 16;
   const auto layout = pfa::qkv_layout(p);
   std::vector<int64_t> qkv(2 * 3 * 3 * 4 * 5);
@@ -75,7 +75,7 @@ void check_layout() {
 int main() {
   for (bool causal : {false, true}) {
     for (int64_t seq_len : {1, 2, 7, 8, 9, 31}) {
-      pfa::Params p;
+      pfa::AttentionParams p;
       p.seq_len = seq_len;
       p.causal = causal;
       for (int tile : {1, 4, 8}) {

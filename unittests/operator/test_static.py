@@ -1,6 +1,5 @@
 """Static graphs give what dygraph gives: PIR programs on Paddle 3, legacy programs on 2.6."""
 
-import contextlib
 import os
 
 import cases
@@ -10,7 +9,16 @@ import paddle
 import pytest
 from cases import DTYPES, FEATURES, FULL, Case, Mask
 from paddle_fused_attention import FusedMultiHeadAttention
-from runners import as_called, call, check_case, check_stored, run_dygraph, run_static, static_mode
+from runners import (
+    as_called,
+    call,
+    check_case,
+    check_stored,
+    legacy_programs,
+    run_dygraph,
+    run_static,
+    static_mode,
+)
 
 IS_PADDLE_2 = paddle.__version__.startswith("2.")
 
@@ -128,12 +136,6 @@ def test_every_run_draws_anew(place):
     paddle.seed(77)
     arrays = common.stored_inputs(FULL, common.make_inputs(FULL))
     assert np.array_equal(first[0], run_dygraph(arrays, FULL.config, place, seed=None)[0])
-
-
-def legacy_programs():
-    """Programs before PIR, which are all there is on Paddle 2.6."""
-    guard = getattr(getattr(paddle, "pir_utils", None), "OldIrGuard", contextlib.nullcontext)
-    return guard()
 
 
 # Programs with parameters, losses and optimizers use Paddle's own ops, so they run on the CPU alone.

@@ -1,5 +1,7 @@
-// The CPU as a device of the block: its stages.
+// The CPU as a device of the blocks: its stages.
 #pragma once
+
+#include <cstring>
 
 #include "core/cpu/implementations.h"
 #include "core/params.h"
@@ -11,39 +13,30 @@ struct Context {
   const Implementation* implementation = &best_implementation();
 };
 
-inline void layer_norm_forward(Context& context, const Params& p) {
-  context.implementation->layer_norm_forward(context, p);
+#define PFA_CALL(name, P) \
+  inline void name(Context& context, const P& p) { context.implementation->name(context, p); }
+PFA_CPU_STAGES(PFA_CALL)
+#undef PFA_CALL
+
+inline void store_random_state(Context&, const BlockParams& p) {
+  p.random_state[0] = p.seed;
+  p.random_state[1] = p.offset;
 }
-inline void layer_norm_backward(Context& context, const Params& p) {
-  context.implementation->layer_norm_backward(context, p);
+inline void copy(Context&, const void* from, void* to, size_t bytes) {
+  if (bytes) std::memcpy(to, from, bytes);
 }
-inline void narrow_x(Context& context, const Params& p) { context.implementation->narrow_x(context, p); }
-inline void qkv_linear_forward(Context& context, const Params& p) {
-  context.implementation->qkv_linear_forward(context, p);
+
+inline size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
+  return context.implementation->attention_workspace_bytes(context, p, phase);
 }
-inline void qkv_linear_backward(Context& context, const Params& p) {
-  context.implementation->qkv_linear_backward(context, p);
+inline size_t stage_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {
+  return context.implementation->feed_forward_workspace_bytes(context, p, phase);
 }
-inline void attention_forward(Context& context, const Params& p) {
-  context.implementation->attention_forward(context, p);
+inline size_t stage_workspace_bytes(const Context& context, const ResidualNormParams& p, Phase phase) {
+  return context.implementation->residual_norm_workspace_bytes(context, p, phase);
 }
-inline void attention_backward(Context& context, const Params& p) {
-  context.implementation->attention_backward(context, p);
-}
-inline void output_linear_forward(Context& context, const Params& p) {
-  context.implementation->output_linear_forward(context, p);
-}
-inline void output_linear_backward(Context& context, const Params& p) {
-  context.implementation->output_linear_backward(context, p);
-}
-inline void residual_forward(Context& context, const Params& p) {
-  context.implementation->residual_forward(context, p);
-}
-inline void residual_backward(Context& context, const Params& p) {
-  context.implementation->residual_backward(context, p);
-}
-inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
-  return context.implementation->stage_workspace_bytes(context, p, phase);
+inline size_t stage_workspace_bytes(const Context& context, const LinearParams& p, Phase phase) {
+  return context.implementation->linear_workspace_bytes(context, p, phase);
 }
 
 }  // namespace pfa::cpu

@@ -6,7 +6,7 @@
 namespace pfa {
 namespace cuda {
 
-size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
   const size_t linear = linear_workspace_bytes(context, p, phase);
   switch (phase) {
     case Phase::kOutputBackward:

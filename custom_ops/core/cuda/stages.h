@@ -13,30 +13,30 @@
 namespace pfa {
 namespace cuda {
 
-inline bool residual_has_forward_kernel(const Params& p) { return p.final_layer_norm || has_output_dropout(p); }
-inline bool residual_has_backward_kernel(const Params& p) { return p.final_layer_norm || has_own_d_linear(p); }
+inline bool residual_has_forward_kernel(const AttentionParams& p) { return p.final_layer_norm || has_output_dropout(p); }
+inline bool residual_has_backward_kernel(const AttentionParams& p) { return p.final_layer_norm || has_own_d_linear(p); }
 
-void narrow_x(Context& context, const Params& p);
-void layer_norm_forward(Context& context, const Params& p);
-void layer_norm_backward(Context& context, const Params& p);
-size_t layer_norm_backward_workspace_bytes(const Context& context, const Params& p);
+void narrow_x(Context& context, const AttentionParams& p);
+void layer_norm_forward(Context& context, const AttentionParams& p);
+void layer_norm_backward(Context& context, const AttentionParams& p);
+size_t layer_norm_backward_workspace_bytes(const Context& context, const AttentionParams& p);
 
-void qkv_linear_forward(Context& context, const Params& p);
-void qkv_linear_backward(Context& context, const Params& p);
+void qkv_linear_forward(Context& context, const AttentionParams& p);
+void qkv_linear_backward(Context& context, const AttentionParams& p);
 
-void attention_forward(Context& context, const Params& p);
-void attention_backward(Context& context, const Params& p);
-size_t attention_backward_workspace_bytes(const Context& context, const Params& p);
+void attention_forward(Context& context, const AttentionParams& p);
+void attention_backward(Context& context, const AttentionParams& p);
+size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);
 
-void output_linear_forward(Context& context, const Params& p);
-void output_linear_backward(Context& context, const Params& p);
-size_t linear_workspace_bytes(const Context& context, const Params& p, Phase phase);
+void output_linear_forward(Context& context, const AttentionParams& p);
+void output_linear_backward(Context& context, const AttentionParams& p);
+size_t linear_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase);
 
-void residual_forward(Context& context, const Params& p);
-void residual_backward(Context& context, const Params& p);
-size_t residual_backward_workspace_bytes(const Context& context, const Params& p);
+void residual_forward(Context& context, const AttentionParams& p);
+void residual_backward(Context& context, const AttentionParams& p);
+size_t residual_backward_workspace_bytes(const Context& context, const AttentionParams& p);
 
-size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase);
+size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase);
 
 }  // namespace cuda
 }  // namespace pfa

@@ -38,7 +38,8 @@ struct AttentionBackward {
     A* d_key;             // [unit_keys][padded]
     A* d_value;           // [unit_keys][padded]
 
-    Tiles(Arena& arena, const Context& context, const Params& p) : scores(arena, p), gradient(arena, scores.scores) {
+    Tiles(Arena& arena, const Context& context, const AttentionParams& p)
+        : scores(arena, p), gradient(arena, scores.scores) {
       const HeadShape<T> shape(p);
       d_out = take<P>(arena, kQueryTile * shape.stride);
       d_out_transposed = take<P>(arena, shape.depth * kQueryTile);
@@ -59,23 +60,23 @@ struct AttentionBackward {
     }
   };
 
-  static size_t thread_bytes(const Context& context, const Params& p) {
+  static size_t thread_bytes(const Context& context, const AttentionParams& p) {
     Arena arena;
     Tiles(arena, context, p);
     return arena.used();
   }
 
   // No more threads than work.
-  static int threads(const Context& context, const Params& p) {
+  static int threads(const Context& context, const AttentionParams& p) {
     const int64_t tiles = ceil_div(visibility_of<int64_t>(p).queries, kQueryTile);
     return static_cast<int>(std::min<int64_t>(context.threads, 2 * p.batch * p.num_heads * tiles));
   }
 
-  static size_t workspace_bytes(const Context& context, const Params& p) {
+  static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
     return threads(context, p) * thread_bytes(context, p);
   }
 
-  static void run(Context& context, const Params& p) {
+  static void run(Context& context, const AttentionParams& p) {
     const std::vector<Unit> units = split(context, p);
     const size_t bytes = thread_bytes(context, p);
     parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
@@ -84,13 +85,13 @@ struct AttentionBackward {
     });
   }
 
-  static bool splits_heads(const Context& context, const Params& p) {
+  static bool splits_heads(const Context& context, const AttentionParams& p) {
     const int64_t heads = p.batch * p.num_heads;
     return heads < 2 * context.threads && heads % context.threads != 0;
   }
 
   // The number of ranges that the tiles of a head that is split are cut into.
-  static int64_t parts(const Context& context, const Params& p) {
+  static int64_t parts(const Context& context, const AttentionParams& p) {
     const int64_t tiles = ceil_div(visibility_of<int64_t>(p).keys, kKeyTile);
     return std::min(tiles, ceil_div(4 * context.threads, p.batch * p.num_heads));
   }
@@ -102,13 +103,13 @@ struct AttentionBackward {
   }
 
   // The most keys that a unit has sums for.
-  static int64_t unit_keys(const Context& context, const Params& p) {
+  static int64_t unit_keys(const Context& context, const AttentionParams& p) {
     const int64_t keys = visibility_of<int64_t>(p).keys;
     if (!splits_heads(context, p) || keys == 0) return keys;
     return std::min(keys, ceil_div(ceil_div(keys, kKeyTile), parts(context, p)) * kKeyTile);
   }
 
-  static std::vector<Unit> split(const Context& context, const Params& p) {
+  static std::vector<Unit> split(const Context& context, const AttentionParams& p) {
     const auto visibility = visibility_of<int64_t>(p);
     const Range<int64_t> all_queries{0, visibility.queries};
     const Range<int64_t> all_keys{0, visibility.keys};
@@ -200,7 +201,7 @@ struct AttentionBackward {
 
   // q and do in all the ways that the products read them, and the statistics of every query.
   static void load_queries(const Head<T>& head, int64_t first, int64_t queries, const Tiles& tiles) {
-    const Params& p = head.p;
+    const AttentionParams& p = head.p;
     const HeadShape<T>& shape = head.shape;
     const HeadRows<const T> out = head.layout.out_rows(static_cast<const T*>(p.attn_out), head.index);
     const HeadRows<const T> d_out = head.layout.out_rows(static_cast<const T*>(p.d_attn_out), head.index);

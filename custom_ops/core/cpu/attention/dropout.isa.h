@@ -5,7 +5,7 @@ namespace pfa::cpu::PFA_ISA {
 
 // Bit i of kept[j]: whether the element of query first_query + i and key first_key + j is kept. first_query is a
 // multiple of 32 and first_key of 16.
-inline void keep_tile(const Params& p, const HeadIndex& head, const ScoreTile& tile, uint64_t* kept) {
+inline void keep_tile(const AttentionParams& p, const HeadIndex& head, const ScoreTile& tile, uint64_t* kept) {
   static_assert(kQueryTile == 64, "a row of the tile is a word of bits");
   constexpr int lanes = kLanes<uint32_t>;
   constexpr int together = lanes < 8 ? lanes : 8;  // lanes of queries that follow each other

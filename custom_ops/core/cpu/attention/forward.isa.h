@@ -17,7 +17,7 @@ struct AttentionForward {
     P* probability;  // [operands(kKeyTile)][kQueryTile]
     A* out;          // [kQueryTile][padded]
 
-    Tiles(Arena& arena, const Params& p) : scores(arena, p), softmax(arena) {
+    Tiles(Arena& arena, const AttentionParams& p) : scores(arena, p), softmax(arena) {
       const HeadShape<T> shape(p);
       if constexpr (kPaired<T>) {
         value_rows = take<P>(arena, kKeyTile / 2 * shape.padded);
@@ -30,15 +30,17 @@ struct AttentionForward {
     }
   };
 
-  static size_t thread_bytes(const Params& p) {
+  static size_t thread_bytes(const AttentionParams& p) {
     Arena arena;
     Tiles(arena, p);
     return arena.used();
   }
 
-  static size_t workspace_bytes(const Context& context, const Params& p) { return context.threads * thread_bytes(p); }
+  static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
+    return context.threads * thread_bytes(p);
+  }
 
-  static void run(Context& context, const Params& p) {
+  static void run(Context& context, const AttentionParams& p) {
     p.random_state[0] = p.seed;
     p.random_state[1] = p.offset;
     const int64_t query_tiles = ceil_div(visibility_of<int64_t>(p).queries, kQueryTile);
@@ -88,7 +90,7 @@ struct AttentionForward {
 
   // Divides o by the sums and writes it, with what backward needs of the softmax.
   static void write(const Head<T>& head, int64_t first_query, int64_t queries, const Tiles& tiles) {
-    const Params& p = head.p;
+    const AttentionParams& p = head.p;
     const A scale = static_cast<A>(p.attn_dropout.scale);
     const HeadRows<T> out = head.layout.out_rows(static_cast<T*>(p.attn_out), head.index);
     A* log_sum_exp = p.log_sum_exp ? head.statistics(p.log_sum_exp, first_query) : nullptr;

@@ -14,7 +14,7 @@ struct Scores {
   A* scores;            // [kKeyTile][kQueryTile]
   uint64_t* kept;       // [kKeyTile] of bits (dropout.isa.h), or null: all are kept
 
-  Scores(Arena& arena, const Params& p) {
+  Scores(Arena& arena, const AttentionParams& p) {
     const HeadShape<T> shape(p);
     query = take<P>(arena, kQueryTile * shape.stride);
     query_transposed = take<P>(arena, shape.depth * kQueryTile);

@@ -33,7 +33,7 @@ struct HeadShape {
   int64_t stride;  // of operands along head_dim, in whole vectors
   int64_t padded;  // head_dim in whole vectors
 
-  explicit HeadShape(const Params& p)
+  explicit HeadShape(const AttentionParams& p)
       : head_dim(p.head_dim),
         depth(operands<T>(p.head_dim)),
         stride(round_up(depth, kLanes<Accumulator<T>>)),
@@ -45,14 +45,14 @@ template <class T>
 struct Head {
   using A = Accumulator<T>;
 
-  const Params& p;
+  const AttentionParams& p;
   QkvLayout layout;
   HeadIndex index;
   HeadShape<T> shape;
   Visibility<int64_t> visibility;
   A score_scale;
 
-  Head(const Params& p, int64_t flat)
+  Head(const AttentionParams& p, int64_t flat)
       : p(p),
         layout(qkv_layout(p)),
         index(layout.head(flat)),

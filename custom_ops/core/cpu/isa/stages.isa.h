@@ -9,6 +9,8 @@
 #include "core/cpu/isa/simd.isa.h"
 
 #include "core/cpu/isa/exp.isa.h"
+
+#include "core/cpu/isa/activation.isa.h"
 #include "core/cpu/isa/numbers.isa.h"
 #include "core/cpu/isa/philox.isa.h"
 
@@ -17,8 +19,10 @@
 #include "core/cpu/rows/chunks.isa.h"
 #include "core/cpu/rows/row_sums.isa.h"
 
+#include "core/cpu/rows/dropout.isa.h"
 #include "core/cpu/rows/norm_rows.isa.h"
 
+#include "core/cpu/rows/activation.isa.h"
 #include "core/cpu/rows/layer_norm.isa.h"
 #include "core/cpu/rows/residual.isa.h"
 
@@ -51,27 +55,37 @@ struct Type {
   using type = T;
 };
 
+// Calls f with the type of a dtype.
+template <class F>
+auto for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(Type<double>{});
+    case DType::kFloat16:
+      return f(Type<Float16>{});
+    case DType::kBFloat16:
+      return f(Type<BFloat16>{});
+    default:
+      return f(Type<float>{});
+  }
+}
+
 // Calls f with the element's type and that of the residual stream.
 template <class F>
-auto for_dtypes(const Params& p, F&& f) {
-  const auto with_residual = [&](auto element) {
-    return has_wide_residual(p) ? f(element, Type<float>{}) : f(element, element);
-  };
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return f(Type<double>{}, Type<double>{});
-    case DType::kFloat16:
-      return with_residual(Type<Float16>{});
-    case DType::kBFloat16:
-      return with_residual(Type<BFloat16>{});
-    default:
-      return f(Type<float>{}, Type<float>{});
-  }
+auto for_dtypes(const BlockParams& p, F&& f) {
+  return for_dtype(p.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    if constexpr (std::is_same_v<T, Accumulator<T>>) {
+      return f(element, element);
+    } else {
+      return has_wide_residual(p) ? f(element, Type<float>{}) : f(element, element);
+    }
+  });
 }
 
 // Calls f with these and the type of the layer-norm parameters: that of the residual stream, or float32.
 template <class F>
-auto for_norm_dtypes(const Params& p, F&& f) {
+auto for_norm_dtypes(const BlockParams& p, F&& f) {
   return for_dtypes(p, [&](auto element, auto residual) {
     using R = typename decltype(residual)::type;
     if constexpr (std::is_same_v<R, Accumulator<R>>) {
@@ -82,8 +96,8 @@ auto for_norm_dtypes(const Params& p, F&& f) {
   });
 }
 
-#define PFA_STAGE(name, pass)                                       \
-  inline void name(Context& context, const Params& p) {             \
+#define PFA_STAGE(name, P, pass)                                    \
+  inline void name(Context& context, const P& p) {                  \
     for_dtypes(p, [&](auto element, auto residual) {                \
       using T = typename decltype(element)::type;                   \
       using R [[maybe_unused]] = typename decltype(residual)::type; \
@@ -91,7 +105,7 @@ auto for_norm_dtypes(const Params& p, F&& f) {
     });                                                             \
   }
 #define PFA_NORM_STAGE(name, pass)                                   \
-  inline void name(Context& context, const Params& p) {              \
+  inline void name(Context& context, const BlockParams& p) {         \
     for_norm_dtypes(p, [&](auto element, auto residual, auto norm) { \
       using T = typename decltype(element)::type;                    \
       using R = typename decltype(residual)::type;                   \
@@ -99,23 +113,40 @@ auto for_norm_dtypes(const Params& p, F&& f) {
       pass(context, p);                                              \
     });                                                              \
   }
+#define PFA_LINEAR_STAGE(name, pass)                          \
+  inline void name(Context& context, const LinearParams& p) { \
+    for_dtype(p.dtype, [&](auto element) {                    \
+      using T = typename decltype(element)::type;             \
+      pass(context, p);                                       \
+    });                                                       \
+  }
 
 PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, R, N>::forward))
 PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, R, N>::backward))
 PFA_NORM_STAGE(narrow_x, (LayerNorm<T, R, N>::narrow_x))
-PFA_STAGE(qkv_linear_forward, (Linear<T, R>::qkv_linear_forward))
-PFA_STAGE(qkv_linear_backward, (Linear<T, R>::qkv_linear_backward))
-PFA_STAGE(attention_forward, AttentionForward<T>::run)
-PFA_STAGE(attention_backward, AttentionBackward<T>::run)
-PFA_STAGE(output_linear_forward, (Linear<T, R>::output_linear_forward))
-PFA_STAGE(output_linear_backward, (Linear<T, R>::output_linear_backward))
 PFA_NORM_STAGE(residual_forward, (Residual<T, R, N>::forward))
 PFA_NORM_STAGE(residual_backward, (Residual<T, R, N>::backward))
+PFA_STAGE(qkv_linear_forward, AttentionParams, (Linear<T, R>::qkv_linear_forward))
+PFA_STAGE(qkv_linear_backward, AttentionParams, (Linear<T, R>::qkv_linear_backward))
+PFA_STAGE(attention_forward, AttentionParams, AttentionForward<T>::run)
+PFA_STAGE(attention_backward, AttentionParams, AttentionBackward<T>::run)
+PFA_STAGE(output_linear_forward, AttentionParams, (Linear<T, R>::output_linear_forward))
+PFA_STAGE(output_linear_backward, AttentionParams, (Linear<T, R>::output_linear_backward))
+PFA_STAGE(linear1_forward, FeedForwardParams, (Linear<T, R>::linear1_forward))
+PFA_STAGE(linear1_backward, FeedForwardParams, (Linear<T, R>::linear1_backward))
+PFA_STAGE(linear2_forward, FeedForwardParams, (Linear<T, R>::linear2_forward))
+PFA_STAGE(linear2_backward, FeedForwardParams, (Linear<T, R>::linear2_backward))
+PFA_LINEAR_STAGE(linear_forward, (Linear<T, T>::linear_forward))
+PFA_LINEAR_STAGE(linear_backward, (Linear<T, T>::linear_backward))
+PFA_LINEAR_STAGE(activation_backward, ActivationRows<T>::backward)
 
 #undef PFA_STAGE
 #undef PFA_NORM_STAGE
+#undef PFA_LINEAR_STAGE
 
-inline size_t stage_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+// Of the stages that both blocks have.
+template <class P>
+size_t frame_workspace_bytes(const Context& context, const P& p, Phase phase) {
   return for_norm_dtypes(p, [&](auto element, auto residual_element, auto norm) {
     using T = typename decltype(element)::type;
     using R = typename decltype(residual_element)::type;
@@ -125,37 +156,65 @@ inline size_t stage_workspace_bytes(const Context& context, const Params& p, Pha
     const size_t residual = Residual<T, R, N>::workspace_bytes(context, p, backward);
     switch (phase) {
       case Phase::kForward:
-        return std::max({layer_norm, Linear<T, R>::workspace_bytes(context, p, phase),
-                         AttentionForward<T>::workspace_bytes(context, p), residual});
+        return std::max(layer_norm, residual);
       case Phase::kOutputBackward:
-        return std::max(residual, Linear<T, R>::workspace_bytes(context, p, phase));
+        return residual;
+      case Phase::kInputBackward:
+        return layer_norm;
+      default:
+        return size_t{0};
+    }
+  });
+}
+
+inline size_t attention_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
+  const size_t own = for_dtypes(p, [&](auto element, auto residual) {
+    using T = typename decltype(element)::type;
+    using R = typename decltype(residual)::type;
+    switch (phase) {
+      case Phase::kForward:
+        return std::max(Linear<T, R>::workspace_bytes(context, p, phase),
+                        AttentionForward<T>::workspace_bytes(context, p));
       case Phase::kAttentionBackward:
         return AttentionBackward<T>::workspace_bytes(context, p);
-      case Phase::kInputBackward:
-        return std::max(layer_norm, Linear<T, R>::workspace_bytes(context, p, phase));
+      default:
+        return Linear<T, R>::workspace_bytes(context, p, phase);
     }
-    return size_t{0};
+  });
+  return std::max(own, frame_workspace_bytes(context, p, phase));
+}
+
+inline size_t feed_forward_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {
+  const size_t own = for_dtypes(p, [&](auto element, auto residual) {
+    return Linear<typename decltype(element)::type, typename decltype(residual)::type>::workspace_bytes(context, p,
+                                                                                                        phase);
+  });
+  return std::max(own, frame_workspace_bytes(context, p, phase));
+}
+
+inline size_t residual_norm_workspace_bytes(const Context& context, const ResidualNormParams& p, Phase phase) {
+  return frame_workspace_bytes(context, p, phase);
+}
+
+inline size_t linear_workspace_bytes(const Context& context, const LinearParams& p, Phase phase) {
+  return for_dtype(p.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return Linear<T, T>::workspace_bytes(context, p, phase);
   });
 }
 
 // constexpr, and so is what it gives: code that filled that in at start would be of this instruction set.
 constexpr Implementation make_implementation(const char* name, const char* (*why_not)(),
                                              bool has_tile_products = false) {
+#define PFA_ADDRESS(name, P) name,
   return {name,
           why_not,
           has_tile_products,
-          layer_norm_forward,
-          layer_norm_backward,
-          narrow_x,
-          qkv_linear_forward,
-          qkv_linear_backward,
-          attention_forward,
-          attention_backward,
-          output_linear_forward,
-          output_linear_backward,
-          residual_forward,
-          residual_backward,
-          stage_workspace_bytes};
+          PFA_CPU_STAGES(PFA_ADDRESS) attention_workspace_bytes,
+          feed_forward_workspace_bytes,
+          residual_norm_workspace_bytes,
+          linear_workspace_bytes};
+#undef PFA_ADDRESS
 }
 
 }  // namespace pfa::cpu::PFA_ISA

@@ -10,7 +10,7 @@
 namespace pfa::cpu::PFA_ISA {
 
 // c [m, n], row-major, = a [m, k] @ b [n, k]^T + bias [n] + addend [m, n]. bias and addend may be null; addend may be
-// c.
+// c. `step`, if there is one and R is T, makes of that what goes to c.
 template <class T, class R>
 struct Product {
   int64_t m, n, k;
@@ -19,6 +19,7 @@ struct Product {
   const T* bias;
   const R* addend;
   R* c;
+  const ActivationStep<T>* step = nullptr;
 };
 
 template <class T, class R>
@@ -274,7 +275,7 @@ class MatrixProduct {
   // Makes c [rows, columns] of the unit's sums, which are turned where the product is.
   void finish_unit(const Unit& unit) const {
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
-    if (!own_sums_ && !addend && !product_.bias) return;
+    if (!own_sums_ && !addend && !product_.bias && !product_.step) return;
     const A* sums = sums_of(unit);
     const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
     const int64_t row = turned_ ? unit.column : unit.row;
@@ -282,13 +283,12 @@ class MatrixProduct {
     const int64_t rows = turned_ ? unit.columns : unit.rows;
     const int64_t columns = turned_ ? unit.rows : unit.columns;
     const T* bias = product_.bias ? product_.bias + column : nullptr;
-    constexpr int64_t at_once = 64;
     for (int64_t r = 0; r < rows; ++r) {
       R* c = product_.c + (row + r) * product_.n + column;
       const R* added = addend ? addend + (row + r) * product_.n + column : nullptr;
-      for (int64_t first = 0; first < columns; first += at_once) {
-        const int64_t count = std::min(at_once, columns - first);
-        A values[at_once];
+      for (int64_t first = 0; first < columns; first += kPiece) {
+        const int64_t count = std::min(kPiece, columns - first);
+        A values[kPiece];
         if (turned_) {
           for (int64_t i = 0; i < count; ++i) values[i] = sums[(first + i) * stride + r];
         } else {
@@ -299,6 +299,9 @@ class MatrixProduct {
         }
         if (added) {
           for (int64_t i = 0; i < count; ++i) values[i] += widen(added[first + i]);
+        }
+        if constexpr (std::is_same_v<T, R>) {
+          if (product_.step) product_.step->run(row + r, column + first, count, values);
         }
         store_row(values, count, c + first);
       }

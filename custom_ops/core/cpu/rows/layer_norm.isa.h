@@ -1,4 +1,4 @@
-// What stands before the QKV projection: hidden = layer_norm(x) and its gradient, which is added to what the residual
+// What stands before the first product: hidden = layer_norm(x) and its gradient, which is added to what the residual
 // branch left; or, without a layer norm, x rounded to the type of the products.
 
 namespace pfa::cpu::PFA_ISA {
@@ -14,25 +14,25 @@ struct LayerNorm {
     ChunkSums<A> d_bias;
     A* rows;  // [threads][2][E]
 
-    Memory(Arena& arena, const Context& context, const Params& p, bool backward)
+    Memory(Arena& arena, const Context& context, const BlockParams& p, bool backward)
         : scale(widened<N>(arena, p.pre_ln_scale, p.embed_dim)),
           bias(widened<N>(arena, p.pre_ln_bias, p.embed_dim)),
-          d_scale(arena, p.rows(), p.embed_dim, backward && p.d_pre_ln_scale),
-          d_bias(arena, p.rows(), p.embed_dim, backward && p.d_pre_ln_bias),
+          d_scale(arena, p.rows, p.embed_dim, backward && p.d_pre_ln_scale),
+          d_bias(arena, p.rows, p.embed_dim, backward && p.d_pre_ln_bias),
           rows(take<A>(arena, context.threads * 2 * p.embed_dim)) {}
   };
 
-  static size_t workspace_bytes(const Context& context, const Params& p, bool backward) {
+  static size_t workspace_bytes(const Context& context, const BlockParams& p, bool backward) {
     Arena arena;
     Memory(arena, context, p, backward);
     return arena.used();
   }
 
-  static void forward(Context& context, const Params& p) {
+  static void forward(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);
-    for_row_chunks(context, p.rows(), [&](int64_t, int64_t first, int64_t end, int thread) {
+    for_row_chunks(context, p.rows, [&](int64_t, int64_t first, int64_t end, int thread) {
       A* row = memory.rows + thread * 2 * width;
       for (int64_t r = first; r < end; ++r) {
         A mean, rstd;
@@ -47,11 +47,11 @@ struct LayerNorm {
     });
   }
 
-  static void narrow_x(Context& context, const Params& p) {
+  static void narrow_x(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, false);
-    for_row_chunks(context, p.rows(), [&](int64_t, int64_t first, int64_t end, int thread) {
+    for_row_chunks(context, p.rows, [&](int64_t, int64_t first, int64_t end, int thread) {
       A* row = memory.rows + thread * 2 * width;
       for (int64_t r = first; r < end; ++r) {
         load_row(static_cast<const R*>(p.x) + r * width, width, row);
@@ -60,11 +60,11 @@ struct LayerNorm {
     });
   }
 
-  static void backward(Context& context, const Params& p) {
+  static void backward(Context& context, const BlockParams& p) {
     const int64_t width = p.embed_dim;
     Arena arena(p.stage_workspace);
     const Memory memory(arena, context, p, true);
-    for_row_chunks(context, p.rows(), [&](int64_t chunk, int64_t first, int64_t end, int thread) {
+    for_row_chunks(context, p.rows, [&](int64_t chunk, int64_t first, int64_t end, int thread) {
       A* input = memory.rows + thread * 2 * width;
       A* gradient = input + width;
       A* d_scale = memory.d_scale.start(chunk);
@@ -83,8 +83,8 @@ struct LayerNorm {
         store_row(gradient, width, static_cast<R*>(p.d_x) + r * width);
       }
     });
-    memory.d_scale.finish(context, row_chunks(p.rows()), static_cast<N*>(p.d_pre_ln_scale));
-    memory.d_bias.finish(context, row_chunks(p.rows()), static_cast<N*>(p.d_pre_ln_bias));
+    memory.d_scale.finish(context, row_chunks(p.rows), static_cast<N*>(p.d_pre_ln_scale));
+    memory.d_bias.finish(context, row_chunks(p.rows), static_cast<N*>(p.d_pre_ln_bias));
   }
 };
 

@@ -67,12 +67,12 @@ inline bool is_vector_aligned(const void* data) { return reinterpret_cast<uintpt
 
 // Whether every row of every tensor starts at a multiple of 16 bytes. A pointer that is not placed yet is null, and
 // will.
-inline bool has_vectors(const Params& p) {
+inline bool has_vectors(const AttentionParams& p) {
   return p.head_dim * size_of(p.dtype) % 16 == 0 && is_vector_aligned(p.qkv) && is_vector_aligned(p.attn_out) &&
          is_vector_aligned(p.d_attn_out) && is_vector_aligned(p.d_qkv);
 }
 
-inline AttentionArgs attention_args(const Params& p) {
+inline AttentionArgs attention_args(const AttentionParams& p) {
   AttentionArgs args{};
   args.qkv = p.qkv;
   args.layout = qkv_layout(p);
@@ -87,11 +87,11 @@ inline AttentionArgs attention_args(const Params& p) {
   return args;
 }
 
-inline ForwardArgs forward_args(const Params& p) {
+inline ForwardArgs forward_args(const AttentionParams& p) {
   return {attention_args(p), p.attn_out, p.log_sum_exp, p.score_shift, p.random_state, p.seed, p.offset};
 }
 
-inline BackwardArgs backward_args(const Params& p) {
+inline BackwardArgs backward_args(const AttentionParams& p) {
   BackwardArgs args{};
   static_cast<AttentionArgs&>(args) = attention_args(p);
   args.out = p.attn_out;

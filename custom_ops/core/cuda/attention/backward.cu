@@ -60,30 +60,30 @@ void backward_plain(const Context& context, const BackwardArgs& args) {
   });
 }
 
-BackwardArgs placed_args(const Params& p) {
+BackwardArgs placed_args(const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   Arena arena(p.stage_workspace);
   place_row_statistics(arena, p, args);
   return args;
 }
 
-void sum_bias(Context& context, const Params& p) {
+void sum_bias(Context& context, const AttentionParams& p) {
   if (!p.d_qkv_bias) return;
-  column_sums(context, p.dtype, p.d_qkv, p.rows(), 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
+  column_sums(context, p.dtype, p.d_qkv, p.rows, 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
 }
 
 }  // namespace
 
-size_t row_statistics_workspace_bytes(const Context& context, const Params& p) {
+size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   Arena arena;
   place_row_statistics(arena, p, args);
   return !p.d_qkv_bias
              ? arena.used()
-             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.rows(), 3 * p.heads_dim()));
+             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.rows, 3 * p.heads_dim()));
 }
 
-void mma_attention_backward(Context& context, const Params& p) {
+void mma_attention_backward(Context& context, const AttentionParams& p) {
   const BackwardArgs args = placed_args(p);
   if (p.dtype == DType::kFloat32) {
     backward_mma<float, 64, 128>(context, args);
@@ -96,7 +96,7 @@ void mma_attention_backward(Context& context, const Params& p) {
   sum_bias(context, p);
 }
 
-void plain_attention_backward(Context& context, const Params& p) {
+void plain_attention_backward(Context& context, const AttentionParams& p) {
   const BackwardArgs args = placed_args(p);
   dispatch_float(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
@@ -105,8 +105,8 @@ void plain_attention_backward(Context& context, const Params& p) {
   sum_bias(context, p);
 }
 
-size_t attention_backward_workspace_bytes(const Context& context, const Params& p) {
-  if (p.rows() == 0) return 0;
+size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
+  if (p.rows == 0) return 0;
   // Addresses that are not known yet may rule out the first that serves: each that comes after it must find room too.
   size_t bytes = 0;
   for (const AttentionImplementation* implementation : kAttentionImplementations) {
@@ -116,8 +116,8 @@ size_t attention_backward_workspace_bytes(const Context& context, const Params& 
   return bytes;
 }
 
-void attention_backward(Context& context, const Params& p) {
-  if (p.rows() > 0) {
+void attention_backward(Context& context, const AttentionParams& p) {
+  if (p.rows > 0) {
     attention_implementation(context, p, Pass::kBackward).backward(context, p);
   } else {
     sum_bias(context, p);

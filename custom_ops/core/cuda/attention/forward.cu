@@ -32,7 +32,7 @@ bool mma_is_built(const Context& context) {
   return kernel_attributes(context, kernel).ptxVersion >= 80;
 }
 
-void mma_attention_forward(Context& context, const Params& p) {
+void mma_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
   if (p.dtype == DType::kFloat32) return forward_mma<float, 64, 128>(context, args);
   dispatch_16bit(p.dtype, [&](auto* element) {
@@ -41,7 +41,7 @@ void mma_attention_forward(Context& context, const Params& p) {
   });
 }
 
-void plain_attention_forward(Context& context, const Params& p) {
+void plain_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
   dispatch_float(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
@@ -53,8 +53,8 @@ void plain_attention_forward(Context& context, const Params& p) {
   });
 }
 
-void attention_forward(Context& context, const Params& p) {
-  if (p.rows() > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
+void attention_forward(Context& context, const AttentionParams& p) {
+  if (p.rows > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
 }
 
 }  // namespace cuda

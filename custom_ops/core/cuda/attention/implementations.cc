@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 #if CUDART_VERSION >= 12010
-const char* why_not_hopper(const Context& context, const Params& p, Pass pass) {
+const char* why_not_hopper(const Context& context, const AttentionParams& p, Pass pass) {
   if (context.compute_capability != 90) return "it runs on compute capability 9.0 only";
   if (!hopper_is_built(context)) return "it was not compiled: build for 9.0a";
   if (!is_16bit_float(p.dtype)) return "it computes float16 and bfloat16 only";
@@ -21,7 +21,7 @@ const char* why_not_hopper(const Context& context, const Params& p, Pass pass) {
 }
 #endif
 
-const char* why_not_mma(const Context& context, const Params& p, Pass) {
+const char* why_not_mma(const Context& context, const AttentionParams& p, Pass) {
   if (context.compute_capability < 80) return "it needs compute capability 8.0";
   if (!mma_is_built(context)) return "it was not compiled: build for 8.0 or later";
   if (p.dtype == DType::kFloat64) return "it does not compute float64";
@@ -30,7 +30,7 @@ const char* why_not_mma(const Context& context, const Params& p, Pass) {
   return nullptr;
 }
 
-const char* why_not_plain(const Context&, const Params& p, Pass) {
+const char* why_not_plain(const Context&, const AttentionParams& p, Pass) {
   return p.head_dim > 256 ? "it takes a head_dim up to 256" : nullptr;
 }
 
@@ -41,8 +41,8 @@ const AttentionImplementation kHopperAttention{"hopper", why_not_hopper, hopper_
                                                hopper_attention_backward_workspace_bytes, hopper_attention_backward};
 #else  // no tensor maps, warpgroup products or vector additions to memory
 const AttentionImplementation kHopperAttention{
-    "hopper", [](const Context&, const Params&, Pass) { return "it was not compiled: that takes CUDA 12.1 or later"; },
-    nullptr, [](const Context&, const Params&) { return size_t{0}; }, nullptr};
+    "hopper", [](const Context&, const AttentionParams&, Pass) { return "it was not compiled: that takes CUDA 12.1 or later"; },
+    nullptr, [](const Context&, const AttentionParams&) { return size_t{0}; }, nullptr};
 #endif
 const AttentionImplementation kMmaAttention{"mma", why_not_mma, mma_attention_forward, row_statistics_workspace_bytes,
                                             mma_attention_backward};

@@ -14,11 +14,11 @@ enum class Pass { kForward, kBackward };
 struct AttentionImplementation {
   const char* name;
   // Why it does not serve a call; null if it does. A pointer that is not placed yet is null, and will be aligned.
-  const char* (*why_not)(const Context& context, const Params& p, Pass pass);
-  void (*forward)(Context& context, const Params& p);
+  const char* (*why_not)(const Context& context, const AttentionParams& p, Pass pass);
+  void (*forward)(Context& context, const AttentionParams& p);
   // The size of backward's workspace. It may be asked before pointers are placed (stages.md).
-  size_t (*backward_workspace_bytes)(const Context& context, const Params& p);
-  void (*backward)(Context& context, const Params& p);  // d_qkv, and d_qkv_bias where it is wanted
+  size_t (*backward_workspace_bytes)(const Context& context, const AttentionParams& p);
+  void (*backward)(Context& context, const AttentionParams& p);  // d_qkv, and d_qkv_bias where it is wanted
 };
 
 // Tensor maps, the copy engine and warpgroup products of compute capability 9.0 (hopper/).
@@ -32,7 +32,7 @@ extern const AttentionImplementation kPlainAttention;
 constexpr const AttentionImplementation* kAttentionImplementations[] = {&kHopperAttention, &kMmaAttention,
                                                                         &kPlainAttention};
 
-inline const AttentionImplementation& attention_implementation(const Context& context, const Params& p, Pass pass) {
+inline const AttentionImplementation& attention_implementation(const Context& context, const AttentionParams& p, Pass pass) {
   for (const AttentionImplementation* implementation : kAttentionImplementations) {
     if (!implementation->why_not(context, p, pass)) return *implementation;
   }

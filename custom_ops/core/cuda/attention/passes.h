@@ -10,17 +10,17 @@ namespace pfa {
 namespace cuda {
 
 // forward.cu and backward.cu
-void plain_attention_forward(Context& context, const Params& p);
-void plain_attention_backward(Context& context, const Params& p);
-void mma_attention_forward(Context& context, const Params& p);
-void mma_attention_backward(Context& context, const Params& p);
-size_t row_statistics_workspace_bytes(const Context& context, const Params& p);
+void plain_attention_forward(Context& context, const AttentionParams& p);
+void plain_attention_backward(Context& context, const AttentionParams& p);
+void mma_attention_forward(Context& context, const AttentionParams& p);
+void mma_attention_backward(Context& context, const AttentionParams& p);
+size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p);
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
 
 // hopper/. Backward adds to sums in no fixed order.
-void hopper_attention_forward(Context& context, const Params& p);
-void hopper_attention_backward(Context& context, const Params& p);
-size_t hopper_attention_backward_workspace_bytes(const Context& context, const Params& p);
+void hopper_attention_forward(Context& context, const AttentionParams& p);
+void hopper_attention_backward(Context& context, const AttentionParams& p);
+size_t hopper_attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);
 bool hopper_is_built(const Context& context);  // for sm_90a
 
 }  // namespace cuda

@@ -69,7 +69,7 @@ void make_row_statistics(const Context& context, const BackwardArgs& args,
 }
 
 // Places the statistics in `arena`.
-inline void place_row_statistics(Arena& arena, const Params& p, BackwardArgs& args) {
+inline void place_row_statistics(Arena& arena, const AttentionParams& p, BackwardArgs& args) {
   args.rows_padded = static_cast<int>(ceil_div(args.visibility.queries, kStatisticsMultiple) * kStatisticsMultiple);
   const size_t bytes = args.heads() * args.rows_padded * size_of(accumulator_of(p.dtype));
   args.delta = arena.take(bytes);

@@ -20,10 +20,10 @@ namespace pfa {
 namespace cuda {
 namespace {
 
-MatrixProduct qkv_product(const Params& p) {
+MatrixProduct qkv_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = product.result_dtype = p.dtype;
-  product.m = p.rows();
+  product.m = p.rows;
   product.n = 3 * p.heads_dim();
   product.k = p.embed_dim;
   product.a = p.hidden;
@@ -35,11 +35,11 @@ MatrixProduct qkv_product(const Params& p) {
   return product;
 }
 
-MatrixProduct output_product(const Params& p) {
+MatrixProduct output_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = p.dtype;
   product.result_dtype = p.residual_dtype;
-  product.m = p.rows();
+  product.m = p.rows;
   product.n = p.embed_dim;
   product.k = p.heads_dim();
   product.a = p.attn_out;
@@ -52,12 +52,12 @@ MatrixProduct output_product(const Params& p) {
   return product;
 }
 
-MatrixProduct d_qkv_weight_product(const Params& p) {
+MatrixProduct d_qkv_weight_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = product.result_dtype = p.dtype;
   product.m = 3 * p.heads_dim();
   product.n = p.embed_dim;
-  product.k = p.rows();
+  product.k = p.rows;
   product.a = p.d_qkv;
   product.a_transposed = true;
   product.b = p.hidden;
@@ -65,11 +65,11 @@ MatrixProduct d_qkv_weight_product(const Params& p) {
   return product;
 }
 
-MatrixProduct d_hidden_product(const Params& p) {
+MatrixProduct d_hidden_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = p.dtype;
   product.result_dtype = p.pre_layer_norm ? p.dtype : p.residual_dtype;
-  product.m = p.rows();
+  product.m = p.rows;
   product.n = p.embed_dim;
   product.k = 3 * p.heads_dim();
   product.a = p.d_qkv;
@@ -80,12 +80,12 @@ MatrixProduct d_hidden_product(const Params& p) {
   return product;
 }
 
-MatrixProduct d_linear_weight_product(const Params& p) {
+MatrixProduct d_linear_weight_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = product.result_dtype = p.dtype;
   product.m = p.heads_dim();
   product.n = p.embed_dim;
-  product.k = p.rows();
+  product.k = p.rows;
   product.a = p.attn_out;
   product.a_transposed = true;
   product.b = p.d_linear;
@@ -93,10 +93,10 @@ MatrixProduct d_linear_weight_product(const Params& p) {
   return product;
 }
 
-MatrixProduct d_attn_out_product(const Params& p) {
+MatrixProduct d_attn_out_product(const AttentionParams& p) {
   MatrixProduct product;
   product.dtype = product.result_dtype = p.dtype;
-  product.m = p.rows();
+  product.m = p.rows;
   product.n = p.heads_dim();
   product.k = p.embed_dim;
   product.a = p.d_linear;
@@ -107,17 +107,17 @@ MatrixProduct d_attn_out_product(const Params& p) {
 }
 
 // The size of a copy of the linear bias in residual_dtype: a product takes a bias of its result's type.
-size_t wide_bias_bytes(const Params& p) {
+size_t wide_bias_bytes(const AttentionParams& p) {
   return p.linear_bias && has_wide_residual(p) ? Arena::aligned(p.embed_dim * size_of(p.residual_dtype)) : 0;
 }
 
 }  // namespace
 
-void qkv_linear_forward(Context& context, const Params& p) {
+void qkv_linear_forward(Context& context, const AttentionParams& p) {
   matrix_product(context, qkv_product(p), p.stage_workspace);
 }
 
-void output_linear_forward(Context& context, const Params& p) {
+void output_linear_forward(Context& context, const AttentionParams& p) {
   MatrixProduct product = output_product(p);
   char* workspace = static_cast<char*>(p.stage_workspace);
   if (const size_t bytes = wide_bias_bytes(p)) {
@@ -128,20 +128,20 @@ void output_linear_forward(Context& context, const Params& p) {
   matrix_product(context, product, workspace);
 }
 
-void qkv_linear_backward(Context& context, const Params& p) {
+void qkv_linear_backward(Context& context, const AttentionParams& p) {
   if (p.d_qkv_weight) matrix_product(context, d_qkv_weight_product(p), p.stage_workspace);
   if (needs_d_hidden(p)) matrix_product(context, d_hidden_product(p), p.stage_workspace);
 }
 
-void output_linear_backward(Context& context, const Params& p) {
+void output_linear_backward(Context& context, const AttentionParams& p) {
   if (p.d_linear_bias && !residual_has_backward_kernel(p)) {
-    column_sums(context, p.dtype, p.d_linear, p.rows(), p.embed_dim, p.d_linear_bias, p.stage_workspace);
+    column_sums(context, p.dtype, p.d_linear, p.rows, p.embed_dim, p.d_linear_bias, p.stage_workspace);
   }
   if (p.d_linear_weight) matrix_product(context, d_linear_weight_product(p), p.stage_workspace);
   if (needs_d_qkv(p)) matrix_product(context, d_attn_out_product(p), p.stage_workspace);
 }
 
-size_t linear_workspace_bytes(const Context& context, const Params& p, Phase phase) {
+size_t linear_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
   const auto bytes = [&](bool needed, const MatrixProduct& product) {
     return needed ? matrix_product_workspace_bytes(context, product) : 0;
   };
@@ -149,7 +149,7 @@ size_t linear_workspace_bytes(const Context& context, const Params& p, Phase pha
     case Phase::kForward:
       return std::max(bytes(true, qkv_product(p)), wide_bias_bytes(p) + bytes(true, output_product(p)));
     case Phase::kOutputBackward:
-      return std::max({p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows(), p.embed_dim) : 0,
+      return std::max({p.d_linear_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows, p.embed_dim) : 0,
                        bytes(p.d_linear_weight, d_linear_weight_product(p)),
                        bytes(needs_d_qkv(p), d_attn_out_product(p))});
     case Phase::kInputBackward:

@@ -6,12 +6,12 @@
 namespace pfa {
 namespace cuda {
 
-void layer_norm_forward(Context& context, const Params& p) {
+void layer_norm_forward(Context& context, const AttentionParams& p) {
   NormRowsForward args;
   args.dtype = p.residual_dtype;
   args.out_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
-  args.rows = p.rows();
+  args.rows = p.rows;
   args.cols = p.embed_dim;
   args.y = p.x;
   args.out = p.hidden;
@@ -23,16 +23,16 @@ void layer_norm_forward(Context& context, const Params& p) {
   norm_rows_forward(context, args);
 }
 
-void narrow_x(Context& context, const Params& p) {
-  convert(context, p.residual_dtype, p.x, p.dtype, p.hidden, p.rows() * p.embed_dim);
+void narrow_x(Context& context, const AttentionParams& p) {
+  convert(context, p.residual_dtype, p.x, p.dtype, p.hidden, p.rows * p.embed_dim);
 }
 
-void layer_norm_backward(Context& context, const Params& p) {
+void layer_norm_backward(Context& context, const AttentionParams& p) {
   NormRowsBackward args;
   args.dtype = args.d_y_dtype = p.residual_dtype;
   args.d_out_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
-  args.rows = p.rows();
+  args.rows = p.rows;
   args.cols = p.embed_dim;
   args.d_out = p.d_hidden;
   args.z = p.x;
@@ -46,7 +46,7 @@ void layer_norm_backward(Context& context, const Params& p) {
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
-size_t layer_norm_backward_workspace_bytes(const Context& context, const Params& p) {
+size_t layer_norm_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   return p.pre_layer_norm ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 

@@ -6,12 +6,12 @@
 namespace pfa {
 namespace cuda {
 
-void residual_forward(Context& context, const Params& p) {
+void residual_forward(Context& context, const AttentionParams& p) {
   if (!residual_has_forward_kernel(p)) return;
   NormRowsForward args;
   args.dtype = args.out_dtype = p.residual_dtype;
   args.norm_dtype = p.norm_dtype;
-  args.rows = p.rows();
+  args.rows = p.rows;
   args.cols = p.embed_dim;
   args.y = p.residual;
   if (has_output_dropout(p)) {
@@ -35,13 +35,13 @@ void residual_forward(Context& context, const Params& p) {
   norm_rows_forward(context, args);
 }
 
-void residual_backward(Context& context, const Params& p) {
+void residual_backward(Context& context, const AttentionParams& p) {
   if (!residual_has_backward_kernel(p)) return;
   NormRowsBackward args;
   args.dtype = args.d_out_dtype = p.residual_dtype;
   args.d_y_dtype = p.dtype;
   args.norm_dtype = p.norm_dtype;
-  args.rows = p.rows();
+  args.rows = p.rows;
   args.cols = p.embed_dim;
   args.d_out = p.d_out;
   args.has_norm = p.final_layer_norm;
@@ -63,7 +63,7 @@ void residual_backward(Context& context, const Params& p) {
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
-size_t residual_backward_workspace_bytes(const Context& context, const Params& p) {
+size_t residual_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   return residual_has_backward_kernel(p) ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 

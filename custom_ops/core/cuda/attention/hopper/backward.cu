@@ -532,7 +532,7 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
 }
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
-size_t place(const Context& context, const Params& p, void* memory, BackwardArgs& args, BackwardSchedule& schedule) {
+size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args, BackwardSchedule& schedule) {
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   schedule = plan(context, args);
@@ -571,13 +571,13 @@ void backward(const Context& context, const BackwardArgs& args, const BackwardSc
 }  // namespace
 }  // namespace hopper
 
-size_t hopper_attention_backward_workspace_bytes(const Context& context, const Params& p) {
+size_t hopper_attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
   return hopper::place(context, p, nullptr, args, schedule);
 }
 
-void hopper_attention_backward(Context& context, const Params& p) {
+void hopper_attention_backward(Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
   hopper::place(context, p, p.stage_workspace, args, schedule);

@@ -495,7 +495,7 @@ void forward(const Context& context, const ForwardArgs& args, DType dtype) {
 }  // namespace
 }  // namespace hopper
 
-void hopper_attention_forward(Context& context, const Params& p) {
+void hopper_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
   dispatch_16bit(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;

@@ -1,0 +1,111 @@
+// Activation functions of vectors, and their derivatives.
+//
+//   relu       max(x, 0)
+//   gelu       x * cdf(x), cdf of the standard normal distribution
+//   gelu_tanh  x * sigmoid(2 y) = x * (1 + tanh(y)) / 2 with y = sqrt(2 / pi) * (x + 0.044715 x^3)
+//              (Hendrycks, Gimpel: "Gaussian error linear units", arXiv:1606.08415)
+//   silu       x * sigmoid(x)
+
+namespace pfa::cpu::PFA_ISA {
+
+template <class A>
+inline Vec<A> vabs(Vec<A> x) {
+  return x < 0 ? -x : x;
+}
+
+// What lies beyond x >= 0 of the standard normal distribution, divided by exp(-x^2 / 2): t * p(2 t - 1) with
+// t = 1 / (1 + c x). p interpolates at Chebyshev's points, up to where the exponential underflows. Evaluated exactly the
+// error is at most 4.4e-9 of the value in float32 and 3.2e-16 in float64.
+template <class A>
+struct NormalTail;
+template <>
+struct NormalTail<float> {
+  static constexpr float kSlope = 0.3f;
+  static constexpr float kCoefficients[] = {0.2219706133f,   0.1645794896f,    0.08654969651f,    0.02776025779f,
+                                            0.001816215156f, -0.002423163491f, -0.0005705138421f, 0.0002804169359f,
+                                            7.783458318e-5f, -4.084835885e-5f};
+};
+template <>
+struct NormalTail<double> {
+  static constexpr double kSlope = 0.2;
+  static constexpr double kCoefficients[] = {
+      0.15383860995001257716,     0.13307650057801062309,     0.099061123193999396678,     0.062706631334328203245,
+      0.033004073233874685249,    0.013823727739424600763,    0.0041590133640188666628,    0.00059867537672266661056,
+      -0.00015957392226417087829, -0.00010897996216454179409, -0.000011874881235511392127, 9.9531300837495525777e-6,
+      3.3352258996832137721e-6,   -7.9743302459550797429e-7,  -5.5140581664591274739e-7,   6.8806516018837685667e-8,
+      8.3038795102645417851e-8,   -9.071911372608122654e-9,   -1.0243526704073839496e-8,   1.4778409200282385434e-9,
+      4.704164811331591407e-10};
+};
+
+// The standard normal distribution up to x, and exp(-x^2 / 2).
+template <class A>
+struct NormalDistribution {
+  Vec<A> below;
+  Vec<A> bell;
+
+  explicit NormalDistribution(Vec<A> x) {
+    using Tail = NormalTail<A>;
+    constexpr int degree = static_cast<int>(std::size(Tail::kCoefficients)) - 1;
+    bell = vexp(x * x * A(-0.5));
+    const Vec<A> t = A(1) / (vabs<A>(x) * Tail::kSlope + A(1));
+    const Vec<A> s = t + t - A(1);
+    Vec<A> poly = broadcast(Tail::kCoefficients[degree]);
+#pragma GCC unroll 32
+    for (int i = degree - 1; i >= 0; --i) poly = poly * s + Tail::kCoefficients[i];
+    const Vec<A> tail = poly * t * bell;
+    below = x < 0 ? tail : A(1) - tail;
+  }
+};
+
+template <class A>
+inline Vec<A> sigmoid(Vec<A> x) {
+  const Vec<A> e = vexp(-vabs<A>(x));
+  const Vec<A> larger = A(1) / (e + A(1));
+  return x < 0 ? e * larger : larger;
+}
+
+template <class A>
+struct ValueAndSlope {
+  Vec<A> value;
+  Vec<A> slope;
+};
+
+template <Activation kActivation, class A>
+inline ValueAndSlope<A> value_and_slope(Vec<A> x) {
+  if constexpr (kActivation == Activation::kRelu) {
+    // As written NaN stays NaN.
+    return {x < 0 ? Vec<A>{} : x, x > 0 ? broadcast(A(1)) : Vec<A>{}};
+  } else if constexpr (kActivation == Activation::kGelu) {
+    const NormalDistribution<A> normal(x);
+    return {x * normal.below, normal.below + x * normal.bell * A(0.39894228040143267794)};  // 1 / sqrt(2 pi)
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    constexpr A factor = A(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi)
+    const Vec<A> square = x * x;
+    const Vec<A> s = sigmoid<A>(x * (square * A(0.044715) + A(1)) * factor);
+    return {x * s, s + x * s * (A(1) - s) * (square * A(3 * 0.044715) + A(1)) * factor};
+  } else if constexpr (kActivation == Activation::kSilu) {
+    const Vec<A> s = sigmoid<A>(x);
+    return {x * s, s + x * s * (A(1) - s)};
+  } else {
+    return {x, broadcast(A(1))};
+  }
+}
+
+// Calls f with the activation as a constant.
+template <class F>
+void for_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::kNone:
+      return f(std::integral_constant<Activation, Activation::kNone>{});
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return f(std::integral_constant<Activation, Activation::kSilu>{});
+  }
+}
+
+}  // namespace pfa::cpu::PFA_ISA

@@ -1,0 +1,87 @@
+#include "op/tensors.h"
+
+#include <algorithm>
+
+#include "op/devices.h"
+#include "paddle/common/ddim.h"
+
+namespace pfa::op {
+namespace {
+
+const char* kind_of(const paddle::Tensor& tensor) {
+  if (tensor.is_selected_rows()) return "SelectedRows";
+  return tensor.is_sparse_coo_tensor() || tensor.is_sparse_csr_tensor() ? "a sparse tensor"
+                                                                        : "a tensor of another kind";
+}
+
+}  // namespace
+
+DType core_dtype(paddle::DataType dtype) {
+  switch (dtype) {
+    case paddle::DataType::FLOAT64:
+      return DType::kFloat64;
+    case paddle::DataType::FLOAT16:
+      return DType::kFloat16;
+    case paddle::DataType::BFLOAT16:
+      return DType::kBFloat16;
+    case paddle::DataType::BOOL:
+      return DType::kBool;
+    case paddle::DataType::UINT8:
+      return DType::kUInt8;
+    case paddle::DataType::INT8:
+      return DType::kInt8;
+    case paddle::DataType::INT16:
+      return DType::kInt16;
+    case paddle::DataType::INT32:
+      return DType::kInt32;
+    case paddle::DataType::INT64:
+      return DType::kInt64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+Shape shape_of(const paddle::Tensor& tensor) {
+  const auto& dims = tensor.dims();
+  return Shape(dims.Get(), dims.size());
+}
+
+void check_memory(const char* op, const paddle::Tensor& tensor, const std::string& name) {
+  if (tensor.defined() && !tensor.is_dense_tensor()) {
+    refuse(op, "TypeError", name, "a dense tensor", kind_of(tensor));
+  }
+  // Where a program's input was never given, Paddle's shape is of rank -1.
+  const bool is_known = tensor.defined() && tensor.dims().size() >= 0;
+  if (!is_known || (!tensor.initialized() && tensor.numel() != 0)) {
+    refuse(op, "ValueError", name, "a tensor with values", "one without memory");
+  }
+}
+
+void check_place(const char* op, const paddle::Tensor& tensor, const std::string& name, const paddle::Tensor& x) {
+  if (tensor.place() == x.place()) return;
+  refuse(op, "ValueError", name, "a tensor on the place of x, " + x.place().DebugString(),
+         "one on " + tensor.place().DebugString());
+}
+
+void check_device(const char* op, const paddle::Tensor& x) {
+  if (has_kernels_for(x)) return;
+  refuse(op, "ValueError", "x", "a tensor on a device that this build has kernels for",
+         "one on " + x.place().DebugString());
+}
+
+// Paddle 2.6 takes a tensor without memory, as an empty one is, for an output that was forgotten.
+paddle::Tensor allocate(const Sizes& shape, paddle::DataType dtype, const paddle::Place& place) {
+  for (int64_t size : shape) {
+    if (size != 0) continue;
+    paddle::Tensor tensor = paddle::empty({1}, dtype, place);
+    tensor.reshape(shape);
+    return tensor;
+  }
+  return paddle::empty(shape, dtype, place);
+}
+
+paddle::Tensor bytes(size_t count, const paddle::Place& place) {
+  return paddle::empty({static_cast<int64_t>(std::max<size_t>(count, 1))}, paddle::DataType::UINT8, place);
+}
+
+}  // namespace pfa::op
