@@ -131,7 +131,7 @@ def feed_forward(description: FeedForward, first_hidden: int = 0, total_hidden: 
     If `total_hidden` is not 0, the weights hold only the hidden numbers from `first_hidden` on of that many, and the
     result is their part of a sum.
     """
-    if not FEED_FORWARD.exists or needs_ordinary_ops(description.x, description.linear1_weight):
+    if needs_ordinary_ops(description.x, description.linear1_weight):
         return _feed_forward_of_ordinary_ops(description)
     return FEED_FORWARD.call(*_arguments(description, first_hidden, total_hidden))
 

@@ -56,7 +56,7 @@ def _linear(x: Any, weight: Any, bias: Any, transpose_x: bool, transpose_weight:
     switches = (_op.TRANSPOSE_X if transpose_x else 0) | (_op.TRANSPOSE_WEIGHT if transpose_weight else 0)
     integers = (0 if activation is None else ACTIVATIONS[activation],)
     arguments: tuple = ((x, weight, bias), True, switches, (), integers)
-    if LINEAR.exists and not needs_ordinary_ops(x, weight):
+    if not needs_ordinary_ops(x, weight):
         return LINEAR.call(*arguments)
     inputs = LINEAR.checked_inputs(*arguments)
     with without_auto_cast():

@@ -151,10 +151,8 @@ class Operator:
         self._residual = tuple(map(self.tensors.index, residual))
         self._mask = None if mask is None else self.tensors.index(mask)
         self._mask_bit = 0 if self._mask is None else 1 << self._mask
-        self.exists = hasattr(library, f"{op_type}_check")
-        if self.exists:
-            self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
-            self._check.restype = ctypes.c_char_p
+        self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
+        self._check.restype = ctypes.c_char_p
 
     def call(
         self,
@@ -249,8 +247,6 @@ class Operator:
         return (not training, switches | SAVE_FOR_BACKWARD, present, present, *_float_bits(numbers), *integers)
 
     def _check_attributes(self, inputs: Sequence[Any], attributes: tuple) -> None:
-        if not self.exists:
-            return
         shapes = [[] if value is None else list(value.shape) for value in inputs]
         dimensions = [size for shape in shapes for size in shape]
         dtypes = [b"" if value is None else dtype_name(value).encode() for value in inputs]
@@ -258,9 +254,7 @@ class Operator:
             (ctypes.c_int64 * len(dimensions))(*dimensions),
             (ctypes.c_int32 * len(shapes))(*map(len, shapes)),
             (ctypes.c_char_p * len(dtypes))(*dtypes),
-            ctypes.c_int64(attributes[2]),
-            ctypes.c_int64(attributes[-2]),
-            ctypes.c_int64(attributes[-1]),
+            (ctypes.c_int64 * len(attributes))(*attributes),
         )
         if message is not None:
             _raise_checked(message.decode())

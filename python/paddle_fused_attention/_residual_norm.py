@@ -82,7 +82,7 @@ def _arguments(description: ResidualNorm) -> tuple:
 @paddle.jit.not_to_static
 def residual_norm(description: ResidualNorm) -> Any:
     """Computes a checked description by the operator wherever that serves."""
-    if not RESIDUAL_NORM.exists or needs_ordinary_ops(description.x, description.residual):
+    if needs_ordinary_ops(description.x, description.residual):
         return _residual_norm_of_ordinary_ops(description)
     return RESIDUAL_NORM.call(*_arguments(description))
 

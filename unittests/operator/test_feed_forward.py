@@ -238,11 +238,10 @@ def test_recompute(place):
     case = FULL_FEED_FORWARD
     arrays = common.stored_inputs(case, common.make_inputs(case))
     results = []
-    for run in (lambda f, *a: f(*a), recompute):
+    for run in (lambda function, **tensors: function(**tensors), recompute):
         tensors = to_tensors(arrays, place, ("x", "linear1_weight"))
-        others = {n: t for n, t in tensors.items() if n != "x"}
         paddle.seed(6)
-        out = run(lambda x: call({"x": x, **others}, case.config, seed=None), tensors["x"])
+        out = run(lambda x, **others: call({"x": x, **others}, case.config, seed=None), **tensors)
         out.backward(paddle.to_tensor(arrays["d_out"], place=place))
         results.append([out.numpy(), tensors["x"].grad.numpy(), tensors["linear1_weight"].grad.numpy()])
     for plain, again in zip(*results):

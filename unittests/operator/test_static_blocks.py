@@ -169,7 +169,7 @@ def test_jit_save_load_and_predictor(tmp_path):
 
 @pytest.mark.parametrize("case", [FULL_FEED_FORWARD, FULL_RESIDUAL_NORM], ids=["feed_forward", "residual_norm"])
 def test_is_test_turns_dropout_off(case):
-    """A program for training becomes one for testing, by clone(for_test=True) before PIR and set_is_test_attr() in it."""
+    """A program for training becomes one for testing: clone(for_test=True) before PIR, set_is_test_attr() in it."""
     inputs = common.make_inputs(case)
     feed = {n: a for n, a in common.stored_inputs(case, inputs).items() if n != "d_out"}
     expected = common.expect(case.but(training=False), inputs)
