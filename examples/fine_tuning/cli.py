@@ -20,7 +20,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m examples.fine_tuning",
         description="Fine-tune a small BERT of PaddleNLP as it is and after convert, and compare the speed.",
     )
-    counts = {"steps": 40, "layers": 4, "hidden-size": 256, "seq-len": 128, "batch-size": 16}
+    counts = {"steps": 40, "layers": 2, "hidden-size": 256, "seq-len": 128, "batch-size": 16}
     for name, default in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="default: %(default)s")
     parser.add_argument(
