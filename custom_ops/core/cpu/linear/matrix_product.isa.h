@@ -53,8 +53,10 @@ class MatrixProduct {
   // Of a unit whose sums lie in memory of its own, and of b that a thread packs by itself.
   static constexpr int64_t kMaxOwnColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
-  // With so few rows a product is turned round, if that spares packing b: see `turned_`.
+  // With so few rows a product is turned round, if that spares packing b (see `turned_`), or reads b in place.
   static constexpr int64_t kFewRows = 64;
+  // Rows of b that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
+  static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
   // larger than c.
   static constexpr int64_t kMaxSpan = 4096;
@@ -79,6 +81,8 @@ class MatrixProduct {
       std::swap(a_, b_);
     }
     packs_a_ = !turned_;
+    reads_b_ = !tiles_ && !turned_ && product.m <= kFewRows && std::is_same_v<T, P> && b_.stride == 1 &&
+               b_.depth_stride * static_cast<int64_t>(sizeof(T)) % kAliasingStride != 0;
     shares_b_ = turned_ || product.m > kMaxRows;
     span_ = !shares_b_ || k <= std::max(rows_in_all_, kMaxSpan) ? k : kMaxSpan / run_ * run_;
     own_sums_ = kNarrows || turned_;
@@ -114,7 +118,7 @@ class MatrixProduct {
       packed_b_ = take<P>(
           arena, depth_of(round_up(std::min(span_, product_.k), run_)) * round_up(columns_in_all_, kPanelColumns));
     } else {
-      thread_b_ = depth * columns_;
+      thread_b_ = depth * (reads_b_ ? kPanelColumns : columns_);
       packed_b_ = take<P>(arena, threads_ * thread_b_);
     }
     if (!own_sums_) return;
@@ -203,10 +207,10 @@ class MatrixProduct {
       const int64_t count = std::min(run_, k_end - k);
       const int64_t depth = depth_of(count);
       const bool continues = k > 0 || starts_from_addend();
-      const P* b;  // the unit's columns: [panels][depth][kPanelColumns]
+      const P* b = nullptr;  // the unit's columns, if they are packed: [panels][depth][kPanelColumns]
       if (shares_b_) {
         b = shared_run(k - k_begin) + unit.column * depth;
-      } else {
+      } else if (!reads_b_) {
         P* panels = packed_b_ + unit.thread * thread_b_;
         pack_b(unit.column, unit.columns, k, count, panels);
         b = panels;
@@ -216,10 +220,13 @@ class MatrixProduct {
         pack_a(unit, k, count, a);
         for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
           const bool is_last = j + kPanelColumns >= unit.columns;
+          const Panel panel = reads_b_ ? panel_in_place(unit, j, k, count) : Panel{b + j * depth, kPanelColumns};
           for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
-            if (!is_last) prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
+            if (!is_last && !reads_b_) {
+              prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
+            }
             // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
-            multiply_panels(depth, a + i * depth, b + j * depth, std::min(panel_rows_, unit.rows - i),
+            multiply_panels(reads_b_ ? count : depth, a + i * depth, panel, std::min(panel_rows_, unit.rows - i),
                             std::min(kPanelColumns, writable_columns - j),
                             {sums + i * stride + j, stride, A(1), continues});
           }
@@ -235,6 +242,23 @@ class MatrixProduct {
     }
   }
 
+  // A panel of b [depth, kPanelColumns], whose rows begin `stride` after each other.
+  struct Panel {
+    const P* data;
+    int64_t stride;
+  };
+
+  // The panel from column j of the unit on as it lies in b, or a copy of it where it has fewer columns.
+  Panel panel_in_place(const Unit& unit, int64_t j, int64_t k, int64_t count) const {
+    if (j + kPanelColumns <= unit.columns) {
+      const T* data = b_.data + k * b_.depth_stride + unit.column + j;
+      return {reinterpret_cast<const P*>(data), b_.depth_stride};
+    }
+    P* copy = packed_b_ + unit.thread * thread_b_;
+    pack_b(unit.column + j, unit.columns - j, k, count, copy);
+    return {copy, kPanelColumns};
+  }
+
   // While a panel of b is multiplied with `all` rows of a, the next one comes near: with panel_rows_ rows from `first`
   // on a share of its `size` operands.
   void prefetch_part(const P* panel, int64_t size, int64_t first, int64_t all) const {
@@ -245,8 +269,12 @@ class MatrixProduct {
 
   // c [rows, columns] (+)= a panel of a [panel_rows_, depth] @ a panel of b [depth, kPanelColumns]; what is beyond c is
   // left out.
-  void multiply_panels(int64_t depth, const P* a, const P* b, int64_t rows, int64_t columns, TileResult<A> c) const {
+  void multiply_panels(int64_t depth, const P* a, Panel b, int64_t rows, int64_t columns, TileResult<A> c) const {
     if (rows == panel_rows_ && columns == kPanelColumns) return multiply_whole_panels(depth, a, b, c);
+    if (!tiles_ && columns == kPanelColumns) {
+      return multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, TileOperand<P>{a, 1, kPanelRows}, b.data,
+                                                          b.stride, c);
+    }
     A whole[kMaxPanelRows * kPanelColumns];
     multiply_whole_panels(depth, a, b, {whole, kPanelColumns, A(1), false});
     for (int64_t r = 0; r < rows; ++r) {
@@ -256,11 +284,11 @@ class MatrixProduct {
     }
   }
 
-  void multiply_whole_panels(int64_t depth, const P* a, const P* b, TileResult<A> c) const {
+  void multiply_whole_panels(int64_t depth, const P* a, Panel b, TileResult<A> c) const {
     if constexpr (kHasTileProducts<T>) {
-      if (tiles_) return multiply_tiles(depth, a, b, c);
+      if (tiles_) return multiply_tiles(depth, a, b.data, c);
     }
-    multiply_register_tile<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b, kPanelColumns, c);
+    multiply_register_tile<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b.data, b.stride, c);
   }
 
   // An addend that is c itself is there already where the sums go to c.
@@ -318,6 +346,7 @@ class MatrixProduct {
   int64_t rows_in_all_, columns_in_all_;
   MatrixView<T> a_, b_;
   bool packs_a_;
+  bool reads_b_;   // b, stored as [k, n], is read in place
   bool shares_b_;  // one packed b for all threads; else each thread packs what its unit alone needs
   bool own_sums_;  // sums do not go to c itself
   int64_t run_, span_;
