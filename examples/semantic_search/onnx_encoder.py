@@ -7,13 +7,17 @@ in, and fuse. The `onnx` package is needed to make one; `fuse` needs `onnxruntim
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from .model_files import EncoderConfig
 
 OPSET = 17  # the first with layer norm
 HIDDEN_SCORE = -10000.0  # what ONNX Runtime takes for a mask when it fuses
@@ -121,6 +125,37 @@ def add_encoder(
     return x
 
 
+def sentence_encoder(config: EncoderConfig, state: Mapping[str, np.ndarray]) -> Any:
+    """The model of `SentenceEncoder` with the weights of `state`: ``token_ids`` and ``keep`` [B, S] int64, B and S
+    unknown, to ``output`` [B, hidden_size]."""
+    graph = Graph()
+    length = graph.add("Shape", "token_ids", start=1, end=2)
+    start, axis = graph.constant([0], np.int64), graph.constant([0], np.int64)
+    position = graph.add("Slice", graph.constant(state["position.weight"]), start, length, axis)
+    x = graph.add("Gather", graph.constant(state["word.weight"]), "token_ids")
+    x = graph.add("Add", graph.add("Add", x, position), graph.constant(state["token_type.weight"][0]))
+    x = graph.layer_norm(x, state, "norm", config.layer_norm_eps)
+    x = add_encoder(graph, x, state, config.num_attention_heads, config.layer_norm_eps, "keep", "encoder.")
+    kept = graph.add("Unsqueeze", graph.add("Cast", "keep", to=TensorProto.FLOAT), graph.constant([2], np.int64))
+    tokens = graph.constant([1], np.int64)
+    total = graph.add("ReduceSum", graph.add("Mul", x, kept), tokens, keepdims=0)
+    mean = graph.add("Div", total, graph.add("ReduceSum", kept, tokens, keepdims=0))
+    sentence = graph.add("Div", mean, graph.add("ReduceL2", mean, axes=[-1]))
+    inputs = [(name, TensorProto.INT64, ["batch", "tokens"]) for name in ("token_ids", "keep")]
+    return graph.model(inputs, sentence, ["batch", config.hidden_size])
+
+
+@contextmanager
+def _no_remarks() -> Iterator[None]:
+    """Logs nothing below a warning inside."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
 def fuse(model: Any, num_heads: int, width: int, num_layers: int) -> Any:
     """Let ONNX Runtime's transformer optimizer put its own operators in the place of what it finds.
 
@@ -129,7 +164,7 @@ def fuse(model: Any, num_heads: int, width: int, num_layers: int) -> Any:
     """
     from onnxruntime.transformers import optimizer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_remarks():
         path = Path(folder) / "encoder.onnx"
         onnx.save(model, str(path))
         fused = optimizer.optimize_model(
@@ -158,7 +193,7 @@ def onnxruntime_run(model: Any, num_threads: int) -> Run:
 
 
 def openvino_run(model: Any, num_threads: int, precision: str = "f32") -> Run:
-    """A model compiled for the CPU; `precision` is "f32" or "bf16"."""
+    """A model compiled for the CPU; `precision` is "f32" or "bf16". The next run overwrites the output."""
     import openvino
 
     config = {
