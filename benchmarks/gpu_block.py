@@ -125,13 +125,13 @@ PARAMETERS = {
 }
 
 
-def draw_parameters(case):
+def draw_parameters(case, shapes=PARAMETERS):
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     parameters = {}
-    for name, shape in PARAMETERS.items():
+    for name, shape in shapes.items():
         tensor = torch.randn(shape(case), device="cuda") * (case.embed_dim**-0.5 if "weight" in name else 0.1)
-        if name == "ln_scale":
+        if name.endswith("scale"):
             tensor += 1
         parameters[name] = tensor.to(dtype).requires_grad_()
     return parameters
@@ -162,14 +162,18 @@ def load_extension():
 
 
 class Ours:
-    """The block as an autograd function on PyTorch's tensors."""
+    """A block as an autograd function on PyTorch's tensors: x and those of `names`."""
 
-    def __init__(self, case):
+    def __init__(self, config, names):
         extension = load_extension()
-        self.blocks = {training: extension.Block(case.config(training)) for training in (False, True)}
+        self.blocks = {training: extension.Block(config(training), ["x", *names]) for training in (False, True)}
 
     def __call__(self, x, parameters, training):
         return self.blocks[training]([x, *parameters.values()], training)
+
+
+def our_attention_block(case):
+    return Ours(case.config, [("pre_" if case.pre_layer_norm else "") * n.startswith("ln_") + n for n in PARAMETERS])
 
 
 def plain_torch_block(case, attention):
@@ -214,11 +218,12 @@ def library_attention(case, backend):
     return attention
 
 
-def contenders(case, options):
-    yield "ours", Ours(case)
+def contenders(case, options, ours=our_attention_block, plain=plain_torch_block):
+    """Ours and the peers: functions of the case, the latter of an attention function too, that make what is timed."""
+    yield "ours", ours(case)
     for peer in case.peers:
         attention = unfused_attention(case) if peer == "unfused" else library_attention(case, peer)
-        block = plain_torch_block(case, attention)
+        block = plain(case, attention)
         yield f"{peer} eager", block
         if peer in options.compile:
             yield f"{peer} compiled", torch.compile(block, dynamic=False)
@@ -301,14 +306,14 @@ def product_rate(dtype):
 # The parts
 
 
-def run_block(case, options):
+def run_block(case, options, parameters, blocks):
+    """Times `blocks`, pairs of a name and a function (x, parameters, training) -> out; the first is ours."""
     x = (
         torch.randn(case.batch, case.seq_len, case.embed_dim, device="cuda")
         .to(getattr(torch, case.dtype))
         .requires_grad_()
     )
     d_out = torch.randn_like(x)
-    parameters = draw_parameters(case)
     forward, training = {}, {}
 
     def training_step(block):
@@ -318,7 +323,7 @@ def run_block(case, options):
         with torch.no_grad():
             return block(x, parameters, False)
 
-    for name, block in contenders(case, options):
+    for name, block in blocks:
         forward[name] = lambda block=block: inference(block)
         training[name] = lambda block=block: training_step(block)
     result = {
@@ -477,13 +482,15 @@ def stage_costs(case):
         if dropped:
             costs["residual_forward"] = (0, 3 * activation)
             costs["residual_backward"] = (0, 2 * activation)
+        else:
+            costs["residual_backward"] = (0, activation)  # the bias's gradient
     else:
         costs["residual_forward"] = (0, (4 if dropped else 2) * activation)
         costs["residual_backward"] = (0, (4 if dropped else 3) * activation)
     return costs
 
 
-def run_stages(case, copy, products):
+def run_attention_stages(case, copy, products):
     dtype = getattr(torch, case.dtype)
     m, e = case.rows, case.embed_dim
 
@@ -507,16 +514,22 @@ def run_stages(case, copy, products):
         tensors[name] = torch.zeros(m, device="cuda") if "mean" in name else torch.ones(m, device="cuda")
     for name in ("log_sum_exp", "score_shift"):
         tensors[name] = torch.zeros(case.batch, case.num_heads, case.seq_len, device="cuda")
-    tensors["random_state"] = torch.tensor([1, 2], device="cuda")
-    block = pfa_core.CudaBlock(case.config(True))
+    return run_stages(case, case.config(True), tensors, stage_costs(case), copy, products, before=["attention_forward"])
+
+
+def run_stages(case, config, tensors, costs, copy, products, before=()):
+    """Times each stage of `costs` on its own, after those of `before` have run; y stands where z will."""
+    block = pfa_core.CudaBlock(config)
+    tensors = dict(tensors, y=tensors["residual"], random_state=torch.tensor([1, 2], device="cuda"))
     arrays = {n: address(t) for n, t in tensors.items()}
     size = max(block.stage_workspace_bytes(arrays, backward) for backward in (False, True))
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     arrays["stage_workspace"] = address(workspace)
-    block.run_stage("attention_forward", arrays, current_stream())
+    for stage in before:
+        block.run_stage(stage, arrays, current_stream())
 
     results = {}
-    for stage, (operations, moved) in stage_costs(case).items():
+    for stage, (operations, moved) in costs.items():
         ms = graphed_ms(lambda stream, stage=stage: block.run_stage(stage, arrays, stream))
         floor = 1e3 * max(operations / products[case.dtype], moved / copy)
         results[stage] = {
@@ -572,10 +585,10 @@ def tf32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
-    parser.add_argument("--parts", nargs="*", default=["block", "attention", "masks", "stages"])
+def parse_options(description, cases, parts):
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cases", nargs="*", default=[case.name for case in cases])
+    parser.add_argument("--parts", nargs="*", default=parts)
     parser.add_argument(
         "--compile",
         nargs="*",
@@ -589,23 +602,36 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("build"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def start_report():
+    """What a report begins with, the card's rates; they are printed too."""
+    copy, products = copy_rate(), {dtype: product_rate(dtype) for dtype in ("float16", "bfloat16", "float32")}
+    card = torch.cuda.get_device_name()
+    print(f"{card}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    rates = ", ".join(f"{rate / 1e12:.0f} TFLOP/s {dtype}" for dtype, rate in products.items())
+    print(f"copy {copy / 1e12:.2f} TB/s; matrix products {rates} (float32: TF32)")
+    report = {"card": card, "copy_bytes_per_s": copy, "product_ops_per_s": products, "torch": torch.__version__}
+    report["blocks"], report["stages"] = [], []
+    return report
+
+
+def main():
+    options = parse_options(__doc__.splitlines()[0], CASES, ["block", "attention", "masks", "stages"])
     cases = [case for case in CASES if case.name in options.cases]
 
     with tf32():
-        copy, products = copy_rate(), {dtype: product_rate(dtype) for dtype in ("float16", "bfloat16", "float32")}
-        card = torch.cuda.get_device_name()
-        print(f"{card}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-        rates = ", ".join(f"{rate / 1e12:.0f} TFLOP/s {dtype}" for dtype, rate in products.items())
-        print(f"copy {copy / 1e12:.2f} TB/s; matrix products {rates} (float32: TF32)")
-        report = {"card": card, "copy_bytes_per_s": copy, "product_ops_per_s": products, "torch": torch.__version__}
-        report["blocks"], report["stages"] = [], []
+        report = start_report()
+        copy, products = report["copy_bytes_per_s"], report["product_ops_per_s"]
         for case in cases:
             if "block" in options.parts:
-                report["blocks"].append(run_block(case, options))
+                blocks = contenders(case, options)
+                report["blocks"].append(run_block(case, options, draw_parameters(case), blocks))
                 print_block(report["blocks"][-1])
                 torch.cuda.empty_cache()
             if "stages" in options.parts:
-                report["stages"].append(run_stages(case, copy, products))
+                report["stages"].append(run_attention_stages(case, copy, products))
                 torch.cuda.empty_cache()
         if "attention" in options.parts:
             peers, title = ("flash", "cudnn"), "attention alone, bfloat16"

@@ -1,16 +1,21 @@
-// The block on device memory, for Python: class CudaBlock. The caller owns all memory, whatever library it comes from,
+// The blocks on device memory, for Python: class CudaBlock. The caller owns all memory, whatever library it comes from,
 // and says where it lies: an array is an address (an int) or an object with __cuda_array_interface__.
 #include "pybind/cuda_block.h"
 
 #ifdef PFA_WITH_CUDA
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <variant>
 
 #include "core/attention_block.h"
 #include "core/cuda/stages.h"
+#include "core/feed_forward_block.h"
+#include "core/linear_block.h"
+#include "core/residual_norm_block.h"
 #include "pybind/config.h"
 
 namespace py = pybind11;
@@ -20,16 +25,18 @@ namespace {
 
 const std::string& doc() {
   static const std::string text =
-      "The attention block on one CUDA device, for one shape and one set of switches.\n\n"
+      "A block on one CUDA device, for one shape and one set of switches.\n\n"
       "CudaBlock(config, device=0): " +
       std::string(kConfigDoc) +
       "\n\n"
-      "Methods take `arrays`, a dict from the names of AttentionParams' pointers (x, qkv_weight, out, d_x, ...) to "
-      "addresses or "
-      "objects\n"
-      "with __cuda_array_interface__; what is missing is an absent input or a gradient that is not wanted. `mask` is a "
-      "tuple\n"
-      "of an array, its dtype (such as bool, int32 or float16) and four strides in elements, 0 where it broadcasts.\n"
+      "Methods take `arrays`, a dict from names to addresses or objects with __cuda_array_interface__: the inputs by "
+      "their\n"
+      "names in core/inputs.h, their gradients with d_ before these, out and d_out; for run_stage also what else its "
+      "struct in\n"
+      "core/params.h points to. What is missing is an absent input or a gradient that is not wanted. `mask`, of "
+      "attention, is a\n"
+      "tuple of an array, its dtype (such as bool, int32 or float16) and four strides in elements, 0 where it "
+      "broadcasts.\n"
       "`stream` is the address of a CUDA stream. Nothing is synchronised.";
   return text;
 }
@@ -45,57 +52,140 @@ void* address_of(const py::handle& array) {
   return reinterpret_cast<void*>(interface["data"].cast<py::tuple>()[0].cast<uintptr_t>());
 }
 
-using Setter = void (*)(AttentionParams&, void*);
+// How an array is placed in a block's struct, by its name.
+template <class P>
+using Setters = std::map<std::string, std::function<void(P&, void*)>>;
 
-#define PFA_POINTER(name) \
-  {#name, [](AttentionParams& p, void* value) { p.name = static_cast<decltype(p.name)>(value); }}
-#define PFA_INPUT(Name, name) PFA_POINTER(name)
-#define PFA_GRADIENT(Name, name) PFA_POINTER(d_##name)
+template <class P, class Base, class Pointer>
+typename Setters<P>::mapped_type setter_of(Pointer Base::* field) {
+  return [field](P& p, void* value) { p.*field = static_cast<Pointer>(value); };
+}
 
-const std::map<std::string, Setter>& pointers() {
-  static const std::map<std::string, Setter> setters = {PFA_DIFFERENTIABLE_INPUTS(PFA_INPUT),
-                                                        PFA_DIFFERENTIABLE_INPUTS(PFA_GRADIENT),
-                                                        PFA_POINTER(out),
-                                                        PFA_POINTER(random_state),
-                                                        PFA_POINTER(pre_ln_mean),
-                                                        PFA_POINTER(pre_ln_rstd),
-                                                        PFA_POINTER(qkv),
-                                                        PFA_POINTER(log_sum_exp),
-                                                        PFA_POINTER(score_shift),
-                                                        PFA_POINTER(attn_out),
-                                                        PFA_POINTER(residual),
-                                                        PFA_POINTER(ln_mean),
-                                                        PFA_POINTER(ln_rstd),
-                                                        PFA_POINTER(hidden),
-                                                        PFA_POINTER(d_out),
-                                                        PFA_POINTER(d_residual),
-                                                        PFA_POINTER(d_linear),
-                                                        PFA_POINTER(d_attn_out),
-                                                        PFA_POINTER(d_qkv),
-                                                        PFA_POINTER(d_hidden),
-                                                        PFA_POINTER(stage_workspace)};
+template <class P, size_t kCount>
+Setters<P> setters_of_inputs(const InputPointers<P> (&inputs)[kCount]) {
+  Setters<P> setters;
+  for (const InputPointers<P>& input : inputs) {
+    setters[input.name] = setter_of<P>(input.value);
+    setters[std::string("d_") + input.name] = setter_of<P>(input.gradient);
+  }
+  setters["out"] = setter_of<P>(&P::out);
+  setters["d_out"] = setter_of<P>(&P::d_out);
   return setters;
 }
 
-#undef PFA_GRADIENT
-#undef PFA_INPUT
-#undef PFA_POINTER
+#define PFA_FIELD(name) {#name, setter_of<P>(&P::name)}
 
-using Stage = void (*)(cuda::Context&, const AttentionParams&);
+// Of what the attention and the feed-forward block share.
+template <class P, size_t kCount>
+Setters<P> setters_of_block(const InputPointers<P> (&inputs)[kCount]) {
+  Setters<P> setters = setters_of_inputs(inputs);
+  setters.insert({PFA_FIELD(random_state), PFA_FIELD(pre_ln_mean), PFA_FIELD(pre_ln_rstd), PFA_FIELD(hidden),
+                  PFA_FIELD(y), PFA_FIELD(residual), PFA_FIELD(ln_mean), PFA_FIELD(ln_rstd), PFA_FIELD(d_residual),
+                  PFA_FIELD(d_linear), PFA_FIELD(d_hidden), PFA_FIELD(stage_workspace)});
+  return setters;
+}
 
-const std::map<std::string, Stage>& stages() {
-  static const std::map<std::string, Stage> functions = {{"narrow_x", cuda::narrow_x},
-                                                         {"layer_norm_forward", cuda::layer_norm_forward},
-                                                         {"layer_norm_backward", cuda::layer_norm_backward},
-                                                         {"qkv_linear_forward", cuda::qkv_linear_forward},
-                                                         {"qkv_linear_backward", cuda::qkv_linear_backward},
-                                                         {"attention_forward", cuda::attention_forward},
-                                                         {"attention_backward", cuda::attention_backward},
-                                                         {"output_linear_forward", cuda::output_linear_forward},
-                                                         {"output_linear_backward", cuda::output_linear_backward},
-                                                         {"residual_forward", cuda::residual_forward},
-                                                         {"residual_backward", cuda::residual_backward}};
-  return functions;
+const Setters<AttentionParams>& setters(const AttentionParams&) {
+  using P = AttentionParams;
+  static const Setters<P> all = [] {
+    Setters<P> result = setters_of_block(attention::kInputs);
+    result.insert({PFA_FIELD(qkv), PFA_FIELD(log_sum_exp), PFA_FIELD(score_shift), PFA_FIELD(attn_out),
+                   PFA_FIELD(d_attn_out), PFA_FIELD(d_qkv)});
+    return result;
+  }();
+  return all;
+}
+
+const Setters<FeedForwardParams>& setters(const FeedForwardParams&) {
+  using P = FeedForwardParams;
+  static const Setters<P> all = [] {
+    Setters<P> result = setters_of_block(feed_forward::kInputs);
+    result.insert({PFA_FIELD(pre_activation), PFA_FIELD(activated), PFA_FIELD(d_pre_activation)});
+    return result;
+  }();
+  return all;
+}
+
+const Setters<ResidualNormParams>& setters(const ResidualNormParams&) {
+  static const Setters<ResidualNormParams> all = setters_of_inputs(residual_norm::kInputs);
+  return all;
+}
+
+const Setters<LinearParams>& setters(const LinearParams&) {
+  using P = LinearParams;
+  static const Setters<P> all = [] {
+    Setters<P> result = setters_of_inputs(linear::kInputs);
+    result.insert({PFA_FIELD(pre_activation), PFA_FIELD(d_pre_activation), PFA_FIELD(stage_workspace)});
+    return result;
+  }();
+  return all;
+}
+
+#undef PFA_FIELD
+
+template <class P>
+using Stages = std::map<std::string, void (*)(cuda::Context&, const P&)>;
+
+#define PFA_STAGE(name) {#name, [](cuda::Context& context, const P& p) { cuda::name(context, p); }}
+#define PFA_BLOCK_STAGES                                                                                           \
+  PFA_STAGE(narrow_x), PFA_STAGE(layer_norm_forward), PFA_STAGE(layer_norm_backward), PFA_STAGE(residual_forward), \
+      PFA_STAGE(residual_backward)
+
+const Stages<AttentionParams>& stages(const AttentionParams&) {
+  using P = AttentionParams;
+  static const Stages<P> all = {PFA_BLOCK_STAGES,
+                                PFA_STAGE(qkv_linear_forward),
+                                PFA_STAGE(qkv_linear_backward),
+                                PFA_STAGE(attention_forward),
+                                PFA_STAGE(attention_backward),
+                                PFA_STAGE(output_linear_forward),
+                                PFA_STAGE(output_linear_backward)};
+  return all;
+}
+
+const Stages<FeedForwardParams>& stages(const FeedForwardParams&) {
+  using P = FeedForwardParams;
+  static const Stages<P> all = {PFA_BLOCK_STAGES,           PFA_STAGE(store_random_state),
+                                PFA_STAGE(linear1_forward), PFA_STAGE(linear1_backward),
+                                PFA_STAGE(linear2_forward), PFA_STAGE(linear2_backward)};
+  return all;
+}
+
+const Stages<ResidualNormParams>& stages(const ResidualNormParams&) {
+  static const Stages<ResidualNormParams> none;  // its arrays' names don't tell an input from what is saved
+  return none;
+}
+
+const Stages<LinearParams>& stages(const LinearParams&) {
+  using P = LinearParams;
+  static const Stages<P> all = {PFA_STAGE(linear_forward), PFA_STAGE(activation_backward), PFA_STAGE(linear_backward)};
+  return all;
+}
+
+#undef PFA_BLOCK_STAGES
+#undef PFA_STAGE
+
+using AnyConfig =
+    std::variant<Config<AttentionParams>, Config<FeedForwardParams>, Config<ResidualNormParams>, Config<LinearParams>>;
+
+void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
+  p.seed = seed;
+  p.offset = offset;
+}
+void set_seed(LinearParams&, uint64_t, uint64_t) {}
+
+bool take_mask(const std::string& name, const py::handle& value, AttentionParams& p) {
+  if (name != "mask") return false;
+  const auto mask = value.cast<py::tuple>();
+  p.mask.data = address_of(mask[0]);
+  p.mask.dtype = dtype_of(mask[1].cast<std::string>());
+  const auto strides = mask[2].cast<py::tuple>();
+  for (size_t i = 0; i < 4; ++i) p.mask.strides[i] = strides[i].cast<int64_t>();
+  return true;
+}
+template <class P>
+bool take_mask(const std::string&, const py::handle&, P&) {
+  return false;
 }
 
 class CurrentDevice {
@@ -115,84 +205,86 @@ class CurrentDevice {
 };
 
 class CudaBlock {
- public:
-  CudaBlock(const py::dict& config, int device) : config_(parse_config(config)), device_(device) {}
+ private:
+  // Calls f(context, params) with the block's device current.
+  template <class F>
+  auto visit(const py::dict& arrays, uintptr_t stream, F&& f) const {
+    return std::visit(
+        [&](const auto& config) {
+          auto p = config.params;
+          place(arrays, p);
+          CurrentDevice current(device_);
+          cuda::Context context = cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, config.allow_tf32,
+                                                     config.deterministic);
+          return f(context, p);
+        },
+        config_);
+  }
 
-  size_t saved_bytes(const py::dict& arrays) const { return pfa::saved_bytes(params(arrays)); }
+  template <class P>
+  static void place(const py::dict& arrays, P& p) {
+    for (const auto& item : arrays) {
+      const std::string name = item.first.cast<std::string>();
+      if (take_mask(name, item.second, p)) continue;
+      const auto it = setters(p).find(name);
+      if (it == setters(p).end()) throw py::value_error("arrays: unknown name " + name);
+      it->second(p, address_of(item.second));
+    }
+  }
+
+ public:
+  CudaBlock(const py::dict& config, int device)
+      : config_(with_config(config, [](const auto& parsed) { return AnyConfig(parsed); })), device_(device) {}
+
+  size_t saved_bytes(const py::dict& arrays) const {
+    return visit(arrays, 0, [](const cuda::Context&, const auto& p) { return pfa::saved_bytes(p); });
+  }
 
   size_t forward_workspace_bytes(const py::dict& arrays, bool saves) const {
-    CurrentDevice current(device_);
-    return pfa::forward_workspace_bytes(context(0), params(arrays), saves);
+    return visit(arrays, 0, [&](const cuda::Context& context, const auto& p) {
+      return pfa::forward_workspace_bytes(context, p, saves);
+    });
   }
 
   size_t backward_workspace_bytes(const py::dict& arrays) const {
-    CurrentDevice current(device_);
-    return pfa::backward_workspace_bytes(context(0), params(arrays));
+    return visit(arrays, 0,
+                 [](const cuda::Context& context, const auto& p) { return pfa::backward_workspace_bytes(context, p); });
   }
 
   void forward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream,
                uint64_t seed, uint64_t offset) const {
-    CurrentDevice current(device_);
-    cuda::Context context = this->context(stream);
-    AttentionParams p = params(arrays);
-    p.seed = seed;
-    p.offset = offset;
-    run_forward(context, p, address_of(saved), address_of(workspace));
+    visit(arrays, stream, [&](cuda::Context& context, auto& p) {
+      set_seed(p, seed, offset);
+      run_forward(context, p, address_of(saved), address_of(workspace));
+    });
   }
 
   void backward(const py::dict& arrays, const py::object& saved, const py::object& workspace, uintptr_t stream) const {
-    CurrentDevice current(device_);
-    cuda::Context context = this->context(stream);
-    run_backward(context, params(arrays), address_of(saved), address_of(workspace));
+    visit(arrays, stream, [&](cuda::Context& context, const auto& p) {
+      run_backward(context, p, address_of(saved), address_of(workspace));
+    });
   }
 
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {
-    CurrentDevice current(device_);
-    const cuda::Context context = this->context(0);
-    const AttentionParams p = params(arrays);
-    const auto bytes = [&](Phase phase) { return cuda::stage_workspace_bytes(context, p, phase); };
-    if (!backward) return bytes(Phase::kForward);
-    return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
+    return visit(arrays, 0, [&](const cuda::Context& context, const auto& p) {
+      const auto bytes = [&](Phase phase) { return cuda::stage_workspace_bytes(context, p, phase); };
+      if (!backward) return bytes(Phase::kForward);
+      return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
+    });
   }
 
   void run_stage(const std::string& name, const py::dict& arrays, uintptr_t stream, uint64_t seed,
                  uint64_t offset) const {
-    const auto it = stages().find(name);
-    if (it == stages().end()) throw py::value_error("run_stage: unknown stage " + name);
-    CurrentDevice current(device_);
-    cuda::Context context = this->context(stream);
-    AttentionParams p = params(arrays);
-    p.seed = seed;
-    p.offset = offset;
-    it->second(context, p);
+    visit(arrays, stream, [&](cuda::Context& context, auto& p) {
+      const auto it = stages(p).find(name);
+      if (it == stages(p).end()) throw py::value_error("run_stage: unknown stage " + name);
+      set_seed(p, seed, offset);
+      it->second(context, p);
+    });
   }
 
  private:
-  cuda::Context context(uintptr_t stream) const {
-    return cuda::make_context(reinterpret_cast<cudaStream_t>(stream), device_, config_.allow_tf32,
-                              config_.deterministic);
-  }
-
-  AttentionParams params(const py::dict& arrays) const {
-    AttentionParams p = config_.params;
-    for (const auto& item : arrays) {
-      const std::string name = item.first.cast<std::string>();
-      if (name == "mask") {
-        const auto mask = item.second.cast<py::tuple>();
-        p.mask.data = address_of(mask[0]);
-        p.mask.dtype = dtype_of(mask[1].cast<std::string>());
-        const auto strides = mask[2].cast<py::tuple>();
-        for (size_t i = 0; i < 4; ++i) p.mask.strides[i] = strides[i].cast<int64_t>();
-        continue;
-      }
-      const auto it = pointers().find(name);
-      if (it == pointers().end()) throw py::value_error("arrays: unknown name " + name);
-      it->second(p, address_of(item.second));
-    }
-    return p;
-  }
-
-  Config config_;
+  AnyConfig config_;
   int device_;
 };
 
@@ -212,10 +304,8 @@ void bind_cuda(py::module_& module) {
       .def("stage_workspace_bytes", &CudaBlock::stage_workspace_bytes, py::arg("arrays"), py::arg("backward"))
       .def("run_stage", &CudaBlock::run_stage, py::arg("name"), py::arg("arrays"), py::arg("stream"),
            py::arg("seed") = 0, py::arg("offset") = 0,
-           "Runs one stage, such as residual_backward, on the arrays it reads and writes; attention_forward writes "
-           "seed and "
-           "offset "
-           "to random_state.");
+           "Runs one stage, such as residual_backward, on the arrays it reads and writes; attention_forward and "
+           "store_random_state write seed and offset to random_state.");
 }
 
 }  // namespace pfa

@@ -1,12 +1,12 @@
 """Runs the CUDA core on PyTorch's tensors. All memory that a kernel may write lies between guards and starts as NaN."""
 
 import os
-from dataclasses import asdict
 
+import common
 import numpy as np
 import pfa_core
-import reference
 import torch
+from core_config import config_of
 
 GUARD = 256
 # compute-sanitizer's initcheck must see memory that nobody wrote as such.
@@ -56,31 +56,15 @@ def mask_argument(mask, shape):
     return (mask.data_ptr(), str(mask.dtype).split(".")[1], strides)
 
 
-def make_block(case, **switches):
-    config = asdict(case.config)
-    del config["seed"], config["offset"]
-    config.update(
-        batch=case.batch,
-        seq_len=case.seq_len,
-        embed_dim=case.embed_dim,
-        num_heads=case.num_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-        residual_dtype=case.dtype_of("x"),
-        norm_dtype=case.dtype_of("ln_scale"),
-        **switches,
-    )
-    return pfa_core.CudaBlock(config, torch.cuda.current_device())
-
-
 class Run:
-    """The block of a case on device tensors: forward, backward, and the memory they use."""
+    """A case of any block on device tensors: forward, backward, and the memory they use."""
 
     def __init__(self, case, inputs, saves=True, offset=0, **switches):
         self.case = case
         self.saves = saves
         self.memory = Memory()
-        self.block = make_block(case, **switches)
+        config, self.seed, self.random_offset = config_of(case)
+        self.block = pfa_core.CudaBlock(dict(config, **switches), torch.cuda.current_device())
         self.tensors = {}
         for name, a in inputs.items():
             tensor = to_device(a, case.dtype_of(name))
@@ -93,8 +77,8 @@ class Run:
         if "attn_mask" in self.tensors:
             shape = (case.batch, case.num_heads, case.seq_len, case.seq_len)
             self.arrays["mask"] = mask_argument(self.tensors["attn_mask"], shape)
-        x = self.tensors["x"]
-        self.out = self.memory.empty(x.shape, x.dtype, offset)
+        d_out = self.tensors["d_out"]
+        self.out = self.memory.empty(d_out.shape, d_out.dtype, offset)
         self.arrays["out"] = self.out.data_ptr()
         self.saved = self.memory.bytes(self.block.saved_bytes(self.arrays)) if saves else None
         self.offset = offset
@@ -106,9 +90,8 @@ class Run:
         if not hasattr(self, "workspace"):
             self.workspace = self.memory.bytes(self.block.forward_workspace_bytes(self.arrays, self.saves))
         saved = self.saved.data_ptr() if self.saves else None
-        config = self.case.config
-        seed = config.seed % 2**64
-        self.block.forward(self.arrays, saved, self.workspace.data_ptr(), self.stream(), seed, config.offset)
+        workspace = self.workspace.data_ptr()
+        self.block.forward(self.arrays, saved, workspace, self.stream(), self.seed, self.random_offset)
         return self.out
 
     def backward(self, wanted):
@@ -156,7 +139,7 @@ def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
 def run_case(case, inputs, wanted=None, **options):
     """Result and gradients (all, or the wanted), as float64 NumPy arrays."""
     if wanted is None:
-        wanted = [name for name in reference.DIFFERENTIABLE if name in inputs]
+        wanted = common.differentiable(inputs)
     run = Run(case, inputs, **options)
     run.forward()
     if wanted:

@@ -5,15 +5,10 @@ import common
 import numpy as np
 import pytest
 import reference
-import torch
 from cases import DTYPES, FEATURES, SIXTEEN_BIT, Case, Mask
-from device import Run, run_case
+from checks import check, check_deterministic, check_empty, check_forward_alone, check_graph, offset_of
+from device import run_case
 from reference import Config
-
-
-def check(case, **options):
-    inputs = common.make_inputs(case)
-    common.check(case, common.expect(case, inputs), *run_case(case, inputs, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,11 +48,7 @@ def test_float32_residual_unaligned(feature, dtype):
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("feature", ("plain", "pre", "no-norm", "dropout", "dropout-pre", "eval-downscale"))
 def test_float32_residual_forward_alone_has_the_same_bits(feature, dtype):
-    case = FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=130, head_dim=40)
-    inputs = common.make_inputs(case)
-    saving, _ = run_case(case, inputs, wanted=[])
-    alone, _ = run_case(case, inputs, wanted=[], saves=False)
-    assert (saving == alone).all()
+    check_forward_alone(FEATURES[feature].but(dtype=dtype, residual_dtype="float32", seq_len=130, head_dim=40))
 
 
 def test_float32_residual_is_not_rounded():
@@ -224,28 +215,19 @@ def test_wanted_gradients(wanted, rate, final, dtype, residual_dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", ("plain", "pre", "dropout", "dropout-pre", "eval-downscale"))
 def test_forward_alone_has_the_same_bits(feature, dtype):
-    case = FEATURES[feature].but(dtype=dtype, seq_len=130, head_dim=40)
-    inputs = common.make_inputs(case)
-    saving, _ = run_case(case, inputs, wanted=[])
-    alone, _ = run_case(case, inputs, wanted=[], saves=False)
-    assert (saving == alone).all()
+    check_forward_alone(FEATURES[feature].but(dtype=dtype, seq_len=130, head_dim=40))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned(dtype):
-    offset = 8 if dtype == "float64" else 4
-    check(Case(dtype=dtype, seq_len=37, config=Config(pre_layer_norm=True, dropout_rate=0.2)), offset=offset)
+    case = Case(dtype=dtype, seq_len=37, config=Config(pre_layer_norm=True, dropout_rate=0.2))
+    check(case, offset=offset_of(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic(dtype):
     case = Case(dtype=dtype, batch=4, seq_len=300, head_dim=64, config=Config(causal=True, dropout_rate=0.1))
-    inputs = common.make_inputs(case)
-    first = run_case(case, inputs, deterministic=True)
-    second = run_case(case, inputs, deterministic=True)
-    assert (first[0] == second[0]).all()
-    for name, gradient in first[1].items():
-        assert (gradient == second[1][name]).all(), name
+    check_deterministic(case)
 
 
 @pytest.mark.parametrize(
@@ -256,34 +238,13 @@ def test_deterministic(dtype):
 def test_empty(shape, pre, dtype, residual_dtype):
     config = Config(pre_layer_norm=pre, dropout_rate=0.1)
     case = Case(batch=shape[0], seq_len=shape[1], dtype=dtype, residual_dtype=residual_dtype, config=config)
-    out, gradients = run_case(case, common.make_inputs(case))
-    assert out.size == 0
-    for name, gradient in gradients.items():
-        assert (gradient == 0).all(), name
+    check_empty(case)
 
 
 @pytest.mark.parametrize("dtype", ("float16", "float32"))
 def test_cuda_graph(dtype):
     case = Case(dtype=dtype, seq_len=65, head_dim=64, config=Config(dropout_rate=0.1, attn_dropout_rate=0.1, seed=3))
-    inputs = common.make_inputs(case)
-    run = Run(case, inputs)
-    wanted = common.differentiable(inputs)
-    run.forward()
-    run.backward(wanted)
-    torch.cuda.synchronize()
-    eager = [run.out.clone()] + [gradient.clone() for gradient in run.gradients.values()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run.forward()
-        run.backward(wanted)
-    for tensor in [run.out, *run.gradients.values()]:
-        tensor.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    run.memory.check()
-    tolerance = {"float16": 2e-3, "float32": 1e-5}[dtype]
-    for before, after in zip(eager, [run.out, *run.gradients.values()]):
-        torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
+    check_graph(case, {"float16": 2e-3, "float32": 1e-5}[dtype])
 
 
 def test_tf32_is_off_unless_asked_for():

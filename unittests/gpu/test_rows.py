@@ -111,7 +111,7 @@ def check_residual(dtype, norm_dtype, rows, cols, rate, offset=0, x_mean=0.0, na
     rstd = r.empty(rows, dtype=r.accumulator)
     r.run(
         "residual_forward",
-        dict(x=x, residual=residual, out=out, ln_scale=scale, ln_bias=bias, ln_mean=mean, ln_rstd=rstd),
+        dict(x=x, y=residual, residual=residual, out=out, ln_scale=scale, ln_bias=bias, ln_mean=mean, ln_rstd=rstd),
     )
     factor = r.factor()
     z = y.double() * factor + x.double() if rate else y.double()
@@ -190,7 +190,7 @@ def test_dropout_without_norm(dtype, cols):
     r = Rows(dtype, dtype, rows, cols, 0.3, final_layer_norm=False)
     y, x, d_out = r.draw(rows, cols), r.draw(rows, cols), r.draw(rows, cols)
     residual = r.empty(rows, cols).copy_(y)
-    r.run("residual_forward", dict(x=x, residual=residual, out=residual))
+    r.run("residual_forward", dict(x=x, y=residual, residual=residual, out=residual))
     close("out", residual, y.double() * r.factor() + x.double(), dtype)
     d_linear, d_bias = r.empty(rows, cols), r.empty(cols)
     r.run("residual_backward", dict(d_out=d_out, d_residual=d_out, d_linear=d_linear, d_linear_bias=d_bias))

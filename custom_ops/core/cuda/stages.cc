@@ -1,23 +1,46 @@
-// The workspace that the stages share.
+// The workspace that the stages share, and what only moves numbers.
 #include "core/cuda/stages.h"
 
 #include <algorithm>
 
 namespace pfa {
 namespace cuda {
+namespace {
 
-size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
-  const size_t linear = linear_workspace_bytes(context, p, phase);
+// Of the stages before and after what is a block's own.
+size_t common_workspace_bytes(const Context& context, const BlockParams& p, Phase phase) {
   switch (phase) {
     case Phase::kOutputBackward:
-      return std::max(linear, residual_backward_workspace_bytes(context, p));
-    case Phase::kAttentionBackward:
-      return attention_backward_workspace_bytes(context, p);
+      return residual_backward_workspace_bytes(context, p);
     case Phase::kInputBackward:
-      return std::max(linear, layer_norm_backward_workspace_bytes(context, p));
+      return layer_norm_backward_workspace_bytes(context, p);
     default:
-      return linear;
+      return 0;
   }
+}
+
+}  // namespace
+
+void copy(Context& context, const void* from, void* to, size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, context.stream), "copy: cudaMemcpyAsync");
+}
+
+size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
+  if (phase == Phase::kAttentionBackward) return attention_backward_workspace_bytes(context, p);
+  return std::max(linear_workspace_bytes(context, p, phase), common_workspace_bytes(context, p, phase));
+}
+
+size_t stage_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {
+  return std::max(linear_workspace_bytes(context, p, phase), common_workspace_bytes(context, p, phase));
+}
+
+size_t stage_workspace_bytes(const Context& context, const ResidualNormParams& p, Phase phase) {
+  return common_workspace_bytes(context, p, phase);
+}
+
+size_t stage_workspace_bytes(const Context& context, const LinearParams& p, Phase phase) {
+  return linear_workspace_bytes(context, p, phase);
 }
 
 }  // namespace cuda

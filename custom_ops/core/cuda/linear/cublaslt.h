@@ -36,7 +36,7 @@ enum ReductionScheme : uint32_t { kReduceInComputeType = 2 };
 
 enum Operation : int32_t { kNormal = 0, kTransposed = 1 };
 
-enum Epilogue : uint32_t { kEpilogueBias = 4 };
+enum Epilogue : uint32_t { kEpilogueRelu = 2, kEpilogueBias = 4, kEpilogueReluBias = 6 };
 
 struct Algorithm {
   uint64_t data[8];

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "core/cuda/linear/cublaslt.h"
+#include "core/cuda/rows/activation.h"
 #include "core/cuda/rows/column_sums.h"
 
 namespace pfa {
@@ -69,8 +70,9 @@ std::unique_ptr<Plan> make_plan(const Context& context, const MatrixProduct& p, 
   };
   set(lt::kDescTransA, p.b_transposed ? lt::kTransposed : lt::kNormal);
   set(lt::kDescTransB, p.a_transposed ? lt::kTransposed : lt::kNormal);
+  if (p.has_relu) set(lt::kDescEpilogue, p.has_bias ? lt::kEpilogueReluBias : lt::kEpilogueRelu);
   if (p.has_bias) {
-    set(lt::kDescEpilogue, lt::kEpilogueBias);
+    if (!p.has_relu) set(lt::kDescEpilogue, lt::kEpilogueBias);
     // The heuristic wants a pointer; the call sets the real one.
     const void* any = reinterpret_cast<const void*>(uintptr_t{256});
     set(lt::kDescBiasPointer, any);
@@ -114,7 +116,7 @@ const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned
   thread_local std::map<Key, std::unique_ptr<Plan>> plans;
   const int64_t switches = static_cast<int64_t>(p.dtype) | p.a_transposed << 8 | p.b_transposed << 9 | aligned << 10 |
                            (context.allow_tf32 && p.dtype == DType::kFloat32) << 11 | p.has_bias << 12 |
-                           static_cast<int64_t>(p.result_dtype) << 16;
+                           p.has_relu << 13 | static_cast<int64_t>(p.result_dtype) << 16;
   const Key key = {p.m, p.n, p.k, switches, context.device};
   auto it = plans.find(key);
   if (it == plans.end()) {
@@ -124,10 +126,24 @@ const Plan& plan_of(const Context& context, const MatrixProduct& p, bool aligned
   return *it->second;
 }
 
-MatrixProduct without_bias(MatrixProduct p) {
-  p.has_bias = false;
+bool has_epilogue(const MatrixProduct& p) { return p.has_bias || p.has_relu; }
+
+MatrixProduct without_epilogue(MatrixProduct p) {
+  p.has_bias = p.has_relu = false;
   p.bias = nullptr;
   return p;
+}
+
+// What the product leaves to do where cuBLASLt does not.
+void run_epilogue(Context& context, const MatrixProduct& p) {
+  if (p.has_bias) add_bias(context, p.result_dtype, p.d, p.bias, p.m, p.n);
+  if (!p.has_relu) return;
+  ActivationRows relu;
+  relu.dtype = p.result_dtype;
+  relu.rows = p.m;
+  relu.cols = p.n;
+  relu.h = relu.u = p.d;
+  activate(context, relu);
 }
 
 bool is_aligned(const MatrixProduct& p) {
@@ -142,21 +158,27 @@ bool is_aligned(const MatrixProduct& p) {
 void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) {
-    // No rows to sum over: only weight gradients of an empty batch come here, and they add nothing.
-    check(cudaMemsetAsync(p.d, 0, p.m * p.n * size_of(p.result_dtype), context.stream),
-          "matrix_product: cudaMemsetAsync");
+    // Nothing to sum over, as for weight gradients of an empty batch.
+    const size_t bytes = p.m * p.n * size_of(p.result_dtype);
+    if (!p.adds_c) {
+      check(cudaMemsetAsync(p.d, 0, bytes, context.stream), "matrix_product: cudaMemsetAsync");
+    } else if (p.c != p.d) {
+      check(cudaMemcpyAsync(p.d, p.c, bytes, cudaMemcpyDeviceToDevice, context.stream),
+            "matrix_product: cudaMemcpyAsync");
+    }
+    run_epilogue(context, p);
     return;
   }
 
   const bool aligned = is_aligned(p);
   const Plan& plan = plan_of(context, p, aligned);
   if (!plan.supported) {
-    if (!p.has_bias) {
+    if (!has_epilogue(p)) {
       throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of m = " + std::to_string(p.m) +
                                ", n = " + std::to_string(p.n) + ", k = " + std::to_string(p.k));
     }
-    matrix_product(context, without_bias(p), workspace);
-    add_bias(context, p.result_dtype, p.d, p.bias, p.m, p.n);
+    matrix_product(context, without_epilogue(p), workspace);
+    run_epilogue(context, p);
     return;
   }
 
@@ -177,7 +199,7 @@ void matrix_product(Context& context, const MatrixProduct& p, void* workspace) {
 size_t matrix_product_workspace_bytes(const Context& context, const MatrixProduct& p) {
   if (p.m == 0 || p.n == 0 || p.k == 0) return 0;
   const Plan& plan = plan_of(context, p, true);
-  if (!plan.supported && p.has_bias) return matrix_product_workspace_bytes(context, without_bias(p));
+  if (!plan.supported && has_epilogue(p)) return matrix_product_workspace_bytes(context, without_epilogue(p));
   return plan.workspace_bytes;
 }
 

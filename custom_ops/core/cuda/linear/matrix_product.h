@@ -1,4 +1,4 @@
-// A matrix product by cuBLASLt with what can be fused to it: an added matrix and a bias.
+// A matrix product by cuBLASLt with what can be fused to it: an added matrix, a bias, and relu.
 #pragma once
 
 #include "core/cuda/context.h"
@@ -6,8 +6,8 @@
 namespace pfa {
 namespace cuda {
 
-// d[m, n] = op(a)[m, k] @ op(b)[k, n] (+ c) (+ bias), all row-major; op(a) is a, or where a is stored as [k, m] its
-// transpose, likewise b.
+// d[m, n] = relu?(op(a)[m, k] @ op(b)[k, n] (+ c) (+ bias)), all row-major; op(a) is a, or where a is stored as [k, m]
+// its transpose, likewise b.
 struct MatrixProduct {
   DType dtype = DType::kFloat32;         // of a and b
   DType result_dtype = DType::kFloat32;  // of c, d and bias: dtype, or float32 beside a 16-bit one
@@ -23,6 +23,8 @@ struct MatrixProduct {
 
   bool adds_c = false;
   const void* c = nullptr;  // [m, n], may be d itself
+
+  bool has_relu = false;
 };
 
 void matrix_product(Context& context, const MatrixProduct& product, void* workspace);

@@ -1,4 +1,4 @@
-// The first layer norm, forward and backward, as work on rows (norm_rows.h), and what takes its place.
+// A block's first layer norm, forward and backward, as work on rows (norm_rows.h), and what takes its place.
 #include "core/cuda/rows/convert.h"
 #include "core/cuda/rows/norm_rows.h"
 #include "core/cuda/stages.h"
@@ -6,7 +6,7 @@
 namespace pfa {
 namespace cuda {
 
-void layer_norm_forward(Context& context, const AttentionParams& p) {
+void layer_norm_forward(Context& context, const BlockParams& p) {
   NormRowsForward args;
   args.dtype = p.residual_dtype;
   args.out_dtype = p.dtype;
@@ -23,11 +23,11 @@ void layer_norm_forward(Context& context, const AttentionParams& p) {
   norm_rows_forward(context, args);
 }
 
-void narrow_x(Context& context, const AttentionParams& p) {
+void narrow_x(Context& context, const BlockParams& p) {
   convert(context, p.residual_dtype, p.x, p.dtype, p.hidden, p.rows * p.embed_dim);
 }
 
-void layer_norm_backward(Context& context, const AttentionParams& p) {
+void layer_norm_backward(Context& context, const BlockParams& p) {
   NormRowsBackward args;
   args.dtype = args.d_y_dtype = p.residual_dtype;
   args.d_out_dtype = p.dtype;
@@ -46,7 +46,7 @@ void layer_norm_backward(Context& context, const AttentionParams& p) {
   norm_rows_backward(context, args, p.stage_workspace);
 }
 
-size_t layer_norm_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
+size_t layer_norm_backward_workspace_bytes(const Context& context, const BlockParams& p) {
   return p.pre_layer_norm ? norm_rows_backward_workspace_bytes(context, p.dtype, p.embed_dim) : 0;
 }
 

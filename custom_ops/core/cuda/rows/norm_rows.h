@@ -6,19 +6,20 @@
 namespace pfa {
 namespace cuda {
 
-// z = x + dropout(y), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a
+// z = x + dropout(y + y_bias), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a
 // number is read before it is overwritten.
 struct NormRowsForward {
-  DType dtype = DType::kFloat32;      // of y, x, z and n
+  DType dtype = DType::kFloat32;      // of y, y_bias, x, z and n
   DType out_dtype = DType::kFloat32;  // dtype; or 16-bit beside a float32 z that is y
   DType norm_dtype = DType::kFloat32;
   int64_t rows = 0;
   int64_t cols = 0;
   const void* y = nullptr;
-  const void* x = nullptr;  // null: nothing is added
+  const void* y_bias = nullptr;  // [cols] or null
+  const void* x = nullptr;       // null: nothing is added
   Dropout dropout;
   const uint64_t* random_state = nullptr;
-  void* z = nullptr;            // without a layer norm
+  void* z = nullptr;            // null: not wanted, with a layer norm
   void* normalized = nullptr;   // n; null: not wanted
   void* out = nullptr;          // null: no layer norm
   const void* scale = nullptr;  // [cols] or null
@@ -49,7 +50,7 @@ struct NormRowsBackward {
   Dropout dropout;
   const uint64_t* random_state = nullptr;
   void* d_z = nullptr;      // null: not wanted
-  void* d_y = nullptr;      // null: not wanted, or d_z without dropout
+  void* d_y = nullptr;      // null: not wanted, or the same as d_z
   void* d_scale = nullptr;  // [cols] of norm_dtype, or null: not wanted
   void* d_bias = nullptr;   // [cols] of norm_dtype, or null: not wanted
   void* d_y_sum = nullptr;  // [cols] of d_y_dtype, or null: not wanted; not without d_y where d_y_dtype is not dtype

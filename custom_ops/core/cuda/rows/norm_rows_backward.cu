@@ -24,7 +24,7 @@ constexpr int kLongThreads = 256;
 constexpr int kSumWidth = 32;
 constexpr int kSumHeight = 16;
 
-// kNormSum: d_y is d_z, or what its narrower type holds of it, and its sum is wanted.
+// kNormSum: d_y is d_z, or what its type holds of it, and its sum is wanted, or it goes to memory of its own.
 enum class Kind { kNorm, kNormSum, kNormDropout, kDropout };
 
 // T: the type of z, d_added and d_z; P: of the scale; G: of d_out; Y: of d_y. Vectors are as many numbers as 16 bytes
@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
   constexpr bool kHasNorm = kKind != Kind::kDropout;
   constexpr bool kGivesNormal = kKind == Kind::kNormDropout;  // z holds n
   constexpr bool kHasDropout = kGivesNormal || kKind == Kind::kDropout;
-  constexpr bool kNarrows = kKind == Kind::kNormSum && !std::is_same_v<T, Y>;  // d_y is d_z rounded
   extern __shared__ uint4 shared[];
   __shared__ A slots[2][2 * kMaxWarps];
   static_assert(sizeof(slots) == kStaticBytes<T>, "shared memory beside the dynamic");
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) norm_rows_backward_kernel(co
           }
         }
         if (k.d_z && exists) store(at(k.d_z, place, item), d);
-        if constexpr (kNarrows) {
+        if constexpr (kKind == Kind::kNormSum) {
           if (k.d_y && exists) store(at(k.d_y, place, item), d);
         }
       }
@@ -439,10 +438,10 @@ void run(Context& context, const NormRowsBackward& args, void* workspace) {
     if (by_vectors) blocks = launch<Kind::kNorm>(context, kernel);
   } else if (by_vectors) {
     constexpr Kind kWithoutSum = std::is_same_v<T, Y> ? Kind::kNorm : Kind::kNormSum;
-    blocks = !args.has_norm ? launch<Kind::kDropout>(context, kernel)
-             : !args.mean   ? launch<Kind::kNormDropout>(context, kernel)
-             : args.d_y_sum ? launch<Kind::kNormSum>(context, kernel)
-                            : launch<kWithoutSum>(context, kernel);
+    blocks = !args.has_norm             ? launch<Kind::kDropout>(context, kernel)
+             : !args.mean               ? launch<Kind::kNormDropout>(context, kernel)
+             : args.d_y_sum || args.d_y ? launch<Kind::kNormSum>(context, kernel)
+                                        : launch<kWithoutSum>(context, kernel);
   }
   if (blocks) {
     add_row_groups(context, accumulator_of(args.dtype), workspace, blocks, args.cols, {d_scale, d_bias, d_y_sum});

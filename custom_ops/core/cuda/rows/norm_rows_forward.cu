@@ -27,6 +27,7 @@ struct Kernel {
   int64_t rows;
   int64_t cols;
   const T* y;
+  const T* y_bias;
   const T* x;
   uint32_t threshold;
   A dropout_scale;
@@ -45,16 +46,28 @@ struct Kernel {
     return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kOutput) : PhiloxState{};
   }
 
+  // What the instantiations for a bias have in addition.
+  template <bool kMayHaveBias, int N>
+  __device__ __forceinline__ void add_bias(int64_t col, A (&value)[N]) const {
+    if (!kMayHaveBias || !y_bias) return;
+    A added[N];
+    load(y_bias + col, added);
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] += added[i];
+  }
+
   // z of N neighbouring columns.
-  template <int N>
-  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, const Vector<T, N>& y_vector,
+  template <bool kMayHaveBias, int N>
+  __device__ __forceinline__ void form_z(PhiloxState state, int64_t index, int64_t col, const Vector<T, N>& y_vector,
                                          const Vector<T, N>& x_vector, A (&value)[N]) const {
     if (threshold) {
       const PhiloxWords words = output_words(state, index);
       widen(y_vector, value);
+      add_bias<kMayHaveBias>(col, value);
       apply_output_dropout(words, threshold, dropout_scale, index, value);
     } else {
       widen(y_vector, value);
+      add_bias<kMayHaveBias>(col, value);
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= dropout_scale;
     }
@@ -87,7 +100,8 @@ struct Kernel {
   }
 };
 
-template <class T, class P, class O, int kRowItems>
+// kAlone: y has no bias yet, and z may be wanted beside out. Apart, so that the others need no registers for it.
+template <class T, class P, class O, int kRowItems, bool kAlone>
 __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 2 : 1)
     norm_rows_forward_kernel(const Kernel<T, P, O> k) {
   using A = Accumulator<T>;
@@ -114,8 +128,8 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 
     const int64_t col = static_cast<int64_t>(item * blockDim.x + threadIdx.x) * kVec;
     if (col < cols) {
       const int64_t index = row * k.cols + col;
-      k.form_z(state, index, y[item], x[item], z[item]);
-      if (!k.out) store(k.z + index, z[item]);
+      k.template form_z<kAlone>(state, index, col, y[item], x[item], z[item]);
+      if (kAlone ? k.z != nullptr : !k.out) store(k.z + index, z[item]);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += z[item][i];
     }
@@ -162,7 +176,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_long_rows_forward_kernel(co
     Vector<T, 1> x = {};
     if (k.x) x = load_vector<1>(k.x + index);
     A z[1];
-    k.form_z(state, index, load_vector<1>(k.y + index), x, z);
+    k.template form_z<true>(state, index, col, load_vector<1>(k.y + index), x, z);
     const T rounded = narrow<T>(z[0]);
     if (k.kept) k.kept[index] = rounded;
     sum[0] += widen(rounded);
@@ -207,13 +221,15 @@ int items_per_thread(int64_t vectors) {
 template <class T, class P, class O>
 void run(Context& context, const NormRowsForward& args) {
   using A = Accumulator<T>;
-  const bool is_y = args.out && !args.x && args.dropout.threshold == 0 && args.dropout.scale == 1.0;
+  const bool is_y =
+      args.out && !args.z && !args.y_bias && !args.x && args.dropout.threshold == 0 && args.dropout.scale == 1.0;
   if (!std::is_same<T, O>::value && !is_y)
     throw std::runtime_error("norm_rows_forward: z waits where only out may lie");
-  void* kept = is_y ? nullptr : !args.out ? args.z : args.normalized ? args.normalized : args.out;
+  void* kept = is_y ? nullptr : args.z ? args.z : args.normalized ? args.normalized : args.out;
   const Kernel<T, P, O> kernel = {args.rows,
                                   args.cols,
                                   static_cast<const T*>(args.y),
+                                  static_cast<const T*>(args.y_bias),
                                   static_cast<const T*>(args.x),
                                   args.dropout.threshold,
                                   static_cast<A>(args.dropout.scale),
@@ -229,23 +245,30 @@ void run(Context& context, const NormRowsForward& args) {
                                   static_cast<A*>(args.rstd)};
   constexpr int kVec = kVectorSize<T>;
   const int64_t vectors = args.cols / kVec;
-  const bool by_vectors =
-      args.cols % kVec == 0 && all_aligned({args.y, args.x, args.z, args.normalized, args.out, args.scale, args.bias});
-  const auto launch = [&](auto* function, int items) {
+  const bool by_vectors = args.cols % kVec == 0 && all_aligned({args.y, args.y_bias, args.x, args.z, args.normalized,
+                                                                args.out, args.scale, args.bias});
+  const auto launch = [&](auto items, auto alone) {
     const RowShape shape = row_shape(vectors, items, kBlockThreads);
-    function<<<static_cast<unsigned>(shape.row_groups(args.rows)), dim3(shape.group_threads, shape.groups), 0,
-               context.stream>>>(kernel);
+    norm_rows_forward_kernel<T, P, O, decltype(items)::value, decltype(alone)::value>
+        <<<static_cast<unsigned>(shape.row_groups(args.rows)), dim3(shape.group_threads, shape.groups), 0,
+           context.stream>>>(kernel);
     check_launch("norm_rows_forward_kernel");
+  };
+  const auto launch_items = [&](auto items) {
+    if constexpr (std::is_same_v<T, O>) {
+      if (args.y_bias || (args.z && args.out)) return launch(items, std::true_type{});
+    }
+    launch(items, std::false_type{});
   };
   switch (by_vectors ? items_per_thread<T>(vectors) : 0) {
     case 1:
-      return launch(norm_rows_forward_kernel<T, P, O, 1>, 1);
+      return launch_items(std::integral_constant<int, 1>{});
     case 2:
-      return launch(norm_rows_forward_kernel<T, P, O, 2>, 2);
+      return launch_items(std::integral_constant<int, 2>{});
     case 3:
-      return launch(norm_rows_forward_kernel<T, P, O, 3>, 3);
+      return launch_items(std::integral_constant<int, 3>{});
     case 4:
-      return launch(norm_rows_forward_kernel<T, P, O, 4>, 4);
+      return launch_items(std::integral_constant<int, 4>{});
     default:
       norm_long_rows_forward_kernel<T, P, O>
           <<<static_cast<unsigned>(args.rows), kLongThreads, 0, context.stream>>>(kernel);
