@@ -68,7 +68,7 @@ library-packages:
 	$(IN_LIBRARIES_VENV) make-library-packages
 
 run-test-libraries: $(STATE)/installed $(STATE)/library-packages
-	$(RUN) -m pytest $(LIBRARIES)
+	$(RUN) -m pytest $(LIBRARIES) unittests/examples/test_fine_tuning.py
 
 make-library-packages: $(STATE)/library-packages
 

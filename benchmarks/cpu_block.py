@@ -7,20 +7,20 @@ Each library runs in a process of its own. They take turns at a case for several
 the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
 Paddle's layers have no bfloat16 on the CPU. A fresh process that runs nothing else measures by how much a training step
 raises the peak of its memory. Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for
-which g++ is needed). PyTorch and matplotlib are needed (benchmarks/requirements.txt); without PyTorch its column stays
-empty.
+which g++ is needed). benchmarks/requirements.txt has PyTorch, which is left out if it is not installed, and matplotlib.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
-import statistics
 import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from glob import glob
+
+import peers
 
 CASES = {  # batch, seq_len, embed_dim, num_heads
     "b8_s128_e768": (8, 128, 768, 12),
@@ -33,8 +33,8 @@ LIBRARIES = ("ours", "paddle", "torch")
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.1
-LONG = 20.0  # seconds that a library's rounds of a pass may take, once it has had three
-PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
+TURN = 0.25  # seconds of steps
+MEMORY = "memory"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -133,88 +133,65 @@ def peak_bytes():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def serve(library):
-    """Answers lines "case dtype pass" on standard input with seconds, until the input ends."""
-    prepared = {}
-    for line in sys.stdin:
-        *case, which = line.split()
-        case = tuple(case)
-        if case not in prepared:
-            prepared.clear()
-            prepared[case] = steps(library, *case)
-            for step in prepared[case]:
-                step()
-        step = prepared[case][PASSES.index(which)]
-        start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
-
-
 def measure_memory(library, case):
-    """Prints by how many bytes one training step raises the peak of this fresh process."""
+    """By how many bytes one training step raises the peak of this fresh process."""
     _, train = steps(library, case, "float32")
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # the peak begins anew
     before = peak_bytes()
     train()
-    print(peak_bytes() - before)
+    return peak_bytes() - before
 
 
-def start(library, *arguments, threads, **options):
-    command = [sys.executable, os.path.abspath(__file__), "--worker", library, *arguments]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # before any of the libraries is imported
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment, **options
-    )
+def serve(library):
+    """Answers with the seconds of a pass, or with the growth of the memory."""
+    prepared = {}
+
+    def answer(case, dtype, which):
+        if which == MEMORY:
+            return measure_memory(library, case)
+        if (case, dtype) not in prepared:
+            prepared.clear()
+            prepared[case, dtype] = steps(library, case, dtype)
+            for step in prepared[case, dtype]:
+                step()
+        return peers.time_step(prepared[case, dtype][PASSES.index(which)], TURN)
+
+    peers.serve(answer)
 
 
 def run_case(workers, case, dtype, rounds):
     """The median seconds by pass and library."""
-    medians = {}
-    for which in PASSES:
-        seconds = {library: [] for library in workers if library != "paddle" or dtype == "float32"}
-        for _ in range(rounds):
-            for library, times in seconds.items():
-                if len(times) >= 3 and sum(times) > LONG:
-                    continue
-                time.sleep(PAUSE)
-                print(case, dtype, which, file=workers[library].stdin, flush=True)
-                answer = workers[library].stdout.readline()
-                if not answer:
-                    raise SystemExit(f"{library} failed at {case} {dtype} {which}")
-                times.append(float(answer))
-        medians[which] = {library: statistics.median(times) for library, times in seconds.items()}
-    return medians
+    taking = {name: worker for name, worker in workers.items() if name != "paddle" or dtype == "float32"}
+    return {which: peers.take_turns(taking, rounds, case=case, dtype=dtype, which=which) for which in PASSES}
 
 
 def compare(libraries, threads, arguments):
     """Runs and prints all cases; {"case dtype": {pass: {library: seconds}}}."""
-    print(f"{threads} threads, median of {arguments.rounds} rounds; milliseconds, and peers' time / ours")
-    columns = "".join(f"{name:>10}" for name in LIBRARIES) + "".join(f"{peer + '/ours':>14}" for peer in LIBRARIES[1:])
-    print(f"{'case':<18}{'dtype':<10}{'pass':<18}{columns}")
-    workers = {library: start(library, threads=threads, stdin=subprocess.PIPE) for library in libraries}
+    print(f"{threads} threads, median of {arguments.rounds} rounds; milliseconds, and (the time / ours)")
+    peers.print_header(libraries)
     results = {}
-    for dtype in arguments.dtype:
-        for case in arguments.case:
-            results[f"{case} {dtype}"] = medians = run_case(workers, case, dtype, arguments.rounds)
-            for which, row in medians.items():
-                times = "".join(f"{1e3 * row[name]:>10.1f}" if name in row else f"{'-':>10}" for name in LIBRARIES)
-                ratios = (
-                    f"{row[peer] / row['ours']:>14.2f}" if peer in row else f"{'-':>14}" for peer in LIBRARIES[1:]
-                )
-                print(f"{case:<18}{dtype:<10}{which:<18}{times}{''.join(ratios)}", flush=True)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(peers.Worker(__file__, name, threads)) for name in libraries}
+        for dtype in arguments.dtype:
+            for case in arguments.case:
+                results[f"{case} {dtype}"] = medians = run_case(workers, case, dtype, arguments.rounds)
+                for which, seconds in medians.items():
+                    peers.print_row(case, dtype, which, seconds, libraries)
     print(flush=True)
     return results
+
+
+def memory_growth(library, case, threads):
+    with peers.Worker(__file__, library, threads) as worker:
+        return worker.ask(case=case, dtype="float32", which=MEMORY)
 
 
 def compare_memory(libraries, threads, cases):
     print("growth of the peak memory in a training step, float32, MiB, and relative to Paddle's layers")
     results = {}
     for case in cases:
-        results[case] = growth = {name: int(start(name, case, threads=threads).communicate()[0]) for name in libraries}
+        results[case] = growth = {name: memory_growth(name, case, threads) for name in libraries}
         sizes = "".join(f"{name}: {size / 2**20:.0f}   " for name, size in growth.items())
         print(f"{case:<18}{sizes}ours / paddle: {growth['ours'] / growth['paddle']:.2f}", flush=True)
     print(flush=True)
@@ -273,31 +250,6 @@ def time_stages(program, threads, arguments):
     return results
 
 
-def draw(results, threads, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True)
-    for axis, which in zip(axes, PASSES):
-        for i, peer in enumerate(LIBRARIES[1:]):
-            found = [
-                (j, row[which][peer] / row[which]["ours"])
-                for j, row in enumerate(results.values())
-                if peer in row[which]
-            ]
-            bars = axis.bar([j + 0.4 * i for j, _ in found], [ratio for _, ratio in found], 0.4, label=f"{peer} / ours")
-            axis.bar_label(bars, fmt="%.1f")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks([j + 0.2 for j in range(len(results))], list(results), rotation=30, ha="right")
-        axis.set_title(f"{which}, {threads} threads")
-        axis.legend()
-    axes[0].set_ylabel("time relative to ours")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({os.cpu_count(), 1}, reverse=True))
@@ -307,18 +259,13 @@ def main():
     parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
     parser.add_argument("--json", default="cpu_block.json")
     parser.add_argument("--chart", default="cpu_block.png")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        library, *case = arguments.worker
-        return measure_memory(library, *case) if case else serve(library)
+        return serve(arguments.worker)
 
-    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they would hold back peers
-        os.environ.pop(name, None)
     program = None if arguments.no_stages else build_stages()
-    libraries = [
-        name for name in LIBRARIES if name != "torch" or subprocess.call([sys.executable, "-c", "import torch"]) == 0
-    ]
+    libraries = [name for name in LIBRARIES if name != "torch" or importlib.util.find_spec(name)]
     results = {"rounds": arguments.rounds, "seconds": {}, "stages": {}}
     for threads in arguments.threads:
         results["seconds"][threads] = compare(libraries, threads, arguments)
@@ -328,7 +275,8 @@ def main():
     with open(arguments.json, "w") as file:
         json.dump(results, file, indent=1)
     try:
-        draw(results["seconds"][arguments.threads[0]], arguments.threads[0], arguments.chart)
+        threads = arguments.threads[0]
+        peers.draw(results["seconds"][threads], libraries, PASSES, threads, arguments.chart)
     except ImportError:
         print("no chart: matplotlib is not installed")
 

@@ -38,6 +38,8 @@ def explain_missing(error: ModuleNotFoundError) -> int:
     package = (error.name or "").split(".")[0]
     if package in REQUIREMENTS:
         command = "pip install -r examples/requirements.txt"
+    elif package == "paddlenlp":
+        command = "pip install -r unittests/libraries/requirements.txt"
     elif package == "paddle":
         command = "pip install paddlepaddle"
     elif package == "paddle_fused_attention":

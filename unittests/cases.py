@@ -416,15 +416,22 @@ def feed_forward_features():
 
 
 FEED_FORWARD_FEATURES = feed_forward_features()
-# Shape of x but for its last size, that, and the hidden numbers: odd ones, one, more than a tile of rows or columns.
-FEED_FORWARD_SIZES = [
-    FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
-    for shape, width, hidden in (
-        ((1,), 1, 1), ((1, 1), 17, 3), ((3, 5), 33, 67), ((5,), 8, 130), ((2, 3, 4), 40, 24), ((7, 19), 96, 384),
-        ((300,), 24, 41), ((1, 130), 130, 65),
-    )
-    for gated in (False, True)
-]  # fmt: skip
+
+
+def _feed_forward_sizes(*sizes):
+    """Of the shape of x but for its last size, that, and the hidden numbers; gated and not."""
+    return [
+        FULL_FEED_FORWARD.but(shape=shape, width=width, hidden=hidden, gated=gated)
+        for shape, width, hidden in sizes
+        for gated in (False, True)
+    ]
+
+
+# Odd sizes, and more than a tile of rows or columns.
+FEED_FORWARD_SIZES = _feed_forward_sizes(
+    ((3, 5), 33, 67), ((2, 3, 4), 40, 24), ((7, 19), 96, 384), ((300,), 24, 41), ((1, 130), 130, 65)
+)
+FEED_FORWARD_SMALL = _feed_forward_sizes(((1,), 1, 1), ((1, 1), 17, 3), ((5,), 8, 130), ((2,), 1, 9))
 FEED_FORWARD_EMPTY = [
     FULL_FEED_FORWARD.but(shape=shape, gated=gated) for shape in ((0,), (0, 7), (2, 0)) for gated in (False, True)
 ]

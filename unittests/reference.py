@@ -654,6 +654,18 @@ def _linear(inputs, config, rounding, d_out=None):
     return out, {name: g[name] for name in LINEAR_TENSORS if name in f}
 
 
+def pre_activation(inputs, config):
+    """What the activation of a feed-forward or a linear block takes, [rows, columns]."""
+    x = rows(inputs["x"])
+    if isinstance(config, LinearConfig):
+        weight = inputs["weight"].T if config.transpose_weight else inputs["weight"]
+        return x @ weight + inputs.get("bias", 0.0)
+    h = x
+    if config.pre_layer_norm:
+        h, _, _ = layer_norm(x, inputs.get("ln1_scale"), inputs.get("ln1_bias"), config.ln1_epsilon)
+    return (h @ inputs["linear1_weight"] + inputs.get("linear1_bias", 0.0))[:, : inputs["linear2_weight"].shape[0]]
+
+
 _BLOCKS = {FeedForwardConfig: _feed_forward, ResidualNormConfig: _residual_norm, LinearConfig: _linear}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 import reference
 from paddle_fused_attention import (
+    _feed_forward,
     _op,
     fused_bias_dropout_residual_layer_norm,
     fused_feedforward,
@@ -156,3 +157,25 @@ def operator_calls():
         yield calls
     finally:
         _op.fused_attention = call
+
+
+@contextlib.contextmanager
+def feed_forward_calls():
+    """Collects the feed-forwards that the operator is called for, in dygraph and in graphs as they are built."""
+    calls, described = [], []
+    operator, arguments_of = _feed_forward.FEED_FORWARD, _feed_forward._arguments
+    call = operator.call
+
+    def remembered(description, *part):
+        described[:] = [description]
+        return arguments_of(description, *part)
+
+    def counted(*arguments):
+        calls.extend(described)
+        return call(*arguments)
+
+    _feed_forward._arguments, operator.call = remembered, counted
+    try:
+        yield calls
+    finally:
+        _feed_forward._arguments, operator.call = arguments_of, call

@@ -6,7 +6,7 @@
 //
 //   sharding_of(mappings, attributes)                what its work is sharded over
 //   mapping_of(input, shape, sharding, attributes)   how an input that is there is sharded then
-//   has_rows(input)                                  whether the input has Out's rows: else its gradient is a sum over them
+//   has_rows(input)                                  whether it has Out's rows: else its gradient sums them
 //   comes_before_parts(input)                        whether its gradient is a sum over the parts
 #pragma once
 

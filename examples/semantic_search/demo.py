@@ -1,10 +1,13 @@
-"""The program: embed the corpus three ways, say how far apart and how fast they are, answer the queries."""
+"""The program: embed the corpus in several ways, say how far apart and how fast they are, answer the queries."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import sys
 import textwrap
+from functools import partial
 from typing import Sequence
 
 import numpy as np
@@ -12,11 +15,12 @@ import paddle
 
 from .corpus import Entry, load_corpus
 from .embedding import Encode, dygraph_encode, embed, make_batches, nearest
-from .encoder import PlainAttentionBlock, fused_attention_block, fused_state, plain_state
-from .model_files import find_model_directory, load_config, load_tokenizer, load_weights
+from .encoder import State, fused_encoder, paddle_state, plain_encoder
+from .model_files import EncoderConfig, find_model_directory, load_config, load_tokenizer, load_weights
 from .static_encoder import StaticEncoder
 
 TOLERANCE = 1e-5
+FUSED = "fused layers"
 
 
 class RequestError(ValueError):
@@ -37,35 +41,57 @@ def run(queries: Sequence[str], top: int) -> None:
     Raises:
         ModelFilesError: the model's package is missing or damaged.
         RequestError: there are not `top` texts.
-        DifferenceError: plain layers or the static program differ from the fused encoder by 1e-5 or more.
+        DifferenceError: another encoder differs from the fused one by 1e-5 or more.
     """
     corpus = load_corpus()
     if top > len(corpus):
         raise RequestError(f"--top: expected at most {len(corpus)}, the number of texts, got {top}")
     directory = find_model_directory()
     config, weights, tokenizer = load_config(directory), load_weights(directory), load_tokenizer(directory)
-    state = fused_state(weights, config)
-    fused = dygraph_encode(config, fused_attention_block, state)
-    static = StaticEncoder(config, state)
-    plain = dygraph_encode(config, PlainAttentionBlock, plain_state(weights, config))
+    state = paddle_state(weights, config)
+    fused = dygraph_encode(fused_encoder(config, state))
+    static = StaticEncoder(fused_encoder(config, state))
 
     batches = make_batches(tokenizer, [entry.text for entry in corpus])
     tokens = sum(int(batch.keep.sum()) for batch in batches)
     print(f"Paddle {paddle.__version__} on {paddle.get_device()}: {len(corpus)} texts, {tokens} tokens\n", flush=True)
     encoders: dict[str, Encode] = {
-        "FusedMultiHeadAttention": fused,
+        FUSED: fused,
         f"the same, static program ({static.kind})": static,
-        "plain Paddle layers": plain,
+        "plain Paddle layers": dygraph_encode(plain_encoder(config, state)),
+        **other_libraries(config, state),
     }
     results = {}
     for name, encode in encoders.items():
         embed(encode, batches[:1])  # the first run makes thread pools and caches
         results[name] = embed(encode, batches, name)
     print_comparison(results)
-    embeddings = results["FusedMultiHeadAttention"][0]
+    embeddings = results[FUSED][0]
     query_embeddings, _ = embed(fused, make_batches(tokenizer, queries))
     for query, query_embedding in zip(queries, query_embeddings):
         print_answers(query, [(corpus[row], score) for row, score in nearest(embeddings, query_embedding, top)])
+
+
+def other_libraries(config: EncoderConfig, state: State) -> dict[str, Encode]:
+    """The encoder in ONNX Runtime and in OpenVINO, on the CPU, where they and `onnx` are installed."""
+    found = [name for name in ("onnx", "onnxruntime", "openvino") if importlib.util.find_spec(name) is not None]
+    if "onnx" not in found or len(found) == 1:
+        return {}
+    from . import onnx_encoder
+
+    model = onnx_encoder.sentence_encoder(config, state)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    encoders = {}
+    if "onnxruntime" in found:
+        sizes = (config.num_attention_heads, config.hidden_size, config.num_hidden_layers)
+        encoders["ONNX Runtime"] = onnx_encoder.onnxruntime_run(onnx_encoder.fuse(model, *sizes), threads)
+    if "openvino" in found:
+        encoders["OpenVINO"] = onnx_encoder.openvino_run(model, threads)
+
+    def encode(run: onnx_encoder.Run, token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        return np.array(run({"token_ids": token_ids, "keep": keep.astype(np.int64)}))
+
+    return {name: partial(encode, run) for name, run in encoders.items()}
 
 
 def print_comparison(results: dict[str, tuple[np.ndarray, float]]) -> None:

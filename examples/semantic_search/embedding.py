@@ -11,8 +11,7 @@ import paddle
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from .encoder import SentenceEncoder, State, load_state
-from .model_files import EncoderConfig
+from .encoder import SentenceEncoder
 
 BATCH_SIZE = 32
 
@@ -51,13 +50,8 @@ def make_batches(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = B
     return batches
 
 
-def dygraph_encode(
-    config: EncoderConfig, attention_block: Callable[[EncoderConfig], paddle.nn.Layer], state: State
-) -> Encode:
-    """Make an encoder in dygraph with the weights of `state`; return a function from arrays to arrays that runs it."""
-    encoder = SentenceEncoder(config, attention_block)
-    encoder.eval()
-    load_state(encoder, state)
+def dygraph_encode(encoder: SentenceEncoder) -> Encode:
+    """A function from arrays to arrays that runs an encoder in dygraph."""
 
     def encode(token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
         with paddle.no_grad():

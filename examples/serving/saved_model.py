@@ -17,8 +17,9 @@ from paddle import inference
 from tokenizers import Tokenizer
 
 from ..semantic_search.embedding import embed, make_batches
-from ..semantic_search.encoder import SentenceEncoder, fused_attention_block, fused_state, load_state
+from ..semantic_search.encoder import fused_encoder, paddle_state
 from ..semantic_search.model_files import find_model_directory, load_config, load_weights
+from ..semantic_search.static_encoder import input_specs
 
 ENCODER = "encoder"
 TOKENIZER = "tokenizer.json"
@@ -43,17 +44,11 @@ def save(directory: Path) -> None:
         raise SavedModelError(f"{directory} is there already and is no saved model: choose another directory")
     source = find_model_directory()
     config = load_config(source)
-    encoder = SentenceEncoder(config, fused_attention_block)
-    encoder.eval()
-    load_state(encoder, fused_state(load_weights(source), config))
+    encoder = fused_encoder(config, paddle_state(load_weights(source), config))
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        specs = [
-            paddle.static.InputSpec([None, None], dtype, name)
-            for dtype, name in (("int64", "token_ids"), ("bool", "keep"))
-        ]
-        paddle.jit.save(encoder, str(partial / ENCODER), input_spec=specs)
+        paddle.jit.save(encoder, str(partial / ENCODER), input_spec=input_specs())
         shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)
         partial.chmod(0o755)  # not the private mode of a temporary directory
         if directory.exists():

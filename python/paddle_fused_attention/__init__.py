@@ -9,7 +9,15 @@ is the operator's own ends in a segmentation fault when it is called.
 from . import incubate
 from ._explain import explain
 from ._flops import count_flops
-from .conversion import AttentionAdapter, VisionTransformerAdapter, convert, register_adapter, revert
+from .conversion import (
+    AttentionAdapter,
+    FeedForwardAdapter,
+    VisionTransformerAdapter,
+    VisionTransformerMlpAdapter,
+    convert,
+    register_adapter,
+    revert,
+)
 from .feed_forward import fused_feedforward
 from .functional import (
     fused_bias_dropout_residual_layer_norm,
@@ -21,6 +29,7 @@ from .functional import (
 from .layer import FusedMultiHeadAttention
 from .parallel import (
     ParallelClipGradByGlobalNorm,
+    ParallelFusedFeedForward,
     ParallelFusedMultiHeadAttention,
     full_state_dict,
     load_full_state_dict,
@@ -33,10 +42,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionAdapter",
+    "FeedForwardAdapter",
     "FusedMultiHeadAttention",
     "ParallelClipGradByGlobalNorm",
+    "ParallelFusedFeedForward",
     "ParallelFusedMultiHeadAttention",
     "VisionTransformerAdapter",
+    "VisionTransformerMlpAdapter",
     "convert",
     "count_flops",
     "explain",

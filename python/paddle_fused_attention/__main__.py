@@ -1,4 +1,4 @@
-"""``python -m paddle_fused_attention``: ``convert`` packs a checkpoint for the fused layer, ``revert`` unpacks it."""
+"""``python -m paddle_fused_attention``: ``convert`` packs a checkpoint for the fused layers, ``revert`` unpacks it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ model after paddle_fused_attention.convert(model). With the others linear_weight
 and ln_bias [E], or pre_ln_scale and pre_ln_bias where the layer norm stands before the attention, are packed too: the
 names are those of a FusedMultiHeadAttention in the attention's place, whose arguments the report gives, but for
 epsilon, which is the model's own.
+
+--whole-layers packs the feed-forward half of each layer too, with any of the namings: the names are those of a
+paddle.incubate.nn.FusedTransformerEncoderLayer in the layer's place, fused_attn.qkv_weight, ..., ffn._linear1_weight,
+... Where nothing tells what the names were before, revert gives those of paddle.nn.TransformerEncoderLayer.
 
 A block is packed only where its names and shapes say that the operator computes it. Patterns are those of a shell, for
 the names of blocks, and the first that fits holds: --num-heads 'text.*=8' --num-heads 'vision.*=12'."""
@@ -73,9 +77,14 @@ def _parser() -> argparse.ArgumentParser:
                     dest="normalize_before",
                     help=(
                         f"the layer norm stands {place}, for blocks of GPT's names without an ln_f or tokens_embed "
-                        "that tells"
+                        "that tells, and whole layers of Paddle's names"
                     ),
                 )
+            command.add_argument(
+                "--whole-layers",
+                action="store_true",
+                help="pack the feed-forward halves too, for paddle.incubate.nn.FusedTransformerEncoderLayer",
+            )
         command.add_argument(
             "--layout",
             choices=LAYOUTS,
@@ -175,6 +184,7 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
             normalize_before=arguments.normalize_before,
             file_layout=read.layout,
             config=_config_beside(source),
+            whole_layers=arguments.whole_layers,
             **options,
         )
     else:

@@ -1,10 +1,10 @@
-"""Casts the operator's inputs under auto_cast, as Paddle does for its own operators but not for custom ones.
+"""Casts the operators' inputs under auto_cast, as Paddle does for its own operators but not for custom ones.
 
-The operator counts as white-listed. Wherever auto_cast is on, in dygraph or while a PIR program is built, the weights
-and biases of the projections are cast to the 16-bit dtype. So is x, unless it is float32: then the residual sum and the
-result are float32 too, and x is rounded for the products only. If the user's black list names the operator, all inputs
-are cast to float32. Layer-norm parameters always stay or become float32. Masks are taken in any dtype. float64 is left
-alone, as by Paddle.
+The operators count as white-listed. Wherever auto_cast is on, in dygraph or while a PIR program is built, the weights
+and biases of projections are cast to the 16-bit dtype. So is x, unless it is float32 and a residual that is added: then
+the residual sum and the result are float32 too, and x is rounded for the products only. If the user's black list names
+an operator, all its inputs are cast to float32. Layer-norm parameters always stay or become float32. Masks are taken in
+any dtype. float64 is left alone, as by Paddle.
 """
 
 from __future__ import annotations
@@ -43,19 +43,25 @@ def target_dtype(op_type: str, tracer: Any) -> Any:
 
 
 def cast_inputs(
-    inputs: Sequence[Any], norms: Sequence[int], residual: Sequence[int], mask: int | None, dtype: Any
+    inputs: Sequence[Any],
+    norms: Sequence[int],
+    residual: Sequence[int],
+    like_residual: Sequence[int],
+    mask: int | None,
+    dtype: Any,
 ) -> list[Any]:
-    """Casts an operator's inputs, which may be None, to `dtype`; those at `norms` to float32; those at `residual`
-    to float32 if one of them is that. The mask is left alone."""
+    """Casts an operator's inputs, which may be None, to `dtype`; those at `norms` to float32; those at `residual` and
+    `like_residual` to float32 if one of the former is that. The mask is left alone."""
     cast = list(inputs)
     if inputs[0].dtype.value not in _CASTABLE:
         return cast
-    wide = any(inputs[i] is not None and inputs[i].dtype.value == _FLOAT32 for i in residual)
-    for_norms, for_others = (paddle.float32, _FLOAT32), (dtype, dtype.value)
+    float32 = set(norms)
+    if any(inputs[i] is not None and inputs[i].dtype.value == _FLOAT32 for i in residual):
+        float32.update(residual, like_residual)
     for i, tensor in enumerate(inputs):
         if tensor is None or i == mask:
             continue
-        wanted, value = for_norms if i in norms or (wide and i in residual) else for_others
+        wanted, value = (paddle.float32, _FLOAT32) if i in float32 else (dtype, dtype.value)
         found = tensor.dtype.value
         if found != value and found in _CASTABLE:
             cast[i] = paddle.cast(tensor, wanted)

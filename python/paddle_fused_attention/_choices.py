@@ -70,9 +70,7 @@ def orders_of(normalize_before: bool | None, blocks: list[NamedBlock], signs: Si
     if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
         raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
     option = f"--normalize-{'before' if normalize_before else 'after'}"
-    told = {
-        block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.naming.only_qkv
-    }
+    told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.only_qkv}
     open_ones = [name for name, order in told.items() if order is None]
     if normalize_before is None and open_ones:
         raise CheckpointError(

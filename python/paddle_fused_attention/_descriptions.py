@@ -11,7 +11,7 @@ from paddle.base.framework import EagerParamBase
 from ._block import MODES
 from ._checks import INFINITY, check_number, check_seed, check_switches, check_tensor
 
-_USUAL_TYPES = frozenset((type(None), paddle.Tensor, EagerParamBase))
+USUAL_TYPES = frozenset((type(None), paddle.Tensor, EagerParamBase))
 _BOOL = frozenset((bool,))
 
 
@@ -30,7 +30,7 @@ def checked_fields(description: Any, required: int, of_numbers: slice, of_switch
     # Each check tries the usual types first, to keep a call in dygraph at a few microseconds.
     tensors, numbers, switches = description[: of_numbers.start], description[of_numbers], description[of_switches]
     types = list(map(type, tensors))
-    if not _USUAL_TYPES.issuperset(types) or type(None) in types[:required]:
+    if not USUAL_TYPES.issuperset(types) or type(None) in types[:required]:
         for i, value in enumerate(tensors):
             check_tensor(description._fields[i], value, required=i < required)
     changes: dict[str, Any] = {}

@@ -10,12 +10,14 @@ from typing import Any, Callable, NamedTuple
 
 import paddle
 import paddle.nn.functional as F
+from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
 from ._block import MODES
 from ._descriptions import checked_fields, without_fields
-from ._ordinary_parts import cast_all, compute_dtype, dropout, layer_norm, needs_ordinary_ops
+from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
+from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
 from ._residual_norm import ResidualNorm, residual_norm, residual_tail
 
 # The operators' numbers for activations.
@@ -125,15 +127,30 @@ def _arguments(description: FeedForward, first_hidden: int, total_hidden: int) -
 
 
 @paddle.jit.not_to_static
-def feed_forward(description: FeedForward, first_hidden: int = 0, total_hidden: int = 0) -> Any:
+def feed_forward(description: FeedForward) -> Any:
     """Computes a checked description by the operator wherever that serves.
 
-    If `total_hidden` is not 0, the weights hold only the hidden numbers from `first_hidden` on of that many, and the
-    result is their part of a sum.
+    Raises:
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
     """
-    if needs_ordinary_ops(description.x, description.linear1_weight):
+    if in_dynamic_mode():
+        if is_auto_parallel(description.x, description.linear1_weight):
+            return _feed_forward_over_mesh(description)
+    elif is_exported_to_onnx():
         return _feed_forward_of_ordinary_ops(description)
-    return FEED_FORWARD.call(*_arguments(description, first_hidden, total_hidden))
+    return FEED_FORWARD.call(*_arguments(description, 0, 0))
+
+
+def _feed_forward_over_mesh(d: FeedForward) -> Any:
+    """Where the columns of linear1_weight are sharded over a dimension of its mesh, every process computes its own
+    hidden numbers; but not those of gated blocks, whose halves lie apart."""
+    weight = d.linear1_weight
+    axis = None if d.gated else mesh_axis_of(weight, 2, 1)
+    if axis is None:
+        return FEED_FORWARD.call(*_arguments(d, 0, 0))
+    total = weight.shape[1]
+    first = first_of_process("linear1_weight", weight, axis, total, "columns")
+    return feed_forward_over_processes(d, first, total, sum_over_mesh)
 
 
 @paddle.jit.not_to_static
@@ -142,7 +159,7 @@ def feed_forward_over_processes(
     first_hidden: int,
     total_hidden: int,
     all_reduce: Callable,
-    sum_gradient: Callable,
+    sum_gradient: Callable | None = None,
 ) -> Any:
     """Computes a checked description of which this process holds the hidden numbers from `first_hidden` on of
     `total_hidden`: columns of ``linear1_weight`` and ``linear1_bias``, with ``gated`` of both their halves, and rows of
@@ -151,22 +168,19 @@ def feed_forward_over_processes(
     Args:
         all_reduce: Sums over the processes.
         sum_gradient: Takes each tensor that all processes use for their own hidden numbers, or None, and returns it
-            with a gradient that is summed.
+            with a gradient that is summed. None: the gradients are.
 
     A seed fixes both dropouts' masks.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     d = description
     part = without_fields(d, "ln2_scale", "ln2_bias")._replace(
-        x=sum_gradient(d.x),
-        ln1_scale=sum_gradient(d.ln1_scale),
-        ln1_bias=sum_gradient(d.ln1_bias),
-        linear2_bias=None,
-        dropout2_rate=0.0,
-        add_residual=False,
-        final_layer_norm=False,
+        linear2_bias=None, dropout2_rate=0.0, add_residual=False, final_layer_norm=False
     )
-    return residual_norm(_tail_of(d, all_reduce(feed_forward(part, first_hidden, total_hidden))))
+    if sum_gradient is not None:
+        part = part._replace(**{name: sum_gradient(getattr(d, name)) for name in ("x", "ln1_scale", "ln1_bias")})
+    y = FEED_FORWARD.call(*_arguments(part, first_hidden, total_hidden))
+    return residual_norm(_tail_of(d, all_reduce(y)))
 
 
 def _tail_of(d: FeedForward, y: Any) -> ResidualNorm:

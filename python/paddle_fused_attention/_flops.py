@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from paddle.hapi.dynamic_flops import register_hooks
@@ -26,5 +27,16 @@ def count_flops(layer: Any, inputs: Any, output: Any) -> None:
     layer.total_ops += batch * embed_dim * (4 * seq_len * embed_dim + 2 * pairs)
 
 
+def _count_feed_forward(layer: Any, inputs: Any, output: Any) -> None:
+    """Those of both projections."""
+    layer.total_ops += 2 * math.prod(inputs[0].shape) * layer._linear2_weight.shape[0]
+
+
+def _count_linear(layer: Any, inputs: Any, output: Any) -> None:
+    layer.total_ops += math.prod(inputs[0].shape) * layer.weight.shape[0 if layer.transpose_weight else 1]
+
+
 for _layer in (FusedMultiHeadAttention, incubate.FusedMultiHeadAttention):
     register_hooks[_layer] = count_flops
+register_hooks[incubate.FusedFeedForward] = _count_feed_forward
+register_hooks[incubate.FusedLinear] = _count_linear

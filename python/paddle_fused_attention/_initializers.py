@@ -54,7 +54,7 @@ def param_attr_of(argument: str, attr: Any, name: str, shape: Sequence[int], is_
     initializer = attr.initializer or (_global_bias_initializer() if is_bias else _global_weight_initializer())
     packed = name in QKV_PARAMETERS
     size = shape[1] * shape[2] if packed else shape[0]
-    separate = [size] if is_bias else [size, size]
+    separate = list(shape) if not packed else [size] if is_bias else [size, size]
     if isinstance(initializer, NumpyArrayInitializer):
         found = list(initializer._value.shape)
         if found not in (list(shape), separate):

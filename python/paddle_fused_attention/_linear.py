@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import paddle
+from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
 from ._checks import check_switches, check_tensor
+from ._descriptions import USUAL_TYPES
 from ._feed_forward import ACTIVATIONS, activate, check_activation
-from ._ordinary_parts import cast_all, compute_dtype, needs_ordinary_ops
+from ._meshes import is_auto_parallel
+from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx
 
 _TENSORS = ("x", "weight", "bias")
 LINEAR = _op.Operator("custom_fused_linear", _TENSORS, ("X", "Weight", "Bias"), numbers=(), integers=("activation",))
@@ -39,9 +42,11 @@ def linear(
     Raises:
         TypeError, ValueError: An argument is of the wrong type, or does not fit.
     """
-    for name, value, required in zip(names, (x, weight, bias), (True, True, False)):
-        check_tensor(name, value, required)
-    check_switches(**dict(zip(switch_names, (transpose_x, transpose_weight))))
+    if x is None or weight is None or not USUAL_TYPES.issuperset((type(x), type(weight), type(bias))):
+        for name, value, required in zip(names, (x, weight, bias), (True, True, False)):
+            check_tensor(name, value, required)
+    if not type(transpose_x) is type(transpose_weight) is bool:
+        check_switches(**dict(zip(switch_names, (transpose_x, transpose_weight))))
     if activation is not None:
         check_activation(activation)
     try:
@@ -56,7 +61,8 @@ def _linear(x: Any, weight: Any, bias: Any, transpose_x: bool, transpose_weight:
     switches = (_op.TRANSPOSE_X if transpose_x else 0) | (_op.TRANSPOSE_WEIGHT if transpose_weight else 0)
     integers = (0 if activation is None else ACTIVATIONS[activation],)
     arguments: tuple = ((x, weight, bias), True, switches, (), integers)
-    if not needs_ordinary_ops(x, weight):
+    # Auto-parallel weights may be sharded, which the operator would gather.
+    if not (is_auto_parallel(x, weight) if in_dynamic_mode() else is_exported_to_onnx()):
         return LINEAR.call(*arguments)
     inputs = LINEAR.checked_inputs(*arguments)
     with without_auto_cast():

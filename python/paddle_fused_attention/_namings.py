@@ -1,5 +1,4 @@
-"""The names of an attention block's parts in families of models, and the signs that a block of such names computes
-something else.
+"""The names of a layer's parts in families of models, and the signs that a layer of such names computes something else.
 
 Names alone don't say what a model computes: models with rotary or relative positions use BERT's, too. So a block counts
 as known only if its naming knows every name in its layer, and nothing above it speaks of another attention.
@@ -20,6 +19,14 @@ LAYOUTS = ("in-out", "out-in")  # of the weights of linear layers
 PACKED_PARTS = (*QKV_PARAMETERS, "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 
+# A whole layer is packed under the names of paddle.incubate.nn.FusedTransformerEncoderLayer.
+WHOLE_LAYER = "FusedTransformerEncoderLayer"
+WHOLE_ATTENTION, WHOLE_FEED_FORWARD = "fused_attn", "ffn"
+FEED_FORWARD_PARTS = (
+    *("_linear1_weight", "_linear1_bias", "_linear2_weight", "_linear2_bias"),
+    *("_ln1_scale", "_ln1_bias", "_ln2_scale", "_ln2_bias"),
+)
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -28,15 +35,19 @@ class Naming:
     Attributes:
         packed: The attention itself; every name under it is part of it.
         qkv: Three projections, or one with the columns of query, key and value in turn.
+        norm: The layer norm of the attention.
         feed_forward: The matrices from embed_dim and back to it.
-        layer: The other parts of the layer.
+        feed_forward_norm: The layer norm of the feed-forward half; it stands where that of the attention does.
+        layer: The other parts that a layer may have.
         layout: How the family's first models store weights.
         normalize_before: Where the layer norm stands; None: only names above the layer, those in `order`, may tell.
-        only_qkv: Only `qkv` is packed; `out` and `norm` stay as they are. Versions before 0.2 packed them too.
+        only_qkv: Of an attention only `qkv` is packed; `out` and `norm` stay as they are. Versions before 0.2 packed
+            them too.
         fixed_layout: All models have the layout, whoever wrote the file.
         buffers: Entries under `packed` that are no parameters.
         decoder: A name that stands only beside the attention of a decoder.
         order: By names above the layer: whether the layer norm stands before the attention.
+        activation_keys, epsilon_key: Where a config.json tells the feed-forward's activation and the norms' epsilon.
     """
 
     title: str
@@ -45,6 +56,7 @@ class Naming:
     out: str
     norm: str
     feed_forward: tuple[str, str]
+    feed_forward_norm: str
     layer: tuple[str, ...]
     layout: str
     normalize_before: bool | None
@@ -54,6 +66,8 @@ class Naming:
     buffers: tuple[str, ...] = ()
     decoder: str | None = None
     order: dict[str, bool] = field(default_factory=dict)
+    activation_keys: tuple[str, ...] = ()
+    epsilon_key: str | None = None
 
 
 NAMINGS = (
@@ -64,7 +78,8 @@ NAMINGS = (
         "self_attn.out_proj",
         "norm1",
         ("linear1", "linear2"),
-        ("norm2",),
+        "norm2",
+        (),
         layout="in-out",
         normalize_before=None,
         only_qkv=True,
@@ -77,10 +92,13 @@ NAMINGS = (
         "attention.output.dense",
         "attention.output.LayerNorm",
         ("intermediate.dense", "output.dense"),
-        ("intermediate", "output"),
+        "output.LayerNorm",
+        (),
         layout="out-in",
         normalize_before=False,
         decoder="crossattention.self.query.weight",
+        activation_keys=("hidden_act",),
+        epsilon_key="layer_norm_eps",
     ),
     Naming(
         "Hugging Face ViT",
@@ -89,9 +107,12 @@ NAMINGS = (
         "attention.output.dense",
         "layernorm_before",
         ("intermediate.dense", "output.dense"),
-        ("intermediate", "output", "layernorm_after"),
+        "layernorm_after",
+        (),
         layout="out-in",
         normalize_before=True,
+        activation_keys=("hidden_act",),
+        epsilon_key="layer_norm_eps",
     ),
     Naming(
         "GPT",
@@ -100,13 +121,16 @@ NAMINGS = (
         "attn.c_proj",
         "ln_1",
         ("mlp.c_fc", "mlp.c_proj"),
-        ("mlp", "ln_2", "crossattention", "ln_cross_attn"),
+        "ln_2",
+        ("crossattention", "ln_cross_attn"),
         layout="in-out",
         normalize_before=None,
         fixed_layout=True,
         causal=True,
         buffers=("attn.bias", "attn.masked_bias"),
         order={"ln_f.weight": True, "tokens_embed.weight": False},  # GPT-2 and OpenAI's first GPT
+        activation_keys=("activation_function", "afn"),
+        epsilon_key="layer_norm_epsilon",
     ),
 )
 
@@ -155,6 +179,24 @@ _OTHER_CONFIGS = (
     ("scale_attn_by_inverse_layer_idx", True, "scores are divided by the number of the layer"),
 )
 
+# By the key and the value of a config.json: the layer's name of a feed-forward's activation.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_ACTIVATIONS_OF_KEYS = {
+    "hidden_act": _ACTIVATIONS,
+    "activation_function": _ACTIVATIONS,
+    "afn": {**_ACTIVATIONS, "gelu": "gelu_tanh"},  # OpenAI's GPT calls the approximation by the short name
+}
+
 # Signs above the layers or anywhere in them: the pattern of a name's part, the reason, and the namings that it is
 # about.
 _SIGNS = (
@@ -199,6 +241,7 @@ class Signs:
 
     def __init__(self, arrays: Mapping[Any, Any], config: Mapping[str, Any]) -> None:
         self._arrays = arrays
+        self._config = config
         self._names = frozenset(name for name in arrays if isinstance(name, str))
         self._model = self._against_config(config)
         self._found: dict[str, list[str]] = {}
@@ -242,6 +285,29 @@ class Signs:
                 return f"its config.json says {key}: {why}"
         return None
 
+    def activation(self, naming: Naming) -> str | None:
+        """The layer's name of the feed-forward's activation, by the config.json; None if it does not tell."""
+        return next((name for _, _, name in self._activations(naming) if name is not None), None)
+
+    def against_activation(self, naming: Naming) -> str | None:
+        """Why the feed-forward half computes something else, by the config.json; None if it does not tell so."""
+        for key, told, name in self._activations(naming):
+            if name is None:
+                return f"its config.json says {key} {told!r}, an activation that {WHOLE_LAYER} does not have"
+        return None
+
+    def _activations(self, naming: Naming) -> list[tuple[str, Any, str | None]]:
+        told = [(key, self._config[key]) for key in naming.activation_keys if self._config.get(key) is not None]
+        return [
+            (key, value, _ACTIVATIONS_OF_KEYS[key].get(value) if isinstance(value, str) else None)
+            for key, value in told
+        ]
+
+    def epsilon(self, naming: Naming) -> float | None:
+        """The layer norms' epsilon, by the config.json; None if it does not tell."""
+        value = None if naming.epsilon_key is None else self._config.get(naming.epsilon_key)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
     def normalize_before(self, prefix: str, naming: Naming) -> bool | None:
         """Whether a naming's layer norm stands before the attention; None if nothing tells."""
         if naming.normalize_before is not None:
@@ -257,26 +323,50 @@ class Signs:
 
 @dataclass(frozen=True)
 class NamedBlock:
-    """A layer with the names of an attention block; `prefix` ends in a dot or is empty."""
+    """A layer with the names of an attention block; `prefix` ends in a dot or is empty. `whole`: packed with its
+    feed-forward half, under the names of a FusedTransformerEncoderLayer."""
 
     prefix: str
     naming: Naming
+    whole: bool = False
 
     @property
     def name(self) -> str:
         return self.prefix + self.naming.packed
 
+    @property
+    def packed_name(self) -> str:
+        """The packed attention."""
+        return self.prefix + (WHOLE_ATTENTION if self.whole else self.naming.packed)
+
+    @property
+    def packed_feed_forward(self) -> str:
+        return self.prefix + WHOLE_FEED_FORWARD
+
+    @property
+    def only_qkv(self) -> bool:
+        return self.naming.only_qkv and not self.whole
+
     def names(self, suffix: str) -> list[str]:
         return [f"{self.prefix}{part}.{suffix}" for part in (*self.naming.qkv, self.naming.out)]
 
+    def feed_forward_names(self, suffix: str) -> list[str]:
+        return [f"{self.prefix}{part}.{suffix}" for part in self.naming.feed_forward]
 
-def blocks_in(arrays: dict[Any, Any]) -> list[NamedBlock]:
+    @property
+    def norms(self) -> list[str]:
+        """The layer norms that are packed."""
+        names = [self.naming.norm, self.naming.feed_forward_norm]
+        return [self.prefix + name for name in (names if self.whole else [] if self.only_qkv else names[:1])]
+
+
+def blocks_in(arrays: dict[Any, Any], whole: bool = False) -> list[NamedBlock]:
     found = []
     for name in arrays:
         for naming in NAMINGS:
             anchor = naming.qkv[0] + ".weight"
             if isinstance(name, str) and (name == anchor or name.endswith("." + anchor)):
-                found.append(NamedBlock(name[: len(name) - len(anchor)], naming))
+                found.append(NamedBlock(name[: len(name) - len(anchor)], naming, whole))
     return found
 
 
@@ -284,10 +374,9 @@ def packed_blocks_in(arrays: dict[Any, Any]) -> list[str]:
     return [name[: -len(".qkv_weight")] for name in arrays if isinstance(name, str) and name.endswith(".qkv_weight")]
 
 
-def names_of_norm(arrays: dict[Any, Any], block: NamedBlock) -> tuple[str, str] | None:
-    """The names of the norm's scale and shift; None if there is no norm, or one with both kinds of names."""
-    norm = f"{block.prefix}{block.naming.norm}."
-    there = [pair for pair in NORM_NAMES if norm + pair[0] in arrays or norm + pair[1] in arrays]
+def names_of_norm(arrays: dict[Any, Any], norm: str) -> tuple[str, str] | None:
+    """The names of a norm's scale and shift; None if there is no norm, or one with both kinds of names."""
+    there = [pair for pair in NORM_NAMES if any(f"{norm}.{name}" in arrays for name in pair)]
     return there[0] if len(there) == 1 else None
 
 
@@ -296,36 +385,47 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
     prefix, naming = block.prefix, block.naming
     if naming.decoder is not None and prefix + naming.decoder in arrays:
         return f"it has {naming.decoder} beside it, as in a decoder"
-    sign = signs.against(prefix, naming)
+    sign = signs.against(prefix, naming) or (signs.against_activation(naming) if block.whole else None)
     if sign is not None:
         return sign
-    scale, shift = (None if naming.only_qkv else names_of_norm(arrays, block)) or NORM_NAMES[0]
-    norm = [f"{prefix}{naming.norm}.{part}" for part in (scale, shift)]
+    norms = [f"{norm}.{part}" for norm in block.norms for part in names_of_norm(arrays, norm) or NORM_NAMES[0]]
+    # What stays as it is has to be that of a known layer all the same.
+    first_norm = norms[:2] or [f"{prefix}{naming.norm}.{part}" for part in NORM_NAMES[0]]
     weights, biases = block.names("weight"), block.names("bias")
-    needed = weights if naming.only_qkv else [*weights, *norm]
+    matrices, more_biases = (block.feed_forward_names(kind) if block.whole else [] for kind in ("weight", "bias"))
+    needed = [*weights, *norms, *matrices]
     if any(name in arrays for name in biases[:-1]):
         needed = [*needed, *biases[:-1]]
     for name in needed:
         if name not in arrays:
             return f"{name} is missing"
-    ours = {*weights, *biases, *norm}
+    ours = {*weights, *biases, *first_norm, *norms, *matrices, *more_biases}
     unknown = _unknown_name(arrays, block, ours)
     if unknown is not None:
-        return f"there is {unknown}, which is no part of the operator's attention"
+        packed = f"a {WHOLE_LAYER}" if block.whole else "the operator's attention"
+        return f"there is {unknown}, which is no part of {packed}"
     for name in sorted(ours & set(arrays)):
         if not isinstance(arrays[name], np.ndarray):
             return f"{name} is not an array of numbers"
         if arrays[name].dtype.name not in ("float16", "float32", "float64", "uint16"):  # uint16 is bfloat16
             return f"{name} has dtype {arrays[name].dtype}, which is no float of 16, 32 or 64 bits"
-    wide = norm[0] if norm[0] in arrays else weights[-1]
+    wide = first_norm[0] if first_norm[0] in arrays else weights[-1]
     embed_dim = (arrays[wide].shape or (1,))[0]
     if embed_dim == 0:
         return f"{wide} is empty"
     columns = embed_dim * 3 // len(naming.qkv)
-    expected: dict[str, tuple[int, ...]] = {name: (embed_dim,) for name in (*norm, biases[-1])}
+    expected: dict[str, tuple[int, ...]] = {name: (embed_dim,) for name in (*first_norm, *norms, biases[-1])}
     expected.update({name: (columns,) for name in biases[:-1]})
     expected.update({name: (embed_dim, columns) for name in weights[:-1]})
     expected[weights[-1]] = (embed_dim, embed_dim)
+    if block.whole:
+        shape = arrays[matrices[0]].shape
+        if len(shape) != 2 or embed_dim not in shape:
+            return f"{matrices[0]} has shape {list(shape)}, not [{embed_dim}, dim_feedforward]"
+        hidden = shape[1] if shape[0] == embed_dim else shape[0]
+        if hidden == 0:
+            return f"{matrices[0]} is empty"
+        expected.update({matrices[1]: (hidden, embed_dim), more_biases[0]: (hidden,), more_biases[1]: (embed_dim,)})
     for name, shape in expected.items():
         # A single projection may be transposed: its shape tells the layout.
         if name in arrays and arrays[name].shape not in (shape, shape[::-1]):
@@ -337,16 +437,24 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
 
 
 def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str | None:
-    """A name in the layer, or under the attention's own name, that the naming does not know."""
+    """A name in what is packed, or of an unknown part of the layer, that the naming does not know."""
     prefix, naming = block.prefix, block.naming
     own, norm = f"{block.name}.", f"{prefix}{naming.norm}."
     known = {*ours, *(prefix + buffer for buffer in naming.buffers), *(own + part for part in PACKED_PARTS)}
-    layer = {naming.packed, naming.norm, *naming.layer, *(part.split(".")[0] for part in naming.feed_forward)}
+    feed_forward = (*naming.feed_forward, naming.feed_forward_norm)
+    layer = {naming.packed, naming.norm, *naming.layer, *(part.split(".")[0] for part in feed_forward)}
+    if block.whole:
+        layer |= {WHOLE_ATTENTION, WHOLE_FEED_FORWARD}
     for name in arrays:
         if not isinstance(name, str) or not name.startswith(prefix) or name in known:
             continue
         # Without a prefix the layer is the whole checkpoint, which may hold other things.
-        if name.startswith((own, norm)) or (prefix and name[len(prefix) :].split(".")[0] not in layer):
+        word = name[len(prefix) :].split(".")[0]
+        if block.whole:
+            unknown = bool(prefix) or word in layer
+        else:
+            unknown = name.startswith((own, norm)) or (bool(prefix) and word not in layer)
+        if unknown:
             return name
     return None
 
@@ -363,12 +471,22 @@ def layout_by_shapes(arrays: dict[Any, Any], block: NamedBlock, width: int) -> d
     return told
 
 
-def naming_of_packed(arrays: dict[Any, Any], name: str) -> Naming | None:
+def packed_block(arrays: dict[Any, Any], name: str, title: str | None) -> NamedBlock | None:
+    """The block whose packed attention has the name; `title` is that of its naming, if a record tells it.
+
+    A whole layer has the same packed names in every naming: without a record it is taken for Paddle's.
+    """
+    prefix, _, packed = name.rpartition(".")
+    prefix += "." if prefix else ""
+    if packed == WHOLE_ATTENTION:
+        if title is None and f"{prefix}{WHOLE_FEED_FORWARD}.{FEED_FORWARD_PARTS[0]}" not in arrays:
+            return None
+        return NamedBlock(prefix, next(naming for naming in NAMINGS if title in (None, naming.title)), whole=True)
     for naming in NAMINGS:
-        if name.split(".")[-1] == naming.packed:
+        if packed == naming.packed:
             for normalize_before in (True, False) if naming.normalize_before is None else (naming.normalize_before,):
                 if f"{name}.{'pre_ln' if normalize_before else 'ln'}_scale" in arrays:
-                    return naming
-            if naming.only_qkv and f"{name[: len(name) - len(naming.packed)]}{naming.out}.weight" in arrays:
-                return naming
+                    return NamedBlock(prefix, naming)
+            if naming.only_qkv and f"{prefix}{naming.out}.weight" in arrays:
+                return NamedBlock(prefix, naming)
     return None

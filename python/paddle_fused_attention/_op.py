@@ -126,7 +126,8 @@ class Operator:
         numbers: The names of its float attributes, which are handed on as their bits.
         integers: The names of the attributes after these. The first is the seed if there is dropout.
         norms: The inputs that are layer-norm parameters, by their names among `tensors`.
-        residual: The inputs that auto_cast leaves in float32.
+        residual: The inputs of one dtype, float32 if one of them is, under auto_cast.
+        like_residual: The inputs that are float32 if these are.
         mask: The input that gets no gradient.
     """
 
@@ -139,6 +140,7 @@ class Operator:
         integers: Sequence[str],
         norms: Sequence[str] = (),
         residual: Sequence[str] = (),
+        like_residual: Sequence[str] = (),
         mask: str | None = None,
     ) -> None:
         self.type = op_type
@@ -149,6 +151,7 @@ class Operator:
         self._rates = tuple(i for i, name in enumerate(numbers) if name.endswith("_rate"))
         self._norms = tuple(map(self.tensors.index, norms))
         self._residual = tuple(map(self.tensors.index, residual))
+        self._like_residual = tuple(map(self.tensors.index, like_residual))
         self._mask = None if mask is None else self.tensors.index(mask)
         self._mask_bit = 0 if self._mask is None else 1 << self._mask
         self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
@@ -219,7 +222,7 @@ class Operator:
 
     def _cast(self, inputs: Sequence[Any], dtype: Any) -> list[Any]:
         try:
-            return _amp.cast_inputs(inputs, self._norms, self._residual, self._mask, dtype)
+            return _amp.cast_inputs(inputs, self._norms, self._residual, self._like_residual, self._mask, dtype)
         except Exception:
             check_tensors(self.tensors, inputs)
             raise

@@ -8,30 +8,8 @@ from typing import Any, Sequence
 
 import paddle
 import paddle.nn.functional as F
-from paddle.framework import in_dynamic_mode
 
 from ._block import MODES
-
-
-def is_auto_parallel(*tensors: Any) -> bool:
-    """Whether one of the tensors is one of Paddle's auto-parallel engine, in dygraph. They may be None.
-
-    Raises:
-        NotImplementedError: There is one on Paddle 2, whose custom operators take no such tensors.
-    """
-    try:
-        for tensor in tensors:
-            if tensor is not None and tensor.is_dist():
-                break
-        else:
-            return False
-    except AttributeError:  # a variable of a static graph on Paddle 2, which the operator's call refuses
-        return False
-    if paddle.__version__.startswith("2."):
-        raise NotImplementedError(
-            f"x: expected ordinary tensors, since auto-parallel ones need Paddle 3, got them on {paddle.__version__}"
-        )
-    return True
 
 
 def is_exported_to_onnx() -> bool:
@@ -43,12 +21,6 @@ def is_exported_to_onnx() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def needs_ordinary_ops(*tensors: Any) -> bool:
-    """Whether ordinary ops must compute what has these tensors: the operators beside attention have no rules for
-    auto-parallel tensors, and ONNX has no such operators."""
-    return is_auto_parallel(*tensors) if in_dynamic_mode() else is_exported_to_onnx()
 
 
 def compute_dtype(x: Any) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import paddle
+from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
 from ._block import MODES, Block
 from ._descriptions import checked_fields, without_fields
-from ._ordinary_parts import cast_all, compute_dtype, dropout, layer_norm, needs_ordinary_ops
+from ._meshes import is_auto_parallel
+from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
 
 
 class ResidualNorm(NamedTuple):
@@ -38,6 +40,11 @@ class ResidualNorm(NamedTuple):
         fields: Any = self
         return fields[_OF_TENSORS]
 
+    def cast(self, dtype: str) -> ResidualNorm:
+        """The description with all tensors of one dtype."""
+        fields: Any = self
+        return ResidualNorm._make((*cast_all(self.tensors, dtype), *fields[_OF_TENSORS.stop :]))
+
     def checked(self) -> ResidualNorm:
         """The description with floats for numbers, bools for switches, and without the parameters of a layer norm that
         is off.
@@ -64,7 +71,10 @@ RESIDUAL_NORM = _op.Operator(
     integers=("seed",),
     norms=("ln_scale", "ln_bias"),
     residual=("x", "residual"),
+    like_residual=("bias",),
 )
+_FLOAT32 = paddle.float32.value
+_SIXTEEN_BIT = (paddle.float16.value, paddle.bfloat16.value)
 
 
 def _arguments(description: ResidualNorm) -> tuple:
@@ -81,10 +91,27 @@ def _arguments(description: ResidualNorm) -> tuple:
 
 @paddle.jit.not_to_static
 def residual_norm(description: ResidualNorm) -> Any:
-    """Computes a checked description by the operator wherever that serves."""
-    if needs_ordinary_ops(description.x, description.residual):
+    """Computes a checked description by the operator wherever that serves.
+
+    Raises:
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
+    """
+    description = _with_bias_like_x(description)
+    if in_dynamic_mode():
+        is_auto_parallel(description.x, description.residual)
+    elif is_exported_to_onnx():
         return _residual_norm_of_ordinary_ops(description)
     return RESIDUAL_NORM.call(*_arguments(description))
+
+
+def _with_bias_like_x(description: ResidualNorm) -> ResidualNorm:
+    """The description with a float32 bias where a 16-bit one comes beside a float32 x, of which the operator takes one
+    dtype."""
+    bias = description.bias
+    if bias is None or description.x.dtype.value != _FLOAT32 or bias.dtype.value not in _SIXTEEN_BIT:
+        return description
+    _op.check_tensors(("bias",), (bias,))
+    return description._replace(bias=paddle.cast(bias, "float32"))
 
 
 def _residual_norm_of_ordinary_ops(description: ResidualNorm) -> Any:

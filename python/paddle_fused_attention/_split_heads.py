@@ -8,53 +8,27 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-import numpy as np
 import paddle
-import paddle.distributed as dist
 
 from . import _op
 from ._amp import without_auto_cast
 from ._block import Block
+from ._meshes import first_of_process, mesh_axis_of, sum_over_mesh
 from ._ordinary_ops import attention_before_tail, result_dtype
-from ._ordinary_parts import is_auto_parallel
-from ._residual_norm import residual_norm, residual_tail, tail_of
+from ._ordinary_parts import compute_dtype
+from ._residual_norm import residual_norm, tail_of
 
 
-def mesh_axis_of_heads(x: Any, qkv_weight: Any) -> int | None:
-    """The dimension of the mesh over which an auto-parallel weight [3, num_heads, head_dim, embed_dim] is sharded by
-    heads, in dygraph; None if there is none.
-
-    Raises:
-        NotImplementedError: A tensor is auto-parallel on Paddle 2, whose custom operators take no such tensors.
-    """
-    if not is_auto_parallel(x, qkv_weight):
-        return None
-    if qkv_weight.is_dist() and len(qkv_weight.shape) == 4:
-        for axis, placement in enumerate(qkv_weight.placements):
-            if placement.is_shard(1):
-                return axis
-    return None
-
-
-def attention_over_mesh(block: Block, axis: int) -> Any:
-    """Computes a checked block whose qkv_weight is sharded by heads over dimension `axis` of its mesh, and the other
-    tensors accordingly."""
-    mesh = block.qkv_weight.process_mesh
-    size = mesh.shape[axis]
-    total_heads = block.qkv_weight.shape[1]
-    if total_heads % size:
-        raise ValueError(
-            f"qkv_weight: expected a multiple of the mesh's {size} processes as its number of heads, got {total_heads}"
-        )
-    position = np.argwhere(np.array(mesh.process_ids).reshape(mesh.shape) == dist.get_rank())
-    # A process outside the mesh computes nothing.
-    first_head = 0 if len(position) == 0 else int(position[0][axis]) * (total_heads // size)
-
-    def all_reduce(y: Any) -> Any:
-        placements = [dist.Replicate() if placement.is_partial() else placement for placement in y.placements]
-        return dist.reshard(y, y.process_mesh, placements)
-
-    return attention_over_processes(block, first_head, total_heads, all_reduce)
+def attention_over_mesh(block: Block) -> Any:
+    """Computes a checked block of auto-parallel tensors. Where qkv_weight is sharded by heads over a dimension of its
+    mesh, every process computes its own heads."""
+    weight = block.qkv_weight
+    axis = mesh_axis_of(weight, 4, 1)
+    if axis is None:
+        return _op.fused_attention(block)
+    total_heads = weight.shape[1]
+    first_head = first_of_process("qkv_weight", weight, axis, total_heads, "heads")
+    return attention_over_processes(block, first_head, total_heads, sum_over_mesh)
 
 
 @paddle.jit.not_to_static
@@ -69,7 +43,7 @@ def attention_over_processes(
     """Computes a checked block whose weights and mask hold the heads from `first_head` on of `total_heads`.
 
     `all_reduce` sums over the processes. `sum_gradient`, if given, takes each tensor that all processes use for their
-    own heads, and returns it with a gradient that is summed. A seed of the block fixes the masks of the attention.
+    own heads, and returns it with a gradient that is summed. A seed of the block fixes both dropouts' masks.
     `key_value` are a key and a value other than x, which the operator does not serve.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
@@ -87,4 +61,5 @@ def attention_over_processes(
     )
     dtype = result_dtype(block.x)
     with without_auto_cast():
-        return residual_tail(tail_of(block, all_reduce(y)), dtype)
+        tail = tail_of(block, all_reduce(y)).cast(compute_dtype(block.x))
+        return paddle.cast(residual_norm(tail), dtype)

@@ -1,11 +1,14 @@
-"""Packs the attention of a checkpoint, a dict of arrays by name, for the fused layer, and unpacks it again, bit for
-bit.
+"""Packs the attention of a checkpoint, a dict of arrays by name, or its whole layers, for the fused layers, and unpacks
+it again, bit for bit.
 
 A block is packed if its `Naming` and all that names, shapes and metadata tell say that the operator computes it. What
-the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The packed names
-begin with a word of their own in every family. The metadata of the arrays keep what packing loses, the old layout and
-names; without them a block gets its family's usual ones. With Paddle's naming only query, key and value are packed,
+the checkpoint can't tell (heads, at times the norm's place and the layout of weights) is asked for. The metadata of the
+arrays keep what packing loses, the old layout and names. Without them a block gets its family's usual ones, which the
+word that its packed names begin with tells. With Paddle's naming only query, key and value of an attention are packed,
 under the names of a model after ``paddle_fused_attention.convert``.
+
+Whole layers get the names of ``paddle.incubate.nn.FusedTransformerEncoderLayer`` in every family; without metadata they
+go back to those of ``paddle.nn.TransformerEncoderLayer``.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ import numpy as np
 
 from ._choices import CheckpointError, check_layout, check_patterns, heads_of, layout_of, orders_of, shown_layout
 from ._namings import (
+    FEED_FORWARD_PARTS,
     LAYOUTS,
     NAMINGS,
     NORM_NAMES,
     PACKED_PARTS,
+    WHOLE_LAYER,
     NamedBlock,
     Signs,
     blocks_in,
     layout_by_shapes,
     names_of_norm,
-    naming_of_packed,
+    packed_block,
     packed_blocks_in,
     reason_against,
 )
@@ -72,6 +77,7 @@ def pack(
     file_layout: str | None = None,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
+    whole_layers: bool = False,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
     """Packs every attention block of a known naming.
 
@@ -80,7 +86,7 @@ def pack(
         num_heads: One number for all blocks that are packed, which must be of one width, or numbers by a shell's
             patterns for the names of blocks, of which the first that fits holds.
         names: A pattern for the names of the blocks to pack, such as ``encoder.layers.*``.
-        normalize_before: Where the layer norm stands, for blocks that are packed with it and whose names don't tell.
+        normalize_before: Where the layer norms stand, for blocks that are packed with them and whose names don't tell.
             They must be of one stack of layers.
         progress: Called with the number of blocks that are done and their total.
         layout: How linear layers store their weights, ``"in-out"`` or ``"out-in"``; None: as the shapes in a layer
@@ -88,6 +94,8 @@ def pack(
         file_layout: The layout that the arrays' file tells, if it does.
         metadata: Of the arrays' file.
         config: The content of the model's config.json, such as its ``model_type``.
+        whole_layers: Whether the layers' feed-forward halves are packed too, under the names of
+            ``paddle.incubate.nn.FusedTransformerEncoderLayer``.
 
     Returns:
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
@@ -100,7 +108,9 @@ def pack(
     check_layout("file_layout", file_layout)
     records = _block_records(metadata)
     report = CheckpointReport()
-    found = blocks_in(arrays)
+    if not isinstance(whole_layers, (bool, np.bool_)):
+        raise CheckpointError(f"whole_layers: expected a bool, got {whole_layers!r}")
+    found = blocks_in(arrays, bool(whole_layers))
     signs = Signs(arrays, config or {})
     chosen: list[NamedBlock] = []
     for block in found:
@@ -111,9 +121,9 @@ def pack(
             chosen.append(block)
         else:
             report.left_alone[block.name] = reason
-    separate = {block.name for block in found}
+    separate = {block.packed_name for block in found}
     for name in packed_blocks_in(arrays):
-        if name not in separate and naming_of_packed(arrays, name) is not None:
+        if name not in separate and packed_block(arrays, name, _title(records.get(name))) is not None:
             report.left_alone[name] = "packed already"
     known = {f"{block.prefix}{part}.weight" for block in found for part in block.naming.qkv}
     for name in arrays:
@@ -128,6 +138,7 @@ def pack(
     layouts = [layout_of(arrays, block, layout, file_layout) for block in chosen]
     replacements: dict[str, dict] = {}
     removed: set = set()
+    made: set = set()
     for done, (block, stored) in enumerate(zip(chosen, layouts)):
         progress(done, len(chosen))
         old, new = _pack_block(arrays, block, heads[block.name], orders.get(block.name), stored)
@@ -136,11 +147,15 @@ def pack(
             raise CheckpointError(
                 f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one"
             )
+        if not made.isdisjoint(new):
+            raise CheckpointError(f"{block.name}: expected one attention in its layer, found another beside it")
+        made.update(new)
         replacements[old[0]] = new
         removed.update(old)
-        report.converted[block.name] = _describe(block, new, orders.get(block.name), stored)
-        norm = names_of_norm(arrays, block) or NORM_NAMES[0]
-        records[block.name] = {"naming": block.naming.title, "layout": stored, "norm": norm}
+        report.converted[block.name] = _describe(block, new, orders.get(block.name), stored, signs)
+        norms = [names_of_norm(arrays, norm) for norm in block.norms] or [NORM_NAMES[0]]
+        named = dict(zip(("norm", "feed_forward_norm"), norms))
+        records[block.packed_name] = {"naming": block.naming.title, "layout": stored, **named}
     progress(len(chosen), len(chosen))
     result = _with_replacements(arrays, replacements, removed)
     linear = {stored for block, stored in zip(chosen, layouts) if not block.naming.fixed_layout}
@@ -178,22 +193,22 @@ def unpack(
     blocks = packed_blocks_in(arrays)
     for done, name in enumerate(blocks):
         progress(done, len(blocks))
-        naming = naming_of_packed(arrays, name)
-        if naming is None:
+        record = records.get(name)
+        block = packed_block(arrays, name, _title(record))
+        if block is None:
             report.left_alone[name] = "its names are not those of a packed attention"
         elif not fnmatchcase(name, names):
             report.left_alone[name] = f"it is not among the names {names!r}"
         else:
-            block = NamedBlock(name[: len(name) - len(naming.packed)], naming)
             parts = _packed_parts(arrays, block)
-            stored, norm_names = _layout_and_norm_before(arrays, block, layout, records.pop(name, None))
-            old, new = _unpack_block(arrays, block, parts, stored, norm_names)
+            stored, norms = _layout_and_norms_before(arrays, block, layout, record)
+            old, new = _unpack_block(arrays, block, parts, stored, norms)
             taken = sorted(name for name in new if name in arrays)
             if taken:
                 raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {name}.qkv_weight, found one")
             replacements[old[0]] = new
             removed.update(old)
-            report.converted[name] = f"{naming.title}, weights {shown_layout(stored)}"
+            report.converted[name] = f"{block.naming.title}, weights {shown_layout(stored)}"
     progress(len(blocks), len(blocks))
     if not report.converted:
         raise CheckpointError(_nothing_found("packed attention", names, report))
@@ -231,6 +246,7 @@ def _block_records(metadata: Mapping[str, str] | None) -> dict[str, dict]:
                 record["naming"] not in titles
                 or record["layout"] not in LAYOUTS
                 or tuple(record["norm"]) not in NORM_NAMES
+                or tuple(record.get("feed_forward_norm", NORM_NAMES[0])) not in NORM_NAMES
             ):
                 raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
@@ -238,6 +254,10 @@ def _block_records(metadata: Mapping[str, str] | None) -> dict[str, dict]:
             f"metadata {METADATA_BLOCKS}: expected JSON as convert writes it, found something else"
         ) from None
     return records
+
+
+def _title(record: dict | None) -> str | None:
+    return None if record is None else record["naming"]
 
 
 def _metadata(
@@ -253,10 +273,10 @@ def _metadata(
     return new
 
 
-def _layout_and_norm_before(
+def _layout_and_norms_before(
     arrays: dict, block: NamedBlock, layout: str | None, record: dict | None
-) -> tuple[str, tuple[str, str]]:
-    """The layout and the norm's names that a packed block had."""
+) -> tuple[str, list[tuple[str, str]]]:
+    """The layout that a packed block had, and the names of the attention's norm and the feed-forward's."""
     if record is not None:
         if record["naming"] != block.naming.title:
             raise CheckpointError(
@@ -266,9 +286,10 @@ def _layout_and_norm_before(
             raise CheckpointError(
                 f"--layout {layout}: {block.name} was stored {shown_layout(record['layout'])}, by the file's metadata"
             )
-        return record["layout"], tuple(record["norm"])
+        norms = [record.get(norm, NORM_NAMES[0]) for norm in ("norm", "feed_forward_norm")]
+        return record["layout"], [(scale, shift) for scale, shift in norms]
     found = layout or block.naming.layout
-    for name, told in layout_by_shapes(arrays, block, arrays[f"{block.name}.qkv_weight"].shape[-1]).items():
+    for name, told in layout_by_shapes(arrays, block, arrays[f"{block.packed_name}.qkv_weight"].shape[-1]).items():
         if told != found:
             seen = f"by its shape {name} is stored {shown_layout(told)}"
             if layout is not None:
@@ -277,102 +298,166 @@ def _layout_and_norm_before(
                 f"{block.name}: {block.naming.title}'s weights are stored {shown_layout(found)}, but {seen}: --layout "
                 "is needed"
             )
-    return found, NORM_NAMES[0]
+    return found, [NORM_NAMES[0], NORM_NAMES[0]]
 
 
 def _pack_block(
     arrays: dict[Any, Any], block: NamedBlock, num_heads: int, normalize_before: bool | None, layout: str
 ) -> tuple[list[str], dict[str, Any]]:
     """The names to remove and the arrays to add; `normalize_before` is None if the layer norm stays."""
-    prefix, naming = block.prefix, block.naming
     *weights, out = (arrays[name] for name in block.names("weight"))
     *biases, out_bias = (arrays.get(name) for name in block.names("bias"))
     if layout == "out-in":
         weights, out = [weight.T for weight in weights], out.T
+    own = f"{block.packed_name}."
     new = {
-        "qkv_weight": pack_projections(weights, num_heads),
-        "qkv_bias": None if biases[0] is None else pack_projections(biases, num_heads),
+        f"{own}qkv_weight": pack_projections(weights, num_heads),
+        f"{own}qkv_bias": None if biases[0] is None else pack_projections(biases, num_heads),
     }
-    if naming.only_qkv:
-        ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
-    else:
-        norm = "pre_ln" if normalize_before else "ln"
-        norm_parts = names_of_norm(arrays, block)
-        assert norm_parts is not None  # a block without is left alone
-        norm_names = [f"{prefix}{naming.norm}.{part}" for part in norm_parts]
-        new.update(linear_weight=out, linear_bias=out_bias)
-        new.update({f"{norm}_{part}": arrays[name] for part, name in zip(("scale", "bias"), norm_names)})
-        ours = {*block.names("weight"), *block.names("bias"), *norm_names}
+    ours = {*block.names("weight")[:-1], *block.names("bias")[:-1]}
+    if not block.only_qkv:
+        new.update({f"{own}linear_weight": out, f"{own}linear_bias": out_bias})
+        ours |= {block.names("weight")[-1], block.names("bias")[-1]}
+    if block.whole:
+        linear = f"{block.packed_feed_forward}._linear"
+        for i, (weight, bias) in enumerate(zip(*map(block.feed_forward_names, ("weight", "bias"))), 1):
+            new[f"{linear}{i}_weight"] = arrays[weight].T if layout == "out-in" else arrays[weight]
+            new[f"{linear}{i}_bias"] = arrays.get(bias)
+            ours |= {weight, bias}
+    for norm, packed in zip(block.norms, _packed_norms(block, normalize_before)):
+        parts = names_of_norm(arrays, norm)
+        assert parts is not None  # a block without is left alone
+        for part, name in zip(("scale", "bias"), parts):
+            new[f"{packed}_{part}"] = arrays[f"{norm}.{name}"]
+            ours.add(f"{norm}.{name}")
     old = [name for name in arrays if name in ours]
-    packed = {part: np.ascontiguousarray(array) for part, array in new.items() if array is not None}
-    return old, {f"{block.name}.{part}": array for part, array in packed.items()}
+    return old, {name: np.ascontiguousarray(array) for name, array in new.items() if array is not None}
 
 
-def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: str) -> str:
+def _packed_norms(block: NamedBlock, normalize_before: bool | None) -> list[str]:
+    """What the layer norms of an attention and of a feed-forward half are called, without _scale and _bias."""
+    return [
+        f"{block.packed_name}.{'pre_ln' if normalize_before else 'ln'}",
+        f"{block.packed_feed_forward}.{'_ln1' if normalize_before else '_ln2'}",
+    ]
+
+
+def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: str, signs: Signs) -> str:
     """What a block was, and what its packed names are for."""
     naming, above = block.naming, block.prefix.split(".")
     where = f"{naming.title}, weights {shown_layout(layout)}"
-    if naming.only_qkv:
-        decoder = not {"decoder", *_CAUSAL_MODELS}.isdisjoint(above)
+    decoder = not {"decoder", *_CAUSAL_MODELS}.isdisjoint(above)
+    if block.only_qkv:
         part = "an attention with an adapter, as PaddleNLP's GPT's" if decoder else "an encoder layer"
         stay = ", once its other linear weights, [out, in] here too, are transposed" if layout == "out-in" else ""
         return f"{where}, for a model after paddle_fused_attention.convert(model) ({part}){stay}"
-    _, heads, _, embed_dim = new[f"{block.name}.qkv_weight"].shape
-    arguments = f"{embed_dim}, {heads}" + (
-        ", normalize_before=True, final_layer_norm=False" if normalize_before else ""
-    )
-    absent = [part for part in ("qkv_bias", "linear_bias") if f"{block.name}.{part}" not in new]
-    use = f"FusedMultiHeadAttention({arguments}{', causal=True' if naming.causal else ''})"
-    if naming.decoder:
-        use += ", with causal=True in a decoder"
+    where += f", norm {'before' if normalize_before else 'after'}"
+    _, heads, _, embed_dim = new[f"{block.packed_name}.qkv_weight"].shape
+    biases = [f"{block.packed_name}.{part}" for part in ("qkv_bias", "linear_bias")]
+    if block.whole:
+        biases += [f"{block.packed_feed_forward}._linear{i}_bias" for i in (1, 2)]
+        use = _use_of_whole_layer(block, new, normalize_before, signs, naming.causal or (decoder and naming.only_qkv))
+    else:
+        order = ", normalize_before=True, final_layer_norm=False" if normalize_before else ""
+        use = f"FusedMultiHeadAttention({embed_dim}, {heads}{order}{', causal=True' if naming.causal else ''})"
+        if naming.decoder:
+            use += ", with causal=True in a decoder"
+    own = block.prefix if block.whole else f"{block.packed_name}."
+    absent = [name[len(own) :] for name in biases if name not in new]
     if absent:
         use += f", whose {' and '.join(absent)} is None"
-    return f"{where}, norm {'before' if normalize_before else 'after'}, for {use}"
+    return f"{where}, for {use}"
+
+
+def _use_of_whole_layer(
+    block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, signs: Signs, causal: bool
+) -> str:
+    """The layer, in the place of the layer of the model. Its constructor takes no epsilon, and its attention no
+    switch for causality."""
+    _, heads, _, embed_dim = new[f"{block.packed_name}.qkv_weight"].shape
+    hidden = new[f"{block.packed_feed_forward}._linear1_weight"].shape[1]
+    activation, epsilon = signs.activation(block.naming), signs.epsilon(block.naming)
+    arguments = f"{embed_dim}, {heads}, {hidden}"
+    arguments += "" if activation is None else f", activation={activation!r}"
+    arguments += ", normalize_before=True" if normalize_before else ""
+    told = ["the model's activation"] if activation is None else []
+    told.append("the model's epsilon" if epsilon is None else f"epsilon {epsilon:g}")
+    if causal:
+        told.append("a causal mask")
+    elif block.naming.decoder and not block.naming.only_qkv:
+        told.append("in a decoder a causal mask")
+    return f"{WHOLE_LAYER}({arguments}), with {', '.join(told)}"
 
 
 def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.ndarray]:
-    """The arrays of a packed block, after checks that they fit each other."""
-    parts = {part: arrays[f"{block.name}.{part}"] for part in PACKED_PARTS if f"{block.name}.{part}" in arrays}
-    if {"pre_ln_scale", "ln_scale"} <= set(parts):
-        raise CheckpointError(f"{block.name}: expected either pre_ln_scale or ln_scale, found both")
-    needed = ["qkv_weight"]
-    if not block.naming.only_qkv or not set(parts) <= set(QKV_PARAMETERS):
-        norm = "pre_ln" if "pre_ln_scale" in parts else "ln"
-        needed += ["linear_weight", f"{norm}_scale", f"{norm}_bias"]
-    for part in (*needed, *parts):
-        if not isinstance(parts.get(part), np.ndarray):
-            raise CheckpointError(f"{block.name}.{part}: expected an array beside {block.name}.qkv_weight, found none")
-    shape = parts["qkv_weight"].shape
+    """The arrays of a packed block by their names without the layer's, after checks that they fit each other."""
+    own, other = f"{block.packed_name}.", f"{block.packed_feed_forward}."
+    names = [own + part for part in PACKED_PARTS]
+    names += [other + part for part in FEED_FORWARD_PARTS] if block.whole else []
+    parts = {name: arrays[name] for name in names if name in arrays}
+    before, after = _packed_norms(block, True), _packed_norms(block, False)
+    for norm, other_norm in zip(before, after):
+        if {f"{norm}_scale", f"{other_norm}_scale"} <= set(parts):
+            scales = [f"{name.rpartition('.')[2]}_scale" for name in (norm, other_norm)]
+            raise CheckpointError(f"{norm.rpartition('.')[0]}: expected either {scales[0]} or {scales[1]}, found both")
+    needed = [f"{own}qkv_weight"]
+    if not block.only_qkv or not set(parts) <= {own + part for part in QKV_PARAMETERS}:
+        order = block.naming.normalize_before
+        norms = before if order or (order is None and f"{before[0]}_scale" in parts) else after
+        needed += [f"{own}linear_weight", f"{norms[0]}_scale", f"{norms[0]}_bias"]
+        if block.whole:
+            needed += [f"{other}_linear1_weight", f"{other}_linear2_weight", f"{norms[1]}_scale", f"{norms[1]}_bias"]
+    for name in (*needed, *parts):
+        if not isinstance(parts.get(name), np.ndarray):
+            raise CheckpointError(f"{name}: expected an array beside {own}qkv_weight, found none")
+    shape = parts[f"{own}qkv_weight"].shape
     if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
-        raise CheckpointError(f"{block.name}.qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
-    for part, array in parts.items():
-        expected = {"qkv_weight": shape, "qkv_bias": shape[:3], "linear_weight": (shape[3], shape[3])}.get(
-            part, (shape[3],)
-        )
+        raise CheckpointError(f"{own}qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
+    embed_dim = shape[3]
+    shapes = {f"{own}qkv_weight": shape, f"{own}qkv_bias": shape[:3], f"{own}linear_weight": (embed_dim, embed_dim)}
+    if block.whole:
+        first = parts[f"{other}_linear1_weight"].shape
+        if len(first) != 2 or first[0] != embed_dim:
+            raise CheckpointError(f"{other}_linear1_weight: expected shape [{embed_dim}, F], got {list(first)}")
+        hidden = first[1]
+        shapes.update({f"{other}_linear1_weight": first, f"{other}_linear1_bias": (hidden,)})
+        shapes[f"{other}_linear2_weight"] = (hidden, embed_dim)
+    for name, array in parts.items():
+        expected = shapes.get(name, (embed_dim,))
         if array.shape != expected:
-            raise CheckpointError(f"{block.name}.{part}: expected shape {list(expected)}, got {list(array.shape)}")
+            raise CheckpointError(f"{name}: expected shape {list(expected)}, got {list(array.shape)}")
     return parts
 
 
 def _unpack_block(
-    arrays: dict[Any, Any], block: NamedBlock, parts: dict[str, np.ndarray], layout: str, norm_names: tuple[str, str]
+    arrays: dict[Any, Any],
+    block: NamedBlock,
+    parts: dict[str, np.ndarray],
+    layout: str,
+    norms: list[tuple[str, str]],
 ) -> tuple[list[str], dict[str, Any]]:
     """The names to remove and the arrays to add."""
+    own, linear = f"{block.packed_name}.", f"{block.packed_feed_forward}._linear"
     count = len(block.naming.qkv)
-    weights = separate_projections(parts["qkv_weight"], count)
-    biases = separate_projections(parts["qkv_bias"], count) if "qkv_bias" in parts else []
-    if "linear_weight" in parts:
-        weights.append(parts["linear_weight"])
-    if layout == "out-in":
-        weights = [weight.T for weight in weights]
-    new = dict(zip(block.names("weight"), weights))
-    new.update(zip(block.names("bias"), biases))
-    if "linear_bias" in parts:
-        new[block.names("bias")[-1]] = parts["linear_bias"]
-    for part, name in zip(("scale", "bias"), norm_names):
-        for norm in ("pre_ln", "ln"):
-            if f"{norm}_{part}" in parts:
-                new[f"{block.prefix}{block.naming.norm}.{name}"] = parts[f"{norm}_{part}"]
-    ours = {f"{block.name}.{part}" for part in parts}
-    old = [name for name in arrays if name in ours]
+    weights = separate_projections(parts[f"{own}qkv_weight"], count)
+    biases = separate_projections(parts[f"{own}qkv_bias"], count) if f"{own}qkv_bias" in parts else []
+    matrices = dict(zip(block.names("weight"), weights))
+    new = dict(zip(block.names("bias"), biases))
+    if f"{own}linear_weight" in parts:
+        matrices[block.names("weight")[-1]] = parts[f"{own}linear_weight"]
+    if f"{own}linear_bias" in parts:
+        new[block.names("bias")[-1]] = parts[f"{own}linear_bias"]
+    if block.whole:
+        for i, (weight, bias) in enumerate(zip(*map(block.feed_forward_names, ("weight", "bias"))), 1):
+            matrices[weight] = parts[f"{linear}{i}_weight"]
+            if f"{linear}{i}_bias" in parts:
+                new[bias] = parts[f"{linear}{i}_bias"]
+    new.update({name: matrix.T if layout == "out-in" else matrix for name, matrix in matrices.items()})
+    old_norms = [block.prefix + norm for norm in (block.naming.norm, block.naming.feed_forward_norm)]
+    for before in (True, False):
+        for packed, norm, names in zip(_packed_norms(block, before), old_norms, norms):
+            for part, name in zip(("scale", "bias"), names):
+                if f"{packed}_{part}" in parts:
+                    new[f"{norm}.{name}"] = parts[f"{packed}_{part}"]
+    old = [name for name in arrays if name in parts]
     return old, {name: np.ascontiguousarray(array) for name, array in new.items()}

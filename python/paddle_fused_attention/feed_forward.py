@@ -1,46 +1,11 @@
-"""The fused feed-forward block as a function, and with its hidden numbers spread over the processes of a group."""
+"""The fused feed-forward block as a function."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import paddle
-from paddle.framework import in_dynamic_mode
 
-from ._feed_forward import FEED_FORWARD, FeedForward, feed_forward, feed_forward_over_processes
-from ._op import check_tensors
-from .parallel import _all_reduce, _with_summed_gradient, group_of_ring
-
-
-@paddle.jit.not_to_static
-def parallel_feed_forward(description: FeedForward, group: Any) -> paddle.Tensor:
-    """Computes a checked description of which each process of `group` holds an equal share of the hidden numbers, in
-    the order of ranks.
-
-    With n processes ``linear1_weight`` is [E, F / n], ``linear1_bias`` [F / n] and ``linear2_weight`` [F / n, E]; with
-    ``gated`` ``linear1_weight`` is [E, 2 * F / n] and ``linear1_bias`` [2 * F / n], of both halves of the whole the
-    process's columns. All else is whole and the same on every process. The process belongs to `group`; None: no
-    communication.
-    """
-    if group is not None:
-        if not in_dynamic_mode():
-            raise NotImplementedError(
-                "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got "
-                "a static graph"
-            )
-        check_tensors(FEED_FORWARD.tensors, description.tensors)
-    weight = description.linear2_weight
-    if len(weight.shape) != 2:
-        raise ValueError(f"linear2_weight: expected shape [dim_feedforward, d_model], got {list(weight.shape)}")
-    hidden = weight.shape[0]
-    return feed_forward_over_processes(
-        description,
-        0 if group is None else hidden * group.rank,
-        hidden if group is None else hidden * group.nranks,
-        # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
-        all_reduce=lambda y: y if group is None else _all_reduce(y, group),
-        sum_gradient=lambda tensor: _with_summed_gradient(tensor, group),
-    )
+from ._feed_forward import FeedForward, feed_forward
+from .parallel import group_of_ring, parallel_feed_forward
 
 
 @paddle.jit.not_to_static

@@ -10,18 +10,18 @@ from ._block import Block
 from ._checks import check_tensor
 from ._keys import attention_to_keys
 from ._linear import linear
+from ._meshes import is_auto_parallel
 from ._ordinary_parts import is_exported_to_onnx
 from ._residual_norm import ResidualNorm, residual_norm
-from ._split_heads import attention_over_mesh, mesh_axis_of_heads
+from ._split_heads import attention_over_mesh
 
 
 @paddle.jit.not_to_static
 def self_attention(block: Block) -> paddle.Tensor:
     """Computes a checked block by the operator wherever that serves."""
     if in_dynamic_mode():
-        mesh_axis = mesh_axis_of_heads(block.x, block.qkv_weight)
-        if mesh_axis is not None:
-            return attention_over_mesh(block, mesh_axis)
+        if is_auto_parallel(block.x, block.qkv_weight):
+            return attention_over_mesh(block)
     elif is_exported_to_onnx():
         return attention_to_keys(block, (block.x, block.x))
     return _op.fused_attention(block)
@@ -150,8 +150,8 @@ def fused_bias_dropout_residual_layer_norm(
         ValueError: A shape or a number does not fit.
         NotImplementedError: There are auto-parallel tensors on Paddle 2.
     """
-    check_tensor("x", x, required=True)
-    check_tensor("residual", residual, required=True)
+    if residual is None:
+        check_tensor("residual", residual, required=True)
     # fmt: off
     description = ResidualNorm._make((
         x, residual, bias, ln_scale, ln_bias, ln_epsilon, dropout_rate, training, final_layer_norm, mode, seed,

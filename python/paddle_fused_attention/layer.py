@@ -14,15 +14,14 @@ from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
+from ._wide_norms import WideNorms
 from .functional import self_attention
 from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 _PARAMETERS = TENSORS[1:-1]  # all but x and the mask
-_NORM_PARAMETERS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
-_SIXTEEN_BIT = ("float16", "bfloat16", "uint16")  # Paddle's name for bfloat16 in NumPy is uint16
 
 
-class FusedMultiHeadAttention(LoadsAnyFloat):
+class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
     """Self-attention with layer norm, projections, dropout and residual as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 
@@ -54,7 +53,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
         NotImplementedError: ``need_weights``, or ``kdim`` or ``vdim`` other than embed_dim.
     """
 
-    _parameters: dict[str, Any]
+    _norm_parameters = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 
     def __init__(
         self,
@@ -172,26 +171,6 @@ class FusedMultiHeadAttention(LoadsAnyFloat):
 
     def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
         return self_attention(block) if key_value is None else attention_to_keys(block, key_value)
-
-    def _apply(self, func: Any, device: Any, dtype: Any, blocking: Any, include_sublayers: bool = True) -> None:
-        """Moves or casts the layer, for Paddle's to(), float16(), bfloat16() and amp.decorate. Layer-norm parameters of
-        a layer that becomes 16-bit become float32."""
-        if dtype is None or convert_dtype(dtype) not in _SIXTEEN_BIT:
-            super()._apply(func, device, dtype, blocking, include_sublayers)
-            return
-        parameters = self._parameters
-        self._parameters = {name: p for name, p in parameters.items() if name not in _NORM_PARAMETERS}
-        try:
-            super()._apply(func, device, dtype, blocking, include_sublayers)
-        finally:
-            self._parameters = parameters
-        with paddle.no_grad():
-            for parameter in (parameters.get(name) for name in _NORM_PARAMETERS):
-                if parameter is None:
-                    continue
-                func(parameter, device, "float32", blocking)
-                if parameter.grad is not None:
-                    func(parameter._grad_ivar(), device, "float32", blocking)
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments for such a layer, but for its parameters' attributes."""

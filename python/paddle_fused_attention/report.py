@@ -1,4 +1,4 @@
-"""What a conversion did with each attention layer it met."""
+"""What a conversion did with each layer it met that computes attention or a feed-forward."""
 
 from __future__ import annotations
 

@@ -389,18 +389,16 @@ def test_an_adapter_of_a_user():
 
 def test_errors():
     adapter = VisionTransformerAdapter()
-    with pytest.raises(
-        TypeError, match="attention_class: expected a subclass of paddle.nn.Layer or its full name, got 3"
-    ):
+    with pytest.raises(TypeError, match="layer_class: expected a subclass of paddle.nn.Layer or its full name, got 3"):
         register_adapter(3, adapter)
     with pytest.raises(
-        ValueError, match="attention_class: expected a class or its full name, as 'package.module.Class', got 'Name'"
+        ValueError, match="layer_class: expected a class or its full name, as 'package.module.Class', got 'Name'"
     ):
         register_adapter("Name", adapter)
-    with pytest.raises(TypeError, match="adapter: expected an AttentionAdapter, got type"):
+    with pytest.raises(TypeError, match="adapter: expected an AttentionAdapter or a FeedForwardAdapter, got type"):
         register_adapter(ViTAttention, VisionTransformerAdapter)
     for name in (nn.MultiHeadAttention, "paddle.nn.layer.transformer.MultiHeadAttention"):
-        with pytest.raises(ValueError, match="attention_class: .* got paddle.nn.MultiHeadAttention"):
+        with pytest.raises(ValueError, match="layer_class: .* got paddle.nn.MultiHeadAttention"):
             register_adapter(name, adapter)
 
 

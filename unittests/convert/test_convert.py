@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 import runners
 from encoders import (
@@ -37,6 +38,9 @@ def dtype(request):
 def converted(model):
     model, report = convert(model, return_report=True)
     assert report.converted and not report.left_alone
+    assert all(
+        what.endswith("-layer-norm encoder layer, attention and feed-forward") for what in report.converted.values()
+    )
     attentions = [layer for layer in model.sublayers() if isinstance(layer, nn.MultiHeadAttention)]
     assert attentions and all("qkv_weight" in layer._parameters for layer in attentions)
     return model
@@ -71,9 +75,9 @@ def test_outputs_are_those_of_paddles_layers(normalize_before, kind, dtype):
     expected, expected_layer = model(x, mask).numpy(), model.layers[0](x, mask).numpy()
     model = converted(model)
     assert not any(layer.training for layer in model.sublayers(include_self=True))
-    with runners.operator_calls() as calls:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         check("out", model(x, mask).numpy(), expected, dtype)
-    assert len(calls) == 2
+    assert len(calls) == len(feed_forwards) == 2
     check("layer", model.layers[0](x, mask).numpy(), expected_layer, dtype)
     assert str(model(x, mask).dtype).endswith(dtype)
 
@@ -110,12 +114,13 @@ def test_gradients_where_a_query_sees_no_key(normalize_before):
 
 
 def test_dropout_rates():
-    """Each of the two rates goes to its place, and drops."""
-    layer = convert(encoder_layer(dropout=0.25, attn_dropout=0.5, act_dropout=0.0))
-    with runners.operator_calls() as calls:
+    """Each of the rates goes to its place, and drops."""
+    layer = convert(encoder_layer(dropout=0.25, attn_dropout=0.5, act_dropout=0.125))
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         x = make_x()
         assert (layer(x).numpy() != layer(x).numpy()).any()
     assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.25, 0.5)] * 2
+    assert [(half.dropout1_rate, half.dropout2_rate) for half in feed_forwards] == [(0.125, 0.25)] * 2
     layer = revert(layer)
     assert (layer.dropout1.p, layer.self_attn.dropout, layer.dropout1.mode) == (0.25, 0.5, "upscale_in_train")
 
@@ -302,13 +307,15 @@ def test_sixteen_bit_parameters_keep_their_dtypes():
     model = shake(encoder_layer())
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         getattr(model.self_attn, name).to(dtype="bfloat16")
+    model.linear1.to(dtype="bfloat16")
+    model.linear2.to(dtype="bfloat16")
     before = {name: (value.dtype, value.numpy()) for name, value in model.state_dict().items()}
     converted(model)
     assert model.self_attn.qkv_weight.dtype == model.self_attn.out_proj.bias.dtype == paddle.bfloat16
     assert model.norm1.weight.dtype == paddle.float32
-    with runners.operator_calls() as calls:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         assert model(make_x()).dtype == paddle.float32
-    assert len(calls) == 1
+    assert len(calls) == len(feed_forwards) == 1
     for name, value in revert(model).state_dict().items():
         assert value.dtype == before[name][0], name
         np.testing.assert_array_equal(value.numpy(), before[name][1], name)
@@ -349,30 +356,12 @@ def tie(model):
 
 LEFT_ALONE = {
     "subclass": (lambda: OwnEncoderLayer(EMBED, HEADS, 24), "a subclass of"),
-    "kdim": (lambda: changed(replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, kdim=8))), "has kdim=8"),
-    "vdim": (lambda: changed(replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, vdim=8))), "has vdim=8"),
-    "need_weights": (lambda: changed(replace("self_attn.need_weights", True)), "need_weights=True"),
-    "norm": (lambda: changed(replace("norm1", nn.Identity())), "its norm1 is a Identity"),
-    "norm shape": (lambda: changed(replace("norm1", nn.LayerNorm([SEQ, EMBED]))), r"its norm1 is over \[6, 16\]"),
-    "dropout": (
-        lambda: changed(replace("dropout1", nn.Dropout(0.1, mode="downscale_in_infer"))),
-        "mode='downscale_in_infer'",
-    ),
-    "dropout axis": (lambda: changed(replace("dropout1", nn.Dropout(0.1, axis=0))), "axis=0"),
-    "projection": (
-        lambda: changed(replace("self_attn.q_proj", OwnLinear(EMBED, EMBED))),
-        "self_attn.q_proj is a OwnLinear",
-    ),
-    "some biases": (
-        lambda: changed(replace("self_attn.k_proj", nn.Linear(EMBED, EMBED, bias_attr=False))),
-        "only some",
-    ),
-    "hook": (
-        lambda: changed(lambda layer: layer.self_attn.q_proj.register_forward_post_hook(print)),
-        "its self_attn.q_proj has hooks",
-    ),
-    "frozen query": (lambda: changed(freeze_query), "differ in dtype or in how they are trained"),
+    "need_weights": (lambda: changed(replace("self_attn.need_weights", True)), "its self_attn has need_weights=True"),
     "forward": (lambda: changed(lambda layer: setattr(layer, "forward", layer.forward)), "its forward was replaced"),
+    "both halves": (
+        lambda: changed(lambda layer: (replace("norm1", nn.Identity())(layer), replace("norm2", nn.Identity())(layer))),
+        "attention: its norm1 is a Identity, not a paddle.nn.LayerNorm; feed-forward: its norm2 is a Identity, not",
+    ),
 }
 
 
@@ -381,18 +370,104 @@ def test_left_alone(case):
     make, reason = LEFT_ALONE[case]
     layer = make()
     names, kind = list(layer.state_dict()), type(layer)
-    with pytest.warns(UserWarning, match=f"convert: encoder: left alone, .*{reason}"):
+    with pytest.warns(UserWarning, match=f"convert: encoder: left alone, {reason}"):
         model = convert(nn.Sequential(("encoder", layer)))
     assert model.encoder is layer and type(layer) is kind and list(layer.state_dict()) == names
+
+
+ONE_HALF = {
+    "kdim": (
+        "attention",
+        replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, kdim=8)),
+        "its self_attn has kdim=8",
+    ),
+    "vdim": (
+        "attention",
+        replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, vdim=8)),
+        "its self_attn has vdim=8",
+    ),
+    "norm1": ("attention", replace("norm1", nn.Identity()), "its norm1 is a Identity"),
+    "norm1 shape": ("attention", replace("norm1", nn.LayerNorm([SEQ, EMBED])), "its norm1 is over [6, 16]"),
+    "dropout1": (
+        "attention",
+        replace("dropout1", nn.Dropout(0.1, mode="downscale_in_infer")),
+        "its dropout1 has mode='downscale_in_infer' and axis=None",
+    ),
+    "dropout1 axis": ("attention", replace("dropout1", nn.Dropout(0.1, axis=0)), "axis=0"),
+    "projection": (
+        "attention",
+        replace("self_attn.q_proj", OwnLinear(EMBED, EMBED)),
+        "self_attn.q_proj is a OwnLinear",
+    ),
+    "some biases": (
+        "attention",
+        replace("self_attn.k_proj", nn.Linear(EMBED, EMBED, bias_attr=False)),
+        "only some of its projections",
+    ),
+    "hook in attention": (
+        "attention",
+        lambda layer: layer.self_attn.q_proj.register_forward_post_hook(lambda *_: None),
+        "its self_attn.q_proj has hooks",
+    ),
+    "frozen query": ("attention", freeze_query, "differ in dtype or in how they are trained"),
+    "norm2": ("feed-forward", replace("norm2", nn.Identity()), "its norm2 is a Identity"),
+    "norm2 shape": ("feed-forward", replace("norm2", nn.LayerNorm([SEQ, EMBED])), "its norm2 is over [6, 16], other"),
+    "norm2 hook": (
+        "feed-forward",
+        lambda layer: layer.norm2.register_forward_post_hook(lambda *_: None),
+        "its norm2 has hooks",
+    ),
+    "dropout": (
+        "feed-forward",
+        replace("dropout", nn.Dropout(0.1, mode="downscale_in_infer")),
+        "its dropout is a Dropout, not a paddle.nn.Dropout of mode 'upscale_in_train'",
+    ),
+    "dropout2": ("feed-forward", replace("dropout2", nn.Dropout(0.1, axis=0)), "its dropout2 is a Dropout, not"),
+    "linear1": ("feed-forward", replace("linear1", OwnLinear(EMBED, 24)), "its linear1 is a OwnLinear, not"),
+    "linear2": (
+        "feed-forward",
+        lambda layer: layer.linear2.register_buffer("scale", paddle.ones([1])),
+        "its linear2 has scale beside its weight and bias",
+    ),
+    "width": ("feed-forward", replace("linear2", nn.Linear(24, 1)), "its linear2 has a weight of shape [24, 1], not"),
+    "activation": ("feed-forward", replace("activation", F.tanh), "its activation is tanh, not relu, gelu or silu"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_HALF)
+def test_the_other_half_is_converted(case):
+    """Each half decides by itself; the report names both, and revert takes both back."""
+    half, change, reason = ONE_HALF[case]
+    layer = encoder_layer()
+    change(layer)
+    layer.eval()
+    usable = case not in ("kdim", "vdim")  # which self-attention can't have
+    names, x = list(layer.state_dict()), make_x()
+    expected = layer(x).numpy() if usable else None
+    model, report = convert(nn.Sequential(("encoder", layer)), return_report=True)
+    (other,) = {"attention", "feed-forward"} - {half}
+    assert report.converted == {"encoder": f"post-layer-norm encoder layer, {other}"}
+    assert report.left_alone["encoder"].startswith(f"{half}: ") and reason in report.left_alone["encoder"]
+    assert ("self_attn.qkv_weight" in layer.state_dict()) == (half == "feed-forward")
+    if usable:
+        with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
+            check("out", layer(x).numpy(), expected, "float32")
+        assert (len(calls), len(feed_forwards)) == ((0, 1) if half == "attention" else (1, 0))
+    assert revert(model).encoder is layer
+    assert type(layer) is nn.TransformerEncoderLayer and list(layer.state_dict()) == names
 
 
 def test_shared_parts_are_left_alone():
     model = tie(nn.Sequential(encoder_layer(), encoder_layer(), encoder_layer()))
     model, report = convert(model, return_report=True)
     assert list(report.left_alone) == ["0", "1"] and all(
-        "shares its MultiHeadAttention" in why for why in report.left_alone.values()
+        why.startswith("attention: it shares its MultiHeadAttention") for why in report.left_alone.values()
     )
-    assert list(report.converted) == ["2"]
+    assert [what.rpartition(", ")[2] for what in report.converted.values()] == [
+        "feed-forward",
+        "feed-forward",
+        "attention and feed-forward",
+    ]
     model = nn.Sequential(encoder_layer(), nn.Linear(EMBED, EMBED))
     model[1].weight = model[0].self_attn.k_proj.weight
     model, report = convert(model, return_report=True)
@@ -418,7 +493,7 @@ def test_only_a_model_without_attention_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(encoder())
-    with pytest.warns(UserWarning, match="convert: found no attention"):
+    with pytest.warns(UserWarning, match="convert: found no attention and no feed-forward"):
         convert(nn.Linear(2, 2))
 
 
@@ -444,7 +519,9 @@ def test_to_static():
         static = paddle.jit.to_static(converted(shake(encoder(normalize_before=True))), full_graph=full_graph)
         static.set_state_dict(model.state_dict())
         static.eval()
-        check("out", static(x, mask).numpy(), expected, "float32")
+        with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
+            check("out", static(x, mask).numpy(), expected, "float32")
+        assert len(calls) == len(feed_forwards) > 0
 
 
 def test_masks_that_are_none():

@@ -12,7 +12,18 @@ import numpy as np
 import paddle
 import pytest
 import runners
-from encoders import BATCH, EMBED, HEADS, SEQ, check, encoder, encoder_layer, make_mask, make_x, shake
+from encoders import (
+    BATCH,
+    EMBED,
+    HEADS,
+    SEQ,
+    check,
+    encoder,
+    encoder_layer,
+    make_mask,
+    make_x,
+    shake,
+)
 from paddle import nn
 from paddle_fused_attention import FusedMultiHeadAttention, convert, incubate, revert, separate_state_dict
 from paddle_fused_attention.conversion.packed import PackedAttention
@@ -32,19 +43,19 @@ def part_of(layer, path):
     return layer
 
 
-def check_both(plain, converted, calls, mask=None):
-    """The same outputs and gradients, with so many calls of the operator."""
+def check_both(plain, converted, calls, mask=None, feed_forwards=1):
+    """The same outputs and gradients, with so many calls of the operators."""
     x = make_x()
     d_out = paddle.to_tensor(np.random.default_rng(4).standard_normal(x.shape).astype("float32"))
     found = []
     for layer in (plain, converted):
         inputs = x.clone()
         inputs.stop_gradient = False
-        with runners.operator_calls() as made:
+        with runners.operator_calls() as made, runners.feed_forward_calls() as halves:
             out = layer(inputs, mask)
         out.backward(d_out)
-        found.append((out.numpy(), inputs.grad.numpy(), len(made)))
-    assert [entry[2] for entry in found] == [0, calls]
+        found.append((out.numpy(), inputs.grad.numpy(), len(made), len(halves)))
+    assert [entry[2:] for entry in found] == [(0, 0), (calls, feed_forwards)]
     check("out", found[1][0], found[0][0], "float32")
     check("d_x", found[1][1], found[0][1], "float32")
 
@@ -67,7 +78,8 @@ def test_only_query_key_and_value_are_packed(normalize_before):
     }
 
 
-PARTS = ["self_attn", "norm1", "dropout1", *(f"self_attn.{name}" for name in PROJECTIONS)]
+FEED_FORWARD_PARTS = ["linear1", "dropout", "linear2", "dropout2", "norm2"]
+PARTS = ["self_attn", "norm1", "dropout1", *(f"self_attn.{name}" for name in PROJECTIONS), *FEED_FORWARD_PARTS]
 
 
 @pytest.mark.parametrize("path", PARTS)
@@ -90,10 +102,10 @@ def test_hooks_and_forwards_that_come_later(kind, path):
     # changed.
     is_inside = path.startswith("self_attn.") or (path, kind) == ("self_attn", "pre")
     x = make_x()
-    with runners.operator_calls() as calls:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         actual = converted(x).numpy()
     check("out", actual, plain(x).numpy(), "float32")
-    assert len(calls) == (0 if is_inside else 1)
+    assert (len(calls), len(feed_forwards)) == (0 if is_inside else 1, 0 if path in FEED_FORWARD_PARTS else 1)
 
 
 def test_parts_that_are_replaced_later():
@@ -109,6 +121,88 @@ def test_parts_that_are_replaced_later():
             }.get(path, lambda: shake(nn.Sequential(nn.Linear(EMBED, EMBED))))()
             setattr(part_of(layer, parent) if parent else layer, name, new)
         check_both(plain, converted, calls=1 if path in ("norm1", "dropout1") else 0)
+
+
+FEED_FORWARD_CHANGES = {
+    "linear1": (lambda: shake(nn.Sequential(nn.Linear(EMBED, 24))), 0),
+    "linear2": (lambda: shake(nn.Sequential(nn.Linear(24, EMBED))), 0),
+    "norm2": (lambda: shake(nn.LayerNorm(EMBED, epsilon=1e-4)), 1),
+    "norm2 over more axes": (lambda: nn.LayerNorm([SEQ, EMBED], weight_attr=False, bias_attr=False), 0),
+    "dropout": (lambda: nn.Identity(), 0),
+    "dropout2": (lambda: nn.Dropout(0.0, mode="downscale_in_infer"), 0),
+    "activation": (lambda: nn.functional.relu, 1),
+    "activation that is not the operator's": (lambda: nn.functional.tanh, 0),
+    "activation of a user": (lambda: lambda x: nn.functional.gelu(x) * 2.0, 0),
+    "activation as a layer": (lambda: nn.Silu(), 1),
+    "activation as another layer": (lambda: nn.Tanh(), 0),
+}
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+@pytest.mark.parametrize("change", FEED_FORWARD_CHANGES)
+def test_parts_of_the_feed_forward_that_are_replaced_later(change, normalize_before):
+    make, feed_forwards = FEED_FORWARD_CHANGES[change]
+    plain, converted = pair(normalize_before)
+    for layer in (plain, converted):
+        paddle.seed(5)
+        setattr(layer, change.partition(" ")[0], make())
+    check_both(plain, converted, calls=1, feed_forwards=feed_forwards)
+
+
+def test_hooks_of_an_activation_that_is_a_layer():
+    plain, converted = pair()
+    for layer in (plain, converted):
+        layer.activation = nn.GELU(approximate=True)
+    check_both(plain, converted, calls=1)
+    for layer in (plain, converted):
+        layer.activation.register_forward_post_hook(lambda _, inputs, out: 1.5 * out)
+    check_both(plain, converted, calls=1, feed_forwards=0)
+
+
+class LowRankLinear(nn.Linear):
+    """As libraries for low-rank adaptation make of a projection."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.sum(axis=-1, keepdim=True)
+
+
+def test_projections_whose_class_changes_later():
+    for name in ("linear1", "linear2"):
+        plain, converted = pair()
+        for layer in (plain, converted):
+            getattr(layer, name).__class__ = LowRankLinear
+        check_both(plain, converted, calls=1, feed_forwards=0)
+
+
+def test_weight_normalization_that_comes_later():
+    plain, converted = pair()
+    for layer in (plain, converted):
+        nn.utils.weight_norm(layer.linear1)
+    check_both(plain, converted, calls=1, feed_forwards=0)
+
+
+def test_the_norm_order_may_change_later():
+    plain, converted = pair()
+    plain.normalize_before = converted.normalize_before = True
+    check_both(plain, converted, calls=1)
+
+
+def test_recompute():
+    """The same bits, dropout included."""
+    from paddle.distributed.fleet.utils import recompute
+
+    _, layer = pair(dropout=0.3)
+    found = []
+    for run in (layer, lambda x: recompute(layer, x)):
+        x = make_x()
+        x.stop_gradient = False
+        layer.clear_gradients()
+        paddle.seed(7)
+        out = run(x)
+        out.square().sum().backward()
+        found.append([out.numpy(), x.grad.numpy(), *(p.grad.numpy() for p in layer.parameters())])
+    for plain, recomputed in zip(*found):
+        np.testing.assert_array_equal(recomputed, plain)
 
 
 def test_methods_that_libraries_put_on_layers():
@@ -132,7 +226,7 @@ def test_methods_that_libraries_put_on_layers():
     check("scores", converted.self_attn.scores.numpy(), plain.self_attn.scores.numpy(), "float32")
     for layer in (plain, converted):
         layer.forward = types.MethodType(layer_forward, layer)
-    check_both(plain, converted, 0, mask)
+    check_both(plain, converted, 0, mask, feed_forwards=0)
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])
@@ -238,9 +332,18 @@ def test_rates_and_modes_that_are_set_later():
     _, converted = pair(dropout=0.4)
     for layer in (converted.dropout, converted.dropout1, converted.dropout2):
         layer.eval()
-    with runners.operator_calls() as calls:
+    with runners.operator_calls() as calls, runners.feed_forward_calls() as feed_forwards:
         converted(x)
-    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.0, 0.4)]
+        converted.dropout2.train()
+        converted.dropout2.p = 1
+        converted(x)
+    assert [(block.dropout_rate, block.attn_dropout_rate) for block in calls] == [(0.0, 0.4)] * 2
+    assert [(half.dropout1_rate, half.dropout2_rate) for half in feed_forwards] == [(0.0, 0.0), (0.0, 1.0)]
+    converted.eval()
+    converted.dropout.train()
+    with runners.feed_forward_calls() as feed_forwards:
+        assert (converted(x).numpy() != converted(x).numpy()).any()
+    assert [(half.dropout1_rate, half.dropout2_rate, half.training) for half in feed_forwards] == [(0.4, 0.0, True)] * 2
 
 
 def test_conversion_keeps_modes_that_differ():
@@ -330,9 +433,12 @@ def test_quantization(how):
             quantizer = quantization.PTQ(quantization.QuantConfig(activation=observer, weight=observer))
         quantized = quantizer.quantize(model)
         kinds = [type(getattr(layer.self_attn, name)).__name__ for layer in quantized.layers for name in PROJECTIONS]
+        kinds += [type(layer).__name__ for half in quantized.layers for layer in (half.linear1, half.linear2)]
         assert set(kinds) == {"QuantedLinear"}
-        for seed in (1, 2):
-            out = quantized(make_x(seed=seed), make_mask("bool", "float32"))
+        with runners.feed_forward_calls() as feed_forwards:
+            for seed in (1, 2):
+                out = quantized(make_x(seed=seed), make_mask("bool", "float32"))
+        assert not feed_forwards
         outs.append(out.numpy())
         if change is convert:
             assert all(isinstance(layer.self_attn, PackedAttention) for layer in model.layers)  # the copy was quantized
@@ -426,8 +532,24 @@ def unknown_forward(self, src, src_mask=None, cache=None):
 def test_classes_whose_forward_was_replaced(kind, monkeypatch):
     monkeypatch.setattr(getattr(nn, kind), "forward", unknown_forward)
     _, report = convert(nn.Sequential(encoder_layer()), return_report=True)
-    assert not report.converted
-    assert report.left_alone["0"] == f"paddle.nn.{kind}.forward was replaced by one of {__name__}"
+    reason = f"paddle.nn.{kind}.forward was replaced by one of {__name__}"
+    if kind == "MultiHeadAttention":
+        assert report.converted == {"0": "post-layer-norm encoder layer, feed-forward"}
+        assert report.left_alone == {"0": f"attention: {reason}"}
+    else:
+        assert not report.converted and report.left_alone == {"0": reason}
+
+
+@pytest.mark.parametrize("kind", ["GELU", "Silu"])
+def test_activations_whose_forward_was_replaced(kind, monkeypatch):
+    layer = encoder_layer()
+    layer.activation = getattr(nn, kind)()
+    monkeypatch.setattr(getattr(nn, kind), "forward", lambda self, x: x)
+    _, report = convert(nn.Sequential(layer), return_report=True)
+    assert report.left_alone == {"0": f"feed-forward: paddle.nn.{kind}.forward was replaced by one of {__name__}"}
+    with runners.feed_forward_calls() as feed_forwards:
+        layer(make_x())
+    assert not feed_forwards
 
 
 def test_forwards_of_known_libraries(monkeypatch):
@@ -459,7 +581,8 @@ def test_layers_without_values_are_left_alone():
     with paddle.LazyGuard():
         layer = encoder_layer()
     _, report = convert(nn.Sequential(layer), return_report=True)
-    assert report.left_alone == {"0": "the weight of a projection is without values, as paddle.LazyGuard leaves it"}
+    reason = "the weight of a projection is without values, as paddle.LazyGuard leaves it"
+    assert report.left_alone == {"0": f"attention: {reason}"}
 
 
 def test_fused_layers_are_no_concern_of_convert():

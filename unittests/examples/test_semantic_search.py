@@ -23,14 +23,7 @@ import paddle  # noqa: E402
 from examples.semantic_search import cli, demo, model_files  # noqa: E402
 from examples.semantic_search.corpus import describe, load_corpus, spell_out  # noqa: E402
 from examples.semantic_search.embedding import dygraph_encode, embed, make_batches, nearest  # noqa: E402
-from examples.semantic_search.encoder import (  # noqa: E402
-    PlainAttentionBlock,
-    SentenceEncoder,
-    fused_attention_block,
-    fused_state,
-    load_state,
-    plain_state,
-)
+from examples.semantic_search.encoder import fused_encoder, paddle_state, plain_encoder  # noqa: E402
 from examples.semantic_search.static_encoder import StaticEncoder  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -61,8 +54,8 @@ class Model:
         self.entries = [entry for entry in load_corpus() if entry.name in NAMES]
         self.texts = [entry.text for entry in self.entries]
         self.batches = make_batches(self.tokenizer, self.texts, batch_size=5)
-        self.state = fused_state(self.weights, self.config)
-        self.encode = dygraph_encode(self.config, fused_attention_block, self.state)
+        self.state = paddle_state(self.weights, self.config)
+        self.encode = dygraph_encode(fused_encoder(self.config, self.state))
         self.embeddings, _ = embed(self.encode, self.batches)
 
     def embed(self, texts):
@@ -131,16 +124,13 @@ def test_fused_agrees_with_float64_numpy(model):
 
 
 def test_fused_agrees_with_plain_layers(model):
-    plain = dygraph_encode(model.config, PlainAttentionBlock, plain_state(model.weights, model.config))
-    embeddings, _ = embed(plain, model.batches)
+    embeddings, _ = embed(dygraph_encode(plain_encoder(model.config, model.state)), model.batches)
     assert np.abs(model.embeddings - embeddings).max() < TOLERANCE
 
 
 def test_static_program_agrees_with_dygraph(model):
-    static = StaticEncoder(model.config, model.state)
-    assert paddle.in_dynamic_mode()
+    static = StaticEncoder(fused_encoder(model.config, model.state))
     embeddings, _ = embed(static, model.batches)
-    assert paddle.in_dynamic_mode()
     assert np.abs(model.embeddings - embeddings).max() < 1e-6
     assert static.kind == ("legacy" if paddle.__version__.startswith("2.") else "PIR")
 
@@ -181,13 +171,34 @@ def test_long_text_is_cut_at_the_length_of_the_tokenizer(model):
     assert np.isfinite(model.encode(batch.token_ids, batch.keep)).all()
 
 
+def test_every_layer_is_converted(model):
+    layers = fused_encoder(model.config, model.state).encoder.layers
+    assert len(layers) == 6
+    assert all("self_attn.qkv_weight" in layer.state_dict() for layer in layers)
+
+
+@pytest.mark.slow
+def test_other_libraries_agree(model):
+    encoders = demo.other_libraries(model.config, model.state)
+    if not encoders:
+        pytest.skip("neither ONNX Runtime nor OpenVINO is installed: pip install -r benchmarks/requirements.txt")
+    for name, encode in encoders.items():
+        embeddings, _ = embed(encode, model.batches)
+        assert np.abs(model.embeddings - embeddings).max() < TOLERANCE, name
+
+
+def test_other_libraries_are_left_out_where_they_are_not_installed(model, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
+    assert demo.other_libraries(model.config, model.state) == {}
+
+
 def test_state_of_another_encoder_is_refused(model):
-    encoder = SentenceEncoder(model.config, fused_attention_block)
-    with pytest.raises(KeyError, match="qkv_weight"):
-        load_state(encoder, plain_state(model.weights, model.config))
-    wrong = dict(model.state, **{"layers.0.expand.bias": np.zeros(3, np.float32)})
-    with pytest.raises(ValueError, match=r"layers\.0\.expand\.bias: expected shape \[1536\], got \[3\]"):
-        load_state(encoder, wrong)
+    wrong = {name: array for name, array in model.state.items() if "layers.5.self_attn.q_proj" not in name}
+    with pytest.raises(KeyError, match=r"layers\.5\.self_attn\.q_proj\.weight"):
+        plain_encoder(model.config, wrong)
+    wrong = dict(model.state, **{"encoder.layers.0.linear1.bias": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match=r"layers\.0\.linear1\.bias: expected shape \[1536\], got \[3\]"):
+        plain_encoder(model.config, wrong)
 
 
 def test_corpus_is_the_public_api_once_each():
@@ -275,12 +286,11 @@ def test_command_without_model(run_main, monkeypatch):
 
 @pytest.mark.slow
 def test_command_fails_if_plain_layers_differ(run_main, monkeypatch):
-    def wrong_state(weights, config):
-        state = plain_state(weights, config)
-        state["layers.5.norm.bias"] = state["layers.5.norm.bias"] + np.float32([0.01] + [0] * 383)
-        return state
+    def wrong_encoder(config, state):
+        name = "encoder.layers.5.norm2.bias"
+        return plain_encoder(config, {**state, name: state[name] + np.float32([0.01] + [0] * 383)})
 
-    monkeypatch.setattr(demo, "plain_state", wrong_state)
+    monkeypatch.setattr(demo, "plain_encoder", wrong_encoder)
     status, output, errors = run_main("save a model")
     assert status == 1
     assert "plain Paddle layers: differs from the fused encoder by" in errors

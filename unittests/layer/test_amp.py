@@ -12,7 +12,13 @@ import paddle
 import pytest
 from blocks import DTYPES, IS_PADDLE_2, NORMS, as_float, gradients, make_layer, make_x
 from paddle.distributed.fleet.utils import recompute
-from paddle_fused_attention import FusedMultiHeadAttention, fused_multi_head_attention
+from paddle_fused_attention import (
+    FusedMultiHeadAttention,
+    fused_bias_dropout_residual_layer_norm,
+    fused_feedforward,
+    fused_linear,
+    fused_multi_head_attention,
+)
 
 
 class GpuPlace:
@@ -307,3 +313,67 @@ def test_recompute_of_key_and_value_under_auto_cast(amp, dtype):
         assert found[0] == results[0][0]
         for result, wanted in zip(found[1:], results[0][1:]):
             assert np.abs(result - wanted).max() < (0.01 if dtype == "float16" else 0.06) * np.abs(wanted).max()
+
+
+def blocks_under_auto_cast(dtype):
+    """Calls of the other operators, with float32 parameters, and what auto_cast should make of them: the arguments that
+    are cast to 16 bits where x is of `dtype`."""
+    rng = np.random.default_rng(0)
+
+    def tensor(*shape, dtype="float32"):
+        return paddle.to_tensor(rng.standard_normal(shape).astype("float32")).astype(dtype)
+
+    x, norm = tensor(2, 5, 8, dtype=dtype), {"scale": tensor(8), "bias": tensor(8)}
+    weights = {
+        "linear1_weight": tensor(8, 12),
+        "linear2_weight": tensor(12, 8),
+        "linear1_bias": tensor(12),
+        "linear2_bias": tensor(8),
+    }
+    ln = {f"ln2_{name}": value for name, value in norm.items()}
+    tail_ln = {f"ln_{name}": value for name, value in norm.items()}
+    narrow = dtype != "float32"
+    return [
+        (fused_feedforward, {"x": x, **weights, **ln}, [*weights], dict(dropout1_rate=0.2, dropout2_rate=0.2, seed=3)),
+        (
+            fused_bias_dropout_residual_layer_norm,
+            {"x": x, "residual": tensor(2, 5, 8, dtype=dtype), "bias": tensor(8), **tail_ln},
+            ["bias"] if narrow else [],
+            dict(dropout_rate=0.2, seed=3),
+        ),
+        (fused_linear, {"x": x, "weight": tensor(8, 12), "bias": tensor(12)}, ["x", "weight", "bias"], {}),
+    ]
+
+
+@pytest.mark.parametrize("x_is_float32", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_blocks(amp, dtype, x_is_float32):
+    """Products are 16-bit; a residual stays float32 if it is, and layer-norm parameters stay so anyway."""
+    for function, tensors, cast, others in blocks_under_auto_cast("float32" if x_is_float32 else dtype):
+        with amp.auto_cast(dtype=dtype):
+            out = function(**tensors, **others)
+        by_hand = {name: t.astype(dtype) if name in cast else t for name, t in tensors.items()}
+        expected = function(**by_hand, **others)
+        assert out.dtype == expected.dtype
+        np.testing.assert_array_equal(as_float(out), as_float(expected))
+        name = {"fused_feedforward": "custom_fused_feedforward", "fused_linear": "custom_fused_linear"}.get(
+            function.__name__, "custom_residual_norm"
+        )
+        with amp.auto_cast(dtype=dtype, custom_black_list=[name]):
+            out = function(**tensors, **others)
+        assert out.dtype == paddle.float32
+        wide = function(**{name: t.astype("float32") for name, t in tensors.items()}, **others)
+        np.testing.assert_array_equal(as_float(out), as_float(wide))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tail_of_two_dtypes(amp, dtype):
+    """A float32 residual beside a 16-bit x, as a linear layer leaves it, is added in float32."""
+    rng = np.random.default_rng(0)
+    x, residual = (paddle.to_tensor(rng.standard_normal((2, 8)).astype("float32")) for _ in range(2))
+    narrow = x.astype(dtype)
+    with amp.auto_cast(dtype=dtype):
+        out = fused_bias_dropout_residual_layer_norm(narrow, residual, dropout_rate=0.0)
+    expected = fused_bias_dropout_residual_layer_norm(narrow.astype("float32"), residual, dropout_rate=0.0)
+    assert out.dtype == paddle.float32
+    np.testing.assert_array_equal(out.numpy(), expected.numpy())

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from blocks import make_layer, make_x
+from paddle.hapi.dynamic_flops import register_hooks
 from paddle_fused_attention import count_flops, incubate
 
 
@@ -31,6 +32,21 @@ def test_flops():
     layer.total_ops = 0
     count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
     assert layer.total_ops == expected_flops(2, 7, 49)
+
+
+@pytest.mark.parametrize(
+    "layer, expected",
+    [
+        (lambda: incubate.FusedFeedForward(24, 40), 2 * 2 * 7 * 24 * 40),
+        (lambda: incubate.FusedLinear(24, 10), 2 * 7 * 24 * 10),
+        (lambda: incubate.FusedLinear(24, 10, transpose_weight=True), 2 * 7 * 24 * 10),
+    ],
+)
+def test_flops_that_paddle_finds(layer, expected):
+    layer = layer()
+    layer.total_ops = 3
+    register_hooks[type(layer)](layer, (paddle.zeros([2, 7, 24]),), None)
+    assert layer.total_ops == 3 + expected
 
 
 def test_paddle_flops(capsys):

@@ -16,6 +16,7 @@ import onnxruntime
 import paddle
 import paddlenlp.transformers as library
 import pytest
+import runners
 from paddle import nn
 from paddle_fused_attention import (
     FusedMultiHeadAttention,
@@ -47,6 +48,12 @@ def calls(monkeypatch):
     found, call = [], _op.fused_attention
     monkeypatch.setattr(_op, "fused_attention", lambda *a, **k: found.append(k) or call(*a, **k))
     return found
+
+
+@pytest.fixture
+def feed_forwards():
+    with runners.feed_forward_calls() as found:
+        yield found
 
 
 def make(name, **changes):
@@ -84,16 +91,18 @@ ENCODERS = ["Bert", "Ernie", "Roberta", "Electra", "DistilBert", "Skep", "TinyBe
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoders(name, calls):
+def test_encoders(name, calls, feed_forwards):
+    """Whole layers: their attention and their feed-forward."""
     model = make(name)
     converted, report = convert(copy.deepcopy(model), return_report=True)
-    assert len(report.converted) == 2 and not report.left_alone
+    assert list(report.converted.values()) == ["post-layer-norm encoder layer, attention and feed-forward"] * 2
+    assert not report.left_alone
     ids = paddle.to_tensor(IDS)
     arguments = {} if name in ("TinyBert", "LayoutLM") else {"attention_mask": paddle.to_tensor(PADDING)}
     expected, reference = model(ids, **arguments), gradients(model, ids, **arguments)
-    assert not calls
+    assert not calls and not feed_forwards
     assert_same(converted(ids, **arguments), expected)
-    assert len(calls) == 2
+    assert len(calls) == len(feed_forwards) == 2
     found = gradients(converted, ids, **arguments)
     for part, g in reference.items():
         if part in found:
@@ -101,6 +110,18 @@ def test_encoders(name, calls):
     assert len(found) == len(reference) - 2 * 4
     assert list(separate_state_dict(converted)) == list(model.state_dict())
     assert_same(revert(converted)(ids, **arguments), expected)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("name", ["Bert", "Ernie"])
+def test_activations_of_configs(name, act, calls, feed_forwards):
+    model = make(name, hidden_act=act)
+    converted, report = convert(copy.deepcopy(model), return_report=True)
+    ids = paddle.to_tensor(IDS)
+    assert_same(converted(ids), model(ids))
+    assert (len(calls), len(feed_forwards)) == (2, 0 if act == "tanh" else 2)
+    reasons = ["feed-forward: its activation is tanh, not relu, gelu or silu"] * 2 if act == "tanh" else []
+    assert list(report.left_alone.values()) == reasons
 
 
 @pytest.mark.parametrize("name", ["Bert", "Ernie", "Roberta"])
@@ -197,9 +218,91 @@ def test_llama_and_t5_are_reported():
     )
     _, report = convert(llama, return_report=True)
     assert "LlamaAttention, for which there is no adapter" in report.left_alone["layers.0.self_attn"]
+    assert report.left_alone["layers.0.mlp"] == "its gate_proj and up_proj are separate"
     t5 = library.T5Model(library.T5Config(vocab_size=64, d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=48))
+    t5.eval()
+    ids = paddle.to_tensor(IDS)
+    expected = t5(input_ids=ids, decoder_input_ids=ids)
     _, report = convert(t5, return_report=True)
     assert all("T5" in reason and "no adapter" in reason for reason in report.left_alone.values()) and report.left_alone
+    assert len(report.converted) == 2 and all(name.endswith("DenseReluDense") for name in report.converted)
+    with runners.feed_forward_calls() as calls:
+        assert_same(t5(input_ids=ids, decoder_input_ids=ids), expected)
+    assert len(calls) == 2
+
+
+CONFIG = types.SimpleNamespace(
+    hidden_size=32,
+    intermediate_size=48,
+    hidden_act="gelu",
+    n_embd=32,
+    n_inner=None,
+    activation_function="gelu_new",
+    resid_pdrop=0.1,
+    d_model=32,
+    d_ff=48,
+    dropout_rate=0.1,
+    dropout_prob=0.1,
+    activation_dropout=0.2,
+    hidden_dropout=0.1,
+    tensor_parallel_degree=1,
+    fuse_attention_ffn=True,
+    sequence_parallel=False,
+)
+FEED_FORWARDS = {
+    "blip.modeling.BlipMLP": (CONFIG,),
+    "blip_2.modeling.Blip2MLP": (CONFIG,),
+    "clipseg.modeling.CLIPSegMLP": (CONFIG,),
+    "codegen.modeling.CodeGenMLP": (CONFIG,),
+    "ernie_doc.modeling.PointwiseFFN": (48, 32, 0.1, "gelu"),
+    "ernie_gen.modeling.PositionwiseFeedForwardLayer": (
+        {"initializer_range": 0.1, "hidden_size": 32, "hidden_act": "relu", "intermediate_dropout_prob": 0.2},
+    ),
+    "gptj.modeling.GPTJMLP": (48, CONFIG),
+    "llama.modeling.LlamaMLP": (CONFIG,),
+    "mt5.modeling.MT5DenseReluDense": (CONFIG,),
+    "speecht5.modeling.SpeechT5FeedForward": (CONFIG, 48),
+    "t5.modeling.T5DenseReluDense": (CONFIG,),
+    "xlm.modeling.TransformerFFN": (32, 48, 32, CONFIG),
+}
+
+
+def check_feed_forward(kind, *arguments):
+    """The same numbers and gradients by the operator, and the dropouts that the class has."""
+    paddle.seed(1)
+    layer = kind(*arguments)
+    for p in layer.parameters():
+        p.set_value(p + 0.1 * paddle.randn(p.shape))
+    layer.eval()
+    converted, report = convert(nn.Sequential(copy.deepcopy(layer)), return_report=True)
+    assert len(report.converted) == 1 and not report.left_alone
+    x = paddle.randn([2, 5, 32])
+    with runners.feed_forward_calls() as calls:
+        assert_same(converted(x), layer(x))
+        found, reference = gradients(converted, x), gradients(layer, x)
+        converted.train()
+        converted(x)
+    assert len(calls) == 3
+    for name, g in reference.items():
+        np.testing.assert_allclose(found[f"0.{name}"], g, atol=1e-4 * np.abs(g).max(), err_msg=name)
+    return calls[-1].dropout1_rate, calls[-1].dropout2_rate
+
+
+@pytest.mark.parametrize("name", FEED_FORWARDS)
+def test_feed_forwards_of_paddlenlp(name):
+    module, _, kind = name.rpartition(".")
+    module = importlib.import_module(f"paddlenlp.transformers.{module}")
+    rates = {
+        "PointwiseFFN": (0.1, 0.0),
+        "PositionwiseFeedForwardLayer": (0.2, 0.0),
+        "SpeechT5FeedForward": (0.2, 0.1),
+        "T5DenseReluDense": (0.1, 0.0),
+        "MT5DenseReluDense": (0.1, 0.0),
+        "CodeGenMLP": (0.0, 0.1),
+        "GPTJMLP": (0.0, 0.1),
+        "TransformerFFN": (0.0, 0.1),
+    }.get(kind, (0.0, 0.0))
+    assert check_feed_forward(getattr(module, kind), *FEED_FORWARDS[name]) == rates
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -229,7 +332,9 @@ def test_low_rank_adaptation():
     adapted.mark_only_lora_as_trainable()
     adapted.eval()
     assert_same(adapted(ids), expected)
-    found = gradients(adapted, ids)
+    with runners.feed_forward_calls() as feed_forwards:
+        found = gradients(adapted, ids)
+    assert not feed_forwards and sum("linear1.lora" in name for name in found) == 4
     assert sum("out_proj.lora" in name for name in found) == 4 and all("lora" in name for name in found)
     adapted = LoRAModel(model, LoRAConfig(target_modules=[".*q_proj.*"], r=4, lora_alpha=8))
     with pytest.warns(UserWarning, match="its self_attn.q_proj is a LoRALinear, not a paddle.nn.Linear"):
@@ -275,32 +380,63 @@ def test_an_optimizer_goes_on():
             np.testing.assert_allclose(value.numpy(), model.state_dict()[name].numpy(), atol=1e-4, err_msg=name)
 
 
-def vision_transformer():
-    """PaddleClas's module, without what its packages import beside it."""
-    module = "paddleclas.ppcls.arch.backbone.model_zoo.vision_transformer"
-    if module in sys.modules:
-        return sys.modules[module]
-    (root,) = importlib.util.find_spec("paddleclas").submodule_search_locations
-    for name in ("", ".ppcls", ".ppcls.arch", ".ppcls.arch.backbone", ".ppcls.arch.backbone.model_zoo", ".ppcls.utils"):
-        package = types.ModuleType("paddleclas" + name)
-        package.__path__ = [os.path.join(root, *name.split("."))]
-        sys.modules["paddleclas" + name] = package
-    return importlib.import_module(module)
+def backbone(name):
+    """A module of PaddleClas, without what its packages import beside it."""
+    if "paddleclas" not in sys.modules:
+        (root,) = importlib.util.find_spec("paddleclas").submodule_search_locations
+        zoos = [f".ppcls.arch.backbone.{zoo}" for zoo in ("model_zoo", "legendary_models", "base")]
+        for part in ("", ".ppcls", ".ppcls.arch", ".ppcls.arch.backbone", ".ppcls.utils", *zoos):
+            package = types.ModuleType("paddleclas" + part)
+            package.__path__ = [os.path.join(root, *part.split("."))]
+            sys.modules["paddleclas" + part] = package
+    return importlib.import_module(f"paddleclas.ppcls.arch.backbone.{name}")
 
 
 @pytest.mark.parametrize("qk_scale", [None, 32**-0.5])
-def test_paddleclas_vision_transformer(qk_scale, calls):
+def test_paddleclas_vision_transformer(qk_scale, calls, feed_forwards):
+    """Attention and feed-forward of each block."""
     paddle.seed(1)
-    model = vision_transformer().VisionTransformer(
+    model = backbone("model_zoo.vision_transformer").VisionTransformer(
         img_size=32, patch_size=8, class_num=10, embed_dim=32, depth=2, num_heads=4, qkv_bias=True, qk_scale=qk_scale
     )
+    for p in model.parameters():
+        p.set_value(p + 0.1 * paddle.randn(p.shape))
     model.eval()
     images = paddle.randn([2, 3, 32, 32])
     converted, report = convert(copy.deepcopy(model), return_report=True)
-    assert len(report.converted) == 2 and not report.left_alone
+    assert list(report.converted) == [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn", "mlp")]
+    assert not report.left_alone
     calls.clear()
+    feed_forwards.clear()
     assert_same(converted(images), model(images))
-    assert len(calls) == 2
+    assert len(calls) == len(feed_forwards) == 2
+    reference, found = gradients(model, images), gradients(converted, images)
+    for part, g in reference.items():
+        if part in found:
+            np.testing.assert_allclose(found[part], g, atol=1e-4 * np.abs(g).max(), err_msg=part)
+    assert len(found) == len(reference)  # one packed projection for one
+    assert list(separate_state_dict(converted)) == list(model.state_dict())
+    assert_same(revert(converted)(images), model(images))
+
+
+MLPS = {
+    "legendary_models.swin_transformer": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.cae": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.cswin_transformer": (32, 48, 0.1),
+    "model_zoo.cvt": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.mobilevit": (32, 2.0, 0.1),
+    "model_zoo.svtrnet": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.swin_transformer_v2": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.tnt": (32, 48, None, nn.GELU, 0.1),
+    "model_zoo.vision_transformer": (32, 48, None, nn.GELU, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_feed_forwards_of_paddleclas(name):
+    """Those of CAE drop at the end only."""
+    rates = (0.0 if name.endswith("cae") else 0.1, 0.1)
+    assert check_feed_forward(backbone(name).Mlp, *MLPS[name]) == rates
 
 
 @pytest.mark.parametrize("kind", ["layer", "model", "model and mask"])

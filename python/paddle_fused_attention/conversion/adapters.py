@@ -1,7 +1,8 @@
-"""Adapters, each of which says how the operator serves one class of attention layers.
+"""Adapters, each of which says how an operator serves one class of attention or feed-forward layers.
 
 :func:`paddle_fused_attention.convert` serves a layer if its class itself, and not only a base of it, has an adapter. An
-adapter says where the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter`.
+adapter says where the projections are and what a call means in the operator's terms; see :class:`AttentionAdapter` and
+:class:`FeedForwardAdapter`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from paddle.framework import in_dynamic_mode
 
 from .._keys import are_query
 from .._ordinary_ops import additive_mask
+from .activations import activation_name
 
 
 class AttentionAdapter:
@@ -176,3 +178,108 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
 
     def example(self, x: Any) -> tuple:
         return (x, None, None)
+
+
+class FeedForwardAdapter:
+    """What :func:`convert` must know of a class of feed-forward layers. Derive from it, and call
+    :func:`register_adapter`.
+
+    A layer qualifies if it computes ``dropout(dropout(activation(x @ W1 + b1)) @ W2 + b2)`` for inputs x
+    ``[..., embed_dim]``, with two ``paddle.nn.Linear`` for W1 ``[embed_dim, hidden]`` and W2 ``[hidden, embed_dim]``. A
+    layer is left alone if it has parameters, buffers or sublayers that the adapter does not name, if its forward gives
+    other numbers than the operator when :func:`convert` tries both, with each of its dropouts on by itself and without,
+    or if its class is only derived from the registered one.
+
+    Attributes:
+        linear1, linear2: The names of the two projections.
+        activation: The name of the activation, a function of ``paddle.nn.functional`` or a layer: relu, gelu, exact or
+            by tanh, silu or swish. None: :meth:`activation_name` tells.
+        dropout1, dropout2: The names of the ``paddle.nn.Dropout`` after the activation and after the second projection,
+            each None if there is none. Both may be the same layer.
+        gated: Whether the first projection ``[embed_dim, 2 * hidden]`` has the columns of two, and the result of the
+            second of these is multiplied by the activation of the first.
+        ignored: Names of sublayers that compute nothing that counts.
+    """
+
+    linear1: str = "linear1"
+    linear2: str = "linear2"
+    activation: str | None = "activation"
+    dropout1: str | None = None
+    dropout2: str | None = None
+    gated: bool = False
+    ignored: tuple[str, ...] = ()
+
+    def reason_against(self, layer: nn.Layer) -> str | None:
+        """Why the operator does not serve this layer of the class; None if it does."""
+        return None
+
+    def activation_name(self, layer: nn.Layer) -> str | None:
+        """The activation that the layer has now: "relu", "gelu" (exact), "gelu_tanh" or "silu"; None for any other."""
+        return activation_name(self.activation_of(layer))
+
+    def inputs(self, layer: nn.Layer, *args: Any, **kwargs: Any) -> Any:
+        """x of a call of the layer with these arguments; None if the operator does not serve such a call: then the
+        class's own forward runs. By default, the operator serves calls with one positional argument."""
+        return args[0] if len(args) == 1 and not kwargs else None
+
+    def example(self, x: Any) -> tuple:
+        """Arguments of a call with x alone, for trying the layer."""
+        return (x,)
+
+    def activation_of(self, layer: nn.Layer) -> Any:
+        name = self.activation
+        if name is None:
+            return None
+        # Paddle takes several microseconds to find a sublayer as an attribute.
+        activation = layer._sub_layers.get(name)
+        return getattr(layer, name, None) if activation is None else activation
+
+    def dropouts(self) -> list[str]:
+        return list(dict.fromkeys(name for name in (self.dropout1, self.dropout2) if name is not None))
+
+
+class VisionTransformerMlpAdapter(FeedForwardAdapter):
+    """The feed-forward of vision transformers as timm and PaddleClas write it: ``fc1``, ``act``, ``fc2`` and ``drop``
+    after each projection."""
+
+    linear1 = "fc1"
+    linear2 = "fc2"
+    activation = "act"
+    dropout1 = dropout2 = "drop"
+
+
+class PaddleNLPFusedLlamaAdapter(FeedForwardAdapter):
+    """The feed-forward of PaddleNLP's Llama, where one projection has the columns of both."""
+
+    linear1 = "gate_up_fused_proj"
+    linear2 = "down_proj"
+    activation = None
+    gated = True
+
+    def reason_against(self, layer: Any) -> str | None:
+        return None if layer.fuse_attention_ffn else "its gate_proj and up_proj are separate"
+
+    def activation_name(self, layer: Any) -> str | None:
+        return "silu" if layer.fuse_attention_ffn else None
+
+
+class PaddleNLPReluAdapter(FeedForwardAdapter):
+    """The feed-forward of PaddleNLP's T5 and MT5, whose activation is written into the forward."""
+
+    linear1 = "wi"
+    linear2 = "wo"
+    activation = None
+    dropout1 = "dropout"
+
+    def activation_name(self, layer: Any) -> str | None:
+        return "relu"
+
+
+def adapter_of_names(
+    linear1: str, linear2: str, activation: str, dropout1: str | None = None, dropout2: str | None = None
+) -> FeedForwardAdapter:
+    """An adapter that knows nothing but names."""
+    adapter = FeedForwardAdapter()
+    adapter.linear1, adapter.linear2, adapter.activation = linear1, linear2, activation
+    adapter.dropout1, adapter.dropout2 = dropout1, dropout2
+    return adapter

@@ -1,8 +1,9 @@
-"""``paddle.nn.TransformerEncoderLayer`` with its attention, norm1, dropout1 and the first residual as one operator.
+"""``paddle.nn.TransformerEncoderLayer`` as two operators: its attention and its feed-forward, each with its layer norm,
+dropout and residual.
 
-All sublayers stay where they are; only the parameters of the query, key and value projections are packed. A call runs
-the operator if all parts are as Paddle's layer makes them. Otherwise (hooks, replaced parts, quantization, attention
-weights that are asked for) it calls the parts one by one.
+All sublayers stay where they are; only the parameters of the query, key and value projections are packed. In a call
+each half runs its operator if all of its parts are as Paddle's layer makes them. Otherwise (hooks, replaced parts,
+quantization, attention weights that are asked for) it calls its parts one by one.
 """
 
 from __future__ import annotations
@@ -14,30 +15,35 @@ from paddle import nn
 
 from .._block import MODES, Block
 from .._checks import check_tensor
+from .._feed_forward import FeedForward, feed_forward
 from .._loading import OwnEntries
 from .._ordinary_ops import additive_mask, attention_with_cache
 from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_of, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
 from ..weights import KINDS, QKV_PARAMETERS
-from .adapters import wants_gradient
+from .adapters import adapter_of_names, wants_gradient
+from .feed_forward import describe, reason_against_feed_forward
 from .packed import PackedAttention, active_rate, pack, packed_class, separate
 from .registry import PADDLE_ADAPTER, reason_against
 
 PackedMultiHeadAttention = packed_class(nn.MultiHeadAttention, PADDLE_ADAPTER)
 # Libraries' own forwards of Paddle's encoder layer, which ConvertedEncoderLayer.forward stands for.
 _KNOWN_FORWARDS = ("paddlenlp.transformers.model_outputs", "paddleformers.transformers.model_outputs")
+_FEED_FORWARD = adapter_of_names("linear1", "linear2", "activation", "dropout", "dropout2")
 
 
 class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
-    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operator. Arguments and results are those of the base
+    """A ``paddle.nn.TransformerEncoderLayer`` that runs the operators. Arguments and results are those of the base
     class, and of PaddleNLP's and PaddleFormers' own forward: with ``output_attentions`` or ``self_attn.need_weights``
-    ordinary ops run, and the result is a tuple that ends with the attention's weights
+    attention is made of ordinary ops, and the result is a tuple that ends with the attention's weights
     ``[batch, num_heads, seq_len, keys]``."""
+
+    _serves_feed_forward = True  # as it was found at the conversion
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        fuse(self)
+        fuse(self, reason_against_attention(self, {}) is None, reason_against_second_half(self) is None)
 
     def forward(
         self,
@@ -58,10 +64,24 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return (out, *more) if more else out
 
     def _feed_forward(self, src: paddle.Tensor) -> paddle.Tensor:
+        description = self._describe_feed_forward(src)
+        if description is not None:
+            return feed_forward(description)
         hidden = self.norm2(src) if self.normalize_before else src
         hidden = self.linear2(self.dropout(self.activation(self.linear1(hidden))))
         out = src + self.dropout2(hidden)
         return out if self.normalize_before else self.norm2(out)
+
+    @paddle.jit.not_to_static
+    def _describe_feed_forward(self, src: Any) -> FeedForward | None:
+        """None if the operator may not compute what the parts would."""
+        norm = self._sub_layers.get("norm2")
+        if not self._serves_feed_forward or not is_plain(norm, nn.LayerNorm) or len(norm._normalized_shape) != 1:
+            return None
+        before = bool(self.normalize_before)
+        scale, bias = parameters_of(norm, KINDS)
+        norms = (scale, bias, None, None) if before else (None, None, scale, bias)
+        return describe(self, _FEED_FORWARD, src, norms, norm._epsilon, before)
 
     @paddle.jit.not_to_static
     def _is_untouched(self, mask: Any) -> bool:
@@ -131,26 +151,42 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return with_old_names(state, prefix)
 
 
-def reason_against_encoder_layer(layer: Any, uses: dict) -> str | None:
-    """Why an encoder layer can't be converted; None if it can."""
+def reason_against_encoder_layer(layer: Any) -> str | None:
+    """Why neither half of an encoder layer can be converted, whatever its parts; None if these decide."""
     if type(layer) is not nn.TransformerEncoderLayer:
         return f"a subclass of paddle.nn.TransformerEncoderLayer, {type(layer).__name__}"
-    for kind in (nn.TransformerEncoderLayer, nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout, nn.Linear):
-        reason = reason_against_class(kind, *(_KNOWN_FORWARDS if kind is nn.TransformerEncoderLayer else ()))
-        if reason is not None:
-            return reason
+    reason = reason_against_class(nn.TransformerEncoderLayer, *_KNOWN_FORWARDS)
+    if reason is not None:
+        return reason
     if "forward" in vars(layer):
         return "its forward was replaced"
-    attention, norm, dropout = layer.self_attn, layer.norm1, layer.dropout1
-    for name, kind in (("self_attn", nn.MultiHeadAttention), ("norm1", nn.LayerNorm), ("dropout1", nn.Dropout)):
-        part = getattr(layer, name)
-        if type(part) is not kind:
-            return f"its {name} is a {type(part).__name__}, not a paddle.nn.{kind.__name__}"
-        if not is_plain(part, kind):
-            return f"its {name} has hooks or a forward of its own"
     # The libraries' forward sets need_weights in every call, as its argument says, and leaves it so.
-    if attention.need_weights and origin_of_forward(nn.TransformerEncoderLayer) is None:
+    if (
+        getattr(getattr(layer, "self_attn", None), "need_weights", False)
+        and origin_of_forward(nn.TransformerEncoderLayer) is None
+    ):
         return "its self_attn has need_weights=True"
+    return None
+
+
+def _reason_against_part(layer: Any, name: str, kind: Any) -> str | None:
+    part = getattr(layer, name, None)
+    if type(part) is not kind:
+        return f"its {name} is a {type(part).__name__}, not a paddle.nn.{kind.__name__}"
+    return None if is_plain(part, kind) else f"its {name} has hooks or a forward of its own"
+
+
+def reason_against_attention(layer: Any, uses: dict) -> str | None:
+    """Why the attention of an encoder layer can't run the operator, with norm1 and dropout1; None if it can."""
+    for kind in (nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout, nn.Linear):
+        reason = reason_against_class(kind)
+        if reason is not None:
+            return reason
+    for name, kind in (("self_attn", nn.MultiHeadAttention), ("norm1", nn.LayerNorm), ("dropout1", nn.Dropout)):
+        reason = _reason_against_part(layer, name, kind)
+        if reason is not None:
+            return reason
+    attention, norm, dropout = layer.self_attn, layer.norm1, layer.dropout1
     for name in ("kdim", "vdim"):
         if getattr(attention, name) != attention.embed_dim:
             return f"its self_attn has {name}={getattr(attention, name)}, other than embed_dim {attention.embed_dim}"
@@ -161,15 +197,34 @@ def reason_against_encoder_layer(layer: Any, uses: dict) -> str | None:
     return reason_against(attention, PADDLE_ADAPTER, uses, "self_attn.")
 
 
-def fuse(layer: nn.TransformerEncoderLayer) -> None:
-    """Converts an encoder layer in place."""
-    pack(layer.self_attn, PADDLE_ADAPTER)
-    layer.self_attn.need_weights = False
+def reason_against_second_half(layer: Any) -> str | None:
+    """Why the feed-forward of an encoder layer can't run the operator, with norm2 and dropout2; None if it can."""
+    reason = reason_against_class(nn.LayerNorm) or _reason_against_part(layer, "norm2", nn.LayerNorm)
+    if reason is not None:
+        return reason
+    reason = reason_against_feed_forward(layer, _FEED_FORWARD)
+    if reason is not None:
+        return reason
+    shape, embed_dim = list(layer.norm2._normalized_shape), layer.linear1.weight.shape[0]
+    return None if shape == [embed_dim] else f"its norm2 is over {shape}, other than embed_dim {embed_dim}"
+
+
+def fuse(layer: nn.TransformerEncoderLayer, with_attention: bool, with_feed_forward: bool) -> None:
+    """Converts an encoder layer in place, only the halves that are served."""
+    if with_attention:
+        pack(layer.self_attn, PADDLE_ADAPTER)
+    attention: Any = getattr(layer, "self_attn", None)
+    if getattr(attention, "need_weights", False):
+        attention.need_weights = False
+    if not with_feed_forward:
+        layer.__dict__["_serves_feed_forward"] = False
     layer.__class__ = ConvertedEncoderLayer
 
 
 def unfuse(layer: ConvertedEncoderLayer) -> None:
     """The inverse of :func:`fuse`."""
-    if isinstance(layer.self_attn, PackedAttention):
-        separate(layer.self_attn)
+    attention = getattr(layer, "self_attn", None)
+    if isinstance(attention, PackedAttention):
+        separate(attention)
+    layer.__dict__.pop("_serves_feed_forward", None)
     layer.__class__ = nn.TransformerEncoderLayer

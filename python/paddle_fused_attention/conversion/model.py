@@ -1,10 +1,11 @@
-"""Whole models: every attention that the operator can serve, and back."""
+"""Whole models: every attention and feed-forward that an operator can serve, and back."""
 
 from __future__ import annotations
 
 import gc
 import re
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, Iterable
 
 import paddle
@@ -12,7 +13,16 @@ from paddle import nn
 
 from .._checks import check_model
 from ..report import Report
-from .encoder_layer import ConvertedEncoderLayer, fuse, reason_against_encoder_layer, unfuse
+from .adapters import AttentionAdapter
+from .encoder_layer import (
+    ConvertedEncoderLayer,
+    fuse,
+    reason_against_attention,
+    reason_against_encoder_layer,
+    reason_against_second_half,
+    unfuse,
+)
+from .feed_forward import FusedFeedForward, fuse_feed_forward, unfuse_feed_forward
 from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
 
@@ -31,18 +41,18 @@ _PROJECTIONS = (
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
-    """Makes a model run the operator for every attention that it can serve. These are each
-    ``paddle.nn.TransformerEncoderLayer``, of either norm order, with its layer norm, dropout and residual, and each
-    layer whose class has an adapter (:func:`register_adapter`). Outputs and gradients are the same, up to rounding;
-    dropout draws other masks.
+    """Makes a model run the operators for every attention and feed-forward that they can serve. These are both halves
+    of each ``paddle.nn.TransformerEncoderLayer``, of either norm order, with their layer norm, dropout and residual,
+    and each layer whose class has an adapter (:func:`register_adapter`). Outputs and gradients are the same, up to
+    rounding; dropout draws other masks.
 
     The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value
     projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters that are trained as those
-    were. Everything else stays the same object: other parameters, sublayers, modes, hooks. Later changes take effect:
-    dropout rates, modes, hooks, replaced sublayers, attention weights that are asked for. If the operator does not
-    serve such a call, the class's own forward runs. The packed projections stay as sublayers without ``weight`` and
-    ``bias``. Gradient hooks (``Tensor.register_hook``) of their parameters are lost, since Paddle does not tell of
-    them.
+    were. Everything else stays the same object: other parameters, all those of a feed-forward among them, sublayers,
+    modes, hooks. Later changes take effect: dropout rates, modes, hooks, replaced sublayers and activations, attention
+    weights that are asked for. If an operator does not serve such a call, the class's own forward runs, of an encoder
+    layer that of the half. The packed projections stay as sublayers without ``weight`` and ``bias``. Gradient hooks
+    (``Tensor.register_hook``) of their parameters are lost, since Paddle does not tell of them.
 
     Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and
     ``paddle.jit.to_static``. Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names
@@ -51,18 +61,19 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all
     alike.
 
-    What the operator can't serve is left alone: attention of other classes, subclasses, ``kdim``, ``vdim``,
-    ``need_weights``; parts that were replaced, have hooks or a forward of their own, or share parameters with others;
-    classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
+    What an operator can't serve is left alone, of an encoder layer only that half: attention of other classes,
+    subclasses, ``kdim``, ``vdim``, ``need_weights``; activations other than relu, gelu and silu; parts that were
+    replaced, have hooks or a forward of their own, or whose packed parameters others share; classes whose forward was
+    replaced by anything but PaddleNLP and PaddleFormers.
 
     Args:
         model: A layer in dygraph. A sublayer that is used several times is converted once.
         return_report: Whether to return what was converted and what was left alone. Otherwise there is a warning if
-            some attention was left alone or none was found.
+            something was left alone or nothing was found.
 
     Returns:
         The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts
-            by layer name.
+            by layer name. An encoder layer of which one half was converted is in both, with the names of the halves.
 
     Raises:
         TypeError: ``model`` is not a layer.
@@ -71,19 +82,22 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     """
     _check_model("convert", model)
     report = Report()
-    encoder_layers, attentions = _find(model, report)
-    _check_not_in_use("convert", [*encoder_layers, *attentions], _separate_parameters(encoder_layers, attentions))
-    for layer in encoder_layers:
-        fuse(layer)
-    for layer in attentions:
-        adapter = adapter_for(type(layer))
-        assert adapter is not None
-        pack(layer, adapter)
+    found = _find(model, report)
+    packed = [layer.self_attn for layer, halves in found.encoder_layers if "attention" in halves]
+    packed += found.attentions
+    changed = [*(layer for layer, _ in found.encoder_layers), *found.attentions, *found.feed_forwards]
+    _check_not_in_use("convert", changed, _separate_parameters(packed))
+    for layer, halves in found.encoder_layers:
+        fuse(layer, "attention" in halves, "feed-forward" in halves)
+    for layer in found.attentions:
+        pack(layer, adapter_for(type(layer)))
+    for layer in found.feed_forwards:
+        fuse_feed_forward(layer, adapter_for(type(layer)))
     if return_report:
         return model, report
     if report.left_alone or not report.converted:
-        found = "\n".join(report.lines_of_left_alone()) or "found no attention"
-        warnings.warn(f"convert: {found}", stacklevel=2)
+        lines = "\n".join(report.lines_of_left_alone()) or "found no attention and no feed-forward"
+        warnings.warn(f"convert: {lines}", stacklevel=2)
     return model
 
 
@@ -100,15 +114,18 @@ def revert(model: nn.Layer) -> nn.Layer:
     _check_model("revert", model)
     layers = model.sublayers(include_self=True)
     encoder_layers = [layer for layer in layers if isinstance(layer, ConvertedEncoderLayer)]
-    inside = {id(layer.self_attn) for layer in encoder_layers}
+    inside = {id(layer._sub_layers.get("self_attn")) for layer in encoder_layers}
     attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
+    feed_forwards = [layer for layer in layers if isinstance(layer, FusedFeedForward)]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
     parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
-    _check_not_in_use("revert", [*encoder_layers, *attentions], parameters)
+    _check_not_in_use("revert", [*encoder_layers, *attentions, *feed_forwards], parameters)
     for layer in encoder_layers:
         unfuse(layer)
     for layer in attentions:
         separate(layer)
+    for layer in feed_forwards:
+        unfuse_feed_forward(layer)
     return model
 
 
@@ -120,12 +137,24 @@ def _check_model(function: str, model: Any) -> None:
         )
 
 
-def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
-    """The encoder layers and the attentions to convert; they and what is left alone are reported."""
+@dataclass
+class _Found:
+    """The layers to convert.
+
+    Attributes:
+        encoder_layers: Each with the halves that are served, "attention" and "feed-forward".
+    """
+
+    encoder_layers: list = field(default_factory=list)
+    attentions: list = field(default_factory=list)
+    feed_forwards: list = field(default_factory=list)
+
+
+def _find(model: nn.Layer, report: Report) -> _Found:
+    """The layers to convert; they and what is left alone are reported."""
     uses = _count_uses(model)
     layers = list(model.named_sublayers(include_self=True))
-    encoder_layers: list = []
-    attentions: list = []
+    found = _Found()
     settled: set = set()  # layers that are reported, or lie in one that is
     for name, layer in layers:
         if id(layer) in settled:
@@ -134,32 +163,50 @@ def _find(model: nn.Layer, report: Report) -> tuple[list, list]:
             settled.update(map(id, layer.sublayers()))
             continue
         if isinstance(layer, nn.TransformerEncoderLayer):
-            reason = reason_against_encoder_layer(layer, uses)
-            found, what = encoder_layers, f"{'pre' if layer.normalize_before else 'post'}-layer-norm encoder layer"
-        elif _is_attention(layer):
-            adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
-            reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
-            found, what = attentions, full_name(type(layer))
-        else:
+            _look_at_encoder_layer(name, layer, uses, found, report)
+            settled.update(map(id, layer.sublayers()))
+            continue
+        adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
+        if adapter is None and not _is_attention(layer):
             continue
         settled.update(map(id, layer.sublayers()))
-        if reason is None:
-            found.append(layer)
-            report.converted[name] = what
-        else:
+        reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
+        if reason is not None:
             report.left_alone[name] = reason
-    return encoder_layers, attentions
+            continue
+        report.converted[name] = full_name(type(layer))
+        (found.attentions if isinstance(adapter, AttentionAdapter) else found.feed_forwards).append(layer)
+    return found
+
+
+def _look_at_encoder_layer(name: str, layer: Any, uses: dict, found: _Found, report: Report) -> None:
+    reason = reason_against_encoder_layer(layer)
+    if reason is not None:
+        report.left_alone[name] = reason
+        return
+    reasons = {"attention": reason_against_attention(layer, uses), "feed-forward": reason_against_second_half(layer)}
+    served = [half for half, reason in reasons.items() if reason is None]
+    if served:
+        order = "pre" if layer.normalize_before else "post"
+        report.converted[name] = f"{order}-layer-norm encoder layer, {' and '.join(served)}"
+        found.encoder_layers.append((layer, served))
+    against = {half: reason for half, reason in reasons.items() if reason is not None}
+    if len(set(against.values())) == 1 and not served:
+        report.left_alone[name] = against["attention"]
+    elif against:
+        report.left_alone[name] = "; ".join(f"{half}: {reason}" for half, reason in against.items())
 
 
 def _is_ours(layer: nn.Layer) -> bool:
-    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention)) or type(layer).__module__.startswith(
-        _OUR_MODULES
-    )
+    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention, FusedFeedForward)) or type(
+        layer
+    ).__module__.startswith(_OUR_MODULES)
 
 
 def _is_attention(layer: nn.Layer) -> bool:
+    """Whether a layer without an adapter seems to be an attention."""
     kind = type(layer)
-    if adapter_for(kind) is not None:
+    if kind is nn.MultiHeadAttention:
         return True
     if not layer._parameters and not layer._sub_layers:
         return False
@@ -192,13 +239,11 @@ def _count_uses(model: nn.Layer) -> dict:
     return counts
 
 
-def _separate_parameters(encoder_layers: list, attentions: list) -> dict:
+def _separate_parameters(attentions: list) -> dict:
     """The names of the parameters that would be packed, by id."""
     found = {}
-    for attention in (*(layer.self_attn for layer in encoder_layers), *attentions):
-        adapter = adapter_for(type(attention))
-        assert adapter is not None
-        for name in adapter.layout(attention)[0]:
+    for attention in attentions:
+        for name in adapter_for(type(attention)).layout(attention)[0]:
             for kind, parameter in getattr(attention, name)._parameters.items():
                 if parameter is not None:
                     found[id(parameter)] = f"{name}.{kind}"

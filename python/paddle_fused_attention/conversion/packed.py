@@ -184,29 +184,38 @@ class PackedAttention(OwnEntries):
 _classes: dict[type, type[Any]] = {}
 
 
-def packed_class(original: type, adapter: AttentionAdapter) -> type[Any]:
-    """The class of the packed layers of a class, always the same one for the same adapter."""
+def derived_class(base: type, original: type, adapter: Any, prefix: str, what: str) -> type[Any]:
+    """The class of the converted layers of a class, always the same one for the same adapter."""
     known = _classes.get(original)
     if known is None or known._adapter is not adapter:
         known = type(
-            f"Packed{original.__name__}",
-            (PackedAttention, original),
-            {"_adapter": adapter, "_original": original, "__doc__": f"A {original.__name__} with packed projections."},
+            f"{prefix}{original.__name__}",
+            (base, original),
+            {"_adapter": adapter, "_original": original, "__doc__": f"A {original.__name__} {what}."},
         )
         _classes[original] = known
     return known
 
 
-def _new_packed(original: type) -> Any:
+def packed_class(original: type, adapter: AttentionAdapter) -> type[Any]:
+    return derived_class(PackedAttention, original, adapter, "Packed", "with packed projections")
+
+
+def adapter_of_pickle(original: type, kind: type) -> Any:
+    """The adapter, of the class `kind`, of a layer that is unpickled."""
     from .registry import adapter_for
 
     adapter = adapter_for(original)
-    if adapter is None:
+    if not isinstance(adapter, kind):
         raise TypeError(
             f"expected an adapter for {original.__module__}.{original.__qualname__}, as register_adapter takes, got "
-            "none"
+            f"{'none' if adapter is None else f'a {type(adapter).__name__}'}"
         )
-    kind: Any = packed_class(original, adapter)
+    return adapter
+
+
+def _new_packed(original: type) -> Any:
+    kind: Any = packed_class(original, adapter_of_pickle(original, AttentionAdapter))
     return kind.__new__(kind)
 
 

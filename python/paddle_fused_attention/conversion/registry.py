@@ -1,68 +1,107 @@
-"""The adapters by class, and the conditions on which an adapter serves an attention."""
+"""The adapters by class, and the conditions on which an adapter serves a layer."""
 
 from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import paddle
 from paddle import nn
 
 from .._parts import is_plain, is_plain_dropout, reason_against_class, reason_against_linear
-from .adapters import AttentionAdapter, PaddleAdapter, PaddleNLPGPTAdapter, VisionTransformerAdapter
+from .adapters import (
+    AttentionAdapter,
+    FeedForwardAdapter,
+    PaddleAdapter,
+    PaddleNLPFusedLlamaAdapter,
+    PaddleNLPGPTAdapter,
+    PaddleNLPReluAdapter,
+    VisionTransformerAdapter,
+    VisionTransformerMlpAdapter,
+    adapter_of_names,
+)
+from .feed_forward import fuse_feed_forward, reason_against_feed_forward, unfuse_feed_forward
 from .packed import pack, training_attributes
 
 PADDLE_ADAPTER = PaddleAdapter()
 
+_OF_PADDLENLP: dict[str, Any] = {
+    "blip.modeling.BlipMLP": adapter_of_names("fc1", "fc2", "activation_fn"),
+    "blip_2.modeling.Blip2MLP": adapter_of_names("fc1", "fc2", "activation_fn"),
+    "clipseg.modeling.CLIPSegMLP": adapter_of_names("fc1", "fc2", "activation_fn"),
+    "codegen.modeling.CodeGenMLP": adapter_of_names("fc_in", "fc_out", "act", None, "dropout"),
+    "ernie_doc.modeling.PointwiseFFN": adapter_of_names("linear1", "linear2", "activation", "dropout"),
+    "ernie_gen.modeling.PositionwiseFeedForwardLayer": adapter_of_names("i", "o", "act", "dropout"),
+    "gpt.modeling.MultiHeadAttention": PaddleNLPGPTAdapter(),
+    "gptj.modeling.GPTJMLP": adapter_of_names("fc_in", "fc_out", "act", None, "dropout"),
+    "llama.modeling.LlamaMLP": PaddleNLPFusedLlamaAdapter(),
+    "mt5.modeling.MT5DenseReluDense": PaddleNLPReluAdapter(),
+    "speecht5.modeling.SpeechT5FeedForward": adapter_of_names(
+        "intermediate_dense", "output_dense", "intermediate_act_fn", "intermediate_dropout", "output_dropout"
+    ),
+    "t5.modeling.T5DenseReluDense": PaddleNLPReluAdapter(),
+    "xlm.modeling.TransformerFFN": adapter_of_names("lin1", "lin2", "act", None, "dropout"),
+}
+_OF_PADDLECLAS: dict[str, Any] = {
+    "legendary_models.swin_transformer.Mlp": VisionTransformerMlpAdapter(),
+    "model_zoo.cae.Mlp": adapter_of_names("fc1", "fc2", "act", None, "drop"),
+    "model_zoo.cswin_transformer.Mlp": adapter_of_names("fc1", "fc2", "act", "dropout", "dropout"),
+    "model_zoo.cvt.Mlp": VisionTransformerMlpAdapter(),
+    "model_zoo.mobilevit.Mlp": adapter_of_names("fc1", "fc2", "act", "dropout1", "dropout2"),
+    "model_zoo.svtrnet.Mlp": VisionTransformerMlpAdapter(),
+    "model_zoo.swin_transformer_v2.Mlp": VisionTransformerMlpAdapter(),
+    "model_zoo.tnt.Mlp": VisionTransformerMlpAdapter(),
+    "model_zoo.vision_transformer.Attention": VisionTransformerAdapter(),
+    "model_zoo.vision_transformer.Mlp": VisionTransformerMlpAdapter(),
+}
 # By class, or by name for classes of packages that may not be there.
-_adapters: dict[Any, AttentionAdapter] = {
-    "paddlenlp.transformers.gpt.modeling.MultiHeadAttention": PaddleNLPGPTAdapter(),
-    "ppcls.arch.backbone.model_zoo.vision_transformer.Attention": VisionTransformerAdapter(),
-    "paddleclas.ppcls.arch.backbone.model_zoo.vision_transformer.Attention": VisionTransformerAdapter(),
+_adapters: dict[Any, Any] = {
+    **{f"paddlenlp.transformers.{name}": adapter for name, adapter in _OF_PADDLENLP.items()},
+    # PaddleClas is used as a checkout or as a package.
+    **{f"ppcls.arch.backbone.{name}": adapter for name, adapter in _OF_PADDLECLAS.items()},
+    **{f"paddleclas.ppcls.arch.backbone.{name}": adapter for name, adapter in _OF_PADDLECLAS.items()},
 }
 
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def register_adapter(attention_class: type | str, adapter: AttentionAdapter) -> None:
+def register_adapter(layer_class: type | str, adapter: AttentionAdapter | FeedForwardAdapter) -> None:
     """Makes :func:`convert` serve the layers of a class.
 
     Args:
-        attention_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``.
+        layer_class: A subclass of ``paddle.nn.Layer``, or its full name, such as ``"my_package.vision.Attention"``.
             Derived classes are not meant. A new adapter replaces the class's old one.
-        adapter: An :class:`AttentionAdapter`.
+        adapter: An :class:`AttentionAdapter` or a :class:`FeedForwardAdapter`.
 
     Raises:
         TypeError: An argument is of another type.
         ValueError: The class is one that the package knows by itself.
     """
-    if isinstance(attention_class, str):
-        if not _DOTTED_NAME.fullmatch(attention_class):
+    if isinstance(layer_class, str):
+        if not _DOTTED_NAME.fullmatch(layer_class):
             raise ValueError(
-                "attention_class: expected a class or its full name, as 'package.module.Class', got "
-                f"{attention_class!r}"
+                f"layer_class: expected a class or its full name, as 'package.module.Class', got {layer_class!r}"
             )
-    elif not isinstance(attention_class, type) or not issubclass(attention_class, nn.Layer):
-        raise TypeError(
-            f"attention_class: expected a subclass of paddle.nn.Layer or its full name, got {attention_class!r}"
-        )
-    if attention_class is nn.MultiHeadAttention or attention_class == full_name(nn.MultiHeadAttention):
-        raise ValueError(
-            "attention_class: expected a class of your own or of another library, got paddle.nn.MultiHeadAttention"
-        )
-    if not isinstance(adapter, AttentionAdapter):
-        raise TypeError(f"adapter: expected an AttentionAdapter, got {type(adapter).__name__}")
-    _adapters[attention_class] = adapter
+    elif not isinstance(layer_class, type) or not issubclass(layer_class, nn.Layer):
+        raise TypeError(f"layer_class: expected a subclass of paddle.nn.Layer or its full name, got {layer_class!r}")
+    for known in (nn.MultiHeadAttention, nn.TransformerEncoderLayer):
+        if layer_class is known or layer_class == full_name(known):
+            raise ValueError(
+                f"layer_class: expected a class of your own or of another library, got paddle.nn.{known.__name__}"
+            )
+    if not isinstance(adapter, (AttentionAdapter, FeedForwardAdapter)):
+        raise TypeError(f"adapter: expected an AttentionAdapter or a FeedForwardAdapter, got {type(adapter).__name__}")
+    _adapters[layer_class] = adapter
 
 
 def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def adapter_for(kind: type) -> AttentionAdapter | None:
-    """The adapter of a class."""
+def adapter_for(kind: type) -> Any:
+    """The adapter of a class, of attention or of a feed-forward; None if there is none."""
     if kind is nn.MultiHeadAttention:
         return PADDLE_ADAPTER
     return _adapters.get(kind) or _adapters.get(full_name(kind))
@@ -108,7 +147,7 @@ def reason_against(attention: Any, adapter: AttentionAdapter, uses: dict, prefix
             return f"the {kind} of {', '.join(projections)} differ in dtype or in how they are trained"
     for part in (attention, *layers):
         for child in (part, *part._parameters.values()):
-            if child is not None and uses[id(child)] > 1:
+            if child is not None and uses.get(id(child), 0) > 1:
                 return f"it shares its {type(part).__name__} or a parameter of it with another layer"
     return None
 
@@ -128,38 +167,97 @@ def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | N
     return None
 
 
-def reason_against_adapted(attention: Any, adapter: AttentionAdapter, uses: dict) -> str | None:
-    """As :func:`reason_against`, for classes other than Paddle's: the adapter must name everything in the layer, and a
-    packed copy must give the numbers of the class's own forward."""
-    if not is_plain(attention, type(attention)):
+def reason_against_adapted(layer: Any, adapter: Any, uses: dict) -> str | None:
+    """Why a layer of another class than Paddle's can't be converted; None if it can. The adapter must name everything
+    in it, and a converted copy must give the numbers of the class's own forward."""
+    if not is_plain(layer, type(layer)):
         return "it has hooks or a forward of its own"
-    reason = reason_against(attention, adapter, uses)
+    if isinstance(adapter, AttentionAdapter):
+        reason = reason_against(layer, adapter, uses)
+        named = [*adapter.layout(layer)[0], adapter.output] if reason is None else []
+    else:
+        reason = reason_against_feed_forward(layer, adapter)
+        named = [adapter.linear1, adapter.linear2, adapter.activation]
     if reason is not None:
         return reason
-    known = {*adapter.layout(attention)[0], adapter.output, *adapter.dropouts(), *adapter.ignored}
-    for name in (*attention._sub_layers, *attention._parameters, *attention._buffers):
+    known = {*named, *adapter.dropouts(), *adapter.ignored}
+    for name in (*layer._sub_layers, *layer._parameters, *layer._buffers):
         if name not in known:
             return f"it has {name}, which its adapter does not name"
-    return _reason_against_numbers(attention, adapter)
+    return (_reason_against_numbers if isinstance(adapter, AttentionAdapter) else _reason_against_trials)(
+        layer, adapter
+    )
 
 
 def _reason_against_numbers(attention: Any, adapter: AttentionAdapter) -> str | None:
     copied = copy.deepcopy(attention)
     copied.to(dtype="float32")
     copied.eval()
-    embed_dim = getattr(copied, adapter.output).weight.shape[0]
-    numbers = np.random.default_rng(0).standard_normal((2, 5, embed_dim)).astype("float32")
-    x = paddle.to_tensor(numbers, place=getattr(copied, adapter.output).weight.place)
+    x = _example(getattr(copied, adapter.output).weight)
+    return _reason_against_change(copied, adapter, x, lambda: pack(copied, adapter))
+
+
+def _reason_against_trials(layer: Any, adapter: FeedForwardAdapter) -> str | None:
+    """Tries a feed-forward in evaluation mode, and in training mode with nothing dropped; the order in which it calls
+    its parts tells where its dropouts stand."""
+    for name in (adapter.linear1, adapter.linear2):
+        for parameter in getattr(layer, name)._parameters.values():
+            if parameter is not None and (parameter.is_dist() or not parameter._is_initialized()):
+                found = (
+                    "spread over devices" if parameter.is_dist() else "without values, as paddle.LazyGuard leaves it"
+                )
+                return f"a parameter of its {name} is {found}"
+    tried = copy.deepcopy(layer)
+    tried.to(dtype="float32")
+    for name in adapter.dropouts():
+        getattr(tried, name).p = 0.0
+    x = _example(getattr(tried, adapter.linear1).weight)
+    state = paddle.get_rng_state()  # in training mode a forward may draw something
+    try:
+        for training in (False, True):
+            tried.train() if training else tried.eval()
+            reason = _reason_against_change(tried, adapter, x, lambda: fuse_feed_forward(tried, adapter))
+            if reason is not None:
+                return f"{reason}, in training mode" if training else reason
+            unfuse_feed_forward(tried)
+        return _reason_against_order(tried, adapter, x)
+    finally:
+        paddle.set_rng_state(state)
+
+
+def _reason_against_order(layer: Any, adapter: FeedForwardAdapter, x: Any) -> str | None:
+    names = (adapter.linear1, adapter.activation, adapter.dropout1, adapter.linear2, adapter.dropout2)
+    expected = [name for name in names if name is not None and name in layer._sub_layers]
+    order: list[str] = []
+    hooks = [
+        layer._sub_layers[name].register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name in dict.fromkeys(expected)
+    ]
+    with paddle.no_grad():
+        layer(*adapter.example(x))
+    for hook in hooks:
+        hook.remove()
+    return None if order == expected else f"its forward calls {', '.join(order)}, and not {', '.join(expected)}"
+
+
+def _example(weight: Any) -> Any:
+    """x for a trial, on the device of a weight with as many rows as x has columns."""
+    numbers = np.random.default_rng(0).standard_normal((2, 5, weight.shape[0])).astype("float32")
+    return paddle.to_tensor(numbers, place=weight.place)
+
+
+def _reason_against_change(layer: Any, adapter: Any, x: Any, change: Callable) -> str | None:
+    """What tells against converting a layer, a copy, by `change`: the numbers that it gives before and after."""
     arguments = adapter.example(x)
     with paddle.no_grad():
         try:
-            expected = copied(*arguments)
+            expected = layer(*arguments)
         except Exception as error:
             return f"its forward could not be tried: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        pack(copied, adapter)
-        if adapter.inputs(copied, *arguments) is None:
+        change()
+        if adapter.inputs(layer, *arguments) is None:
             return "its adapter does not serve its example"
-        actual = copied(*arguments)
+        actual = layer(*arguments)
     expected, actual = (result if isinstance(result, (tuple, list)) else (result,) for result in (expected, actual))
     if list(map(_shape_of, expected)) != list(map(_shape_of, actual)) or _shape_of(actual[0]) != x.shape:
         return "its forward returns something else than the operator"

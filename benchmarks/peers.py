@@ -1,0 +1,137 @@
+"""Libraries that take turns at the same work, each in a process of its own: their threads would disturb each other in
+one. All get the same cores and the same number of threads.
+
+A benchmark starts itself anew as the process of a library, a `Worker`, which answers requests by `serve`.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+LONG = 20.0  # seconds that a library's turns may take, once it has had three
+PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
+
+
+class Worker:
+    """The process of a library, pinned to `threads` cores: `script --worker library`."""
+
+    def __init__(self, script, library, threads):
+        self.library = library
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # before the library is imported
+        for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they would hold back peers
+            environment.pop(name, None)
+        self._process = subprocess.Popen(
+            [sys.executable, os.path.abspath(script), "--worker", library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    def ask(self, **request):
+        """The library's answer; where it fails, the benchmark ends with the reason."""
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "its process ended"}
+        if "error" in answer:
+            self.close()
+            raise SystemExit(f"{self.library} failed at {' '.join(map(str, request.values()))}: {answer['error']}")
+        return answer["value"]
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def serve(answer):
+    """In the process of a library: answers requests by `answer(**request)`, until standard input ends."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the library prints is no answer
+    for line in sys.stdin:
+        try:
+            reply = {"value": answer(**json.loads(line))}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        print(json.dumps(reply), file=channel, flush=True)
+
+
+def time_step(step, seconds):
+    """The seconds of a step: of one, if it takes `seconds`, and else the median of as many as take these, after it."""
+    times = []
+    while not times or sum(times[1:]) < seconds:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        if times[0] >= seconds:
+            return times[0]
+    return statistics.median(times[1:])
+
+
+def take_turns(workers, turns, **request):
+    """The median of the answers, seconds, by a worker's name. Where turns take long there are fewer, three at least."""
+    seconds = {name: [] for name in workers}
+    for _ in range(turns):
+        for name, times in seconds.items():
+            if len(times) >= 3 and sum(times) > LONG:
+                continue
+            time.sleep(PAUSE)
+            times.append(workers[name].ask(**request))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def print_header(libraries):
+    """The head of a table: milliseconds of the first of the libraries, and of each other with the ratio to it."""
+    first, *others = libraries
+    print(f"{'case':<18}{'dtype':<10}{'pass':<18}{first:>9}" + "".join(f"{name:>17}" for name in others), flush=True)
+
+
+def print_row(case, dtype, which, seconds, libraries):
+    first, *others = libraries
+    cells = "".join(
+        f"{1e3 * seconds[name]:>9.1f} {f'({seconds[name] / seconds[first]:.2f})':>7}"
+        if name in seconds
+        else f"{'-':>17}"
+        for name in others
+    )
+    print(f"{case:<18}{dtype:<10}{which:<18}{1e3 * seconds[first]:>9.1f}{cells}", flush=True)
+
+
+def draw(results, libraries, passes, threads, path):
+    """A chart of how many times the first library's time the others take. `results`: seconds by row, pass, library."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first, *others = libraries
+    figure, axes = plt.subplots(1, len(passes), figsize=(7 * len(passes), 5), sharey=True, squeeze=False)
+    width = 0.8 / max(1, len(others))
+    for axis, which in zip(axes[0], passes):
+        rows = [row.get(which, {}) for row in results.values()]
+        for i, name in enumerate(others):
+            found = [(j, row[name] / row[first]) for j, row in enumerate(rows) if name in row]
+            if not found:
+                continue
+            bars = axis.bar([j + width * i for j, _ in found], [y for _, y in found], width, label=f"{name} / {first}")
+            axis.bar_label(bars, fmt="%.1f", fontsize="small")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks([j + width * (len(others) - 1) / 2 for j in range(len(rows))])
+        axis.set_xticklabels(list(results), rotation=30, ha="right")
+        axis.set_title(f"{which}, {threads} threads")
+        axis.legend()
+    axes[0][0].set_ylabel(f"time relative to {first}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,217 @@
+"""The feed-forward block, the tail by itself and a linear layer in the core on NumPy arrays, without Paddle: every
+instruction set that this processor has, against the reference."""
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import cases
+import common
+import numpy as np
+import pytest
+from cases import DTYPES, SIXTEEN_BIT
+
+pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
+
+# The topmost decorator, so that a case's results in every set follow one another, and the reference computes once.
+EVERY_ISA = pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+
+
+def config_of(case):
+    """The core's description of a case, and the seed and offset."""
+    config = asdict(case.config)
+    seed, offset = config.pop("seed", 0), config.pop("offset", 0)
+    rows = int(np.prod(case.shape))
+    if isinstance(case, cases.FeedForwardCase):
+        config.update(
+            block="feed_forward",
+            rows=rows,
+            embed_dim=case.width,
+            hidden_dim=case.hidden,
+            pre_ln_epsilon=config.pop("ln1_epsilon"),
+            ln_epsilon=config.pop("ln2_epsilon"),
+            hidden_dropout_rate=config.pop("dropout1_rate"),
+            dropout_rate=config.pop("dropout2_rate"),
+        )
+    elif isinstance(case, cases.ResidualNormCase):
+        config.update(block="residual_norm", rows=rows, embed_dim=case.width, add_residual="residual" not in case.absent)
+    else:
+        config.update(block="linear", rows=rows, in_features=case.width, out_features=case.out_width)
+        config["activation"] = config["activation"] or "none"
+    config["dtype"] = case.dtype
+    if config["block"] != "linear":
+        config.update(residual_dtype=case.dtype_of("x"), norm_dtype=case.dtype_of("ln_scale"))
+    return config, seed % 2**64, offset
+
+
+def as_rows(a):
+    return a.reshape(-1, a.shape[-1]) if a.ndim > 1 else a
+
+
+def as_core_takes(case, arrays):
+    """Arrays without the dimensions before the last, which the core does not know."""
+    transposes = getattr(case.config, "transpose_x", False)
+    return {
+        name: a.reshape(a.shape[0], -1) if transposes and name == "x" else a if "weight" in name else as_rows(a)
+        for name, a in arrays.items()
+        if name != "d_out"
+    }
+
+
+def run(case, arrays, wanted, isa="", saves=True):
+    config, seed, offset = config_of(case)
+    inputs = as_core_takes(case, arrays)
+    out, saved = pfa_core.forward(inputs, config, seed=seed, offset=offset, saves=saves, isa=isa)
+    if not saves:
+        assert saved is None
+        return out, {}
+    gradients = pfa_core.backward(inputs, config, as_rows(arrays["d_out"]), saved, wanted, isa=isa)
+    return out, {name: g.reshape(arrays[name].shape) for name, g in gradients.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def inputs_and_expected(case):
+    inputs = common.make_inputs(case)
+    return inputs, common.expect(case, inputs)
+
+
+def check_case(case, isa="", wanted=None):
+    inputs, expected = inputs_and_expected(case)
+    arrays = common.stored_inputs(case, inputs)
+    wanted = common.differentiable(inputs) if wanted is None else list(wanted)
+    out, gradients = run(case, arrays, wanted, isa)
+    assert sorted(gradients) == sorted(wanted)
+    shaped = common.from_storage(out).reshape(expected.out.shape)
+    common.check(case, expected, shaped, {name: common.from_storage(g) for name, g in gradients.items()})
+    alone, _ = run(case, arrays, [], isa, saves=False)
+    assert np.array_equal(alone, out)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", cases.FEED_FORWARD_FEATURES)
+def test_feed_forward(feature, dtype, isa):
+    check_case(cases.FEED_FORWARD_FEATURES[feature].but(dtype=dtype), isa)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("feature", cases.FEED_FORWARD_FEATURES)
+def test_feed_forward_of_float32_residual(feature, dtype, isa):
+    check_case(cases.FEED_FORWARD_FEATURES[feature].but(dtype=dtype, residual_dtype="float32"), isa)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases.FEED_FORWARD_SIZES + cases.FEED_FORWARD_EMPTY, ids=str)
+def test_sizes_of_feed_forward(case, dtype, isa):
+    check_case(case.but(dtype=dtype), isa)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", cases.FEED_FORWARD_SMALL, ids=str)
+def test_small_sizes_of_feed_forward(case, dtype, isa):
+    check_case(case.but(dtype=dtype), isa)
+
+
+@pytest.mark.parametrize("case", cases.FEED_FORWARD_SEEDS + cases.FEED_FORWARD_RATES, ids=str)
+def test_dropout_of_feed_forward(case):
+    check_case(case.but(offset=3))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("first", [0, 3, 8, 13])
+def test_a_part_of_the_hidden_numbers(first, gated):
+    """Dropout counts them among all."""
+    check_case(cases.FULL_FEED_FORWARD.but(hidden=11, gated=gated, first_hidden=first, total_hidden=29))
+
+
+@pytest.mark.parametrize(("case", "wanted"), cases.FEED_FORWARD_SUBSETS, ids=str)
+def test_subsets_of_gradients(case, wanted):
+    check_case(case, wanted=wanted)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", cases.RESIDUAL_NORM_FEATURES)
+def test_residual_norm(feature, dtype, isa):
+    check_case(cases.RESIDUAL_NORM_FEATURES[feature].but(dtype=dtype), isa)
+
+
+@pytest.mark.parametrize("feature", ["full", "no-norm", "eval", "plain"])
+def test_subsets_of_gradients_of_residual_norm(feature):
+    for case, wanted in cases.gradient_subsets(cases.RESIDUAL_NORM_FEATURES[feature]):
+        check_case(case, wanted=wanted)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(cases.LINEAR_FEATURES.values()) + cases.LINEAR_SIZES, ids=str)
+def test_linear(case, dtype, isa):
+    check_case(case.but(dtype=dtype), isa)
+
+
+# Few rows and many, whole panels and parts of them, rows of the weight that are 4096 bytes apart.
+@EVERY_ISA
+@pytest.mark.parametrize("transpose_weight", [False, True], ids=["in-out", "out-in"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 12, 31, 64, 65, 200])
+def test_rows_and_widths_of_linear(rows, dtype, transpose_weight, isa):
+    for width, out_width in ((40, 33), (300, 128), (17, 1024)):
+        case = cases.LinearCase(shape=(rows,), width=width, out_width=out_width, dtype=dtype)
+        check_case(case.but(transpose_weight=transpose_weight, activation="gelu"), isa)
+
+
+def test_activations_far_out():
+    """Values and slopes where exponentials underflow, and in between to the last digits."""
+    from scipy import special
+
+    x = np.concatenate([np.linspace(-45.0, 45.0, 4001), [-1e4, 1e4, 0.0, -0.0, 1e-30, -1e-30]])[:, None]
+    weight = np.ones((1, 1))
+    sigmoid, cdf = special.expit, special.ndtr(x)
+    bell = np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi)
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    s = sigmoid(2 * inner)
+    slopes = {
+        "gelu": (x * cdf, cdf + x * bell),
+        "gelu_tanh": (x * s, s + 2 * x * s * (1 - s) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)),
+        "silu": (x * sigmoid(x), sigmoid(x) + x * sigmoid(x) * sigmoid(-x)),
+        "relu": (np.maximum(x, 0), (x > 0) * 1.0),
+    }
+    for isa in pfa_core.instruction_sets():
+        for name, (value, slope) in slopes.items():
+            for dtype, tolerance in (("float64", 2e-15), ("float32", 1e-6)):
+                config = dict(block="linear", rows=len(x), in_features=1, out_features=1, dtype=dtype, activation=name)
+                inputs = {"x": x.astype(dtype), "weight": weight.astype(dtype)}
+                out, saved = pfa_core.forward(inputs, config, isa=isa)
+                gradient = pfa_core.backward(inputs, config, np.ones_like(out), saved, ["x"], isa=isa)["x"]
+                np.testing.assert_allclose(out, value, rtol=tolerance, atol=tolerance)
+                np.testing.assert_allclose(gradient, slope, rtol=tolerance, atol=tolerance)
+
+
+def test_bits_do_not_depend_on_threads():
+    program = (
+        "import hashlib, sys; import numpy as np; import common, cases; from core import test_other_blocks as t\n"
+        "digest = hashlib.sha1()\n"
+        "for dtype in cases.DTYPES:\n"
+        "    for gated in (False, True):\n"
+        "        case = cases.FULL_FEED_FORWARD.but(shape=(333,), width=96, hidden=200, dtype=dtype, gated=gated)\n"
+        "        inputs = common.make_inputs(case)\n"
+        "        out, g = t.run(case, common.stored_inputs(case, inputs), common.differentiable(inputs))\n"
+        "        digest.update(out.tobytes()); [digest.update(g[n].tobytes()) for n in sorted(g)]\n"
+        "print(digest.hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "5")
+    }
+    assert len(digests) == 1
