@@ -41,7 +41,8 @@ const AttentionImplementation kHopperAttention{"hopper", why_not_hopper, hopper_
                                                hopper_attention_backward_workspace_bytes, hopper_attention_backward};
 #else  // no tensor maps, warpgroup products or vector additions to memory
 const AttentionImplementation kHopperAttention{
-    "hopper", [](const Context&, const AttentionParams&, Pass) { return "it was not compiled: that takes CUDA 12.1 or later"; },
+    "hopper",
+    [](const Context&, const AttentionParams&, Pass) { return "it was not compiled: that takes CUDA 12.1 or later"; },
     nullptr, [](const Context&, const AttentionParams&) { return size_t{0}; }, nullptr};
 #endif
 const AttentionImplementation kMmaAttention{"mma", why_not_mma, mma_attention_forward, row_statistics_workspace_bytes,

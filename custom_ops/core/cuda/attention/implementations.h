@@ -32,7 +32,8 @@ extern const AttentionImplementation kPlainAttention;
 constexpr const AttentionImplementation* kAttentionImplementations[] = {&kHopperAttention, &kMmaAttention,
                                                                         &kPlainAttention};
 
-inline const AttentionImplementation& attention_implementation(const Context& context, const AttentionParams& p, Pass pass) {
+inline const AttentionImplementation& attention_implementation(const Context& context, const AttentionParams& p,
+                                                               Pass pass) {
   for (const AttentionImplementation* implementation : kAttentionImplementations) {
     if (!implementation->why_not(context, p, pass)) return *implementation;
   }

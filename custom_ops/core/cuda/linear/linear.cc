@@ -4,8 +4,8 @@
 //   forward   y = x @ weight + bias
 //   backward  d_weight = x^T @ d_y, d_x = d_y @ weight^T
 //
-// Biases ride on the products, and so does a block's residual where there is no dropout between. Their gradients do not:
-// cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
+// Biases ride on the products, and so does a block's residual where there is no dropout between. Their gradients do
+// not: cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
 // qkv_bias belongs to attention, that of a block's last bias to the residual. Activations are kernels of their own, but
 // for relu where nobody needs what comes before it.
 #include <algorithm>

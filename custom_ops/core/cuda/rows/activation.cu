@@ -5,8 +5,8 @@
 //   gelu_tanh  x * (1 + tanh(y)) / 2 = x * sigmoid(2 y) with y = sqrt(2 / pi) * (x + 0.044715 x^3)
 //   silu       x * sigmoid(x)
 //
-// A thread has eight neighbouring numbers, whose random numbers one call of Philox gives; or one, where rows or elements
-// do not begin at multiples of eight. Threads go along rows, so that nothing is divided.
+// A thread has eight neighbouring numbers, whose random numbers one call of Philox gives; or one, where rows or
+// elements do not begin at multiples of eight. Threads go along rows, so that nothing is divided.
 #include "core/cuda/rows/activation.h"
 
 #include <algorithm>

@@ -6,8 +6,8 @@
 namespace pfa {
 namespace cuda {
 
-// z = x + dropout(y + y_bias), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be equal: a
-// number is read before it is overwritten.
+// z = x + dropout(y + y_bias), n = (z - mean) * rstd, out = n * scale + bias. Pointers to numbers of one type may be
+// equal: a number is read before it is overwritten.
 struct NormRowsForward {
   DType dtype = DType::kFloat32;      // of y, y_bias, x, z and n
   DType out_dtype = DType::kFloat32;  // dtype; or 16-bit beside a float32 z that is y

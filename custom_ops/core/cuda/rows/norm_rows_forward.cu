@@ -101,8 +101,8 @@ struct Kernel {
   }
 };
 
-// kAlone: y may have a bias, and out be wanted beside z or made of z as it is rounded. Apart, so that the others need no
-// registers for it.
+// kAlone: y may have a bias, and out be wanted beside z or made of z as it is rounded. Apart, so that the others need
+// no registers for it.
 template <class T, class P, class O, int kRowItems, bool kAlone>
 __global__ void __launch_bounds__(kMaxGroupThreads, kRowItems <= kFewItems<T> ? 2 : 1)
     norm_rows_forward_kernel(const Kernel<T, P, O> k) {

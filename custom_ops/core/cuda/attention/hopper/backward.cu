@@ -532,7 +532,8 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
 }
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
-size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args, BackwardSchedule& schedule) {
+size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args,
+             BackwardSchedule& schedule) {
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   schedule = plan(context, args);
