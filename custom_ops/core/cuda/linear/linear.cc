@@ -7,7 +7,7 @@
 // Biases ride on the products, and so does a block's residual where there is no dropout between. Their gradients do
 // not: cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
 // qkv_bias belongs to attention, that of a block's last bias to the residual. Activations are kernels of their own, but
-// for relu where nobody needs what comes before it.
+// for that of the feed-forward block where it is relu without dropout.
 #include <algorithm>
 
 #include "core/arena.h"
@@ -183,10 +183,9 @@ ActivationRows activation_of(const FeedForwardParams& p) {
   return rows;
 }
 
-MatrixProduct linear_product(const LinearParams& p, bool keeps_product) {
-  MatrixProduct product = linear(p).forward(p.dtype, p.bias, keeps_product ? p.pre_activation : p.out);
-  product.has_relu = p.activation == Activation::kRelu && !keeps_product;
-  return product;
+// relu does not ride on it: whether the product is kept must not change its bits.
+MatrixProduct linear_product(const LinearParams& p) {
+  return linear(p).forward(p.dtype, p.bias, p.pre_activation ? p.pre_activation : p.out);
 }
 
 ActivationRows activation_of(const LinearParams& p) {
@@ -288,9 +287,9 @@ size_t linear_workspace_bytes(const Context& context, const FeedForwardParams& p
 }
 
 void linear_forward(Context& context, const LinearParams& p) {
-  const MatrixProduct product = linear_product(p, p.pre_activation);
+  const MatrixProduct product = linear_product(p);
   matrix_product(context, product, p.stage_workspace);
-  if (p.activation == Activation::kNone || product.has_relu) return;
+  if (p.activation == Activation::kNone) return;
   ActivationRows rows = activation_of(p);
   rows.h = product.d;
   rows.u = p.out;
@@ -315,11 +314,7 @@ void linear_backward(Context& context, const LinearParams& p) {
 }
 
 size_t linear_workspace_bytes(const Context& context, const LinearParams& p, Phase phase) {
-  if (phase == Phase::kForward) {
-    // Whether the product is kept is not known before it has its place.
-    return std::max(matrix_product_workspace_bytes(context, linear_product(p, false)),
-                    bytes_if(p.activation == Activation::kRelu, context, linear_product(p, true)));
-  }
+  if (phase == Phase::kForward) return matrix_product_workspace_bytes(context, linear_product(p));
   return std::max(p.d_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows, p.out_features) : 0,
                   last_layer_backward_bytes(context, linear(p), p.d_weight, p.d_x));
 }
