@@ -21,7 +21,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kNumbers = 8;
 constexpr int64_t kMaxGridY = 65535;
-// So that a multiprocessor holds half of the threads that it can.
+// Of the backward kernels, so that a multiprocessor holds half of the threads that it can.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 4;
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ ValueAndSlope<A> value_and_slope(A x) {
 }
 
 template <class T, int N, Activation kActivation>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) activate_kernel(const Kernel<T> k) {
+__global__ void __launch_bounds__(kThreads) activate_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
   const PhiloxState state = k.philox();
   k.template for_own<N>([&](int64_t row, int64_t col) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>) activate_backward_ker
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) relu_backward_kernel(const Kernel<T> k) {
+__global__ void __launch_bounds__(kThreads) relu_backward_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
   k.template for_own<N>([&](int64_t row, int64_t col) {
     const int64_t place = row * k.cols + col;
