@@ -495,7 +495,7 @@ LINEAR_FEATURES = {
 LINEAR_SIZES = [
     FULL_LINEAR.but(shape=shape, width=width, out_width=out_width, transpose_weight=transposed)
     for shape, width, out_width in (
-        ((1,), 1, 1), ((3, 5), 33, 67), ((2, 3, 4), 40, 24), ((300,), 24, 41), ((1, 130), 130, 65), ((0, 7), 16, 8),
+        ((50,), 1, 1), ((3, 5), 33, 67), ((2, 3, 4), 40, 24), ((300,), 24, 41), ((1, 130), 130, 65), ((0, 7), 16, 8),
     )
     for transposed in (False, True)
 ]  # fmt: skip

@@ -145,6 +145,9 @@ struct BlockParams {
   void* stage_workspace = nullptr;
 };
 
+// The most numbers of a head that the GPU's kernels take.
+constexpr int64_t kMaxHeadDimOnGpu = 256;
+
 // The attention block.
 struct AttentionParams : BlockParams {
   // sizes; rows is batch * seq_len

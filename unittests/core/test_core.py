@@ -6,13 +6,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import cases
 import common
 import numpy as np
 import pytest
 from cases import DTYPES, FEATURES, SIXTEEN_BIT, Case, Mask
+from core_config import config_of
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -31,21 +31,10 @@ def cannot(case):
 
 def run(case, arrays, wanted, isa="", **changes):
     """Result and gradients; `changes` are further entries of the config."""
-    config = asdict(case.config)
-    seed, offset = config.pop("seed"), config.pop("offset")
-    config.update(
-        batch=case.batch,
-        seq_len=case.seq_len,
-        embed_dim=case.embed_dim,
-        num_heads=case.num_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-        residual_dtype=case.dtype_of("x"),
-        norm_dtype=case.dtype_of("ln_scale"),
-    )
+    config, seed, offset = config_of(case)
     config.update(changes)
     inputs = {name: a for name, a in arrays.items() if name != "d_out"}
-    out, saved = pfa_core.forward(inputs, config, seed=seed % 2**64, offset=offset, saves=bool(wanted), isa=isa)
+    out, saved = pfa_core.forward(inputs, config, seed=seed, offset=offset, saves=bool(wanted), isa=isa)
     if not wanted:
         assert saved is None
         return out, {}

@@ -5,45 +5,18 @@ import functools
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import cases
 import common
 import numpy as np
 import pytest
 from cases import DTYPES, SIXTEEN_BIT
+from core_config import config_of
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
 # The topmost decorator, so that a case's results in every set follow one another, and the reference computes once.
 EVERY_ISA = pytest.mark.parametrize("isa", pfa_core.instruction_sets())
-
-
-def config_of(case):
-    """The core's description of a case, and the seed and offset."""
-    config = asdict(case.config)
-    seed, offset = config.pop("seed", 0), config.pop("offset", 0)
-    rows = int(np.prod(case.shape))
-    if isinstance(case, cases.FeedForwardCase):
-        config.update(
-            block="feed_forward",
-            rows=rows,
-            embed_dim=case.width,
-            hidden_dim=case.hidden,
-            pre_ln_epsilon=config.pop("ln1_epsilon"),
-            ln_epsilon=config.pop("ln2_epsilon"),
-            hidden_dropout_rate=config.pop("dropout1_rate"),
-            dropout_rate=config.pop("dropout2_rate"),
-        )
-    elif isinstance(case, cases.ResidualNormCase):
-        config.update(block="residual_norm", rows=rows, embed_dim=case.width, add_residual="residual" not in case.absent)
-    else:
-        config.update(block="linear", rows=rows, in_features=case.width, out_features=case.out_width)
-        config["activation"] = config["activation"] or "none"
-    config["dtype"] = case.dtype
-    if config["block"] != "linear":
-        config.update(residual_dtype=case.dtype_of("x"), norm_dtype=case.dtype_of("ln_scale"))
-    return config, seed % 2**64, offset
 
 
 def as_rows(a):

@@ -15,6 +15,7 @@ from runners import (
     check_case,
     check_stored,
     legacy_programs,
+    paddle_computes_on,
     run_dygraph,
     run_static,
     static_mode,
@@ -51,6 +52,8 @@ def test_dtypes(dtype, place):
 
 @pytest.mark.parametrize("mask", cases.MASKS_FOR_EVERY_DTYPE + cases.HARD_MASKS, ids=str)
 def test_masks(mask, place):
+    if mask.dtype == "int16" and not paddle_computes_on(place):
+        pytest.skip("Paddle's own kernels, which cast an int16 mask of a program, do nothing on this GPU")
     check_equal(FULL.but(dtype="float32", mask=mask), place)
 
 

@@ -126,6 +126,11 @@ __device__ __forceinline__ void store(T* target, const Accumulator<T> (&source)[
   store_vector(target, narrow_vector<T, N>(source));
 }
 
+// A product that is rounded by itself, and not fused with a sum it goes into: so that the sum has the same bits whether
+// or not the product is also stored.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 template <class A>
 __device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll

@@ -48,7 +48,8 @@ void with_head_dim(int64_t head_dim, F&& f) {
     if (head_dim > kFirst) return with_head_dim<kOthers...>(head_dim, static_cast<F&&>(f));
   }
   if (head_dim > kFirst)
-    throw std::runtime_error("attention: head_dim up to 256 is expected, got " + std::to_string(head_dim));
+    throw std::runtime_error("attention: head_dim up to " + std::to_string(kMaxHeadDimOnGpu) + " is expected, got " +
+                             std::to_string(head_dim));
   f(std::integral_constant<int, kFirst>{});
 }
 

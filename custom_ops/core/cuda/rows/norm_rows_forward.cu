@@ -85,7 +85,7 @@ struct Kernel {
   __device__ __forceinline__ void finish(int64_t row, int64_t col, A row_mean, A row_rstd, A (&value)[N]) const {
     const int64_t index = row * cols + col;
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = (value[i] - row_mean) * row_rstd;
+    for (int i = 0; i < N; ++i) value[i] = rounded_product(value[i] - row_mean, row_rstd);
     if (normalized) store(normalized + index, value);
     A factor[N], offset[N];
 #pragma unroll
