@@ -222,7 +222,10 @@ class MatrixProduct {
           const bool is_last = j + kPanelColumns >= unit.columns;
           const Panel panel = reads_b_ ? panel_in_place(unit, j, k, count) : Panel{b + j * depth, kPanelColumns};
           for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
-            if (!is_last && !reads_b_) {
+            if (!is_last && reads_b_) {
+              prefetch_rows(unit.column + j + kPanelColumns, k + count * i / unit.rows,
+                            k + count * std::min(i + panel_rows_, unit.rows) / unit.rows);
+            } else if (!is_last) {
               prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
             }
             // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
@@ -265,6 +268,14 @@ class MatrixProduct {
     constexpr int64_t line = 64 / sizeof(P);
     const int64_t end = size * std::min(first + panel_rows_, all) / all;
     for (int64_t i = size * first / all / line * line; i < end; i += line) __builtin_prefetch(panel + i, 0, 2);
+  }
+
+  // The same of a panel that is read in place: rows k..k_end - 1 of b.
+  void prefetch_rows(int64_t column, int64_t k, int64_t k_end) const {
+    for (; k < k_end; ++k) {
+      const char* row = reinterpret_cast<const char*>(b_.data + k * b_.depth_stride + column);
+      for (size_t line = 0; line < kPanelColumns * sizeof(T); line += 64) __builtin_prefetch(row + line, 0, 2);
+    }
   }
 
   // c [rows, columns] (+)= a panel of a [panel_rows_, depth] @ a panel of b [depth, kPanelColumns]; what is beyond c is
