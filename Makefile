@@ -1,5 +1,6 @@
 # make demo [QUERY="..."]   semantic search over Paddle's documentation, by a pretrained encoder on the fused operator
 # make test                 the core's C++ tests, then all Python tests
+# make operator-test        the Python tests without the core's, which knows no Paddle and so is the same beside every one
 # make fast-test            the Python tests of the package, without the slow ones and the core's
 # make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
 # make packages             the environment of these, without the package itself
@@ -7,7 +8,7 @@
 # make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
-# make gpu-bench            the block and its stages on a GPU against PyTorch
+# make gpu-bench            the block, its stages and a whole layer on a GPU against PyTorch
 #
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
 # CUDAARCHS, such as 90a, says what to compile for.
@@ -45,13 +46,16 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
 
 test: core $(STATE)/installed $(STATE)/demo-packages
 	PYTHONPATH=$(CORE_BUILD) $(RUN) -m pytest
+
+operator-test: $(STATE)/installed $(STATE)/demo-packages
+	$(RUN) -m pytest --ignore unittests/core
 
 fast-test: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m pytest -m "not slow" --ignore unittests/core
@@ -153,6 +157,7 @@ gpu-sanitize:
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py
+	$(GPU_RUN) benchmarks/gpu_layer.py
 
 build/lint/packages: .ci/lint-requirements.txt
 	$(or $(PYTHON),python3) -m venv build/lint

@@ -2,6 +2,7 @@
 instruction set that this processor has, against the reference."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -140,11 +141,14 @@ def test_rows_and_widths_of_linear(rows, dtype, transpose_weight, isa):
 
 def test_activations_far_out():
     """Values and slopes where exponentials underflow, and in between to the last digits."""
-    from scipy import special
-
     x = np.concatenate([np.linspace(-45.0, 45.0, 4001), [-1e4, 1e4, 0.0, -0.0, 1e-30, -1e-30]])[:, None]
     weight = np.ones((1, 1))
-    sigmoid, cdf = special.expit, special.ndtr(x)
+    cdf = np.vectorize(math.erfc)(-x / np.sqrt(2)) / 2
+
+    def sigmoid(a):
+        e = np.exp(-np.abs(a))
+        return np.where(a < 0, e, 1.0) / (1.0 + e)
+
     bell = np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi)
     inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
     s = sigmoid(2 * inner)
