@@ -8,9 +8,9 @@
 // Attention, element (b, h, i, j), with H the heads of the whole layer and h counted among them: c0 = (j / 16) * 4 + (j
 // % 8) / 2, c1 = (i / 16) * 8 + i % 8, c2 = b * H + h, and the number is half j % 2 (0: low 16 bits) of word ((i % 16)
 // / 8) * 2 + (j % 16) / 8. So the eight numbers of a call are those that one thread of a tensor-core instruction holds
-// of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors. Output, and hidden activations, element (row,
-// column) of [M, E] with index e = row * E + column, where E is the width of the whole layer: c0, c1 = low, high(e / 8),
-// c2 = 0, and the number is half e % 2 of word (e % 8) / 2.
+// of a 16 x 16 tile of scores, and row-major CPU code reads whole vectors. Output, and hidden activations, element
+// (row, column) of [M, E] with index e = row * E + column, where E is the width of the whole layer: c0, c1 = low,
+// high(e / 8), c2 = 0, and the number is half e % 2 of word (e % 8) / 2.
 #pragma once
 
 #include <cstdint>

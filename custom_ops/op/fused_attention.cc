@@ -113,8 +113,8 @@ struct FusedAttention : BlockOperator {
     p.num_heads = weight[1];
     p.head_dim = weight[2];
     if (tensors[kX]->is_gpu() && p.head_dim > kMaxHeadDimOnGpu) {
-      refuse(kType, "ValueError", "qkv_weight",
-             "head_dim of at most " + std::to_string(kMaxHeadDimOnGpu) + " on a GPU", std::to_string(p.head_dim));
+      refuse(kType, "ValueError", "qkv_weight", "head_dim of at most " + std::to_string(kMaxHeadDimOnGpu) + " on a GPU",
+             std::to_string(p.head_dim));
     }
     p.first_head = attributes.first_head;
     p.total_heads = attributes.total_heads;

@@ -14,8 +14,8 @@ inline Vec<A> vabs(Vec<A> x) {
 }
 
 // What lies beyond x >= 0 of the standard normal distribution, divided by exp(-x^2 / 2): t * p(2 t - 1) with
-// t = 1 / (1 + c x). p interpolates at Chebyshev's points, up to where the exponential underflows. Evaluated exactly the
-// error is at most 4.4e-9 of the value in float32 and 3.2e-16 in float64.
+// t = 1 / (1 + c x). p interpolates at Chebyshev's points, up to where the exponential underflows. Evaluated exactly
+// the error is at most 4.4e-9 of the value in float32 and 3.2e-16 in float64.
 template <class A>
 struct NormalTail;
 template <>

@@ -1,5 +1,5 @@
-// Activation and dropout of the hidden numbers of a feed-forward block, or behind a linear layer, and their gradients, on
-// pieces of rows. A product calls them on its sums while they are in the caches (matrix_product.isa.h).
+// Activation and dropout of the hidden numbers of a feed-forward block, or behind a linear layer, and their gradients,
+// on pieces of rows. A product calls them on its sums while they are in the caches (matrix_product.isa.h).
 
 namespace pfa::cpu::PFA_ISA {
 

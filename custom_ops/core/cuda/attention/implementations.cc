@@ -25,7 +25,8 @@ const char* why_not_mma(const Context& context, const AttentionParams& p, Pass) 
   if (context.compute_capability < 80) return "it needs compute capability 8.0";
   if (!mma_is_built(context)) return "it was not compiled: build for 8.0 or later";
   if (p.dtype == DType::kFloat64) return "it does not compute float64";
-  if (p.head_dim > (p.dtype == DType::kFloat32 ? 128 : kMaxHeadDimOnGpu)) return "it takes a head_dim up to 256, 128 in float32";
+  if (p.head_dim > (p.dtype == DType::kFloat32 ? 128 : kMaxHeadDimOnGpu))
+    return "it takes a head_dim up to 256, 128 in float32";
   if (p.dtype == DType::kFloat32 && !context.allow_tf32) return "it rounds float32 to TF32, which is not allowed";
   return nullptr;
 }
