@@ -63,7 +63,8 @@ void run_forward(Context& context, const FeedForwardParams& params, void* saved,
 // already.
 //
 // d_linear and the hidden activations, of which linear2_backward is the last reader, lie where hidden, and then
-// d_hidden, will. layer_norm_backward and linear1_backward find what they read where they write, in numbers of one type.
+// d_hidden, will. layer_norm_backward and linear1_backward find what they read where they write, in numbers of one
+// type.
 template <class Context>
 FeedForwardPlan plan_backward(const Context& context, FeedForwardParams p, const void* saved, void* workspace) {
   place_saved(p, const_cast<void*>(saved));

@@ -1,7 +1,7 @@
 // The blocks as plain structs: sizes, switches, and the pointers of every stage.
 //
-// Bindings fill the sizes, switches, inputs and outputs; the block's header (attention_block.h and its like) places what
-// is saved for backward and the workspace; stages read what they need. All tensors are dense and row-major, in the
+// Bindings fill the sizes, switches, inputs and outputs; the block's header (attention_block.h and its like) places
+// what is saved for backward and the workspace; stages read what they need. All tensors are dense and row-major, in the
 // memory of the device that runs the block. M = rows, E = embed_dim, H = num_heads, D = head_dim, F = hidden_dim. A
 // pointer that is null is an absent input or a gradient that nobody reads.
 #pragma once
