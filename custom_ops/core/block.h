@@ -57,7 +57,8 @@ void make_hidden(Context& context, const BlockParams& p) {
   }
 }
 
-// Places the gradient of z, which is that of x too where the result of `needs_d_linear` asks for no more.
+// Places the gradient of z: where d_x will be, if that is wanted, since the other branch's gradient is added to it
+// there.
 inline void place_d_residual(Arena& arena, BlockParams& p, bool needs_d_linear) {
   const bool is_needed = p.d_x || (needs_d_linear && !has_own_d_linear(p));
   p.d_residual = !p.final_layer_norm ? const_cast<void*>(p.d_out)

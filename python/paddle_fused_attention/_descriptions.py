@@ -8,10 +8,11 @@ from typing import Any
 import paddle
 from paddle.base.framework import EagerParamBase
 
-from ._block import MODES
 from ._checks import INFINITY, check_number, check_seed, check_switches, check_tensor
 
-USUAL_TYPES = frozenset((type(None), paddle.Tensor, EagerParamBase))
+MODES = ("upscale_in_train", "downscale_in_infer")
+_NONE = type(None)
+USUAL_TYPES = frozenset((_NONE, paddle.Tensor, EagerParamBase))
 _BOOL = frozenset((bool,))
 
 
@@ -28,22 +29,23 @@ def checked_fields(description: Any, required: int, of_numbers: slice, of_switch
         TypeError, ValueError: A field is of the wrong type, or a number is out of its range.
     """
     # Each check tries the usual types first, to keep a call in dygraph at a few microseconds.
-    tensors, numbers, switches = description[: of_numbers.start], description[of_numbers], description[of_switches]
-    types = list(map(type, tensors))
-    if not USUAL_TYPES.issuperset(types) or type(None) in types[:required]:
-        for i, value in enumerate(tensors):
-            check_tensor(description._fields[i], value, required=i < required)
     changes: dict[str, Any] = {}
-    for name, value in zip(description._fields[of_numbers], numbers):
+    types = tuple(map(type, description[: of_numbers.start]))
+    if not USUAL_TYPES.issuperset(types) or _NONE in types[:required]:
+        for i, value in enumerate(description[: of_numbers.start]):
+            check_tensor(description._fields[i], value, required=i < required)
+    for value in description[of_numbers]:
         if type(value) is not float or not 0.0 <= value <= 1.0:
-            changes[name] = check_number(name, value, 0.0, 1.0 if name.endswith("_rate") else INFINITY)
+            for name, number in zip(description._fields[of_numbers], description[of_numbers]):
+                changes[name] = check_number(name, number, 0.0, 1.0 if name.endswith("_rate") else INFINITY)
+            break
     mode, seed = description.mode, description.seed
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode: expected {MODES[0]!r} or {MODES[1]!r}, got {mode!r}")
     if seed is not None and check_seed("seed", seed) is not seed:
         changes["seed"] = int(seed)
-    if not _BOOL.issuperset(map(type, switches)):
-        named = dict(zip(description._fields[of_switches], switches))
+    if not _BOOL.issuperset(map(type, description[of_switches])):
+        named = dict(zip(description._fields[of_switches], description[of_switches]))
         check_switches(**named)
         changes.update((name, bool(value)) for name, value in named.items())
     return description._replace(**changes) if changes else description

@@ -14,8 +14,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
-from ._block import MODES
-from ._descriptions import checked_fields, without_fields
+from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
 from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
 from ._residual_norm import ResidualNorm, residual_norm, residual_tail
@@ -111,17 +110,7 @@ def check_activation(activation: Any) -> None:
 
 def _arguments(description: FeedForward, first_hidden: int, total_hidden: int) -> tuple:
     fields: Any = description
-    switches = _op.FIXED_SEED if description.seed is not None else 0
-    if description.pre_layer_norm:
-        switches |= _op.PRE_LAYER_NORM
-    if description.final_layer_norm:
-        switches |= _op.FINAL_LAYER_NORM
-    if description.add_residual:
-        switches |= _op.ADD_RESIDUAL
-    if description.mode == MODES[0]:
-        switches |= _op.UPSCALE_IN_TRAIN
-    if description.gated:
-        switches |= _op.GATED
+    switches = _op.switches_of_block(description) | (_op.GATED if description.gated else 0)
     integers = (description.seed or 0, ACTIVATIONS[description.activation], first_hidden, total_hidden)
     return fields[_OF_TENSORS], description.training, switches, fields[_OF_NUMBERS], integers
 

@@ -27,8 +27,7 @@ from paddle.framework import in_dynamic_or_pir_mode
 from . import _amp
 from ._block import OF_NUMBERS, OF_TENSORS, TENSORS, Block
 from ._checks import dtype_name
-
-OP_TYPE = "custom_fused_attention"
+from ._descriptions import MODES
 
 # Bits of the attribute `switches`.
 PRE_LAYER_NORM = 1
@@ -314,7 +313,7 @@ class Operator:
 
 
 ATTENTION = Operator(
-    OP_TYPE,
+    "custom_fused_attention",
     TENSORS,
     (
         "X",
@@ -336,19 +335,25 @@ ATTENTION = Operator(
 )
 
 
-def _attention_switches(block: Block) -> int:
-    switches = FIXED_SEED if block.seed is not None else 0
-    if block.pre_layer_norm:
+def switches_of_block(description: Any) -> int:
+    """The bits of what the descriptions of the attention and of the feed-forward block have in common."""
+    switches = FIXED_SEED if description.seed is not None else 0
+    if description.pre_layer_norm:
         switches |= PRE_LAYER_NORM
-    if block.final_layer_norm:
+    if description.final_layer_norm:
         switches |= FINAL_LAYER_NORM
-    if block.add_residual:
+    if description.add_residual:
         switches |= ADD_RESIDUAL
-    if block.causal:
-        switches |= CAUSAL
-    if block.mode == "upscale_in_train":
+    if description.mode == MODES[0]:
         switches |= UPSCALE_IN_TRAIN
     return switches
+
+
+def _attention_arguments(block: Block, first_head: int, total_heads: int) -> tuple:
+    fields: Any = block
+    switches = switches_of_block(block) | (CAUSAL if block.causal else 0)
+    integers = (block.seed or 0, first_head, total_heads)
+    return fields[OF_TENSORS], block.training, switches, fields[OF_NUMBERS], integers
 
 
 @paddle.jit.not_to_static
@@ -358,16 +363,12 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     If `total_heads` is not 0, the weights hold only the heads from `first_head` on of a layer with that many heads, and
     the result is their part of a sum.
     """
-    fields: Any = block
-    integers = (block.seed or 0, first_head, total_heads)
-    return ATTENTION.call(fields[OF_TENSORS], block.training, _attention_switches(block), fields[OF_NUMBERS], integers)
+    return ATTENTION.call(*_attention_arguments(block, first_head, total_heads))
 
 
 def check_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
     """Refuses shapes and dtypes of a block as the operator does, before there are values."""
-    fields: Any = block
-    integers = (block.seed or 0, first_head, total_heads)
-    ATTENTION.check(fields[OF_TENSORS], block.training, _attention_switches(block), fields[OF_NUMBERS], integers)
+    ATTENTION.check(*_attention_arguments(block, first_head, total_heads))
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:

@@ -185,7 +185,7 @@ def attention_with_cache(block: Block, cache_k: Any, cache_v: Any, cache_name: s
 
 def result_dtype(x: Any) -> Any:
     """The dtype of the operator's result for x, also under auto_cast."""
-    dtype = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer())
+    dtype = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer())
     return x.dtype if dtype is None or x.dtype in (paddle.float64, paddle.float32) else dtype
 
 
@@ -204,7 +204,7 @@ def attention_before_tail(block: Block, key_value: tuple, first_head: int = 0, t
     Raises:
         TypeError, ValueError: A tensor does not fit the others.
     """
-    auto_cast = _amp.target_dtype(_op.OP_TYPE, _dygraph_tracer()) is not None
+    auto_cast = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
     with without_auto_cast():
         if auto_cast:  # the operator then takes several float dtypes
             cast = {name: _as_float32(tensor) for name, tensor in zip(TENSORS, block.tensors) if name != "attn_mask"}

@@ -9,7 +9,7 @@ from typing import Any, Sequence
 import paddle
 import paddle.nn.functional as F
 
-from ._block import MODES
+from ._descriptions import MODES
 
 
 def is_exported_to_onnx() -> bool:

@@ -9,8 +9,8 @@ from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
-from ._block import MODES, Block
-from ._descriptions import checked_fields, without_fields
+from ._block import Block
+from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import is_auto_parallel
 from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
 
@@ -98,7 +98,7 @@ def residual_norm(description: ResidualNorm) -> Any:
     """
     description = _with_bias_like_x(description)
     if in_dynamic_mode():
-        is_auto_parallel(description.x, description.residual)
+        is_auto_parallel(description.x, description.residual)  # raises on Paddle 2; else the operator serves them too
     elif is_exported_to_onnx():
         return _residual_norm_of_ordinary_ops(description)
     return RESIDUAL_NORM.call(*_arguments(description))

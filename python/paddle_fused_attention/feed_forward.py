@@ -5,7 +5,8 @@ from __future__ import annotations
 import paddle
 
 from ._feed_forward import FeedForward, feed_forward
-from .parallel import group_of_ring, parallel_feed_forward
+from ._groups import group_of_ring
+from .parallel import parallel_feed_forward
 
 
 @paddle.jit.not_to_static
@@ -74,7 +75,7 @@ def fused_feedforward(
         gated: Whether the first projection's columns are two halves (a, b), of which ``activation(a) * b`` takes the
             activation's place.
         seed: Fixes the dropout masks; None draws from Paddle's generator, which ``paddle.seed`` sets. Where ordinary
-            ops compute the block, for auto-parallel tensors and ONNX, dropout is Paddle's own.
+            ops compute the block, for ONNX, dropout is Paddle's own.
 
     Returns:
         Shape and dtype of x.

@@ -8,8 +8,9 @@ import paddle
 from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
-from ._block import MODES, TENSORS, Block
+from ._block import TENSORS, Block
 from ._checks import INFINITY, check_heads, check_number, check_switches
+from ._descriptions import MODES
 from ._initializers import param_attr_of
 from ._keys import attention_to_keys, other_keys
 from ._loading import LoadsAnyFloat

@@ -10,115 +10,25 @@ the same seed.
 
 from __future__ import annotations
 
-import warnings
-from numbers import Integral
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import nn
-from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
-from ._block import MODES, TENSORS, Block
+from ._block import TENSORS, Block
 from ._checks import INFINITY, check_count, check_model, check_number, check_switches
+from ._descriptions import MODES
 from ._feed_forward import FEED_FORWARD, FeedForward, check_activation, feed_forward_over_processes
+from ._groups import check_dygraph, check_seeds, resolve_group, sums_over
 from ._initializers import param_attr_of
 from ._loading import LoadsAnyFloat
-from ._op import check_tensors
 from ._parts import parameters_of
 from ._split_heads import attention_over_processes
 from ._wide_norms import WideNorms
 from .layer import FusedMultiHeadAttention
-
-
-def _resolve_group(group: Any) -> Any:
-    """The group, or that of all processes for None; None if it has no other process."""
-    if group is None:
-        if not dist.is_initialized():
-            return None
-        group = dist.get_group(0)
-    if not isinstance(group, dist.communication.group.Group):
-        raise TypeError(f"group: expected a group of paddle.distributed.new_group or None, got {type(group).__name__}")
-    # Not by group.rank, which is -1 in groups of one too.
-    if dist.get_rank() not in group.ranks:
-        raise ValueError(
-            f"group: expected a group that this process belongs to, got one of ranks {group.ranks} on rank "
-            f"{dist.get_rank()}"
-        )
-    return group if group.nranks > 1 else None
-
-
-def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
-    """The group that Paddle's ``ring_id`` stands for; None for -1, or if it has no other process.
-
-    Raises:
-        TypeError: ring_id or nranks is not an int.
-        ValueError: There is no such group, this process is not in it, or it does not have `nranks` processes.
-    """
-    for name, value in (("ring_id", ring_id), ("nranks", 1 if nranks is None else nranks)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-    group = None
-    if ring_id != -1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Paddle warns of what is raised below
-            group = dist.get_group(ring_id)
-        if group is None:
-            raise ValueError(
-                f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {ring_id}"
-            )
-    size = 1 if group is None else group.nranks
-    if nranks is not None and nranks != size:
-        raise ValueError(f"nranks: expected {size}, the number of processes of ring_id {ring_id}, got {nranks}")
-    return None if group is None else _resolve_group(group)
-
-
-@paddle.no_grad()
-def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
-    """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are
-    wrong."""
-    data = tensor.detach()
-    if group.backend == "GLOO" and data.dtype in (paddle.float16, paddle.bfloat16):
-        total = data.astype("float32")
-        dist.all_reduce(total, group=group)
-        paddle.assign(total.astype(data.dtype), data)
-    else:
-        dist.all_reduce(data, group=group)
-    return tensor
-
-
-def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
-    """A tensor that every process uses for its own part, with a gradient that is summed over the group."""
-    if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
-        return tensor
-    # A new tensor, so that the hook sees the gradient of this use alone. A PyLayer would have to copy it, and reshape
-    # to the same shape returns the tensor itself.
-    view = tensor.unsqueeze(0).squeeze(0)
-    view.register_hook(lambda gradient: _all_reduce(gradient, group))
-    return view
-
-
-def _sums_over(group: Any) -> dict[str, Any]:
-    """The sums of results and of gradients over the group; None: nothing is summed."""
-    return {
-        # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
-        "all_reduce": lambda y: y if group is None else _all_reduce(y, group),
-        "sum_gradient": lambda tensor: _with_summed_gradient(tensor, group),
-    }
-
-
-def _check_dygraph(group: Any, names: Sequence[str], tensors: Sequence) -> None:
-    """Refuses what can't be summed over the group before the operator runs on any process."""
-    if group is None:
-        return
-    if not in_dynamic_mode():
-        raise NotImplementedError(
-            "tensor parallelism: expected dygraph, since the sum over the group is taken between operators, got a "
-            "static graph"
-        )
-    check_tensors(names, tensors)
 
 
 def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_heads: int) -> Any:
@@ -140,11 +50,11 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
 
     With n processes ``qkv_weight`` is [3, num_heads / n, head_dim, embed_dim], ``qkv_bias``
     [3, num_heads / n, head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the
-    same on every process, ``attn_mask`` included. The process belongs to `group`; None: no communication. The block's
-    seed fixes the masks of the attention. `key_value` are a key and a value other than x, as for
+    same on every process, ``attn_mask`` included. The process belongs to `group`; None: no communication. A seed of
+    the block fixes both dropouts' masks. `key_value` are a key and a value other than x, as for
     :func:`attention_to_keys`.
     """
-    _check_dygraph(group, TENSORS, block.tensors)
+    check_dygraph(group, TENSORS, block.tensors)
     qkv_weight = block.qkv_weight
     if len(qkv_weight.shape) != 4:
         raise ValueError(
@@ -158,7 +68,7 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
         first_head,
         total_heads,
         key_value=key_value,
-        **_sums_over(group),
+        **sums_over(group),
     )
 
 
@@ -172,13 +82,13 @@ def parallel_feed_forward(description: FeedForward, group: Any) -> paddle.Tensor
     process's columns. All else is whole and the same on every process. The process belongs to `group`; None: no
     communication.
     """
-    _check_dygraph(group, FEED_FORWARD.tensors, description.tensors)
+    check_dygraph(group, FEED_FORWARD.tensors, description.tensors)
     weight = description.linear2_weight
     if len(weight.shape) != 2:
         raise ValueError(f"linear2_weight: expected shape [dim_feedforward, d_model], got {list(weight.shape)}")
     hidden = weight.shape[0]
     first_hidden, total_hidden = (0, hidden) if group is None else (hidden * group.rank, hidden * group.nranks)
-    return feed_forward_over_processes(description, first_hidden, total_hidden, **_sums_over(group))
+    return feed_forward_over_processes(description, first_hidden, total_hidden, **sums_over(group))
 
 
 class _Split(NamedTuple):
@@ -226,7 +136,7 @@ class _SpreadLayer(nn.Layer):
             raise ValueError(f"{argument}: expected a multiple of the group's {group.nranks} processes, got {count}")
         if not in_dynamic_mode():
             raise NotImplementedError(f"{type(self).__name__}: expected dygraph for a group, got a static graph")
-        _check_seeds(group)
+        check_seeds(group)
         for name in self._splits():
             self._reduce_to_share(name)
 
@@ -312,7 +222,7 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         add_residual: bool = True,
         group: Any = None,
     ) -> None:
-        group = _resolve_group(group)
+        group = resolve_group(group)
         super().__init__(
             embed_dim,
             num_heads,
@@ -448,7 +358,7 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         gated: bool = False,
         group: Any = None,
     ) -> None:
-        group = _resolve_group(group)
+        group = resolve_group(group)
         super().__init__(name_scope=name)
         self.d_model = check_count("d_model", d_model)
         self.dim_feedforward = check_count("dim_feedforward", dim_feedforward)
@@ -530,21 +440,6 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         return ", ".join(f"{name}={value}" for name, value in {**shown, "degree": self.degree}.items())
 
 
-def _check_seeds(group: Any) -> None:
-    """Refuses different seeds. They would give each process other initial values and dropout masks, which nothing later
-    would notice."""
-    generator = core.default_cpu_generator()
-    if paddle.get_device().startswith("gpu"):
-        generator = core.default_cuda_generator(int(paddle.get_device().split(":")[1]))
-    seeds: list[paddle.Tensor] = []
-    # Halves, because seeds may use all 64 bits.
-    seed = generator.initial_seed()
-    dist.all_gather(seeds, paddle.to_tensor([seed >> 32, seed & 0xFFFFFFFF], dtype="int64"), group=group)
-    found = [(int(high) << 32) | int(low) for high, low in (pair.numpy() for pair in seeds)]
-    if len(set(found)) > 1:
-        raise ValueError(f"paddle.seed: expected the same seed on every process of the group, got {found}")
-
-
 def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any:
     layer = cls(**source._settings(), **arguments)
     layer.to(dtype=source.qkv_weight.dtype)
@@ -568,7 +463,7 @@ class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
 
     def __init__(self, clip_norm: float, group: Any = None) -> None:
         super().__init__(check_number("clip_norm", clip_norm, 0.0, INFINITY))
-        group = _resolve_group(group)
+        group = resolve_group(group)
         self._group_id = None if group is None else group.id
 
     @paddle.no_grad()

@@ -472,7 +472,7 @@ def test_bits_of_a_saved_program(holds):
     only_ln_bias = 1 << _op.TENSORS.index("ln_bias")
     numbers = _op._float_bits((1e-5, 1e-5, 0.0, 0.0))
     out = _op._run_custom_op(
-        _op.OP_TYPE,
+        _op.ATTENTION.type,
         *(_op._absent_eager() if tensor is None else tensor for tensor in tensors),
         False,
         switches | (_op.NEEDS_GRAD_HOLDS if holds else 0),

@@ -13,8 +13,9 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._block import MODES, Block
+from .._block import Block
 from .._checks import check_tensor
+from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
 from .._loading import OwnEntries
 from .._ordinary_ops import additive_mask, attention_with_cache

@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._block import MODES
+from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
 from .._parts import is_plain, is_plain_dropout, parameters_of, reason_against_class, reason_against_linear
 from ..weights import KINDS

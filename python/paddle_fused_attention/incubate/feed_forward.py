@@ -12,8 +12,8 @@ from paddle.nn.layer.transformer import _convert_param_attr_to_list
 
 from .._checks import INFINITY, check_count, check_number, check_switches
 from .._feed_forward import check_activation
+from .._groups import group_of_ring
 from .._loading import LoadsAnyFloat
-from ..parallel import group_of_ring
 from .functional import fused_feedforward
 from .layer import FusedMultiHeadAttention
 

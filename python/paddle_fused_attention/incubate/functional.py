@@ -10,11 +10,12 @@ import paddle
 from .. import feed_forward, functional
 from .._block import Block
 from .._checks import check_switches, check_tensor
+from .._groups import group_of_ring
 from .._linear import linear
 from .._op import check_tensors
 from .._ordinary_ops import attention_with_cache
 from ..functional import self_attention
-from ..parallel import group_of_ring, parallel_attention
+from ..parallel import parallel_attention
 from ..weights import pack_projections
 
 __all__ = [

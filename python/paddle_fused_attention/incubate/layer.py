@@ -7,12 +7,14 @@ from typing import Any
 import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
-from .._block import MODES, Block
+from .._block import Block
 from .._checks import INFINITY, check_heads, check_number, check_switches, check_tensor
+from .._descriptions import MODES
+from .._groups import group_of_ring
 from .._keys import attention_to_keys, other_keys
 from .._loading import LoadsAnyFloat
 from .._ordinary_ops import additive_mask
-from ..parallel import group_of_ring, parallel_attention
+from ..parallel import parallel_attention
 from .functional import fused_multi_head_attention, pack_transposed, seed_of_program
 
 __all__ = ["FusedMultiHeadAttention"]

@@ -43,8 +43,8 @@ struct Linear {
   }
 
   template <class C>
-  static void multiply(const Context& context, const void* workspace, const Product<T, C>& product) {
-    MatrixProduct<T, C>::run(context, product, const_cast<void*>(workspace));
+  static void multiply(const Context& context, void* workspace, const Product<T, C>& product) {
+    MatrixProduct<T, C>::run(context, product, workspace);
   }
 
   // y = x @ weight, for x [rows, in] and weight [in, out]; each may be stored the other way round.
