@@ -97,7 +97,7 @@ int main(int count, char** arguments) {
     return 2;
   }
   const bool bfloat16 = !std::strcmp(arguments[1], "bfloat16");
-  AttentionParams p;
+  AttentionBlockParams p;
   p.dtype = bfloat16 ? DType::kBFloat16 : DType::kFloat32;
   p.residual_dtype = p.dtype;
   p.batch = std::atoll(arguments[2]);
@@ -143,7 +143,7 @@ int main(int count, char** arguments) {
   context.threads = cpu::max_threads();
   p.seed = 1;
   char* const saved = allocate(saved_bytes(p));
-  const AttentionParams forward =
+  const AttentionBlockParams forward =
       plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
   const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
@@ -152,17 +152,20 @@ int main(int count, char** arguments) {
   const double row_bytes = static_cast<double>(rows * embed * size_of(p.dtype));
   const struct {
     const char* name;
-    void (*run)(cpu::Context&, const AttentionParams&);
-    const AttentionParams* params;
+    void (*run)(cpu::Context&, const AttentionBlockParams&);
+    const AttentionBlockParams* params;
     double operations;
   } stages[] = {
       {"qkv_linear_forward", cpu::qkv_linear_forward, &forward, qkv},
-      {"attention_forward", cpu::attention_forward, &forward, attention},
+      {"attention_forward",
+       [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_forward(c, attention_of(p)); }, &forward, attention},
       {"output_linear_forward", cpu::output_linear_forward, &forward, output},
       {"residual_forward", cpu::residual_forward, &forward, 0},            // projection, x; z, out
       {"residual_backward", cpu::residual_backward, &backward.output, 0},  // d_out, z; d_residual, d_linear
       {"output_linear_backward", cpu::output_linear_backward, &backward.output, 2 * output},
-      {"attention_backward", cpu::attention_backward, &backward.attention, 2.5 * attention},
+      {"attention_backward",
+       [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_backward(c, attention_of(p)); },
+       &backward.attention, 2.5 * attention},
       {"qkv_linear_backward", cpu::qkv_linear_backward, &backward.input, 2 * qkv},
   };
   const double operations_per_second = 0.8 * peak(bfloat16, context.threads);

@@ -4,13 +4,59 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 
 #include "core/block.h"
+#include "core/qkv_layout.h"
 
 namespace pfa {
 
+// The block's attention by itself, between qkv and attn_out.
+inline AttentionParams attention_of(const AttentionBlockParams& p) {
+  AttentionParams a;
+  a.batch = p.batch;
+  a.queries = a.keys = p.seq_len;
+  a.num_heads = a.num_kv_heads = p.num_heads;
+  a.head_dim = p.head_dim;
+  a.first_head = p.first_head;
+  a.total_heads = p.total_heads;
+  a.dtype = p.dtype;
+  a.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  a.causal = p.causal;
+  a.dropout = p.attn_dropout;
+  a.seed = p.seed;
+  a.offset = p.offset;
+  const size_t part = p.heads_dim() * size_of(p.dtype);
+  const auto qkv_part = [&](auto* qkv, int number) {
+    using Data = std::remove_pointer_t<decltype(qkv)>;
+    using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
+    Data* data = qkv ? static_cast<Byte*>(qkv) + number * part : nullptr;
+    return dense_heads(data, p.seq_len, 3, p.num_heads, p.head_dim);
+  };
+  const auto rows = [&](auto* data) { return dense_heads(data, p.seq_len, 1, p.num_heads, p.head_dim); };
+  const void* qkv = p.qkv;
+  a.query = qkv_part(qkv, 0);
+  a.key = qkv_part(qkv, 1);
+  a.value = qkv_part(qkv, 2);
+  a.mask = p.mask;
+  a.out = rows(p.attn_out);
+  a.random_state = p.random_state;
+  a.log_sum_exp = p.log_sum_exp;
+  a.score_shift = p.score_shift;
+  a.d_out = rows(static_cast<const void*>(p.d_attn_out));
+  a.d_query = qkv_part(p.d_qkv, 0);
+  a.d_key = qkv_part(p.d_qkv, 1);
+  a.d_value = qkv_part(p.d_qkv, 2);
+  a.d_qkv_bias = p.d_qkv_bias;
+  a.spare = p.d_qkv_weight;
+  a.spare_bytes = p.d_qkv_weight ? 3 * part * p.embed_dim : 0;
+  a.stage_workspace = p.stage_workspace;
+  return a;
+}
+
 // Places what backward reads again, O(B*S*E + B*H*S) numbers, and returns its size.
-inline size_t place_saved(AttentionParams& p, void* saved) {
+inline size_t place_saved(AttentionBlockParams& p, void* saved) {
   Arena arena(saved);
   place_saved_of_input(arena, p);
   p.qkv = arena.take(activation_bytes(p, 3 * p.heads_dim()));
@@ -21,17 +67,18 @@ inline size_t place_saved(AttentionParams& p, void* saved) {
   return arena.used();
 }
 
-inline size_t saved_bytes(AttentionParams p) { return place_saved(p, nullptr); }
+inline size_t saved_bytes(AttentionBlockParams p) { return place_saved(p, nullptr); }
 
 // What the stages are called with. Where a plan is made for memory that is null, only its size is of use.
 struct AttentionForwardPlan {
-  AttentionParams params;
+  AttentionBlockParams params;
   size_t workspace_bytes;
 };
 
 // Places what the forward pass writes. Without `saves` what is needed of what place_saved places lies in the workspace.
 template <class Context>
-AttentionForwardPlan plan_forward(const Context& context, AttentionParams p, bool saves, void* saved, void* workspace) {
+AttentionForwardPlan plan_forward(const Context& context, AttentionBlockParams p, bool saves, void* saved,
+                                  void* workspace) {
   if (saves) place_saved(p, saved);
   Arena arena(workspace);
   place_hidden(arena, p);
@@ -48,26 +95,26 @@ AttentionForwardPlan plan_forward(const Context& context, AttentionParams p, boo
 }
 
 template <class Context>
-size_t forward_workspace_bytes(const Context& context, const AttentionParams& p, bool saves) {
+size_t forward_workspace_bytes(const Context& context, const AttentionBlockParams& p, bool saves) {
   return plan_forward(context, p, saves, nullptr, nullptr).workspace_bytes;
 }
 
 // Writes p.out, and what backward reads to `saved` unless that is null.
 template <class Context>
-void run_forward(Context& context, const AttentionParams& params, void* saved, void* workspace) {
-  const AttentionParams p = plan_forward(context, params, saved != nullptr, saved, workspace).params;
+void run_forward(Context& context, const AttentionBlockParams& params, void* saved, void* workspace) {
+  const AttentionBlockParams p = plan_forward(context, params, saved != nullptr, saved, workspace).params;
   make_hidden(context, p);
   qkv_linear_forward(context, p);
-  attention_forward(context, p);
+  attention_forward(context, attention_of(p));
   output_linear_forward(context, p);
   residual_forward(context, p);
 }
 
 // What the stages of each phase are called with, which differs in stage_workspace only.
 struct AttentionBackwardPlan {
-  AttentionParams output;
-  AttentionParams attention;
-  AttentionParams input;
+  AttentionBlockParams output;
+  AttentionBlockParams attention;
+  AttentionBlockParams input;
   size_t workspace_bytes;
 };
 
@@ -80,7 +127,8 @@ struct AttentionBackwardPlan {
 // So layer_norm_backward and qkv_linear_backward find what they read where they write, in numbers of one type. Where
 // only d_attn_out has been there, the workspace of qkv_linear_backward follows it.
 template <class Context>
-AttentionBackwardPlan plan_backward(const Context& context, AttentionParams p, const void* saved, void* workspace) {
+AttentionBackwardPlan plan_backward(const Context& context, AttentionBlockParams p, const void* saved,
+                                    void* workspace) {
   place_saved(p, const_cast<void*>(saved));
   Arena arena(workspace);
   const size_t row_bytes = p.rows * size_of(p.dtype);
@@ -116,18 +164,18 @@ AttentionBackwardPlan plan_backward(const Context& context, AttentionParams p, c
 }
 
 template <class Context>
-size_t backward_workspace_bytes(const Context& context, const AttentionParams& p) {
+size_t backward_workspace_bytes(const Context& context, const AttentionBlockParams& p) {
   return plan_backward(context, p, nullptr, nullptr).workspace_bytes;
 }
 
 // Writes the gradients that are asked for.
 template <class Context>
-void run_backward(Context& context, const AttentionParams& params, const void* saved, void* workspace) {
+void run_backward(Context& context, const AttentionBlockParams& params, const void* saved, void* workspace) {
   const AttentionBackwardPlan plan = plan_backward(context, params, saved, workspace);
   if (params.final_layer_norm || needs_d_linear(params)) residual_backward(context, plan.output);
   if (needs_d_linear(params)) output_linear_backward(context, plan.output);
   if (needs_d_qkv(params)) {
-    attention_backward(context, plan.attention);
+    attention_backward(context, attention_of(plan.attention));
     if (params.d_qkv_weight) make_hidden(context, plan.input);
     qkv_linear_backward(context, plan.input);
     if (plan.input.d_hidden) layer_norm_backward(context, plan.input);

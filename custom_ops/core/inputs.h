@@ -36,7 +36,7 @@ struct InputPointers {
 };
 
 #define PFA_ENUMERATOR(Name, name, field) k##Name
-#define PFA_ATTENTION_POINTERS(Name, name, field) {#name, &AttentionParams::field, &AttentionParams::d_##field}
+#define PFA_ATTENTION_POINTERS(Name, name, field) {#name, &AttentionBlockParams::field, &AttentionBlockParams::d_##field}
 #define PFA_FEED_FORWARD_POINTERS(Name, name, field) {#name, &FeedForwardParams::field, &FeedForwardParams::d_##field}
 #define PFA_RESIDUAL_NORM_POINTERS(Name, name, field) \
   {#name, &ResidualNormParams::field, &ResidualNormParams::d_##field}
@@ -45,7 +45,7 @@ struct InputPointers {
 namespace attention {
 enum Input : int { PFA_ATTENTION_INPUTS(PFA_ENUMERATOR), kInputCount };
 constexpr int kGradientCount = kAttnMask;  // the mask is constant
-constexpr InputPointers<AttentionParams> kInputs[kGradientCount] = {
+constexpr InputPointers<AttentionBlockParams> kInputs[kGradientCount] = {
     PFA_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_ATTENTION_POINTERS)};
 constexpr char kMaskName[] = "attn_mask";
 }  // namespace attention

@@ -148,15 +148,106 @@ struct BlockParams {
 // The most numbers of a head that the GPU's kernels take.
 constexpr int64_t kMaxHeadDimOnGpu = 256;
 
+// Where the numbers of heads lie: the head_dim numbers of head h of token t of sequence b begin at data + b *
+// batch_stride + t * token_stride + h * head_stride, counted in elements. Data is void or const void.
+template <class Data>
+struct Heads {
+  Data* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t token_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// Ranges of queries that a key is hidden from (flash mask): [batch, H', keys, columns], dense in the last two. H' is
+// num_kv_heads, or 1 with a head_stride of 0.
+struct ColumnRanges {
+  const int32_t* data = nullptr;
+  // 1: hidden are the queries from column 0 on. 2: from column 0 on, and those before column 1; or, `between`, those
+  // from column 0 on that are before column 1. 4: the latter, and from column 2 on those before column 3.
+  int columns = 0;
+  bool between = false;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// Attention by itself. T, queries of all sequences, is batch * queries, or query_starts[batch] where these are packed.
+struct AttentionParams {
+  // sizes
+  int64_t batch = 0;         // sequences
+  int64_t queries = 0;       // of a sequence; of packed ones, of the longest
+  int64_t keys = 0;          // likewise
+  int64_t num_heads = 0;     // H, of queries
+  int64_t num_kv_heads = 0;  // of keys and values; query head h reads head h / (H / num_kv_heads)
+  int64_t head_dim = 0;
+  // Where heads are spread over devices, the number of the first head here and of all heads, by which dropout counts.
+  // total_heads 0: these are all.
+  int64_t first_head = 0;
+  int64_t total_heads = 0;
+  int64_t packed_queries = 0;  // T, where sequences are packed
+
+  // types
+  DType dtype = DType::kFloat32;
+
+  // switches
+  double scale = 1.0;  // of scores
+  bool causal = false;  // query i sees no key after i + keys - queries
+  // How many keys before and after that one a query sees; -1: all.
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+  Dropout dropout;
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+
+  // inputs
+  Heads<const void> query;
+  Heads<const void> key;
+  Heads<const void> value;
+  Mask mask;  // data null: no mask
+  ColumnRanges hidden_ranges;  // data null: none
+  // [batch + 1] each, or both null. Of packed sequences, which follow each other without padding: where each begins, and
+  // where the last one ends. batch_stride is 0.
+  const int32_t* query_starts = nullptr;
+  const int32_t* key_starts = nullptr;
+
+  // result
+  Heads<void> out;
+
+  // saved for backward, or null when nothing is saved
+  uint64_t* random_state = nullptr;  // [2]: seed and offset
+  // [batch, H, queries] accumulator type, packed [H, T]; +inf for a row that sees no key
+  void* log_sum_exp = nullptr;
+  // As log_sum_exp, which is that of scores - score_shift. Scores may be so large, and a float mask may put a row so far
+  // down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
+  void* score_shift = nullptr;
+
+  // gradients; their heads lie as those of what they belong to may lie
+  Heads<const void> d_out;
+  Heads<void> d_query;
+  Heads<void> d_key;
+  Heads<void> d_value;
+  void* d_mask = nullptr;  // of a float mask, in the mask's own dense shape
+  // [3, H, D]: sums of d_query, d_key and d_value over all tokens, where these lie beside each other as [.., 3, H, D]. On
+  // GPUs only.
+  void* d_qkv_bias = nullptr;
+
+  // memory that the backward pass may use beside its workspace, and whose values are lost
+  void* spare = nullptr;
+  size_t spare_bytes = 0;
+
+  void* stage_workspace = nullptr;
+
+  constexpr int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
+  constexpr int64_t queries_in_all() const { return query_starts ? packed_queries : batch * queries; }
+};
+
 // The attention block.
-struct AttentionParams : BlockParams {
+struct AttentionBlockParams : BlockParams {
   // sizes; rows is batch * seq_len
   int64_t batch = 0;
   int64_t seq_len = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
-  // In a layer whose heads are spread over devices, the number of the first head here and of all heads, by which
-  // dropout counts. total_heads 0: these are all.
+  // As in AttentionParams.
   int64_t first_head = 0;
   int64_t total_heads = 0;
 
@@ -172,12 +263,9 @@ struct AttentionParams : BlockParams {
 
   // saved for backward, or in the workspace when nothing is saved
   void* qkv = nullptr;          // [batch, seq_len, 3, H, D]
-  void* log_sum_exp = nullptr;  // [batch, H, seq_len] accumulator type; +inf for a row that sees no key
-  // [batch, H, seq_len] accumulator type: log_sum_exp is that of scores - score_shift. Scores may be so large, and a
-  // float mask may put a row so far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs
-  // score_shift is in units of log2.
-  void* score_shift = nullptr;
-  void* attn_out = nullptr;  // [batch, seq_len, H, D]
+  void* log_sum_exp = nullptr;  // as in AttentionParams
+  void* score_shift = nullptr;  // likewise
+  void* attn_out = nullptr;     // [batch, seq_len, H, D]
 
   // gradients of the inputs
   void* d_qkv_weight = nullptr;     // [3*H*D, E]; until its time comes attention_backward may use the memory
@@ -189,7 +277,6 @@ struct AttentionParams : BlockParams {
   void* d_qkv = nullptr;       // [batch, seq_len, 3, H, D]
 
   constexpr int64_t heads_dim() const { return num_heads * head_dim; }
-  constexpr int64_t heads_in_all() const { return total_heads ? total_heads : num_heads; }
 };
 
 // The feed-forward block.
@@ -277,8 +364,10 @@ inline bool has_own_d_linear(const BlockParams& p) { return has_output_dropout(p
 inline bool needs_d_hidden(const BlockParams& p) {
   return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias));
 }
-inline bool needs_d_qkv(const AttentionParams& p) { return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias; }
-inline bool needs_d_linear(const AttentionParams& p) { return needs_d_qkv(p) || p.d_linear_weight || p.d_linear_bias; }
+inline bool needs_d_qkv(const AttentionBlockParams& p) { return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias; }
+inline bool needs_d_linear(const AttentionBlockParams& p) {
+  return needs_d_qkv(p) || p.d_linear_weight || p.d_linear_bias;
+}
 
 inline bool needs_d_pre_activation(const FeedForwardParams& p) {
   return needs_d_hidden(p) || p.d_linear1_weight || p.d_linear1_bias;

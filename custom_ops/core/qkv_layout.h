@@ -1,7 +1,5 @@
-// Where queries, keys, values, the attention's result, and the gradients of these lie: the rows of one head, one row a
-// token.
-//
-// Query, key and value are packed: qkv is [batch, seq_len, 3, H, D], attn_out [batch, seq_len, H, D].
+// Where the rows of one head lie, one row a token: of queries, keys, values, the attention's result, and the gradients
+// of these; and its numbers among the statistics.
 #pragma once
 
 #include <cstdint>
@@ -22,19 +20,24 @@ struct HeadRows {
   PFA_HOST_DEVICE T* row(int64_t token) const { return data + token * stride; }
 };
 
+// One head of queries of one sequence.
 struct HeadIndex {
   int64_t batch;
   int64_t head;
+  int64_t kv_head;        // that it reads
   int64_t flat;           // batch * H + head
   uint32_t dropout_head;  // the same among the heads of the whole layer, as dropout counts
 };
 
 struct QkvLayout {
-  int64_t seq_len;
   int64_t num_heads;
+  int64_t group;        // query heads that read one head of keys
   int64_t head_dim;
   int64_t first_head;   // these heads among those of the whole layer
   int64_t total_heads;  // of the whole layer
+  int64_t queries;      // of a sequence; of packed ones, of all
+  const int32_t* query_starts;  // as in AttentionParams
+  const int32_t* key_starts;
 
   PFA_HOST_DEVICE int64_t heads_dim() const { return num_heads * head_dim; }
 
@@ -45,29 +48,69 @@ struct QkvLayout {
     const Flat head = flat % heads;
     const auto dropout_head = static_cast<uint32_t>(batch) * static_cast<uint32_t>(total_heads) +
                               static_cast<uint32_t>(first_head) + static_cast<uint32_t>(head);
-    return {static_cast<int64_t>(batch), static_cast<int64_t>(head), static_cast<int64_t>(flat), dropout_head};
+    return {static_cast<int64_t>(batch), static_cast<int64_t>(head),
+            static_cast<int64_t>(head / static_cast<Flat>(group)), static_cast<int64_t>(flat), dropout_head};
   }
 
-  // The head's rows of qkv or its gradient.
-  template <class T>
-  PFA_HOST_DEVICE HeadRows<T> rows(T* qkv, const HeadIndex& h, QkvPart part) const {
-    return {qkv + h.batch * seq_len * 3 * heads_dim() + bias_offset(h, part), 3 * heads_dim()};
+  // The head's rows of queries, of the result, or of the gradient of either.
+  template <class T, class Data>
+  PFA_HOST_DEVICE HeadRows<T> query_rows(const Heads<Data>& heads, const HeadIndex& h) const {
+    return rows<T>(heads, h.batch, h.head, query_starts);
   }
 
-  // The head's rows of attn_out or its gradient.
-  template <class T>
-  PFA_HOST_DEVICE HeadRows<T> out_rows(T* attn_out, const HeadIndex& h) const {
-    return {attn_out + h.batch * seq_len * heads_dim() + h.head * head_dim, heads_dim()};
+  // The rows that the head reads of keys or values; the rows of the gradient of either.
+  template <class T, class Data>
+  PFA_HOST_DEVICE HeadRows<T> key_rows(const Heads<Data>& heads, const HeadIndex& h) const {
+    return rows<T>(heads, h.batch, h.kv_head, key_starts);
   }
 
-  // Where a head's part begins in qkv_bias [3, H, D], and so in every token of qkv.
+  // Where the head's query 0 is in what has a number for every query of every head.
+  PFA_HOST_DEVICE int64_t statistics(const HeadIndex& h) const {
+    return query_starts ? h.head * queries + query_starts[h.batch] : h.flat * queries;
+  }
+
+  // Where a head's part begins in d_qkv_bias [3, H, D].
   PFA_HOST_DEVICE int64_t bias_offset(const HeadIndex& h, QkvPart part) const {
     return static_cast<int64_t>(part) * heads_dim() + h.head * head_dim;
+  }
+
+ private:
+  template <class T, class Data>
+  PFA_HOST_DEVICE static HeadRows<T> rows(const Heads<Data>& heads, int64_t batch, int64_t head,
+                                          const int32_t* starts) {
+    T* data = static_cast<T*>(heads.data) + batch * heads.batch_stride + head * heads.head_stride;
+    return {starts ? data + starts[batch] * heads.token_stride : data, heads.token_stride};
   }
 };
 
 PFA_HOST_DEVICE QkvLayout qkv_layout(const AttentionParams& p) {
-  return {p.seq_len, p.num_heads, p.head_dim, p.first_head, p.heads_in_all()};
+  return {p.num_heads,    p.num_heads / p.num_kv_heads, p.head_dim,  p.first_head,
+          p.heads_in_all(), p.query_starts ? p.packed_queries : p.queries, p.query_starts, p.key_starts};
+}
+
+// Heads that lie in a dense tensor [batch, tokens, parts, heads, head_dim], or packed [tokens of all, ...].
+template <class Data>
+Heads<Data> dense_heads(Data* data, int64_t tokens, int64_t parts, int64_t heads, int64_t head_dim) {
+  return {data, tokens * parts * heads * head_dim, parts * heads * head_dim, head_dim};
+}
+
+// Whether query, key and value lie beside each other as [batch, queries, 3, H, D], and out as [batch, queries, H, D].
+inline bool is_packed_projection(const AttentionParams& p) {
+  const int64_t heads_dim = p.num_heads * p.head_dim;
+  const auto has_strides = [&](const auto& heads, int64_t parts) {
+    return heads.head_stride == p.head_dim && heads.token_stride == parts * heads_dim &&
+           heads.batch_stride == parts * heads_dim * p.queries;
+  };
+  const auto lie_packed = [&](const auto& query, const auto& key, const auto& value) {
+    if (!has_strides(query, 3) || !has_strides(key, 3) || !has_strides(value, 3)) return false;
+    if (!query.data) return true;  // not placed yet
+    const char* first = static_cast<const char*>(query.data);
+    const int64_t part = heads_dim * static_cast<int64_t>(size_of(p.dtype));
+    return key.data == first + part && value.data == first + 2 * part;
+  };
+  return p.queries == p.keys && p.num_heads == p.num_kv_heads && !p.query_starts && has_strides(p.out, 1) &&
+         lie_packed(p.query, p.key, p.value) &&
+         (!p.d_out.data || (has_strides(p.d_out, 1) && lie_packed(p.d_query, p.d_key, p.d_value)));
 }
 
 }  // namespace pfa

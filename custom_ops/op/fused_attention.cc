@@ -31,7 +31,7 @@ Mask mask_of(const paddle::Tensor& tensor) {
 }
 
 struct FusedAttention : BlockOperator {
-  using Params = AttentionParams;
+  using Params = AttentionBlockParams;
   struct Attributes : op::Attributes {
     int64_t PFA_OWN_ATTRIBUTES(PFA_MEMBER);
   };

@@ -154,9 +154,9 @@ void raise_unknown_block(const std::string& name) {
   throw py::value_error("block: expected attention, feed_forward, residual_norm or linear, got " + name);
 }
 
-void parse_config(const py::dict& config, Config<AttentionParams>& result) {
+void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) {
   Reader reader(config);
-  AttentionParams& p = result.params;
+  AttentionBlockParams& p = result.params;
   reader.require("batch", p.batch);
   reader.require("seq_len", p.seq_len);
   p.rows = p.batch * p.seq_len;
@@ -209,9 +209,9 @@ void parse_config(const py::dict& config, Config<LinearParams>& result) {
   reader.finish(result);
 }
 
-std::vector<ArrayOf<AttentionParams>> arrays_of(const AttentionParams& p) {
+std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams& p) {
   using namespace attention;
-  return arrays(kInputs, [&](int input, ArrayOf<AttentionParams>& array) {
+  return arrays(kInputs, [&](int input, ArrayOf<AttentionBlockParams>& array) {
     array.dtype = p.dtype;
     array.shape = {p.embed_dim};
     switch (input) {
@@ -298,7 +298,7 @@ std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p) {
   });
 }
 
-ResultOf result_of(const AttentionParams& p) { return {p.residual_dtype, {p.batch, p.seq_len, p.embed_dim}}; }
+ResultOf result_of(const AttentionBlockParams& p) { return {p.residual_dtype, {p.batch, p.seq_len, p.embed_dim}}; }
 ResultOf result_of(const BlockParams& p) { return {p.residual_dtype, {p.rows, p.embed_dim}}; }
 ResultOf result_of(const LinearParams& p) { return {p.dtype, {p.rows, p.out_features}}; }
 

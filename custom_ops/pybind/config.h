@@ -21,7 +21,7 @@ struct Config {
 };
 
 // Raise ValueError for an entry that is missing, unknown or not among the choices.
-void parse_config(const pybind11::dict& config, Config<AttentionParams>& result);
+void parse_config(const pybind11::dict& config, Config<AttentionBlockParams>& result);
 void parse_config(const pybind11::dict& config, Config<FeedForwardParams>& result);
 void parse_config(const pybind11::dict& config, Config<ResidualNormParams>& result);
 void parse_config(const pybind11::dict& config, Config<LinearParams>& result);
@@ -38,7 +38,7 @@ auto with_config(const pybind11::dict& config, F&& f) {
     return f(result);
   };
   const std::string block = block_of(config);
-  if (block == "attention") return parsed(Config<AttentionParams>{});
+  if (block == "attention") return parsed(Config<AttentionBlockParams>{});
   if (block == "feed_forward") return parsed(Config<FeedForwardParams>{});
   if (block == "residual_norm") return parsed(Config<ResidualNormParams>{});
   if (block == "linear") return parsed(Config<LinearParams>{});
@@ -56,7 +56,7 @@ struct ArrayOf {
   bool is_required;
 };
 
-std::vector<ArrayOf<AttentionParams>> arrays_of(const AttentionParams& p);
+std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams& p);
 std::vector<ArrayOf<FeedForwardParams>> arrays_of(const FeedForwardParams& p);
 std::vector<ArrayOf<ResidualNormParams>> arrays_of(const ResidualNormParams& p);
 std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p);
@@ -67,7 +67,7 @@ struct ResultOf {
   Sizes shape;
 };
 
-ResultOf result_of(const AttentionParams& p);
+ResultOf result_of(const AttentionBlockParams& p);
 ResultOf result_of(const BlockParams& p);
 ResultOf result_of(const LinearParams& p);
 

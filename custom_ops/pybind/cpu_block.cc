@@ -51,7 +51,7 @@ const void* checked(const py::object& object, const std::string& name, DType dty
 }
 
 // Any strides will do.
-Mask mask_of(const py::object& object, const AttentionParams& p) {
+Mask mask_of(const py::object& object, const AttentionBlockParams& p) {
   if (!py::isinstance<py::array>(object)) throw py::type_error("attn_mask: expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
   Mask mask;
@@ -71,7 +71,7 @@ Mask mask_of(const py::object& object, const AttentionParams& p) {
   return mask;
 }
 
-bool take_mask(const std::string& name, const py::object& value, AttentionParams& p) {
+bool take_mask(const std::string& name, const py::object& value, AttentionBlockParams& p) {
   if (name != attention::kMaskName) return false;
   p.mask = mask_of(value, p);
   return true;

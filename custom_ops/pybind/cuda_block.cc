@@ -85,8 +85,8 @@ Setters<P> setters_of_block(const InputPointers<P> (&inputs)[kCount]) {
   return setters;
 }
 
-const Setters<AttentionParams>& setters(const AttentionParams&) {
-  using P = AttentionParams;
+const Setters<AttentionBlockParams>& setters(const AttentionBlockParams&) {
+  using P = AttentionBlockParams;
   static const Setters<P> all = [] {
     Setters<P> result = setters_of_block(attention::kInputs);
     result.insert({PFA_FIELD(qkv), PFA_FIELD(log_sum_exp), PFA_FIELD(score_shift), PFA_FIELD(attn_out),
@@ -131,13 +131,19 @@ using Stages = std::map<std::string, void (*)(cuda::Context&, const P&)>;
   PFA_STAGE(narrow_x), PFA_STAGE(layer_norm_forward), PFA_STAGE(layer_norm_backward), PFA_STAGE(residual_forward), \
       PFA_STAGE(residual_backward)
 
-const Stages<AttentionParams>& stages(const AttentionParams&) {
-  using P = AttentionParams;
+const Stages<AttentionBlockParams>& stages(const AttentionBlockParams&) {
+  using P = AttentionBlockParams;
   static const Stages<P> all = {PFA_BLOCK_STAGES,
                                 PFA_STAGE(qkv_linear_forward),
                                 PFA_STAGE(qkv_linear_backward),
-                                PFA_STAGE(attention_forward),
-                                PFA_STAGE(attention_backward),
+                                {"attention_forward",
+                                 [](cuda::Context& context, const P& p) {
+                                   cuda::attention_forward(context, attention_of(p));
+                                 }},
+                                {"attention_backward",
+                                 [](cuda::Context& context, const P& p) {
+                                   cuda::attention_backward(context, attention_of(p));
+                                 }},
                                 PFA_STAGE(output_linear_forward),
                                 PFA_STAGE(output_linear_backward)};
   return all;
@@ -166,7 +172,7 @@ const Stages<LinearParams>& stages(const LinearParams&) {
 #undef PFA_STAGE
 
 using AnyConfig =
-    std::variant<Config<AttentionParams>, Config<FeedForwardParams>, Config<ResidualNormParams>, Config<LinearParams>>;
+    std::variant<Config<AttentionBlockParams>, Config<FeedForwardParams>, Config<ResidualNormParams>, Config<LinearParams>>;
 
 void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
   p.seed = seed;
@@ -174,7 +180,7 @@ void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
 }
 void set_seed(LinearParams&, uint64_t, uint64_t) {}
 
-bool take_mask(const std::string& name, const py::handle& value, AttentionParams& p) {
+bool take_mask(const std::string& name, const py::handle& value, AttentionBlockParams& p) {
   if (name != "mask") return false;
   const auto mask = value.cast<py::tuple>();
   p.mask.data = address_of(mask[0]);

@@ -97,7 +97,7 @@ struct Results {
 };
 
 Results run_block(const cpu::Implementation& implementation, DType dtype, const Inputs& in, const Values& d_out) {
-  AttentionParams p;
+  AttentionBlockParams p;
   p.batch = kBatch;
   p.seq_len = kSeq;
   p.rows = kRows;

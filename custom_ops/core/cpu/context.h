@@ -29,6 +29,9 @@ inline void copy(Context&, const void* from, void* to, size_t bytes) {
 inline size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
   return context.implementation->attention_workspace_bytes(context, p, phase);
 }
+inline size_t stage_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
+  return context.implementation->attention_block_workspace_bytes(context, p, phase);
+}
 inline size_t stage_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {
   return context.implementation->feed_forward_workspace_bytes(context, p, phase);
 }

@@ -12,24 +12,25 @@ namespace pfa::cpu {
 struct Context;
 
 // DO(name, Params): the stages of the blocks (stages.md) that depend on the instruction set.
-#define PFA_CPU_STAGES(DO)                    \
-  DO(layer_norm_forward, BlockParams)         \
-  DO(layer_norm_backward, BlockParams)        \
-  DO(narrow_x, BlockParams)                   \
-  DO(residual_forward, BlockParams)           \
-  DO(residual_backward, BlockParams)          \
-  DO(qkv_linear_forward, AttentionParams)     \
-  DO(qkv_linear_backward, AttentionParams)    \
-  DO(attention_forward, AttentionParams)      \
-  DO(attention_backward, AttentionParams)     \
-  DO(output_linear_forward, AttentionParams)  \
-  DO(output_linear_backward, AttentionParams) \
-  DO(linear1_forward, FeedForwardParams)      \
-  DO(linear1_backward, FeedForwardParams)     \
-  DO(linear2_forward, FeedForwardParams)      \
-  DO(linear2_backward, FeedForwardParams)     \
-  DO(linear_forward, LinearParams)            \
-  DO(linear_backward, LinearParams)           \
+#define PFA_CPU_STAGES(DO)                         \
+  DO(layer_norm_forward, BlockParams)              \
+  DO(layer_norm_backward, BlockParams)             \
+  DO(narrow_x, BlockParams)                        \
+  DO(residual_forward, BlockParams)                \
+  DO(residual_backward, BlockParams)               \
+  DO(qkv_linear_forward, AttentionBlockParams)     \
+  DO(qkv_linear_backward, AttentionBlockParams)    \
+  DO(attention_forward, AttentionParams)           \
+  DO(attention_backward, AttentionParams)          \
+  DO(mask_gradient, AttentionParams)               \
+  DO(output_linear_forward, AttentionBlockParams)  \
+  DO(output_linear_backward, AttentionBlockParams) \
+  DO(linear1_forward, FeedForwardParams)           \
+  DO(linear1_backward, FeedForwardParams)          \
+  DO(linear2_forward, FeedForwardParams)           \
+  DO(linear2_backward, FeedForwardParams)          \
+  DO(linear_forward, LinearParams)                 \
+  DO(linear_backward, LinearParams)                \
   DO(activation_backward, LinearParams)
 
 struct Implementation {
@@ -41,6 +42,7 @@ struct Implementation {
   PFA_CPU_STAGES(PFA_POINTER)
 #undef PFA_POINTER
   size_t (*attention_workspace_bytes)(const Context&, const AttentionParams&, Phase);
+  size_t (*attention_block_workspace_bytes)(const Context&, const AttentionBlockParams&, Phase);
   size_t (*feed_forward_workspace_bytes)(const Context&, const FeedForwardParams&, Phase);
   size_t (*residual_norm_workspace_bytes)(const Context&, const ResidualNormParams&, Phase);
   size_t (*linear_workspace_bytes)(const Context&, const LinearParams&, Phase);

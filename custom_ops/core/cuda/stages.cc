@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "core/attention_block.h"
+
 namespace pfa {
 namespace cuda {
 namespace {
@@ -27,7 +29,11 @@ void copy(Context& context, const void* from, void* to, size_t bytes) {
 }
 
 size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
-  if (phase == Phase::kAttentionBackward) return attention_backward_workspace_bytes(context, p);
+  return phase == Phase::kAttentionBackward ? attention_backward_workspace_bytes(context, p) : 0;
+}
+
+size_t stage_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
+  if (phase == Phase::kAttentionBackward) return attention_backward_workspace_bytes(context, attention_of(p));
   return std::max(linear_workspace_bytes(context, p, phase), common_workspace_bytes(context, p, phase));
 }
 

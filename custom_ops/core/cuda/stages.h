@@ -26,14 +26,14 @@ void residual_forward(Context& context, const ResidualNormParams& p);  // where 
 void residual_backward(Context& context, const BlockParams& p);
 size_t residual_backward_workspace_bytes(const Context& context, const BlockParams& p);
 
-void qkv_linear_forward(Context& context, const AttentionParams& p);
-void qkv_linear_backward(Context& context, const AttentionParams& p);
+void qkv_linear_forward(Context& context, const AttentionBlockParams& p);
+void qkv_linear_backward(Context& context, const AttentionBlockParams& p);
 void attention_forward(Context& context, const AttentionParams& p);
 void attention_backward(Context& context, const AttentionParams& p);
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);
-void output_linear_forward(Context& context, const AttentionParams& p);
-void output_linear_backward(Context& context, const AttentionParams& p);
-size_t linear_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase);
+void output_linear_forward(Context& context, const AttentionBlockParams& p);
+void output_linear_backward(Context& context, const AttentionBlockParams& p);
+size_t linear_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase);
 
 void linear1_forward(Context& context, const FeedForwardParams& p);
 void linear1_backward(Context& context, const FeedForwardParams& p);
@@ -47,6 +47,7 @@ void linear_backward(Context& context, const LinearParams& p);
 size_t linear_workspace_bytes(const Context& context, const LinearParams& p, Phase phase);
 
 size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase);
+size_t stage_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase);
 size_t stage_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase);
 size_t stage_workspace_bytes(const Context& context, const ResidualNormParams& p, Phase phase);
 size_t stage_workspace_bytes(const Context& context, const LinearParams& p, Phase phase);

@@ -16,7 +16,8 @@ struct AttentionBackward {
   using P = Operand<T>;
 
   struct Unit {
-    int64_t head;            // HeadIndex::flat
+    int64_t batch;
+    int64_t kv_head;         // whose keys, and the queries that read them
     Range<int64_t> queries;  // begins a tile, and ends one or the sequence
     Range<int64_t> keys;     // the same
     bool wants_query;
@@ -68,8 +69,8 @@ struct AttentionBackward {
 
   // No more threads than work.
   static int threads(const Context& context, const AttentionParams& p) {
-    const int64_t tiles = ceil_div(visibility_of<int64_t>(p).queries, kQueryTile);
-    return static_cast<int>(std::min<int64_t>(context.threads, 2 * p.batch * p.num_heads * tiles));
+    const int64_t tiles = ceil_div(std::max(p.queries, p.keys), kQueryTile);
+    return static_cast<int>(std::min<int64_t>(context.threads, std::max<int64_t>(1, 2 * kv_heads(p) * tiles)));
   }
 
   static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
@@ -81,19 +82,20 @@ struct AttentionBackward {
     const size_t bytes = thread_bytes(context, p);
     parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(Head<T>(p, units[index].head), units[index], Tiles(arena, context, p));
+      run_unit(p, units[index], Tiles(arena, context, p));
     });
   }
 
+  static int64_t kv_heads(const AttentionParams& p) { return p.batch * p.num_kv_heads; }
+
   static bool splits_heads(const Context& context, const AttentionParams& p) {
-    const int64_t heads = p.batch * p.num_heads;
-    return heads < 2 * context.threads && heads % context.threads != 0;
+    return kv_heads(p) < 2 * context.threads && kv_heads(p) % context.threads != 0;
   }
 
   // The number of ranges that the tiles of a head that is split are cut into.
   static int64_t parts(const Context& context, const AttentionParams& p) {
-    const int64_t tiles = ceil_div(visibility_of<int64_t>(p).keys, kKeyTile);
-    return std::min(tiles, ceil_div(4 * context.threads, p.batch * p.num_heads));
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(p.keys, kKeyTile));
+    return std::min(tiles, ceil_div(4 * context.threads, kv_heads(p)));
   }
 
   // Range `part` of `parts` of the positions 0..length - 1: at most so many tiles as tiles / parts rounded up.
@@ -104,57 +106,69 @@ struct AttentionBackward {
 
   // The most keys that a unit has sums for.
   static int64_t unit_keys(const Context& context, const AttentionParams& p) {
-    const int64_t keys = visibility_of<int64_t>(p).keys;
-    if (!splits_heads(context, p) || keys == 0) return keys;
-    return std::min(keys, ceil_div(ceil_div(keys, kKeyTile), parts(context, p)) * kKeyTile);
+    if (!splits_heads(context, p) || kv_heads(p) == 0) return p.keys;
+    return std::min(p.keys, ceil_div(ceil_div(p.keys, kKeyTile), parts(context, p)) * kKeyTile);
   }
 
   static std::vector<Unit> split(const Context& context, const AttentionParams& p) {
-    const auto visibility = visibility_of<int64_t>(p);
-    const Range<int64_t> all_queries{0, visibility.queries};
-    const Range<int64_t> all_keys{0, visibility.keys};
+    const bool wants_query = p.d_query.data;
+    const bool wants_key_value = p.d_key.data || p.d_value.data;
     const bool splits = splits_heads(context, p);
     std::vector<Unit> units;
-    for (int64_t head = 0; head < p.batch * p.num_heads; ++head) {
+    for (int64_t index = 0; index < kv_heads(p); ++index) {
+      const int64_t batch = index / p.num_kv_heads;
+      const int64_t kv_head = index % p.num_kv_heads;
+      const auto visibility = visibility_of_sequence(p, batch);
+      const Range<int64_t> all_queries{0, visibility.queries};
+      const Range<int64_t> all_keys{0, visibility.keys};
       if (!splits) {
-        units.push_back({head, all_queries, all_keys, true, true});
+        units.push_back({batch, kv_head, all_queries, all_keys, wants_query, wants_key_value});
         continue;
       }
       const int64_t ranges = parts(context, p);
       for (int64_t part = 0; part < ranges; ++part) {
         const Range<int64_t> queries = part_of(visibility.queries, kQueryTile, part, ranges);
         const Range<int64_t> keys = part_of(visibility.keys, kKeyTile, part, ranges);
-        units.push_back({head, queries, all_keys, true, false});
-        units.push_back({head, all_queries, keys, false, true});
+        if (wants_query) units.push_back({batch, kv_head, queries, all_keys, true, false});
+        if (wants_key_value) units.push_back({batch, kv_head, all_queries, keys, false, true});
       }
     }
     return units;
   }
 
-  static void run_unit(const Head<T>& head, const Unit& unit, const Tiles& tiles) {
-    const int64_t padded = head.shape.padded;
+  static void run_unit(const AttentionParams& p, const Unit& unit, const Tiles& tiles) {
+    const HeadShape<T> shape(p);
     const int64_t unit_keys = unit.keys.end - unit.keys.first;
-    Range<int64_t> queries = unit.queries;
-    if (!unit.wants_query) {
-      queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
-    }
     if (unit.wants_key_value) {
-      std::fill(tiles.d_key, tiles.d_key + unit_keys * padded, A(0));
-      std::fill(tiles.d_value, tiles.d_value + unit_keys * padded, A(0));
+      std::fill(tiles.d_key, tiles.d_key + unit_keys * shape.padded, A(0));
+      std::fill(tiles.d_value, tiles.d_value + unit_keys * shape.padded, A(0));
     }
-    for (int64_t first = queries.first; first < queries.end; first += kQueryTile) query_tile(head, unit, first, tiles);
-    if (unit.wants_key_value) {
-      write(head, QkvPart::kKey, unit.keys.first, unit_keys, tiles.d_key);
-      write(head, QkvPart::kValue, unit.keys.first, unit_keys, tiles.d_value);
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    const int64_t first_head = unit.batch * p.num_heads + unit.kv_head * group;
+    for (int64_t flat = first_head; flat < first_head + group; ++flat) {
+      const Head<T> head(p, flat);
+      Range<int64_t> queries = unit.queries;
+      if (!unit.wants_query) {
+        queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
+      }
+      for (int64_t first = queries.first; first < queries.end; first += kQueryTile) {
+        query_tile(head, unit, first, tiles);
+      }
+    }
+    if (!unit.wants_key_value) return;
+    const Head<T> head(p, first_head);
+    if (p.d_key.data) {
+      write(head.layout.template key_rows<T>(p.d_key, head.index), shape, unit.keys.first, unit_keys, tiles.d_key);
+    }
+    if (p.d_value.data) {
+      write(head.layout.template key_rows<T>(p.d_value, head.index), shape, unit.keys.first, unit_keys, tiles.d_value);
     }
   }
 
-  // Writes gradient [count][padded] to rows first..first + count - 1 of d_qkv.
-  static void write(const Head<T>& head, QkvPart part, int64_t first, int64_t count, const A* gradient) {
-    const HeadRows<T> target = head.layout.rows(static_cast<T*>(head.p.d_qkv), head.index, part);
-    for (int64_t r = 0; r < count; ++r) {
-      store_row(gradient + r * head.shape.padded, head.shape.head_dim, target.row(first + r));
-    }
+  // Writes gradient [count][padded] to rows first..first + count - 1.
+  static void write(const HeadRows<T>& rows, const HeadShape<T>& shape, int64_t first, int64_t count,
+                    const A* gradient) {
+    for (int64_t r = 0; r < count; ++r) store_row(gradient + r * shape.padded, shape.head_dim, rows.row(first + r));
   }
 
   // What a tile of queries gives to the unit.
@@ -163,8 +177,7 @@ struct AttentionBackward {
     const HeadShape<T>& shape = head.shape;
     const int64_t padded = shape.padded;
     const int64_t queries = std::min(kQueryTile, unit.queries.end - first_query);
-    const int64_t width = round_up(queries, kLanes<A>);
-    const A dropout_scale = static_cast<A>(head.p.attn_dropout.scale);
+    const A dropout_scale = static_cast<A>(head.p.dropout.scale);
     const Range<int64_t> seen = head.visibility.keys_of(first_query, first_query + queries);
     const Range<int64_t> keys = whole_tiles(unit.keys, seen, kKeyTile);
     const ScoreGradient<T>& gradient = tiles.gradient;
@@ -173,13 +186,8 @@ struct AttentionBackward {
     if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + queries * padded, A(0));
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
       const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
-      // scores [keys, queries] = scale * k @ q^T + mask
-      tiles.scores.load_keys(head, tile);
-      // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
-      micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
-                       kQueryTile, {gradient.d_probability, kQueryTile, dropout_scale, false});
-      // r p and ds [keys, queries]
-      gradient.compute(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
+      if (hides_tile(head.ranges, tile)) continue;
+      score_gradient(head, tile, tiles);
       if (unit.wants_key_value) {
         const int64_t offset = (first_key - unit.keys.first) * padded;
         // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
@@ -196,15 +204,30 @@ struct AttentionBackward {
                          padded, {tiles.d_query, padded, head.score_scale, true});
       }
     }
-    if (unit.wants_query) write(head, QkvPart::kQuery, first_query, queries, tiles.d_query);
+    if (unit.wants_query) {
+      write(head.layout.template query_rows<T>(head.p.d_query, head.index), shape, first_query, queries, tiles.d_query);
+    }
+  }
+
+  // With the queries loaded: r p and ds [keys, queries] of a tile.
+  static void score_gradient(const Head<T>& head, const ScoreTile& tile, const Tiles& tiles) {
+    const int64_t width = round_up(tile.queries, kLanes<A>);
+    const HeadShape<T>& shape = head.shape;
+    const ScoreGradient<T>& gradient = tiles.gradient;
+    // scores [keys, queries] = scale * k @ q^T + mask
+    tiles.scores.load_keys(head, tile);
+    // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
+    micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
+                     kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});
+    gradient.compute(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
   }
 
   // q and do in all the ways that the products read them, and the statistics of every query.
   static void load_queries(const Head<T>& head, int64_t first, int64_t queries, const Tiles& tiles) {
     const AttentionParams& p = head.p;
     const HeadShape<T>& shape = head.shape;
-    const HeadRows<const T> out = head.layout.out_rows(static_cast<const T*>(p.attn_out), head.index);
-    const HeadRows<const T> d_out = head.layout.out_rows(static_cast<const T*>(p.d_attn_out), head.index);
+    const HeadRows<const T> out = head.layout.template query_rows<const T>(p.out, head.index);
+    const HeadRows<const T> d_out = head.layout.template query_rows<const T>(p.d_out, head.index);
     tiles.scores.load_queries(head, first, queries);
     pack_along_depth<T>(d_out, first, queries, shape, tiles.d_out);
     transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);

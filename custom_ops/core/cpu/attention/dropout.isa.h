@@ -11,7 +11,7 @@ inline void keep_tile(const AttentionParams& p, const HeadIndex& head, const Sco
   constexpr int together = lanes < 8 ? lanes : 8;  // lanes of queries that follow each other
   const PhiloxState state = philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention);
   // A number is at least the threshold when the word that begins with it is greater than this.
-  const Vec<uint32_t> below = broadcast((p.attn_dropout.threshold << 16) - 1);
+  const Vec<uint32_t> below = broadcast((p.dropout.threshold << 16) - 1);
   const int64_t row_groups = round_up(tile.queries, 16) / 2;
   std::fill(kept, kept + round_up(tile.keys, 16), 0);
   for (int64_t j = 0; j < tile.keys; j += 16) {

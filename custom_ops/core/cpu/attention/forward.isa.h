@@ -41,15 +41,18 @@ struct AttentionForward {
   }
 
   static void run(Context& context, const AttentionParams& p) {
-    p.random_state[0] = p.seed;
-    p.random_state[1] = p.offset;
-    const int64_t query_tiles = ceil_div(visibility_of<int64_t>(p).queries, kQueryTile);
+    if (p.random_state) {
+      p.random_state[0] = p.seed;
+      p.random_state[1] = p.offset;
+    }
+    const int64_t query_tiles = ceil_div(p.queries, kQueryTile);
     const size_t bytes = thread_bytes(p);
     parallel_for(p.batch * p.num_heads * query_tiles, context.threads, [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
       const Head<T> head(p, index / query_tiles);
       // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
-      query_tile(head, (query_tiles - 1 - index % query_tiles) * kQueryTile, Tiles(arena, p));
+      const int64_t first_query = (query_tiles - 1 - index % query_tiles) * kQueryTile;
+      if (first_query < head.visibility.queries) query_tile(head, first_query, Tiles(arena, p));
     });
   }
 
@@ -62,10 +65,10 @@ struct AttentionForward {
 
     tiles.scores.load_queries(head, first_query, queries);
     tiles.softmax.start(width);
-    if (keys.first >= keys.end) std::fill(tiles.out, tiles.out + queries * padded, A(0));
+    bool continues = false;
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
       const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
-      const bool continues = first_key > keys.first;
+      if (hides_tile(head.ranges, tile)) continue;
       // scores [keys, queries] = scale * k @ q^T + mask
       tiles.scores.load_keys(head, tile);
       const P* value_rows = pack_along_rows<T>(tiles.scores.value, tile.keys, head.shape, tiles.value_rows);
@@ -75,7 +78,9 @@ struct AttentionForward {
       if (continues) rescale_out(queries, padded, tiles);
       micro_gemm<A, P>(queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows, padded,
                        {tiles.out, padded, A(1), continues});
+      continues = true;
     }
+    if (!continues) std::fill(tiles.out, tiles.out + queries * padded, A(0));
     write(head, first_query, queries, tiles);
   }
 
@@ -91,8 +96,8 @@ struct AttentionForward {
   // Divides o by the sums and writes it, with what backward needs of the softmax.
   static void write(const Head<T>& head, int64_t first_query, int64_t queries, const Tiles& tiles) {
     const AttentionParams& p = head.p;
-    const A scale = static_cast<A>(p.attn_dropout.scale);
-    const HeadRows<T> out = head.layout.out_rows(static_cast<T*>(p.attn_out), head.index);
+    const A scale = static_cast<A>(p.dropout.scale);
+    const HeadRows<T> out = head.layout.template query_rows<T>(p.out, head.index);
     A* log_sum_exp = p.log_sum_exp ? head.statistics(p.log_sum_exp, first_query) : nullptr;
     A* score_shift = p.log_sum_exp ? head.statistics(p.score_shift, first_query) : nullptr;
     for (int64_t i = 0; i < queries; ++i) {

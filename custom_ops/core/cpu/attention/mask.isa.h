@@ -1,4 +1,5 @@
-// What a query may not see, in a tile of scores: the mask is added, and what is hidden by position becomes -inf.
+// What a query may not see, in a tile of scores: the mask is added, and what is hidden by position or by ranges of
+// queries becomes -inf.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -64,18 +65,37 @@ void add_mask(const Mask& mask, const HeadIndex& head, const ScoreTile& tile, A*
 
 // Makes scores [keys][kQueryTile] -inf where the query does not see the key.
 template <class A>
-void hide_unseen(const Visibility<int64_t>& visibility, const ScoreTile& tile, A* scores) {
-  const int64_t end_query = tile.first_query + tile.queries;
-  if (!visibility.hides_any(tile.first_query, end_query, tile.first_key, tile.first_key + tile.keys)) return;
-  const auto clamp = [&](int64_t query) {
-    return std::min(std::max<int64_t>(query - tile.first_query, 0), tile.queries);
-  };
-  for (int64_t j = 0; j < tile.keys; ++j) {
-    const Range<int64_t> seeing = visibility.queries_of(tile.first_key + j);
+void hide_unseen(const Visibility<int64_t>& visibility, const HiddenRanges<int64_t>& ranges, const ScoreTile& tile,
+                 A* scores) {
+  const auto hide = [&](int64_t j, int64_t first_query, int64_t end_query) {
+    const int64_t first = std::max<int64_t>(first_query - tile.first_query, 0);
+    const int64_t end = std::min(end_query - tile.first_query, tile.queries);
     A* row = scores + j * kQueryTile;
-    std::fill(row, row + clamp(seeing.first), -std::numeric_limits<A>::infinity());
-    std::fill(row + clamp(seeing.end), row + tile.queries, -std::numeric_limits<A>::infinity());
+    if (first < end) std::fill(row + first, row + end, -std::numeric_limits<A>::infinity());
+  };
+  const int64_t end_query = tile.first_query + tile.queries;
+  if (visibility.hides_any(tile.first_query, end_query, tile.first_key, tile.first_key + tile.keys)) {
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      const Range<int64_t> seeing = visibility.queries_of(tile.first_key + j);
+      hide(j, tile.first_query, seeing.first);
+      hide(j, seeing.end, end_query);
+    }
   }
+  if (!ranges.data) return;
+  for (int64_t j = 0; j < tile.keys; ++j) {
+    const HiddenQueries<int64_t> hidden = ranges.of_key(tile.first_key + j);
+    hide(j, hidden.first.first, hidden.first.end);
+    hide(j, hidden.second.first, hidden.second.end);
+  }
+}
+
+// Whether the ranges hide every key of the tile from every query.
+inline bool hides_tile(const HiddenRanges<int64_t>& ranges, const ScoreTile& tile) {
+  if (!ranges.data) return false;
+  for (int64_t j = 0; j < tile.keys; ++j) {
+    if (!ranges.of_key(tile.first_key + j).contain(tile.first_query, tile.first_query + tile.queries)) return false;
+  }
+  return true;
 }
 
 }  // namespace pfa::cpu::PFA_ISA

@@ -21,23 +21,25 @@ struct Scores {
     key = take<P>(arena, kKeyTile * shape.stride);
     value = take<P>(arena, kKeyTile * shape.stride);
     scores = take<A>(arena, kKeyTile * kQueryTile);
-    kept = p.attn_dropout.threshold ? take<uint64_t>(arena, kKeyTile) : nullptr;
+    kept = p.dropout.threshold ? take<uint64_t>(arena, kKeyTile) : nullptr;
   }
 
   void load_queries(const Head<T>& head, int64_t first, int64_t count) const {
-    pack_along_depth<T>(head.rows(QkvPart::kQuery), first, count, head.shape, query);
+    pack_along_depth<T>(head.layout.template query_rows<const T>(head.p.query, head.index), first, count, head.shape, query);
     transpose_tile(query, count, head.shape.depth, head.shape.stride, query_transposed);
   }
 
   // With the queries loaded: keys and values, their scores, and what is kept of the probabilities.
   void load_keys(const Head<T>& head, const ScoreTile& tile) const {
-    pack_along_depth<T>(head.rows(QkvPart::kKey), tile.first_key, tile.keys, head.shape, key);
-    pack_along_depth<T>(head.rows(QkvPart::kValue), tile.first_key, tile.keys, head.shape, value);
+    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.key, head.index), tile.first_key, tile.keys,
+                        head.shape, key);
+    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.value, head.index), tile.first_key, tile.keys,
+                        head.shape, value);
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
     micro_gemm<A, P>(tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth, {key, head.shape.stride, 1},
                      query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false});
     if (head.p.mask.data) add_mask(head.p.mask, head.index, tile, scores);
-    hide_unseen(head.visibility, tile, scores);
+    hide_unseen(head.visibility, head.ranges, tile, scores);
     if (kept) keep_tile(head.p, head.index, tile, kept);
   }
 };

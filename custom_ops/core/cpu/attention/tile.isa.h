@@ -25,6 +25,12 @@ inline Range<int64_t> whole_tiles(Range<int64_t> positions, Range<int64_t> seen,
   return {std::max(positions.first, round_down(seen.first, tile)), std::min(positions.end, seen.end)};
 }
 
+inline Visibility<int64_t> visibility_of_sequence(const AttentionParams& p, int64_t batch) {
+  if (!p.query_starts) return visibility_of<int64_t>(p);
+  return visibility_of<int64_t>(p, p.query_starts[batch + 1] - p.query_starts[batch],
+                                p.key_starts[batch + 1] - p.key_starts[batch]);
+}
+
 // Sizes of a head in the tiles.
 template <class T>
 struct HeadShape {
@@ -40,7 +46,7 @@ struct HeadShape {
         padded(round_up(p.head_dim, kLanes<Accumulator<T>>)) {}
 };
 
-// One head of one sequence, as both passes see it.
+// One head of queries of one sequence, as both passes see it.
 template <class T>
 struct Head {
   using A = Accumulator<T>;
@@ -50,6 +56,7 @@ struct Head {
   HeadIndex index;
   HeadShape<T> shape;
   Visibility<int64_t> visibility;
+  HiddenRanges<int64_t> ranges;
   A score_scale;
 
   Head(const AttentionParams& p, int64_t flat)
@@ -57,14 +64,13 @@ struct Head {
         layout(qkv_layout(p)),
         index(layout.head(flat)),
         shape(p),
-        visibility(visibility_of<int64_t>(p)),
-        score_scale(A(1) / std::sqrt(static_cast<A>(p.head_dim))) {}
+        visibility(visibility_of_sequence(p, index.batch)),
+        ranges(hidden_ranges(p.hidden_ranges, index.batch, index.kv_head, visibility.queries)),
+        score_scale(static_cast<A>(p.scale)) {}
 
-  HeadRows<const T> rows(QkvPart part) const { return layout.rows(static_cast<const T*>(p.qkv), index, part); }
-
-  // From `query` on, of a tensor [batch, H, seq_len] with a number for every query.
+  // From `query` on, of what has a number for every query of every head.
   A* statistics(void* data, int64_t query) const {
-    return static_cast<A*>(data) + index.flat * visibility.queries + query;
+    return static_cast<A*>(data) + layout.statistics(index) + query;
   }
 };
 

@@ -48,6 +48,8 @@
 #include "core/cpu/attention/backward.isa.h"
 #include "core/cpu/attention/forward.isa.h"
 
+#include "core/cpu/attention/mask_gradient.isa.h"
+
 namespace pfa::cpu::PFA_ISA {
 
 template <class T>
@@ -113,12 +115,12 @@ auto for_norm_dtypes(const BlockParams& p, F&& f) {
       pass(context, p);                                              \
     });                                                              \
   }
-#define PFA_LINEAR_STAGE(name, pass)                          \
-  inline void name(Context& context, const LinearParams& p) { \
-    for_dtype(p.dtype, [&](auto element) {                    \
-      using T = typename decltype(element)::type;             \
-      pass(context, p);                                       \
-    });                                                       \
+#define PFA_DTYPE_STAGE(name, P, pass)              \
+  inline void name(Context& context, const P& p) {  \
+    for_dtype(p.dtype, [&](auto element) {          \
+      using T = typename decltype(element)::type;   \
+      pass(context, p);                             \
+    });                                             \
   }
 
 PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, R, N>::forward))
@@ -126,23 +128,24 @@ PFA_NORM_STAGE(layer_norm_backward, (LayerNorm<T, R, N>::backward))
 PFA_NORM_STAGE(narrow_x, (LayerNorm<T, R, N>::narrow_x))
 PFA_NORM_STAGE(residual_forward, (Residual<T, R, N>::forward))
 PFA_NORM_STAGE(residual_backward, (Residual<T, R, N>::backward))
-PFA_STAGE(qkv_linear_forward, AttentionParams, (Linear<T, R>::qkv_linear_forward))
-PFA_STAGE(qkv_linear_backward, AttentionParams, (Linear<T, R>::qkv_linear_backward))
-PFA_STAGE(attention_forward, AttentionParams, AttentionForward<T>::run)
-PFA_STAGE(attention_backward, AttentionParams, AttentionBackward<T>::run)
-PFA_STAGE(output_linear_forward, AttentionParams, (Linear<T, R>::output_linear_forward))
-PFA_STAGE(output_linear_backward, AttentionParams, (Linear<T, R>::output_linear_backward))
+PFA_STAGE(qkv_linear_forward, AttentionBlockParams, (Linear<T, R>::qkv_linear_forward))
+PFA_STAGE(qkv_linear_backward, AttentionBlockParams, (Linear<T, R>::qkv_linear_backward))
+PFA_STAGE(output_linear_forward, AttentionBlockParams, (Linear<T, R>::output_linear_forward))
+PFA_STAGE(output_linear_backward, AttentionBlockParams, (Linear<T, R>::output_linear_backward))
 PFA_STAGE(linear1_forward, FeedForwardParams, (Linear<T, R>::linear1_forward))
 PFA_STAGE(linear1_backward, FeedForwardParams, (Linear<T, R>::linear1_backward))
 PFA_STAGE(linear2_forward, FeedForwardParams, (Linear<T, R>::linear2_forward))
 PFA_STAGE(linear2_backward, FeedForwardParams, (Linear<T, R>::linear2_backward))
-PFA_LINEAR_STAGE(linear_forward, (Linear<T, T>::linear_forward))
-PFA_LINEAR_STAGE(linear_backward, (Linear<T, T>::linear_backward))
-PFA_LINEAR_STAGE(activation_backward, ActivationRows<T>::backward)
+PFA_DTYPE_STAGE(attention_forward, AttentionParams, AttentionForward<T>::run)
+PFA_DTYPE_STAGE(attention_backward, AttentionParams, AttentionBackward<T>::run)
+PFA_DTYPE_STAGE(mask_gradient, AttentionParams, MaskGradient<T>::run)
+PFA_DTYPE_STAGE(linear_forward, LinearParams, (Linear<T, T>::linear_forward))
+PFA_DTYPE_STAGE(linear_backward, LinearParams, (Linear<T, T>::linear_backward))
+PFA_DTYPE_STAGE(activation_backward, LinearParams, ActivationRows<T>::backward)
 
 #undef PFA_STAGE
 #undef PFA_NORM_STAGE
-#undef PFA_LINEAR_STAGE
+#undef PFA_DTYPE_STAGE
 
 // Of the stages that both blocks have.
 template <class P>
@@ -168,20 +171,27 @@ size_t frame_workspace_bytes(const Context& context, const P& p, Phase phase) {
 }
 
 inline size_t attention_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
-  const size_t own = for_dtypes(p, [&](auto element, auto residual) {
+  return for_dtype(p.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    using R = typename decltype(residual)::type;
     switch (phase) {
       case Phase::kForward:
-        return std::max(Linear<T, R>::workspace_bytes(context, p, phase),
-                        AttentionForward<T>::workspace_bytes(context, p));
+        return AttentionForward<T>::workspace_bytes(context, p);
       case Phase::kAttentionBackward:
-        return AttentionBackward<T>::workspace_bytes(context, p);
+        return std::max(AttentionBackward<T>::workspace_bytes(context, p),
+                        p.d_mask ? MaskGradient<T>::workspace_bytes(context, p) : 0);
       default:
-        return Linear<T, R>::workspace_bytes(context, p, phase);
+        return size_t{0};
     }
   });
-  return std::max(own, frame_workspace_bytes(context, p, phase));
+}
+
+inline size_t attention_block_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
+  const size_t linear = for_dtypes(p, [&](auto element, auto residual) {
+    return Linear<typename decltype(element)::type, typename decltype(residual)::type>::workspace_bytes(context, p,
+                                                                                                        phase);
+  });
+  const size_t attention = attention_workspace_bytes(context, attention_of(p), phase);
+  return std::max({linear, attention, frame_workspace_bytes(context, p, phase)});
 }
 
 inline size_t feed_forward_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {
@@ -211,6 +221,7 @@ constexpr Implementation make_implementation(const char* name, const char* (*why
           why_not,
           has_tile_products,
           PFA_CPU_STAGES(PFA_ADDRESS) attention_workspace_bytes,
+          attention_block_workspace_bytes,
           feed_forward_workspace_bytes,
           residual_norm_workspace_bytes,
           linear_workspace_bytes};

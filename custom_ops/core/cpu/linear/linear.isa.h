@@ -108,33 +108,33 @@ struct Linear {
     }
   }
 
-  static Layer qkv_layer(const AttentionParams& p) {
+  static Layer qkv_layer(const AttentionBlockParams& p) {
     return {p.rows, p.embed_dim, 3 * p.heads_dim(), p.hidden, p.qkv_weight, true};
   }
-  static Layer output_layer(const AttentionParams& p) {
+  static Layer output_layer(const AttentionBlockParams& p) {
     return {p.rows, p.heads_dim(), p.embed_dim, p.attn_out, p.linear_weight};
   }
 
-  static void qkv_linear_forward(Context& context, const AttentionParams& p) {
+  static void qkv_linear_forward(Context& context, const AttentionBlockParams& p) {
     multiply(context, p.stage_workspace, qkv_layer(p).template forward<T>(p.qkv_bias, p.qkv));
   }
 
-  static void qkv_linear_backward(Context& context, const AttentionParams& p) {
+  static void qkv_linear_backward(Context& context, const AttentionBlockParams& p) {
     first_backward(context, p, qkv_layer(p), p.d_qkv, p.d_qkv_weight, p.d_qkv_bias);
   }
 
-  static void output_linear_forward(Context& context, const AttentionParams& p) {
+  static void output_linear_forward(Context& context, const AttentionBlockParams& p) {
     multiply(context, p.stage_workspace, output_layer(p).template forward<R>(nullptr, p.residual));
   }
 
-  static void output_linear_backward(Context& context, const AttentionParams& p) {
+  static void output_linear_backward(Context& context, const AttentionBlockParams& p) {
     const Layer layer = output_layer(p);
     if (p.d_linear_weight) multiply(context, p.stage_workspace, layer.d_weight(p.d_linear, p.d_linear_weight));
     if (p.d_attn_out) multiply(context, p.stage_workspace, layer.template d_x<T>(p.d_linear, nullptr, p.d_attn_out));
   }
 
   // Pointers are not placed yet, so what depends on them is not asked.
-  static size_t workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
+  static size_t workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
     return workspace_bytes_of(context, p, phase, qkv_layer(p), output_layer(p));
   }
 

@@ -1,6 +1,6 @@
 // What the attention's kernels are given, by value: what both passes need, and what each needs beside that.
 //
-// Kernels work with scores in units of log2: s2 = (q . k) * D^-0.5 * log2(e) + mask * log2(e), so that exp2 does for
+// Kernels work with scores in units of log2: s2 = (q . k) * scale * log2(e) + mask * log2(e), so that exp2 does for
 // exp.
 //
 // Backward finds the probabilities of forward only if both subtract the same number from the same scores, rounded
@@ -9,8 +9,6 @@
 // and backward subtracts the highest score before the sum of exponentials, beside which that would be lost. Elsewhere
 // backward subtracts both at once.
 #pragma once
-
-#include <cmath>
 
 #include "core/params.h"
 #include "core/philox.h"
@@ -24,7 +22,9 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLargeScore = 256.0f;
 
 struct AttentionArgs {
-  const void* qkv;  // [B, S, 3, H, D]
+  Heads<const void> query;
+  Heads<const void> key;
+  Heads<const void> value;
   QkvLayout layout;
   Visibility<int> visibility;
   Mask mask;
@@ -33,28 +33,30 @@ struct AttentionArgs {
   bool drops;
   uint32_t drop_limit;  // an element is kept when its 16-bit number << 16 exceeds this; unused where `drops` is false
   double drop_scale;
-  double score_scale;  // D^-0.5
+  double score_scale;
 
   __host__ __device__ int head_dim() const { return static_cast<int>(layout.head_dim); }
   __host__ __device__ int64_t heads() const { return batch * layout.num_heads; }
 };
 
 struct ForwardArgs : AttentionArgs {
-  void* out;               // [B, S, H, D]
-  void* log_sum_exp;       // [B, H, S], or null: not wanted
-  void* score_shift;       // [B, H, S] in units of log2, or null: not wanted
+  Heads<void> out;
+  void* log_sum_exp;       // [B, H, queries], or null: not wanted
+  void* score_shift;       // [B, H, queries] in units of log2, or null: not wanted
   uint64_t* random_state;  // written; or null: not wanted
   uint64_t seed;
   uint64_t offset;
 };
 
 struct BackwardArgs : AttentionArgs {
-  const void* out;               // [B, S, H, D]
-  const void* log_sum_exp;       // [B, H, S]
-  const void* score_shift;       // [B, H, S] in units of log2
+  Heads<const void> out;
+  const void* log_sum_exp;       // [B, H, queries]
+  const void* score_shift;       // [B, H, queries] in units of log2
   const uint64_t* random_state;  // [2]: seed and offset of the forward pass
-  const void* d_out;             // [B, S, H, D]
-  void* d_qkv;                   // [B, S, 3, H, D]
+  Heads<const void> d_out;
+  Heads<void> d_query;
+  Heads<void> d_key;
+  Heads<void> d_value;
 
   // The row statistics, [B, H, rows_padded] each, made by the pass's first kernel.
   void* delta;      // sum over d of d_out * out; 0 past the last query
@@ -68,38 +70,47 @@ inline bool is_vector_aligned(const void* data) { return reinterpret_cast<uintpt
 // Whether every row of every tensor starts at a multiple of 16 bytes. A pointer that is not placed yet is null, and
 // will.
 inline bool has_vectors(const AttentionParams& p) {
-  return p.head_dim * size_of(p.dtype) % 16 == 0 && is_vector_aligned(p.qkv) && is_vector_aligned(p.attn_out) &&
-         is_vector_aligned(p.d_attn_out) && is_vector_aligned(p.d_qkv);
+  const int64_t element = size_of(p.dtype);
+  const auto aligned = [&](const auto& heads) {
+    return is_vector_aligned(heads.data) && heads.batch_stride * element % 16 == 0 &&
+           heads.token_stride * element % 16 == 0 && heads.head_stride * element % 16 == 0;
+  };
+  return p.head_dim * element % 16 == 0 && aligned(p.query) && aligned(p.key) && aligned(p.value) && aligned(p.out) &&
+         aligned(p.d_out) && aligned(p.d_query) && aligned(p.d_key) && aligned(p.d_value);
 }
 
 inline AttentionArgs attention_args(const AttentionParams& p) {
   AttentionArgs args{};
-  args.qkv = p.qkv;
+  args.query = p.query;
+  args.key = p.key;
+  args.value = p.value;
   args.layout = qkv_layout(p);
   args.visibility = visibility_of<int>(p);
   args.mask = p.mask;
   args.batch = p.batch;
   args.vectors = has_vectors(p);
-  args.drops = p.attn_dropout.threshold > 0;
-  args.drop_limit = (p.attn_dropout.threshold << 16) - 1;
-  args.drop_scale = p.attn_dropout.scale;
-  args.score_scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  args.drops = p.dropout.threshold > 0;
+  args.drop_limit = (p.dropout.threshold << 16) - 1;
+  args.drop_scale = p.dropout.scale;
+  args.score_scale = p.scale;
   return args;
 }
 
 inline ForwardArgs forward_args(const AttentionParams& p) {
-  return {attention_args(p), p.attn_out, p.log_sum_exp, p.score_shift, p.random_state, p.seed, p.offset};
+  return {attention_args(p), p.out, p.log_sum_exp, p.score_shift, p.random_state, p.seed, p.offset};
 }
 
 inline BackwardArgs backward_args(const AttentionParams& p) {
   BackwardArgs args{};
   static_cast<AttentionArgs&>(args) = attention_args(p);
-  args.out = p.attn_out;
+  args.out = {p.out.data, p.out.batch_stride, p.out.token_stride, p.out.head_stride};
   args.log_sum_exp = p.log_sum_exp;
   args.score_shift = p.score_shift;
   args.random_state = p.random_state;
-  args.d_out = p.d_attn_out;
-  args.d_qkv = p.d_qkv;
+  args.d_out = p.d_out;
+  args.d_query = p.d_query;
+  args.d_key = p.d_key;
+  args.d_value = p.d_value;
   return args;
 }
 

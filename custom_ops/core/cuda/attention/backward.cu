@@ -69,7 +69,8 @@ BackwardArgs placed_args(const AttentionParams& p) {
 
 void sum_bias(Context& context, const AttentionParams& p) {
   if (!p.d_qkv_bias) return;
-  column_sums(context, p.dtype, p.d_qkv, p.rows, 3 * p.heads_dim(), p.d_qkv_bias, p.stage_workspace);
+  column_sums(context, p.dtype, p.d_query.data, p.batch * p.queries, p.d_query.token_stride, p.d_qkv_bias,
+              p.stage_workspace);
 }
 
 }  // namespace
@@ -80,7 +81,8 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
   place_row_statistics(arena, p, args);
   return !p.d_qkv_bias
              ? arena.used()
-             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.rows, 3 * p.heads_dim()));
+             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.batch * p.queries,
+                                                                  p.d_query.token_stride));
 }
 
 void mma_attention_backward(Context& context, const AttentionParams& p) {
@@ -106,7 +108,7 @@ void plain_attention_backward(Context& context, const AttentionParams& p) {
 }
 
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
-  if (p.rows == 0) return 0;
+  if (p.batch * p.num_heads * p.queries == 0) return 0;
   // Addresses that are not known yet may rule out the first that serves: each that comes after it must find room too.
   size_t bytes = 0;
   for (const AttentionImplementation* implementation : kAttentionImplementations) {
@@ -117,7 +119,7 @@ size_t attention_backward_workspace_bytes(const Context& context, const Attentio
 }
 
 void attention_backward(Context& context, const AttentionParams& p) {
-  if (p.rows > 0) {
+  if (p.batch * p.num_heads * p.queries > 0) {
     attention_implementation(context, p, Pass::kBackward).backward(context, p);
   } else {
     sum_bias(context, p);

@@ -1,4 +1,4 @@
-// Attention, forward: softmax(q k^T * D^-0.5 + mask) v of every head, in tiles, with an online softmax. The stage, and
+// Attention, forward: softmax(q k^T * scale + mask) v of every head, in tiles, with an online softmax. The stage, and
 // the launches of the plain and the mma kernels.
 #include "core/cuda/attention/implementations.h"
 #include "core/cuda/attention/launch.h"
@@ -54,7 +54,7 @@ void plain_attention_forward(Context& context, const AttentionParams& p) {
 }
 
 void attention_forward(Context& context, const AttentionParams& p) {
-  if (p.rows > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
+  if (p.batch * p.num_heads * p.queries > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
 }
 
 }  // namespace cuda

@@ -81,28 +81,27 @@ struct BackwardHead : Head<T> {
 template <class T, class Args>
 __device__ __forceinline__ Head<T> head_of(const Args& args, uint32_t flat, bool drops) {
   const HeadState state = head_state(args, flat, drops);
-  const T* qkv = static_cast<const T*>(args.qkv);
-  return {state, args.layout.rows(qkv, state.index, QkvPart::kQuery), args.layout.rows(qkv, state.index, QkvPart::kKey),
-          args.layout.rows(qkv, state.index, QkvPart::kValue)};
+  const QkvLayout& layout = args.layout;
+  return {state, layout.query_rows<const T>(args.query, state.index), layout.key_rows<const T>(args.key, state.index),
+          layout.key_rows<const T>(args.value, state.index)};
 }
 
 template <class T>
 __device__ __forceinline__ ForwardHead<T> forward_head(const ForwardArgs& args, uint32_t flat, bool drops) {
   const Head<T> head = head_of<T>(args, flat, drops);
-  return {head, args.layout.out_rows(static_cast<T*>(args.out), head.index)};
+  return {head, args.layout.query_rows<T>(args.out, head.index)};
 }
 
 template <class T, class Acc>
 __device__ __forceinline__ BackwardHead<T, Acc> backward_head(const BackwardArgs& args, uint32_t flat, bool drops) {
   const Head<T> head = head_of<T>(args, flat, drops);
   const QkvLayout& layout = args.layout;
-  T* d_qkv = static_cast<T*>(args.d_qkv);
   const int64_t statistics = head.index.flat * args.rows_padded;
   return {head,
-          layout.out_rows(static_cast<const T*>(args.d_out), head.index),
-          layout.rows(d_qkv, head.index, QkvPart::kQuery),
-          layout.rows(d_qkv, head.index, QkvPart::kKey),
-          layout.rows(d_qkv, head.index, QkvPart::kValue),
+          layout.query_rows<const T>(args.d_out, head.index),
+          layout.query_rows<T>(args.d_query, head.index),
+          layout.key_rows<T>(args.d_key, head.index),
+          layout.key_rows<T>(args.d_value, head.index),
           static_cast<const Acc*>(args.lse2) + statistics,
           static_cast<const Acc*>(args.shift2) + statistics,
           static_cast<const Acc*>(args.delta) + statistics};

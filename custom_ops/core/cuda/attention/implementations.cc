@@ -13,6 +13,9 @@ const char* why_not_hopper(const Context& context, const AttentionParams& p, Pas
   if (!hopper_is_built(context)) return "it was not compiled: build for 9.0a";
   if (!is_16bit_float(p.dtype)) return "it computes float16 and bfloat16 only";
   if (p.head_dim > 128) return "it takes a head_dim up to 128";
+  if (!is_packed_projection(p)) return "it reads query, key and value of one packed projection only";
+  if (p.window_left >= 0 || p.window_right >= 0) return "it knows no windows";
+  if (p.hidden_ranges.data) return "it knows no ranges of hidden queries";
   if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
   if (pass == Pass::kBackward && context.deterministic) {
     return "it adds gradients in no fixed order, and deterministic ones are asked for";

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   Acc lse2 = infinity<Acc>();
   Acc shift2 = 0;
   if (row < args.visibility.queries) {
-    const T* out = args.layout.out_rows(static_cast<const T*>(args.out), h).row(row);
-    const T* d_out = args.layout.out_rows(static_cast<const T*>(args.d_out), h).row(row);
+    const T* out = args.layout.query_rows<const T>(args.out, h).row(row);
+    const T* d_out = args.layout.query_rows<const T>(args.d_out, h).row(row);
     if (args.vectors) {
       constexpr int kVec = kVectorSize<T>;
       for (int d = lane * kVec; d < args.head_dim(); d += lanes * kVec) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
     } else {
       for (int d = lane; d < args.head_dim(); d += lanes) delta += widen(out[d]) * widen(d_out[d]);
     }
-    const int64_t statistic = h.flat * args.layout.seq_len + row;
+    const int64_t statistic = args.layout.statistics(h) + row;
     lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
     shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
     if (!(fabs(shift2) > static_cast<Acc>(kLargeScore))) {

@@ -50,7 +50,7 @@ struct RowSoftmax {
   // the sum of exponentials beside it.
   __device__ __forceinline__ void store(const ForwardArgs& args, const HeadIndex& h, int row) const {
     if (!args.log_sum_exp || row >= args.visibility.queries) return;
-    const int64_t index = h.flat * args.layout.seq_len + row;
+    const int64_t index = args.layout.statistics(h) + row;
     static_cast<Acc*>(args.log_sum_exp)[index] = total > 0 ? log(total) : infinity<Acc>();
     static_cast<Acc*>(args.score_shift)[index] = total > 0 ? maximum : Acc(0);
   }

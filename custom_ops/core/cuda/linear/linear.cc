@@ -139,11 +139,11 @@ size_t last_layer_backward_bytes(const Context& context, const Layer& layer, boo
                   bytes_if(has_d_x, context, layer.x_gradient(nullptr, layer.dtype, nullptr)));
 }
 
-Layer qkv_linear(const AttentionParams& p) {
+Layer qkv_linear(const AttentionBlockParams& p) {
   return {p.dtype, p.rows, p.embed_dim, 3 * p.heads_dim(), p.hidden, p.qkv_weight, true};
 }
 
-Layer output_linear(const AttentionParams& p) {
+Layer output_linear(const AttentionBlockParams& p) {
   return {p.dtype, p.rows, p.heads_dim(), p.embed_dim, p.attn_out, p.linear_weight};
 }
 
@@ -199,19 +199,19 @@ ActivationRows activation_of(const LinearParams& p) {
 
 }  // namespace
 
-void qkv_linear_forward(Context& context, const AttentionParams& p) {
+void qkv_linear_forward(Context& context, const AttentionBlockParams& p) {
   matrix_product(context, qkv_linear(p).forward(p.dtype, p.qkv_bias, p.qkv), p.stage_workspace);
 }
 
-void qkv_linear_backward(Context& context, const AttentionParams& p) {
+void qkv_linear_backward(Context& context, const AttentionBlockParams& p) {
   first_layer_backward(context, p, qkv_linear(p), p.d_qkv, p.d_qkv_weight);
 }
 
-void output_linear_forward(Context& context, const AttentionParams& p) {
+void output_linear_forward(Context& context, const AttentionBlockParams& p) {
   last_layer_forward(context, p, output_linear(p));
 }
 
-void output_linear_backward(Context& context, const AttentionParams& p) {
+void output_linear_backward(Context& context, const AttentionBlockParams& p) {
   const Layer layer = output_linear(p);
   if (p.d_linear_weight) {
     matrix_product(context, layer.weight_gradient(p.d_linear, p.d_linear_weight), p.stage_workspace);
@@ -219,7 +219,7 @@ void output_linear_backward(Context& context, const AttentionParams& p) {
   if (needs_d_qkv(p)) matrix_product(context, layer.x_gradient(p.d_linear, p.dtype, p.d_attn_out), p.stage_workspace);
 }
 
-size_t linear_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
+size_t linear_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
   switch (phase) {
     case Phase::kForward:
       return std::max(matrix_product_workspace_bytes(context, qkv_linear(p).forward(p.dtype, p.qkv_bias, p.qkv)),

@@ -409,12 +409,11 @@ struct BackwardRoles {
     const float scale = static_cast<float>(args.score_scale);
     const float drop_scale = static_cast<float>(args.drop_scale);
     const HeadIndex& h = tile.head.index;
-    T* d_qkv = static_cast<T*>(args.d_qkv);
-    store_strip<T, kHeadDim>(tile.dk, scale, scale, panel, tile.strip, args.layout.rows(d_qkv, h, QkvPart::kKey),
+    store_strip<T, kHeadDim>(tile.dk, scale, scale, panel, tile.strip, args.layout.template key_rows<T>(args.d_key, h),
                              tile.key0 + tile.strip, args.visibility.keys, args.head_dim());
     add_to_bias<kHeadDim>(args, schedule, tile.dv, drop_scale, h, QkvPart::kValue, 0);
     store_strip<T, kHeadDim>(tile.dv, drop_scale, drop_scale, panel, tile.strip,
-                             args.layout.rows(d_qkv, h, QkvPart::kValue), tile.key0 + tile.strip, args.visibility.keys,
+                             args.layout.template key_rows<T>(args.d_value, h), tile.key0 + tile.strip, args.visibility.keys,
                              args.head_dim());
   }
 
@@ -537,17 +536,16 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   schedule = plan(context, args);
-  // The first sums lie in d_qkv_weight, which is written after this stage only.
+  // The first sums lie in memory that is lent.
   const size_t slot = sizeof(float) * args.rows_padded * schedule.columns;
-  if (p.d_qkv_weight && is_vector_aligned(p.d_qkv_weight)) {
-    const size_t lent = 3 * p.heads_dim() * p.embed_dim * size_of(p.dtype);
-    schedule.lent_sums = static_cast<float*>(p.d_qkv_weight);
-    schedule.lent_slots = static_cast<int>(std::min<size_t>(schedule.slots, lent / slot));
+  if (p.spare && is_vector_aligned(p.spare)) {
+    schedule.lent_sums = static_cast<float*>(p.spare);
+    schedule.lent_slots = static_cast<int>(std::min<size_t>(schedule.slots, p.spare_bytes / slot));
   }
   schedule.sums = static_cast<float*>(arena.take((schedule.slots - schedule.lent_slots) * slot));
   schedule.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * schedule.slots)));
   if (p.d_qkv_bias) {
-    schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * 3 * p.heads_dim()));
+    schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * 3 * p.num_heads * p.head_dim));
   }
   return arena.used();
 }
@@ -555,8 +553,8 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
 template <class T, int kHeadDim>
 void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule, DType dtype) {
   make_row_statistics<T, float>(context, args, schedule);
-  const CUtensorMap qkv_map = qkv_tensor_map(args.qkv, dtype, args);
-  const CUtensorMap d_out_map = out_tensor_map(args.d_out, dtype, args);
+  const CUtensorMap qkv_map = qkv_tensor_map(args.query.data, dtype, args);
+  const CUtensorMap d_out_map = out_tensor_map(args.d_out.data, dtype, args);
   with_mask_kind(args, [&](auto mask) {
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper",
@@ -589,7 +587,7 @@ void hopper_attention_backward(Context& context, const AttentionParams& p) {
     });
   });
   if (p.d_qkv_bias) {
-    add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, 3 * p.heads_dim(),
+    add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, 3 * p.num_heads * p.head_dim,
                    {{p.d_qkv_bias, p.dtype}, {}, {}});
   }
 }

@@ -388,7 +388,7 @@ struct ForwardRoles {
     named_sync(kOwnBarrier + group, 128);
     float factor[2];
     softmax.finish(args, head.index, strip, factor);
-    const HeadRows<T> out = args.layout.out_rows(static_cast<T*>(args.out), head.index);
+    const HeadRows<T> out = args.layout.template query_rows<T>(args.out, head.index);
     store_strip<T, kHeadDim>(o, factor[0], factor[1], q_tile(group), threadIdx.x / 32 % 4 * 16, out, strip,
                              args.visibility.queries, args.head_dim());
   }
@@ -474,7 +474,7 @@ void forward(const Context& context, const ForwardArgs& args, DType dtype, const
     const size_t shared_bytes = to_multiple + Shape::kTilesBytes + mask_bytes;
     constexpr int kElementBytes = 4;  // k, v
     launch(context, "attention_forward_hopper", kernel, ceil_div(args.visibility.queries, kQueries) * args.heads(),
-           Shape::kThreads, shared_bytes, qkv_tensor_map(args.qkv, dtype, args), mask_map, mask_copies, args,
+           Shape::kThreads, shared_bytes, qkv_tensor_map(args.query.data, dtype, args), mask_map, mask_copies, args,
            heads_per_group(args, kElementBytes));
   });
 }

@@ -66,7 +66,7 @@ struct QueryGradient {
                                         int row0, char* panel, int strip) const {
     const float scale = static_cast<float>(args.score_scale);
     const HeadIndex h = args.layout.head(head);
-    const HeadRows<T> d_q = args.layout.rows(static_cast<T*>(args.d_qkv), h, QkvPart::kQuery);
+    const HeadRows<T> d_q = args.layout.template query_rows<T>(args.d_query, h);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       const int column0 = i * kPanelColumns;

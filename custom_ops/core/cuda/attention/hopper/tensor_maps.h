@@ -56,8 +56,8 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, const AttentionArgs
   CUtensorMap map;
   if (!encode_map(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                   data,
-                  {size(layout.head_dim), size(layout.num_heads), size(parts), size(layout.seq_len), size(args.batch)},
-                  {row_bytes, part_bytes, token_bytes, token_bytes * layout.seq_len}, kPanelColumns)) {
+                  {size(layout.head_dim), size(layout.num_heads), size(parts), size(layout.queries), size(args.batch)},
+                  {row_bytes, part_bytes, token_bytes, token_bytes * layout.queries}, kPanelColumns)) {
     throw std::runtime_error("cuTensorMapEncodeTiled does not take the tensors of attention");
   }
   return map;
