@@ -163,6 +163,7 @@ struct Attention {
       p.queries = attributes.max_seqlen_q;
       p.keys = attributes.max_seqlen_k;
       p.packed_queries = query[0];
+      result.packed_keys = key[0];
       if (tensors[kQuery]->is_cpu()) {
         check_starts(*tensors[kCuSeqlensQ], kCuSeqlensQ, query[0], p.queries);
         check_starts(*tensors[kCuSeqlensK], kCuSeqlensK, key[0], p.keys);
