@@ -104,7 +104,7 @@ int main(int count, char** arguments) {
   p.seq_len = std::atoll(arguments[3]);
   p.rows = p.batch * p.seq_len;
   p.embed_dim = std::atoll(arguments[4]);
-  p.num_heads = std::atoll(arguments[5]);
+  p.num_heads = p.num_kv_heads = std::atoll(arguments[5]);
   p.head_dim = p.embed_dim / p.num_heads;
   p.attn_dropout = p.dropout = dropout_of(std::atof(arguments[6]), true, true);
   const int rounds = std::atoi(arguments[7]);

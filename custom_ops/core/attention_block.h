@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 #include "core/block.h"
@@ -17,40 +16,52 @@ inline AttentionParams attention_of(const AttentionBlockParams& p) {
   AttentionParams a;
   a.batch = p.batch;
   a.queries = a.keys = p.seq_len;
-  a.num_heads = a.num_kv_heads = p.num_heads;
+  a.num_heads = p.num_heads;
+  a.num_kv_heads = p.num_kv_heads;
   a.head_dim = p.head_dim;
   a.first_head = p.first_head;
   a.total_heads = p.total_heads;
+  a.packed_queries = p.starts ? p.rows : 0;
   a.dtype = p.dtype;
-  a.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  a.scale = p.scale;
   a.causal = p.causal;
+  a.window_left = p.window_left;
+  a.window_right = p.window_right;
   a.dropout = p.attn_dropout;
   a.seed = p.seed;
   a.offset = p.offset;
-  const size_t part = p.heads_dim() * size_of(p.dtype);
-  const auto qkv_part = [&](auto* qkv, int number) {
-    using Data = std::remove_pointer_t<decltype(qkv)>;
+  a.query_starts = a.key_starts = p.starts;
+
+  // From head `first` on of [M, heads, D].
+  const auto heads_from = [&](auto* data, int64_t first, int64_t heads) {
+    using Data = std::remove_pointer_t<decltype(data)>;
     using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
-    Data* data = qkv ? static_cast<Byte*>(qkv) + number * part : nullptr;
-    return dense_heads(data, p.seq_len, 3, p.num_heads, p.head_dim);
+    const size_t offset = first * p.head_dim * size_of(p.dtype);
+    Heads<Data> result = dense_heads(data, p.seq_len, heads, p.head_dim);
+    if (data) result.data = static_cast<Byte*>(data) + offset;
+    if (p.starts) result.batch_stride = 0;
+    return result;
   };
-  const auto rows = [&](auto* data) { return dense_heads(data, p.seq_len, 1, p.num_heads, p.head_dim); };
-  const void* qkv = p.qkv;
-  a.query = qkv_part(qkv, 0);
-  a.key = qkv_part(qkv, 1);
-  a.value = qkv_part(qkv, 2);
+  const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
+  const int64_t key = p.num_heads, value = p.num_heads + p.num_kv_heads;
+  const void* const qkv = p.qkv;
+  a.query = heads_from(qkv, 0, all_heads);
+  a.key = heads_from(qkv, key, all_heads);
+  a.value = heads_from(qkv, value, all_heads);
   a.mask = p.mask;
-  a.out = rows(p.attn_out);
+  a.mask.data = p.attn_mask;
+  a.out = heads_from(p.attn_out, 0, p.num_heads);
   a.random_state = p.random_state;
   a.log_sum_exp = p.log_sum_exp;
   a.score_shift = p.score_shift;
-  a.d_out = rows(static_cast<const void*>(p.d_attn_out));
-  a.d_query = qkv_part(p.d_qkv, 0);
-  a.d_key = qkv_part(p.d_qkv, 1);
-  a.d_value = qkv_part(p.d_qkv, 2);
+  a.d_out = heads_from(static_cast<const void*>(p.d_attn_out), 0, p.num_heads);
+  a.d_query = heads_from(p.d_qkv, 0, all_heads);
+  a.d_key = heads_from(p.d_qkv, key, all_heads);
+  a.d_value = heads_from(p.d_qkv, value, all_heads);
+  a.d_mask = p.d_attn_mask;
   a.d_qkv_bias = p.d_qkv_bias;
   a.spare = p.d_qkv_weight;
-  a.spare_bytes = p.d_qkv_weight ? 3 * part * p.embed_dim : 0;
+  a.spare_bytes = p.d_qkv_weight ? p.qkv_dim() * p.embed_dim * size_of(p.dtype) : 0;
   a.stage_workspace = p.stage_workspace;
   return a;
 }
@@ -59,7 +70,7 @@ inline AttentionParams attention_of(const AttentionBlockParams& p) {
 inline size_t place_saved(AttentionBlockParams& p, void* saved) {
   Arena arena(saved);
   place_saved_of_input(arena, p);
-  p.qkv = arena.take(activation_bytes(p, 3 * p.heads_dim()));
+  p.qkv = arena.take(activation_bytes(p, p.qkv_dim()));
   p.log_sum_exp = arena.take(statistics_bytes(p) * p.num_heads);
   p.score_shift = arena.take(statistics_bytes(p) * p.num_heads);
   p.attn_out = arena.take(activation_bytes(p, p.heads_dim()));
@@ -84,7 +95,7 @@ AttentionForwardPlan plan_forward(const Context& context, AttentionBlockParams p
   place_hidden(arena, p);
   if (!saves) {
     place_without_saving(arena, p);
-    p.qkv = arena.take(activation_bytes(p, 3 * p.heads_dim()));
+    p.qkv = arena.take(activation_bytes(p, p.qkv_dim()));
     p.attn_out = arena.take(activation_bytes(p, p.heads_dim()));
     p.log_sum_exp = p.score_shift = nullptr;
   }
@@ -135,7 +146,7 @@ AttentionBackwardPlan plan_backward(const Context& context, AttentionBlockParams
   const size_t activation = row_bytes * p.embed_dim;
   place_d_residual(arena, p, needs_d_linear(p));
 
-  const size_t d_qkv_bytes = needs_d_qkv(p) ? row_bytes * 3 * p.heads_dim() : 0;
+  const size_t d_qkv_bytes = needs_d_qkv(p) ? row_bytes * p.qkv_dim() : 0;
   const size_t d_linear_bytes = needs_d_linear(p) && has_own_d_linear(p) ? activation : 0;
   const size_t output_workspace = stage_workspace_bytes(context, p, Phase::kOutputBackward);
   p.d_qkv = arena.take(std::max(d_qkv_bytes, Arena::aligned(d_linear_bytes) + output_workspace));
@@ -175,7 +186,9 @@ void run_backward(Context& context, const AttentionBlockParams& params, const vo
   if (params.final_layer_norm || needs_d_linear(params)) residual_backward(context, plan.output);
   if (needs_d_linear(params)) output_linear_backward(context, plan.output);
   if (needs_d_qkv(params)) {
-    attention_backward(context, attention_of(plan.attention));
+    const AttentionParams attention = attention_of(plan.attention);
+    attention_backward(context, attention);
+    if (attention.d_mask) mask_gradient(context, attention);
     if (params.d_qkv_weight) make_hidden(context, plan.input);
     qkv_linear_backward(context, plan.input);
     if (plan.input.d_hidden) layer_norm_backward(context, plan.input);

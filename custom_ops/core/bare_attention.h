@@ -36,7 +36,7 @@ inline AttentionParams with_tensors(const BareAttentionParams& p) {
   a.seed = p.seed;
   a.offset = p.offset;
   const auto rows = [&](auto* data, int64_t tokens, int64_t heads) {
-    auto result = dense_heads(data, tokens, 1, heads, a.head_dim);
+    auto result = dense_heads(data, tokens, heads, a.head_dim);
     if (a.query_starts) result.batch_stride = 0;
     return result;
   };

@@ -6,13 +6,14 @@
 #include "core/params.h"
 
 // DO(Name, name, field) for each, separated by commas: the operator's name of it, that in errors, and the field of the
-// struct. First those that have gradients.
-#define PFA_ATTENTION_DIFFERENTIABLE_INPUTS(DO)                                                       \
+// struct. First those that have gradients, which attn_mask has only where it is of a float type.
+#define PFA_ATTENTION_PARAMETERS(DO)                                                                  \
   DO(X, x, x), DO(QKVWeight, qkv_weight, qkv_weight), DO(LinearWeight, linear_weight, linear_weight), \
       DO(PreLnScale, pre_ln_scale, pre_ln_scale), DO(PreLnBias, pre_ln_bias, pre_ln_bias),            \
       DO(LnScale, ln_scale, ln_scale), DO(LnBias, ln_bias, ln_bias), DO(QKVBias, qkv_bias, qkv_bias), \
       DO(LinearBias, linear_bias, linear_bias)
-#define PFA_ATTENTION_INPUTS(DO) PFA_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(AttnMask, attn_mask, mask)
+#define PFA_ATTENTION_DIFFERENTIABLE_INPUTS(DO) PFA_ATTENTION_PARAMETERS(DO), DO(AttnMask, attn_mask, attn_mask)
+#define PFA_ATTENTION_INPUTS(DO) PFA_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(CuSeqlens, cu_seqlens, starts)
 
 #define PFA_FEED_FORWARD_INPUTS(DO)                                                                                  \
   DO(X, x, x), DO(Linear1Weight, linear1_weight, linear1_weight), DO(Linear2Weight, linear2_weight, linear2_weight), \
@@ -26,7 +27,6 @@
 
 #define PFA_LINEAR_INPUTS(DO) DO(X, x, x), DO(Weight, weight, weight), DO(Bias, bias, bias)
 
-// Those that have gradients first; attn_mask only where it is of a float type.
 #define PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO) \
   DO(Query, query, query), DO(Key, key, key), DO(Value, value, value), DO(AttnMask, attn_mask, attn_mask)
 #define PFA_BARE_ATTENTION_INPUTS(DO)                                                                            \
@@ -54,7 +54,8 @@ struct InputPointers {
 
 namespace attention {
 enum Input : int { PFA_ATTENTION_INPUTS(PFA_ENUMERATOR), kInputCount };
-constexpr int kGradientCount = kAttnMask;  // the mask is constant
+constexpr int kGradientCount = kCuSeqlens;
+constexpr InputPointers<AttentionBlockParams> kParameters[] = {PFA_ATTENTION_PARAMETERS(PFA_ATTENTION_POINTERS)};
 constexpr InputPointers<AttentionBlockParams> kInputs[kGradientCount] = {
     PFA_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_ATTENTION_POINTERS)};
 constexpr char kMaskName[] = "attn_mask";

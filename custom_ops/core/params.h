@@ -226,8 +226,8 @@ struct AttentionParams {
   Heads<void> d_key;
   Heads<void> d_value;
   void* d_mask = nullptr;  // of a float mask, in the mask's own dense shape
-  // [3, H, D]: sums of d_query, d_key and d_value over all tokens, where these lie beside each other as [.., 3, H, D]. On
-  // GPUs only.
+  // [H + 2 * num_kv_heads, D]: sums of d_query, d_key and d_value over all tokens, where these lie beside each other so.
+  // On GPUs only.
   void* d_qkv_bias = nullptr;
 
   // memory that the backward pass may use beside its workspace, and whose values are lost
@@ -240,43 +240,51 @@ struct AttentionParams {
   constexpr int64_t queries_in_all() const { return query_starts ? packed_queries : batch * queries; }
 };
 
-// The attention block.
+// The attention block. C = (H + 2 * num_kv_heads) * D, the numbers of query, key and value of a token.
 struct AttentionBlockParams : BlockParams {
-  // sizes; rows is batch * seq_len
+  // sizes; rows is batch * seq_len, or starts[batch]
   int64_t batch = 0;
-  int64_t seq_len = 0;
+  int64_t seq_len = 0;  // of packed sequences, of the longest
   int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   // As in AttentionParams.
   int64_t first_head = 0;
   int64_t total_heads = 0;
 
-  // switches
+  // switches, as in AttentionParams
+  double scale = 1.0;
   bool causal = false;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
   Dropout attn_dropout;
 
   // inputs
-  const void* qkv_weight = nullptr;     // [3*H*D, E]
-  const void* qkv_bias = nullptr;       // [3*H*D] or null
-  Mask mask;                            // data null: no mask
+  const void* qkv_weight = nullptr;     // [C, E]
+  const void* qkv_bias = nullptr;       // [C] or null
+  const void* attn_mask = nullptr;      // of `mask`, or null
+  Mask mask;                            // but for its data
   const void* linear_weight = nullptr;  // [H*D, E]
+  const int32_t* starts = nullptr;      // [batch + 1] of packed sequences, as query_starts in AttentionParams; or null
 
   // saved for backward, or in the workspace when nothing is saved
-  void* qkv = nullptr;          // [batch, seq_len, 3, H, D]
+  void* qkv = nullptr;          // [M, H + 2 * num_kv_heads, D]
   void* log_sum_exp = nullptr;  // as in AttentionParams
   void* score_shift = nullptr;  // likewise
-  void* attn_out = nullptr;     // [batch, seq_len, H, D]
+  void* attn_out = nullptr;     // [M, H, D]
 
   // gradients of the inputs
-  void* d_qkv_weight = nullptr;     // [3*H*D, E]; until its time comes attention_backward may use the memory
-  void* d_qkv_bias = nullptr;       // [3*H*D]
+  void* d_qkv_weight = nullptr;     // [C, E]; until its time comes attention_backward may use the memory
+  void* d_qkv_bias = nullptr;       // [C]
+  void* d_attn_mask = nullptr;      // as d_mask in AttentionParams
   void* d_linear_weight = nullptr;  // [H*D, E]
 
   // intermediate gradients
-  void* d_attn_out = nullptr;  // [batch, seq_len, H, D]
-  void* d_qkv = nullptr;       // [batch, seq_len, 3, H, D]
+  void* d_attn_out = nullptr;  // [M, H, D]
+  void* d_qkv = nullptr;       // [M, H + 2 * num_kv_heads, D]
 
   constexpr int64_t heads_dim() const { return num_heads * head_dim; }
+  constexpr int64_t qkv_dim() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
 };
 
 // The feed-forward block.
@@ -364,7 +372,9 @@ inline bool has_own_d_linear(const BlockParams& p) { return has_output_dropout(p
 inline bool needs_d_hidden(const BlockParams& p) {
   return p.d_x || (p.pre_layer_norm && (p.d_pre_ln_scale || p.d_pre_ln_bias));
 }
-inline bool needs_d_qkv(const AttentionBlockParams& p) { return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias; }
+inline bool needs_d_qkv(const AttentionBlockParams& p) {
+  return needs_d_hidden(p) || p.d_qkv_weight || p.d_qkv_bias || p.d_attn_mask;
+}
 inline bool needs_d_linear(const AttentionBlockParams& p) {
   return needs_d_qkv(p) || p.d_linear_weight || p.d_linear_bias;
 }

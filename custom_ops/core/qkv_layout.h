@@ -88,10 +88,10 @@ PFA_HOST_DEVICE QkvLayout qkv_layout(const AttentionParams& p) {
           p.heads_in_all(), p.query_starts ? p.packed_queries : p.queries, p.query_starts, p.key_starts};
 }
 
-// Heads that lie in a dense tensor [batch, tokens, parts, heads, head_dim], or packed [tokens of all, ...].
+// The heads of a dense tensor [batch, tokens, heads, head_dim].
 template <class Data>
-Heads<Data> dense_heads(Data* data, int64_t tokens, int64_t parts, int64_t heads, int64_t head_dim) {
-  return {data, tokens * parts * heads * head_dim, parts * heads * head_dim, head_dim};
+Heads<Data> dense_heads(Data* data, int64_t tokens, int64_t heads, int64_t head_dim) {
+  return {data, tokens * heads * head_dim, heads * head_dim, head_dim};
 }
 
 // Whether query, key and value lie beside each other as [batch, queries, 3, H, D], and out as [batch, queries, H, D].

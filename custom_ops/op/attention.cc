@@ -3,19 +3,18 @@
 #include "core/bare_attention.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "core/inputs.h"
 #include "op/blocks.h"
-#include "op/masks.h"
 #include "op/operator.h"
+#include "op/scores.h"
 
 namespace pfa::op {
 namespace {
 
 using namespace bare_attention;
 
-// `scale` and `dropout_rate` are float64 numbers. A window of -1 has no end. Of packed sequences max_seqlen_q and
+// `scale` and `dropout_rate` are float64 numbers; a scale of NaN is head_dim^-0.5. A window of -1 has no end. Of packed sequences max_seqlen_q and
 // max_seqlen_k are the longest.
 #define PFA_OWN_ATTRIBUTES(DO) \
   DO(scale), DO(dropout_rate), DO(seed), DO(window_left), DO(window_right), DO(max_seqlen_q), DO(max_seqlen_k)
@@ -34,6 +33,7 @@ struct Attention {
   static constexpr const char* kAttributeNames[] = {PFA_OWN_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = bare_attention::kInputs;
   static constexpr bool kReadsOut = true;
+  static constexpr int kMaskInput = kAttnMask;
   static constexpr char kOutLike[] = "shape and dtype of query";
 
   static void check(const Arguments& arguments, const Attributes& attributes) {
@@ -41,7 +41,9 @@ struct Attention {
     arguments.check_dtype_like(kKey, kQuery);
     arguments.check_dtype_like(kValue, kQuery);
     check_mask_dtype(arguments, kAttnMask);
-    check_attributes(attributes);
+    check_scores(kType, attributes.scale, attributes.window_left, attributes.window_right);
+    check_longest(kType, "max_seqlen_q", attributes.max_seqlen_q);
+    check_longest(kType, "max_seqlen_k", attributes.max_seqlen_k);
     for (int input : {kCuSeqlensQ, kCuSeqlensK, kStartendRowIndices}) {
       if (arguments.has(input) && arguments.dtypes[input] != "int32") arguments.refuse_dtype(input, "int32");
     }
@@ -55,20 +57,6 @@ struct Attention {
       check_packed(arguments, attributes);
     } else {
       check_dense(arguments, attributes);
-    }
-  }
-
-  static void check_attributes(const Attributes& attributes) {
-    if (!std::isfinite(number(attributes.scale))) {
-      refuse(kType, "ValueError", "scale", "a finite number", std::to_string(number(attributes.scale)));
-    }
-    for (const auto& [name, value] :
-         {std::pair{"window_left", attributes.window_left}, {"window_right", attributes.window_right}}) {
-      if (value < -1) refuse(kType, "ValueError", name, "-1 or more", std::to_string(value));
-    }
-    for (const auto& [name, value] :
-         {std::pair{"max_seqlen_q", attributes.max_seqlen_q}, {"max_seqlen_k", attributes.max_seqlen_k}}) {
-      if (value < 0) refuse(kType, "ValueError", name, "0 or more", std::to_string(value));
     }
   }
 
@@ -124,28 +112,6 @@ struct Attention {
 
   static Sizes out_shape(const Shape* shapes, const Attributes&) { return sizes_of(shapes[kQuery]); }
 
-  // On the CPU, before any work. On GPUs the values cannot be read without waiting for the device.
-  static void check_starts(const paddle::Tensor& starts, int input, int64_t tokens, int64_t longest) {
-    const int32_t* values = starts.data<int32_t>();
-    const int64_t count = starts.numel();
-    const auto refuse_values = [&](const std::string& expected, int64_t got) {
-      refuse(kType, "ValueError", kArgumentNames[input], expected, std::to_string(got));
-    };
-    if (values[0] != 0) refuse_values("a first value of 0", values[0]);
-    for (int64_t i = 1; i < count; ++i) {
-      const int64_t length = int64_t{values[i]} - values[i - 1];
-      if (length < 0) refuse_values("ascending values", values[i]);
-      if (length > longest) {
-        refuse_values(std::string("no sequence longer than ") + (input == kCuSeqlensQ ? "max_seqlen_q" : "max_seqlen_k") +
-                          " = " + std::to_string(longest),
-                      length);
-      }
-    }
-    if (values[count - 1] != tokens) {
-      refuse_values("a last value that is the number of tokens, " + std::to_string(tokens), values[count - 1]);
-    }
-  }
-
   static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
     const Shape query = shape_of(*tensors[kQuery]);
     const Shape key = shape_of(*tensors[kKey]);
@@ -164,19 +130,16 @@ struct Attention {
       p.keys = attributes.max_seqlen_k;
       p.packed_queries = query[0];
       result.packed_keys = key[0];
-      if (tensors[kQuery]->is_cpu()) {
-        check_starts(*tensors[kCuSeqlensQ], kCuSeqlensQ, query[0], p.queries);
-        check_starts(*tensors[kCuSeqlensK], kCuSeqlensK, key[0], p.keys);
-      }
-      p.query_starts = tensors[kCuSeqlensQ]->data<int32_t>();
-      p.key_starts = tensors[kCuSeqlensK]->data<int32_t>();
+      p.query_starts =
+          starts_of(kType, *tensors[kCuSeqlensQ], "cu_seqlens_q", query[0], "max_seqlen_q", p.queries);
+      p.key_starts = starts_of(kType, *tensors[kCuSeqlensK], "cu_seqlens_k", key[0], "max_seqlen_k", p.keys);
     } else {
       p.batch = query[0];
       p.queries = query[1];
       p.keys = key[1];
     }
     p.dtype = core_dtype(tensors[kQuery]->dtype());
-    p.scale = number(attributes.scale);
+    p.scale = scale_of(attributes.scale, p.head_dim);
     p.causal = attributes.has(kCausal);
     p.window_left = attributes.window_left;
     p.window_right = attributes.window_right;
@@ -213,7 +176,7 @@ struct Attention {
     return input != kAttnMask || (shape.rank == 4 && shape[0] != 1);
   }
 
-  static bool comes_before_parts(int) { return false; }
+  static bool comes_before_parts(int, Shape) { return false; }
 };
 
 }  // namespace

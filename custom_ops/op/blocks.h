@@ -36,6 +36,7 @@ inline Dropout dropout_of(int64_t rate, const Attributes& attributes) {
 struct BlockOperator {
   static constexpr char kOutLike[] = "shape and dtype of x";
   static constexpr bool kReadsOut = false;
+  static constexpr int kMaskInput = -1;
 
   template <class Attributes>
   static Sizes out_shape(const Shape* shapes, const Attributes&) {

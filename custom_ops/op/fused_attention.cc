@@ -1,37 +1,67 @@
-// custom_fused_attention: the attention block.
+// custom_fused_attention_general: the attention block. custom_fused_attention: the same for most calls, with the inputs
+// and attributes that programs saved by earlier versions have.
 
 #include "core/attention_block.h"
 
 #include "core/inputs.h"
 #include "op/blocks.h"
-#include "op/masks.h"
 #include "op/operator.h"
+#include "op/scores.h"
 
 namespace pfa::op {
 namespace {
 
 using namespace attention;
 
-// The epsilons and rates are float64 numbers. `seed` is, without kFixedSeed, only a number that tells this call from
-// others that drop something. first_head and total_heads say where the heads of qkv_weight stand in a layer whose heads
-// are spread over devices; 0 in all: they are all.
-#define PFA_OWN_ATTRIBUTES(DO) \
+// The epsilons, rates and `scale` are float64 numbers; a scale of NaN is head_dim^-0.5. `seed` is, without kFixedSeed,
+// only a number that tells this call from others that drop something. first_head and total_heads say where the heads of
+// qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all. A window of -1 has no end. Of
+// packed sequences max_seqlen is the longest.
+#define PFA_BLOCK_ATTRIBUTES(DO) \
   DO(pre_ln_epsilon), DO(ln_epsilon), DO(dropout_rate), DO(attn_dropout_rate), DO(seed), DO(first_head), DO(total_heads)
+#define PFA_SCORE_ATTRIBUTES(DO) DO(scale), DO(window_left), DO(window_right), DO(max_seqlen)
 
-struct FusedAttention : BlockOperator {
+struct GeneralAttention : BlockOperator {
   using Params = AttentionBlockParams;
   struct Attributes : op::Attributes {
-    int64_t PFA_OWN_ATTRIBUTES(PFA_MEMBER);
+    int64_t PFA_BLOCK_ATTRIBUTES(PFA_MEMBER);
+    int64_t PFA_SCORE_ATTRIBUTES(PFA_MEMBER);
+
+    bool is_packed() const { return has_input(kCuSeqlens); }
   };
-  static constexpr char kType[] = "custom_fused_attention";
+
+  // What the weights tell of the heads; -1: not known.
+  struct HeadSizes {
+    int64_t num_heads = -1;
+    int64_t num_kv_heads = -1;
+    int64_t head_dim = -1;
+
+    // [3, H, D, E], or [H + 2 * num_kv_heads, D, E] where E = H * D.
+    explicit HeadSizes(Shape weight) {
+      if (weight.rank == 4) {
+        num_heads = num_kv_heads = weight[1];
+        head_dim = weight[2];
+      } else if (weight.rank == 3) {
+        head_dim = weight[1];
+        if (head_dim > 0 && weight[2] >= 0) num_heads = weight[2] / head_dim;
+        if (num_heads >= 0 && weight[0] >= 0) num_kv_heads = (weight[0] - num_heads) / 2;
+      }
+    }
+  };
+  static constexpr char kType[] = "custom_fused_attention_general";
   static constexpr const char* kInputNames[] = {PFA_ATTENTION_INPUTS(PFA_INPUT_NAME)};
   static constexpr const char* kArgumentNames[] = {PFA_ATTENTION_INPUTS(PFA_ARGUMENT_NAME)};
   static constexpr size_t kRequiredCount = 3;
-  static constexpr const char* kAttributeNames[] = {PFA_OWN_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
+  static constexpr const char* kAttributeNames[] = {PFA_BLOCK_ATTRIBUTES(PFA_ATTRIBUTE_NAME),
+                                                   PFA_SCORE_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = attention::kInputs;
+
+  static constexpr int kMaskInput = kAttnMask;
 
   static void check(const Arguments& arguments, const Attributes& attributes) {
     check_dtypes(arguments);
+    check_scores(arguments.op, attributes.scale, attributes.window_left, attributes.window_right);
+    check_longest(arguments.op, "max_seqlen", attributes.max_seqlen);
     check_shapes(arguments, attributes);
   }
 
@@ -43,16 +73,19 @@ struct FusedAttention : BlockOperator {
 
   static void check_shapes(const Arguments& arguments, const Attributes& attributes) {
     const Shape x = arguments.shapes[kX];
-    if (x.rank != 3) arguments.refuse_shape(kX, "shape [batch, seq_len, embed_dim]");
-    const int64_t embed_dim = x[2];
+    const bool is_packed = attributes.is_packed();
+    if (is_packed && x.rank != 2) arguments.refuse_shape(kX, "shape [tokens, embed_dim], as sequences are packed,");
+    if (!is_packed && x.rank != 3) arguments.refuse_shape(kX, "shape [batch, seq_len, embed_dim]");
+    const int64_t embed_dim = x.last();
     if (embed_dim == 0) arguments.refuse_shape(kX, "embed_dim of at least 1");
 
     const Shape weight = arguments.shapes[kQKVWeight];
-    const int64_t num_heads = weight.rank == 4 ? weight[1] : -1;
-    const int64_t head_dim = weight.rank == 4 ? weight[2] : -1;
+    const auto [num_heads, num_kv_heads, head_dim] = HeadSizes(weight);
     const int64_t heads = attributes.total_heads ? attributes.total_heads : num_heads;
     const bool packs_width = heads < 0 || head_dim < 0 || agree(embed_dim, heads * head_dim);
-    if (!agree(std::array{int64_t{3}, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
+    if (weight.rank == 3) {
+      check_grouped_weight(arguments, attributes);
+    } else if (!agree(std::array{int64_t{3}, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
       const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
       const std::string width = std::to_string(embed_dim);
       arguments.refuse_shape(
@@ -63,7 +96,7 @@ struct FusedAttention : BlockOperator {
     }
     if (attributes.first_head < 0 ||
         (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
-      refuse(kType, "ValueError", arguments.names[kQKVWeight], "heads among the " + std::to_string(heads) + " in all",
+      refuse(arguments.op, "ValueError", arguments.names[kQKVWeight], "heads among the " + std::to_string(heads) + " in all",
              std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
     }
     const auto check = [&](Input input, Shape expected) { arguments.check_shape(input, expected, {kX, kQKVWeight}); };
@@ -71,10 +104,43 @@ struct FusedAttention : BlockOperator {
     check(kLinearWeight,
           std::array{attributes.total_heads && head_dim >= 0 ? num_heads * head_dim : embed_dim, embed_dim});
     for (Input input : {kPreLnScale, kPreLnBias, kLnScale, kLnBias}) check(input, width);
-    check(kQKVBias, std::array{int64_t{3}, num_heads, head_dim});
+    if (weight.rank == 3) {
+      check(kQKVBias, std::array{weight[0], head_dim});
+    } else {
+      check(kQKVBias, std::array{int64_t{3}, num_heads, head_dim});
+    }
     check(kLinearBias, width);
+    if (is_packed) {
+      if (arguments.has(kAttnMask)) refuse(arguments.op, "ValueError", "attn_mask", "none with cu_seqlens", "a tensor");
+      const Shape starts = arguments.shapes[kCuSeqlens];
+      if (arguments.dtypes[kCuSeqlens] != "int32") arguments.refuse_dtype(kCuSeqlens, "int32");
+      if (starts.rank != 1 || starts[0] == 0) arguments.refuse_shape(kCuSeqlens, "shape [batch + 1]");
+      return;
+    }
 
     check_mask_shape(arguments, kAttnMask, {x[0], num_heads, x[1], x[1]}, "[batch, num_heads, seq_len, seq_len]");
+  }
+
+  // [H + 2 * num_kv_heads, D, E], of a whole layer.
+  static void check_grouped_weight(const Arguments& arguments, const Attributes& attributes) {
+    const Shape weight = arguments.shapes[kQKVWeight];
+    const int64_t embed_dim = arguments.shapes[kX].last();
+    const auto [num_heads, num_kv_heads, head_dim] = HeadSizes(weight);
+    const bool splits = head_dim < 0 || embed_dim < 0 || (head_dim > 0 && embed_dim % head_dim == 0);
+    const bool groups =
+        num_heads < 0 || weight[0] < 0 ||
+        (num_kv_heads > 0 && num_heads + 2 * num_kv_heads == weight[0] && num_heads % num_kv_heads == 0);
+    if (!agree(embed_dim, weight[2]) || !splits || !groups) {
+      const std::string width = std::to_string(embed_dim);
+      arguments.refuse_shape(kQKVWeight, "shape [num_heads + 2 * num_kv_heads, head_dim, " + width +
+                                             "] with num_heads * head_dim = " + width +
+                                             " and num_kv_heads that divides num_heads, for x of shape " +
+                                             text(arguments.shapes[kX]));
+    }
+    if (attributes.total_heads) {
+      refuse(arguments.op, "ValueError", "qkv_weight", "shape [3, num_heads, head_dim, embed_dim] where heads are spread",
+             text(weight));
+    }
   }
 
   static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
@@ -82,17 +148,28 @@ struct FusedAttention : BlockOperator {
     describe_block(p, tensors, kQKVWeight, {kPreLnScale, kPreLnBias, kLnScale, kLnBias}, attributes);
     const Shape x = shape_of(*tensors[kX]);
     const Shape weight = shape_of(*tensors[kQKVWeight]);
-    p.batch = x[0];
-    p.seq_len = x[1];
-    p.num_heads = weight[1];
-    p.head_dim = weight[2];
+    if (attributes.is_packed()) {
+      p.batch = tensors[kCuSeqlens]->numel() - 1;
+      p.seq_len = attributes.max_seqlen;
+      p.starts = starts_of(kType, *tensors[kCuSeqlens], "cu_seqlens", x[0], "max_seqlen", p.seq_len);
+    } else {
+      p.batch = x[0];
+      p.seq_len = x[1];
+    }
+    const HeadSizes heads(weight);
+    p.num_heads = heads.num_heads;
+    p.num_kv_heads = heads.num_kv_heads;
+    p.head_dim = heads.head_dim;
     if (tensors[kX]->is_gpu() && p.head_dim > kMaxHeadDimOnGpu) {
       refuse(kType, "ValueError", "qkv_weight", "head_dim of at most " + std::to_string(kMaxHeadDimOnGpu) + " on a GPU",
              std::to_string(p.head_dim));
     }
     p.first_head = attributes.first_head;
     p.total_heads = attributes.total_heads;
+    p.scale = scale_of(attributes.scale, p.head_dim);
     p.causal = attributes.has(kCausal);
+    p.window_left = attributes.window_left;
+    p.window_right = attributes.window_right;
     p.pre_ln_epsilon = number(attributes.pre_ln_epsilon);
     p.ln_epsilon = number(attributes.ln_epsilon);
     p.attn_dropout = dropout_of(attributes.attn_dropout_rate, attributes);
@@ -107,6 +184,7 @@ struct FusedAttention : BlockOperator {
   // sequence stay together.
   static Sharding sharding_of(const std::vector<Mapping>& mappings, const Attributes& attributes) {
     const int64_t heads = attributes.total_heads ? mappings[kQKVWeight][1] : -1;
+    if (attributes.is_packed()) return sharding_of_rows({-1, -1}, heads);
     return sharding_of_rows({mappings[kX][0], -1, -1}, heads);
   }
 
@@ -132,12 +210,72 @@ struct FusedAttention : BlockOperator {
     return mapping;
   }
 
-  static bool has_rows(int input, Shape) { return input == kX; }
+  // A mask of all sequences sums its gradient over them.
+  static bool has_rows(int input, Shape shape) {
+    return input == kX || (input == kAttnMask && shape.rank == 4 && shape[0] != 1);
+  }
 
-  static bool comes_before_parts(int input) { return input == kX || input == kPreLnScale || input == kPreLnBias; }
+  static bool comes_before_parts(int input, Shape shape) {
+    if (input == kAttnMask) return shape.rank < 3 || shape[shape.rank - 3] == 1;
+    return input == kX || input == kPreLnScale || input == kPreLnBias;
+  }
+};
+
+// Whole sequences whose keys are as many as their queries and are seen by mask and `causal` alone; the mask is constant.
+struct FusedAttention : BlockOperator {
+  using Params = AttentionBlockParams;
+  struct Attributes : op::Attributes {
+    int64_t PFA_BLOCK_ATTRIBUTES(PFA_MEMBER);
+  };
+  static constexpr char kType[] = "custom_fused_attention";
+  static constexpr const char* kInputNames[] = {PFA_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_INPUT_NAME)};
+  static constexpr const char* kArgumentNames[] = {PFA_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_ARGUMENT_NAME)};
+  static constexpr size_t kRequiredCount = GeneralAttention::kRequiredCount;
+  static constexpr const char* kAttributeNames[] = {PFA_BLOCK_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
+  static constexpr const auto& kInputs = attention::kParameters;
+
+  static GeneralAttention::Attributes general(const Attributes& attributes) {
+    GeneralAttention::Attributes result{};
+    static_cast<op::Attributes&>(result) = attributes;
+#define PFA_COPY(name) result.name = attributes.name
+    PFA_BLOCK_ATTRIBUTES(PFA_COPY);
+#undef PFA_COPY
+    constexpr int64_t kKnownInputs = (int64_t{1} << std::size(kInputNames)) - 1;
+    result.present &= kKnownInputs;
+    result.scale = kDefaultScale;
+    result.window_left = result.window_right = -1;
+    return result;
+  }
+
+  static void check(Arguments arguments, const Attributes& attributes) {
+    const auto all = general(attributes);
+    arguments.present = all.present;
+    GeneralAttention::check(arguments, all);
+  }
+
+  static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
+    Params p = GeneralAttention::describe(tensors, general(attributes));
+    if (attributes.has_input(kAttnMask)) p.attn_mask = tensors[kAttnMask]->data();
+    return p;
+  }
+
+  static bool drops(const Params& p) { return GeneralAttention::drops(p); }
+
+  static Sharding sharding_of(const std::vector<Mapping>& mappings, const Attributes& attributes) {
+    return GeneralAttention::sharding_of(mappings, general(attributes));
+  }
+
+  static Mapping mapping_of(int input, Shape shape, const Sharding& sharding, const Attributes& attributes) {
+    return GeneralAttention::mapping_of(input, shape, sharding, general(attributes));
+  }
+
+  static bool has_rows(int input, Shape shape) { return GeneralAttention::has_rows(input, shape); }
+
+  static bool comes_before_parts(int input, Shape shape) { return GeneralAttention::comes_before_parts(input, shape); }
 };
 
 }  // namespace
 }  // namespace pfa::op
 
 PFA_REGISTER(custom_fused_attention, pfa::op::FusedAttention);
+PFA_REGISTER(custom_fused_attention_general, pfa::op::GeneralAttention);

@@ -27,6 +27,7 @@ struct FusedLinear {
   static constexpr const char* kAttributeNames[] = {PFA_OWN_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = linear::kInputs;
   static constexpr bool kReadsOut = false;
+  static constexpr int kMaskInput = -1;
   static constexpr char kOutLike[] = "shape of x @ weight and the dtype of x";
 
   static void check(const Arguments& arguments, const Attributes& attributes) {
@@ -95,7 +96,7 @@ struct FusedLinear {
 
   static bool has_rows(int input, Shape) { return input == kX; }
 
-  static bool comes_before_parts(int) { return false; }
+  static bool comes_before_parts(int, Shape) { return false; }
 };
 
 }  // namespace

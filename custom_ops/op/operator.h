@@ -16,6 +16,7 @@
 //   describe(tensors, attributes)    Params but for the pointers in kInputs
 //   drops(params)                    whether random numbers are drawn, unless Params is LinearParams
 //   kReadsOut                        whether backward reads Out
+//   kMaskInput                       the input that is a mask, or -1
 //   kOutLike                         how errors describe the shape and dtype of Out
 //
 // and what spmd.h asks for. PFA_REGISTER makes the rest.
@@ -61,6 +62,15 @@ using Dtypes = std::array<std::string, kInputCount<Operator>>;
 template <class Operator>
 typename Operator::Attributes attributes_of(const int64_t* numbers) {
   return attributes_of<typename Operator::Attributes>(numbers, std::make_index_sequence<kAttributeCount<Operator>>());
+}
+
+// Whether input i, of this dtype, gets a gradient. Most masks are constant, and their gradient takes long, so of a mask
+// `needs_grad` always tells.
+template <class Operator>
+bool wants_gradient(const typename Operator::Attributes& attributes, size_t i, paddle::DataType dtype) {
+  if (!attributes.wants_gradient(i)) return false;
+  if (static_cast<int>(i) != Operator::kMaskInput) return true;
+  return attributes.needs_grad >> i & 1 && is_one_of(phi::DataTypeToString(dtype), {"float32", "float64", "float16", "bfloat16"});
 }
 
 // Throws where the inputs are not what the operator takes. Those that are absent have neither shape nor dtype.
@@ -184,7 +194,7 @@ std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tenso
   gradients.reserve(kGradientCount<Operator>);
   std::vector<paddle::Tensor> unwanted;
   for (size_t i = 0; i < kGradientCount<Operator>; ++i) {
-    if (attributes.wants_gradient(i)) {
+    if (wants_gradient<Operator>(attributes, i, tensors[i]->dtype())) {
       gradients.push_back(allocate(tensors[i]->shape(), tensors[i]->dtype(), x.place()));
       p.*Operator::kInputs[i].gradient = gradients.back().data();
       continue;

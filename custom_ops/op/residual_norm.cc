@@ -60,7 +60,7 @@ struct ResidualNorm : BlockOperator {
 
   static bool has_rows(int input, Shape) { return input == kX || input == kResidual; }
 
-  static bool comes_before_parts(int) { return false; }
+  static bool comes_before_parts(int, Shape) { return false; }
 };
 
 }  // namespace

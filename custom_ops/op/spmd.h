@@ -8,7 +8,7 @@
 //   mapping_of(input, shape, sharding, attributes)   how an input that is there is sharded then
 //   has_rows(input, shape)                           whether it has Out's rows: else its gradient sums them
 //   kReadsOut                                        whether backward reads Out
-//   comes_before_parts(input)                        whether its gradient is a sum over the parts
+//   comes_before_parts(input, shape)                 whether its gradient is a sum over the parts
 #pragma once
 
 #include <cstdint>
@@ -84,17 +84,22 @@ class Spread {
     std::vector<phi::distributed::ArgDistAttr> gradients;
     for (size_t i = 0; i < std::size(Operator::kInputs); ++i) {
       Mapping partial_over;
-      if (attributes_.wants_gradient(i)) {
+      if (wants_gradient(i)) {
         if (!Operator::has_rows(i, shape_of_input(i))) partial_over = sharding_.out;
-        if (Operator::comes_before_parts(i)) partial_over.push_back(sharding_.parts);
+        if (Operator::comes_before_parts(i, shape_of_input(i))) partial_over.push_back(sharding_.parts);
       }
       gradients.push_back(
-          make_attr(*tensors_[i], attributes_.wants_gradient(i) ? mapping_of(i) : replicated(i), partial_over));
+          make_attr(*tensors_[i], wants_gradient(i) ? mapping_of(i) : replicated(i), partial_over));
     }
     return {all, gradients};
   }
 
  private:
+  bool wants_gradient(size_t input) const {
+    return attributes_.wants_gradient(input) &&
+           (static_cast<int>(input) != Operator::kMaskInput || attributes_.needs_grad >> input & 1);
+  }
+
   Mapping replicated(size_t input) const { return Mapping(tensors_[input]->dims().size(), -1); }
 
   Mapping mapping_of(size_t input) const {

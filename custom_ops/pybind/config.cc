@@ -163,9 +163,19 @@ void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) 
   p.rows = p.batch * p.seq_len;
   reader.require("num_heads", p.num_heads);
   reader.require("head_dim", p.head_dim);
+  p.num_kv_heads = p.num_heads;
+  reader.take("num_kv_heads", p.num_kv_heads);
+  if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
+    throw py::value_error("num_kv_heads: expected a divisor of num_heads");
+  }
+  reader.take("packed_rows", p.rows);
   read_block(reader, p);
   read_first_norm(reader, p);
+  p.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  reader.take("scale", p.scale);
   reader.take("causal", p.causal);
+  reader.take("window_left", p.window_left);
+  reader.take("window_right", p.window_right);
   p.attn_dropout = reader.dropout("attn_dropout_rate");
   reader.finish(result);
 }
@@ -245,11 +255,14 @@ std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams&
     switch (input) {
       case kX:
         array.dtype = p.residual_dtype;
-        array.shape = {p.batch, p.seq_len, p.embed_dim};
+        array.shape = result_of(p).shape;
         array.is_required = true;
         break;
       case kQKVWeight:
         array.shape = {3, p.num_heads, p.head_dim, p.embed_dim};
+        if (p.num_kv_heads != p.num_heads) {
+          array.shape = {p.num_heads + 2 * p.num_kv_heads, p.head_dim, p.embed_dim};
+        }
         array.is_required = true;
         break;
       case kLinearWeight:
@@ -258,6 +271,7 @@ std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams&
         break;
       case kQKVBias:
         array.shape = {3, p.num_heads, p.head_dim};
+        if (p.num_kv_heads != p.num_heads) array.shape = {p.num_heads + 2 * p.num_kv_heads, p.head_dim};
         break;
       case kPreLnScale:
       case kPreLnBias:
@@ -343,7 +357,10 @@ std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p) {
   });
 }
 
-ResultOf result_of(const AttentionBlockParams& p) { return {p.residual_dtype, {p.batch, p.seq_len, p.embed_dim}}; }
+ResultOf result_of(const AttentionBlockParams& p) {
+  if (p.rows != p.batch * p.seq_len) return {p.residual_dtype, {p.rows, p.embed_dim}};
+  return {p.residual_dtype, {p.batch, p.seq_len, p.embed_dim}};
+}
 ResultOf result_of(const BareAttentionParams& p) {
   const AttentionParams& a = p.attention;
   if (a.packed_queries) return {a.dtype, {a.packed_queries, a.num_heads, a.head_dim}};

@@ -72,10 +72,22 @@ Mask mask_of(const py::object& object, const Sizes& scores) {
   return mask;
 }
 
+using Indices = py::array_t<int32_t, py::array::c_style>;
+
+Indices indices_of(const std::string& name, const py::object& value) {
+  if (!Indices::check_(value)) throw py::type_error(name + ": expected a contiguous array of int32");
+  return py::reinterpret_borrow<Indices>(value);
+}
+
 // Takes an input that is described by more than its address.
 bool take_described(const std::string& name, const py::object& value, AttentionBlockParams& p) {
+  if (name == "cu_seqlens") {
+    p.starts = indices_of(name, value).data();
+    return true;
+  }
   if (name != attention::kMaskName) return false;
   p.mask = mask_of(value, {p.batch, p.num_heads, p.seq_len, p.seq_len});
+  p.attn_mask = p.mask.data;
   return true;
 }
 bool take_described(const std::string& name, const py::object& value, BareAttentionParams& p) {
@@ -86,8 +98,7 @@ bool take_described(const std::string& name, const py::object& value, BareAttent
     return true;
   }
   if (name != "cu_seqlens_q" && name != "cu_seqlens_k" && name != "startend_row_indices") return false;
-  const auto indices = value.cast<py::array_t<int32_t, py::array::c_style>>();
-  if (!indices.is(value)) throw py::type_error(name + ": expected a contiguous array of int32");
+  const Indices indices = indices_of(name, value);
   if (name == "startend_row_indices") {
     if (indices.ndim() != 4 || indices.shape(0) != a.batch || indices.shape(2) != a.keys) {
       throw py::value_error(name + ": expected shape [batch, num_kv_heads or 1, keys, columns]");

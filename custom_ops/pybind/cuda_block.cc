@@ -207,8 +207,14 @@ Mask mask_of(const py::handle& value) {
 
 // Takes an input that is described by more than its address.
 bool take_described(const std::string& name, const py::handle& value, AttentionBlockParams& p) {
-  if (name != "mask") return false;
-  p.mask = mask_of(value);
+  if (name == "mask") {
+    p.mask = mask_of(value);
+    p.attn_mask = p.mask.data;
+  } else if (name == "cu_seqlens") {
+    p.starts = static_cast<const int32_t*>(address_of(value));
+  } else {
+    return false;
+  }
   return true;
 }
 bool take_described(const std::string& name, const py::handle& value, BareAttentionParams& p) {

@@ -6,9 +6,72 @@ block: the operator, ordinary ops, or both where the heads are spread over proce
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
+from paddle.framework import in_dynamic_mode
+
+from ._checks import INFINITY, check_number, check_tensor
 from ._descriptions import MODES, checked_fields, without_fields
+
+
+class Scores(NamedTuple):
+    """What is said of the scores beside the mask and `causal`.
+
+    Only the result of :meth:`checked` is handed on.
+    """
+
+    scale: float | None = None  # None: head_dim ** -0.5
+    window: Any = None  # how many keys before and after itself a query sees, -1: all; or None
+    max_seqlen: int | None = None  # of packed sequences the longest
+
+    def checked(self, cu_seqlens: Any) -> Scores:
+        """With a pair for the window and an int for `max_seqlen`, which is 0 without cu_seqlens."""
+        scale = self.scale if self.scale is None else check_number("scale", self.scale, -INFINITY, INFINITY)
+        window = (-1, -1) if self.window is None else _checked_window(self.window)
+        return Scores(scale, window, _checked_longest("max_seqlen", self.max_seqlen, "cu_seqlens", cu_seqlens))
+
+
+PLAIN_SCORES = Scores(None, (-1, -1), 0)
+# What ends the description of a block of whole sequences without a window.
+UNPACKED = (None, PLAIN_SCORES)
+
+
+def scores_of(scale: Any, window: Any, max_seqlen: Any, cu_seqlens: Any) -> Scores:
+    """What a call says of the scores: PLAIN_SCORES itself where it says nothing, to keep most calls short."""
+    if scale is window is max_seqlen is cu_seqlens is None:
+        return PLAIN_SCORES
+    return Scores._make((scale, window, max_seqlen))
+
+
+def _checked_window(window: Any) -> tuple[int, int]:
+    pair = (window, window) if isinstance(window, Integral) and not isinstance(window, bool) else window
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or any(isinstance(n, bool) or not isinstance(n, Integral) or n < -1 or n >= 2**31 for n in pair)
+    ):
+        raise ValueError(
+            f"window_size: expected None, an int or a pair of ints of at least -1 and less than 2^31, got {window!r}"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def _checked_longest(name: str, longest: Any, starts_name: str, starts: Any) -> int:
+    """The length of the longest sequence, which in dygraph need not be given."""
+    check_tensor(starts_name, starts)
+    if starts is None:
+        if longest is not None:
+            raise ValueError(f"{name}: expected None without {starts_name}, got {longest!r}")
+        return 0
+    if longest is None:
+        if not in_dynamic_mode():
+            raise ValueError(f"{name}: expected an int beside {starts_name} while a graph is built, got None")
+        lengths = starts[1:] - starts[:-1]
+        return int(lengths.max()) if lengths.size else 0
+    if isinstance(longest, bool) or not isinstance(longest, Integral) or not 0 <= longest < 2**31:
+        raise ValueError(f"{name}: expected an int of at least 0 and less than 2^31, got {longest!r}")
+    return int(longest)
 
 
 class Block(NamedTuple):
@@ -44,6 +107,9 @@ class Block(NamedTuple):
     mode: str = MODES[0]
     seed: int | None = None
 
+    cu_seqlens: Any = None  # the operator's last input
+    scores: Scores = PLAIN_SCORES
+
     @property
     def tensors(self) -> tuple:
         fields: Any = self
@@ -62,7 +128,9 @@ class Block(NamedTuple):
             checked = without_fields(checked, "pre_ln_scale", "pre_ln_bias")
         if not checked.final_layer_norm and not (checked.ln_scale is checked.ln_bias is None):
             checked = without_fields(checked, "ln_scale", "ln_bias")
-        return checked
+        if checked.scores is PLAIN_SCORES:
+            return checked
+        return checked._replace(scores=checked.scores.checked(checked.cu_seqlens))
 
 
 OF_TENSORS = slice(Block._fields.index("pre_ln_epsilon"))

@@ -13,7 +13,6 @@ import itertools
 import os
 import re
 import struct
-import warnings
 from glob import glob
 from pathlib import Path
 from typing import Any, Sequence
@@ -25,7 +24,7 @@ from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
 
 from . import _amp
-from ._block import OF_NUMBERS, OF_TENSORS, TENSORS, Block
+from ._block import OF_NUMBERS, OF_TENSORS, PLAIN_SCORES, TENSORS, Block
 from ._checks import dtype_name
 from ._descriptions import MODES
 
@@ -41,6 +40,9 @@ NEEDS_GRAD_HOLDS = 128
 GATED = 256
 TRANSPOSE_X = 512
 TRANSPOSE_WEIGHT = 1024
+
+# The scale that stands for head_dim ** -0.5, which is not always known while a graph is built.
+DEFAULT_SCALE = float("nan")
 
 # A number for each call with dropout in a static graph. Paddle's passes merge operators with equal inputs and
 # attributes, which would give two calls the same dropout masks.
@@ -127,7 +129,8 @@ class Operator:
         norms: The inputs that are layer-norm parameters, by their names among `tensors`.
         residual: The inputs of one dtype, float32 if one of them is, under auto_cast.
         like_residual: The inputs that are float32 if these are.
-        mask: The input that gets no gradient.
+        mask: The input that is a mask, which auto_cast leaves as it is. Where a graph is built it gets a gradient only
+            if it wants one then.
     """
 
     def __init__(
@@ -187,9 +190,6 @@ class Operator:
             bit <<= 1
         op_type = self._forward_type
         if needs_grad and paddle.is_grad_enabled():
-            if needs_grad & self._mask_bit:
-                needs_grad ^= self._mask_bit
-                _warn_of_mask(inputs[self._mask])  # type: ignore[index]
             switches |= NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD if training else NEEDS_GRAD_HOLDS
             if needs_grad:
                 op_type = self.type
@@ -245,8 +245,11 @@ class Operator:
         self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
     ) -> tuple:
         present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
-        # All gradients: what is frozen now may be trained when the program runs.
-        return (not training, switches | SAVE_FOR_BACKWARD, present, present, *_float_bits(numbers), *integers)
+        # All gradients: what is frozen now may be trained when the program runs. But that of a constant mask.
+        needs_grad = present
+        if self._mask is not None and _is_constant(inputs[self._mask]):
+            needs_grad &= ~self._mask_bit
+        return (not training, switches | SAVE_FOR_BACKWARD, present, needs_grad, *_float_bits(numbers), *integers)
 
     def _check_attributes(self, inputs: Sequence[Any], attributes: tuple) -> None:
         shapes = [[] if value is None else list(value.shape) for value in inputs]
@@ -266,16 +269,15 @@ class Operator:
         no_grad too."""
         if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
             return False
-        wanted = [value is not None and not value.stop_gradient for value in inputs]
-        if self._mask is not None and wanted[self._mask]:
-            _warn_of_mask(inputs[self._mask])
-            wanted[self._mask] = False
-        return any(wanted)
+        return any(value is not None and not value.stop_gradient for value in inputs)
 
     def _call_pir(self, inputs: Sequence[Any], attributes: tuple) -> Any:
         absent = None
         values = []
-        for value in inputs:
+        for i, value in enumerate(inputs):
+            if i == self._mask and value is not None and value.persistable and value.stop_gradient:
+                value = paddle.assign(value)  # a frozen parameter is not trained through this graph later either
+                value.stop_gradient = True
             if value is None:
                 if absent is None:
                     absent = paddle.full([1], 0.0, dtype="float32")
@@ -312,24 +314,40 @@ class Operator:
         return out
 
 
+_BLOCK_INPUTS = (
+    "X",
+    "QKVWeight",
+    "LinearWeight",
+    "PreLnScale",
+    "PreLnBias",
+    "LnScale",
+    "LnBias",
+    "QKVBias",
+    "LinearBias",
+    "AttnMask",
+)
+_BLOCK_NUMBERS = ("pre_ln_epsilon", "ln_epsilon", "dropout_rate", "attn_dropout_rate")
+_BLOCK_INTEGERS = ("seed", "first_head", "total_heads")
+_BLOCK_NORMS = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
+
+# The operator of most blocks, as programs that were saved know it, and that of all blocks.
 ATTENTION = Operator(
     "custom_fused_attention",
     TENSORS,
-    (
-        "X",
-        "QKVWeight",
-        "LinearWeight",
-        "PreLnScale",
-        "PreLnBias",
-        "LnScale",
-        "LnBias",
-        "QKVBias",
-        "LinearBias",
-        "AttnMask",
-    ),
-    numbers=("pre_ln_epsilon", "ln_epsilon", "dropout_rate", "attn_dropout_rate"),
-    integers=("seed", "first_head", "total_heads"),
-    norms=("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias"),
+    _BLOCK_INPUTS,
+    _BLOCK_NUMBERS,
+    _BLOCK_INTEGERS,
+    norms=_BLOCK_NORMS,
+    residual=("x",),
+    mask="attn_mask",
+)
+GENERAL_ATTENTION = Operator(
+    "custom_fused_attention_general",
+    (*TENSORS, "cu_seqlens"),
+    (*_BLOCK_INPUTS, "CuSeqlens"),
+    _BLOCK_NUMBERS,
+    (*_BLOCK_INTEGERS, "scale", "window_left", "window_right", "max_seqlen"),
+    norms=_BLOCK_NORMS,
     residual=("x",),
     mask="attn_mask",
 )
@@ -349,11 +367,17 @@ def switches_of_block(description: Any) -> int:
     return switches
 
 
-def _attention_arguments(block: Block, first_head: int, total_heads: int) -> tuple:
+def _attention_call(block: Block, first_head: int, total_heads: int) -> tuple[Operator, tuple]:
+    """The operator of a block, and the arguments of its call."""
     fields: Any = block
+    tensors = fields[OF_TENSORS]
     switches = switches_of_block(block) | (CAUSAL if block.causal else 0)
-    integers = (block.seed or 0, first_head, total_heads)
-    return fields[OF_TENSORS], block.training, switches, fields[OF_NUMBERS], integers
+    integers: tuple[int, ...] = (block.seed or 0, first_head, total_heads)
+    if block.scores is PLAIN_SCORES and len(block.qkv_weight.shape) != 3 and _is_constant(block.attn_mask):
+        return ATTENTION, (tensors, block.training, switches, fields[OF_NUMBERS], integers)
+    scale, window, max_seqlen = block.scores
+    integers = (*integers, *_float_bits((DEFAULT_SCALE if scale is None else scale,)), *window, max_seqlen)
+    return GENERAL_ATTENTION, ((*tensors, block.cu_seqlens), block.training, switches, fields[OF_NUMBERS], integers)
 
 
 @paddle.jit.not_to_static
@@ -363,12 +387,14 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     If `total_heads` is not 0, the weights hold only the heads from `first_head` on of a layer with that many heads, and
     the result is their part of a sum.
     """
-    return ATTENTION.call(*_attention_arguments(block, first_head, total_heads))
+    operator, arguments = _attention_call(block, first_head, total_heads)
+    return operator.call(*arguments)
 
 
 def check_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
     """Refuses shapes and dtypes of a block as the operator does, before there are values."""
-    ATTENTION.check(*_attention_arguments(block, first_head, total_heads))
+    operator, arguments = _attention_call(block, first_head, total_heads)
+    operator.check(*arguments)
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:
@@ -412,18 +438,6 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
             raise ValueError(f"{name}: expected a tensor with values, got one without memory")
 
 
-def _warn_of_mask(mask: Any) -> None:
-    """Says, once, that a float mask that wants a gradient gets none."""
-    global _has_warned_of_mask
-    if _has_warned_of_mask or not paddle.is_floating_point(mask):
-        return
-    _has_warned_of_mask = True
-    warnings.warn(
-        "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it "
-        "is made of will not be trained through it. Set its stop_gradient to True if that is meant.",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
-_has_warned_of_mask = False
+def _is_constant(mask: Any) -> bool:
+    """Whether a mask gets no gradient."""
+    return mask is None or mask.stop_gradient or not paddle.is_floating_point(mask)

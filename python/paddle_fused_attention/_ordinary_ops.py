@@ -16,7 +16,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _amp, _op
 from ._amp import without_auto_cast
-from ._block import TENSORS, Block
+from ._block import PLAIN_SCORES, TENSORS, Block
 from ._checks import dtype_name
 from ._dropout_masks import kept_scores
 from ._ordinary_parts import cast_all, compute_dtype, dropout, layer_norm
@@ -85,7 +85,16 @@ def _check_mask(mask: Any, scores: Sequence[int]) -> None:
 
 
 def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
-    """Checks the inputs as the operator does, but for the mask, which has another shape here."""
+    """Checks the inputs as the operator does, but for the mask, which has another shape here.
+
+    Raises:
+        NotImplementedError: There is something that these ops do not compute.
+    """
+    if block.scores is not PLAIN_SCORES or len(block.qkv_weight.shape) == 3:
+        raise NotImplementedError(
+            "fused_multi_head_attention: expected no scale, window_size, cu_seqlens or grouped heads where ordinary ops "
+            "stand in the operator's place (keys of other tensors, caches, export to ONNX)"
+        )
     _op.check_attention(block._replace(attn_mask=None), first_head, total_heads)
 
 

@@ -6,7 +6,7 @@ import paddle
 from paddle.framework import in_dynamic_mode
 
 from . import _op
-from ._block import Block
+from ._block import Block, scores_of
 from ._checks import check_tensor
 from ._keys import attention_to_keys
 from ._linear import linear
@@ -52,6 +52,10 @@ def fused_multi_head_attention(
     add_residual: bool = True,
     causal: bool = False,
     seed: int | None = None,
+    scale: float | None = None,
+    window_size: int | tuple[int, int] | None = None,
+    cu_seqlens: paddle.Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> paddle.Tensor:
     """Self-attention with everything around it as one operator, differentiable, in dygraph and in static graphs.
 
@@ -59,7 +63,7 @@ def fused_multi_head_attention(
 
         h   = layer_norm(x; pre_ln_*) if pre_layer_norm else x
         qkv = h @ W^T + qkv_bias
-        p   = softmax(q @ k^T / sqrt(head_dim) + attn_mask)
+        p   = softmax(q @ k^T * scale + attn_mask)
         y   = dropout(p, attn_dropout_rate) @ v @ linear_weight + linear_bias
         z   = (x if add_residual else 0) + dropout(y, dropout_rate)
         out = layer_norm(z; ln_*) if final_layer_norm else z
@@ -67,21 +71,25 @@ def fused_multi_head_attention(
     The parameters up to ``name`` are those of Paddle's pull request #36498, which always has the final layer norm.
 
     Args:
-        x: ``[batch, seq_len, embed_dim]``, float32, float64, float16 or bfloat16.
+        x: ``[batch, seq_len, embed_dim]``, or with ``cu_seqlens`` ``[tokens, embed_dim]``; float32, float64, float16 or
+            bfloat16.
         qkv_weight: ``[3, num_heads, head_dim, embed_dim]`` with ``num_heads * head_dim = embed_dim``, dtype of x. With
             a float32 x it may be float16 or bfloat16: then the products and attention are in that dtype, all else in
-            float32.
+            float32. Or, with fewer heads of keys and values (grouped-query attention),
+            ``[num_heads + 2 * num_kv_heads, head_dim, embed_dim]``: the heads of queries, of keys and of values one
+            after another. Head h of the queries reads head ``h // (num_heads // num_kv_heads)`` of the others.
         linear_weight: ``[embed_dim, embed_dim]``, dtype of qkv_weight.
         pre_layer_norm: Whether x is layer-normalised before the QKV projection.
         pre_ln_scale, pre_ln_bias: ``[embed_dim]``, dtype of x, or float32 for a 16-bit x. None: 1 and 0. Unused without
             ``pre_layer_norm``.
         ln_scale, ln_bias: The same for the final layer norm. Unused without ``final_layer_norm``.
         pre_ln_epsilon, ln_epsilon: Added to the variance.
-        qkv_bias: ``[3, num_heads, head_dim]``, dtype of qkv_weight, or None.
+        qkv_bias: The shape of qkv_weight but for embed_dim, dtype of qkv_weight, or None.
         linear_bias: ``[embed_dim]``, dtype of qkv_weight, or None.
         attn_mask: Any shape that broadcasts to ``[batch, num_heads, seq_len, seq_len]``, read in place. A float mask,
             of any float dtype, is added to the scores; True or a nonzero integer keeps a key and False or 0 hides it,
-            as -inf does. A query that may see no key gives zeros. The mask gets no gradient.
+            as -inf does. A query that may see no key gives zeros. A float mask whose ``stop_gradient`` is False gets a
+            gradient of its own shape. None with ``cu_seqlens``.
         dropout_rate, attn_dropout_rate: The probability of dropping an element, in [0, 1], exact to 2^-16.
         name: Unused; there for the sake of Paddle's convention.
         training: If False, nothing is dropped and nothing is kept for the gradient, which then computes all from x
@@ -92,9 +100,17 @@ def fused_multi_head_attention(
         add_residual: Whether x is added.
         causal: Whether query i sees the keys up to i only; together with a mask, both apply.
         seed: Fixes the dropout masks; None draws from Paddle's generator, which ``paddle.seed`` sets.
+        scale: The factor of the scores; None: ``head_dim ** -0.5``.
+        window_size: Query i sees the keys from ``i - window_size[0]`` to ``i + window_size[1]`` only, where -1 has no
+            end. An int stands for both. Together with ``causal`` both apply.
+        cu_seqlens: For sequences that are packed one after another without padding: int32 ``[batch + 1]``, where each
+            begins in x, and where the last one ends. A token sees only those of its own sequence. On the CPU the values
+            are checked; on a GPU they must ascend from 0 to the number of tokens.
+        max_seqlen: With ``cu_seqlens`` the length of the longest sequence, or more. None: it is read off, for which a
+            GPU is waited for; while a graph is built it must be given.
 
     Returns:
-        ``[batch, seq_len, embed_dim]``, dtype of x.
+        The shape and dtype of x.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -105,6 +121,7 @@ def fused_multi_head_attention(
         x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask,
         pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate,
         pre_layer_norm, training, final_layer_norm, add_residual, causal, mode, seed,
+        cu_seqlens, scores_of(scale, window_size, max_seqlen, cu_seqlens),
     ))
     # fmt: on
     return self_attention(block.checked())

@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
-from ._block import TENSORS, Block
+from ._block import TENSORS, UNPACKED, Block
 from ._checks import INFINITY, check_heads, check_number, check_switches
 from ._descriptions import MODES
 from ._initializers import param_attr_of
@@ -167,6 +167,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             query, *parameters_of(self, _PARAMETERS), attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
+            *UNPACKED,
         )).checked()
         # fmt: on
 

@@ -63,12 +63,13 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
     num_heads = qkv_weight.shape[1]
     total_heads = num_heads if group is None else num_heads * group.nranks
     first_head = 0 if group is None else num_heads * group.rank
+    sums = sums_over(group)
+    mask = block.attn_mask
+    if mask is not None and not mask.stop_gradient:
+        mask = sums["sum_gradient"](mask)
+    mask = _mask_of_heads(mask, block.x, first_head, num_heads, total_heads)
     return attention_over_processes(
-        block._replace(attn_mask=_mask_of_heads(block.attn_mask, block.x, first_head, num_heads, total_heads)),
-        first_head,
-        total_heads,
-        key_value=key_value,
-        **sums_over(group),
+        block._replace(attn_mask=mask), first_head, total_heads, key_value=key_value, **sums
     )
 
 

@@ -102,7 +102,7 @@ Results run_block(const cpu::Implementation& implementation, DType dtype, const 
   p.seq_len = kSeq;
   p.rows = kRows;
   p.embed_dim = kEmbed;
-  p.num_heads = kHeads;
+  p.num_heads = p.num_kv_heads = kHeads;
   p.head_dim = kDim;
   p.dtype = p.residual_dtype = p.norm_dtype = dtype;
   p.causal = true;

@@ -22,6 +22,15 @@ OPERATORS = {
         "X QKVWeight LinearWeight PreLnScale PreLnBias LnScale LnBias QKVBias LinearBias AttnMask",
         "pre_ln_epsilon ln_epsilon dropout_rate attn_dropout_rate seed first_head total_heads",
     ),
+    "custom_fused_attention_general": (
+        "X QKVWeight LinearWeight PreLnScale PreLnBias LnScale LnBias QKVBias LinearBias AttnMask CuSeqlens",
+        "pre_ln_epsilon ln_epsilon dropout_rate attn_dropout_rate seed first_head total_heads scale window_left "
+        "window_right max_seqlen",
+    ),
+    "custom_attention": (
+        "Query Key Value AttnMask CuSeqlensQ CuSeqlensK StartendRowIndices",
+        "scale dropout_rate seed window_left window_right max_seqlen_q max_seqlen_k",
+    ),
     "custom_fused_feedforward": (
         "X Linear1Weight Linear2Weight Ln1Scale Ln1Bias Ln2Scale Ln2Bias Linear1Bias Linear2Bias",
         "ln1_epsilon ln2_epsilon dropout1_rate dropout2_rate seed activation first_hidden total_hidden",
@@ -33,6 +42,8 @@ INPUTS = {op: inputs.split() for op, (inputs, _) in OPERATORS.items()}
 ATTRIBUTES = {op: (*COMMON, *attributes.split()) for op, (_, attributes) in OPERATORS.items()}
 REQUIRED = {
     "custom_fused_attention": 3,
+    "custom_fused_attention_general": 3,
+    "custom_attention": 3,
     "custom_fused_feedforward": 3,
     "custom_residual_norm": 1,
     "custom_fused_linear": 2,
@@ -112,6 +123,8 @@ def test_names_and_order_stay(op):
 def test_an_absent_required_input_is_refused(op, i):
     given = {
         "custom_fused_attention": [(2, 3, 8), (3, 2, 4, 8), (8, 8)],
+        "custom_fused_attention_general": [(2, 3, 8), (3, 2, 4, 8), (8, 8)],
+        "custom_attention": [(2, 3, 2, 4), (2, 5, 1, 4), (2, 5, 1, 4)],
         "custom_fused_feedforward": [(2, 3, 8), (8, 16), (16, 8)],
         "custom_residual_norm": [(2, 3, 8)],
         "custom_fused_linear": [(2, 3, 8), (8, 4)],

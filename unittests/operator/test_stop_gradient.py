@@ -365,65 +365,6 @@ def test_full_graph_called_under_no_grad(make):
     assert shown[0] == shown[1]
 
 
-WANTS_MASK = """
-import sys, warnings
-import paddle
-import paddle_fused_attention as pfa
-from paddle import nn
-
-kind, mode = sys.argv[1:]
-static = mode == "static"
-if static:
-    paddle.enable_static()
-layer = {
-    "block": lambda: pfa.FusedMultiHeadAttention(16, 2),
-    "incubate": lambda: pfa.incubate.FusedMultiHeadAttention(16, 2),
-    "converted": lambda: pfa.convert(nn.TransformerEncoderLayer(16, 2, 32)),
-}[kind]()
-x = paddle.static.data("x", [2, 5, 16]) if static else paddle.ones([2, 5, 16])
-mask = paddle.static.data("mask", [5, 5]) if static else paddle.zeros([5, 5])
-call = (lambda: layer(x, mask)) if kind == "converted" else (lambda: layer(x, attn_mask=mask))
-if mode == "full_graph":
-    def forward(x, mask):
-        return layer(x, mask) if kind == "converted" else layer(x, attn_mask=mask)
-    run = paddle.jit.to_static(forward, full_graph=True)
-    call = lambda: run(x, mask)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    call()
-    assert not [w for w in caught if "attn_mask" in str(w.message)]
-    mask.stop_gradient = False
-    if mode == "dygraph":
-        with paddle.no_grad():
-            call()
-        assert not [w for w in caught if "attn_mask" in str(w.message)]
-    call()
-    call()
-    found = [w for w in caught if "attn_mask" in str(w.message)]
-    # A converted layer gives the gradient in dygraph, by ordinary ops.
-    assert len(found) == (0 if (kind, mode) == ("converted", "dygraph") else 1), found
-    assert all(w.category is UserWarning for w in found)
-    if kind != "converted":
-        for parameter in layer.parameters():
-            parameter.stop_gradient = True
-        if mode != "full_graph":
-            assert call().stop_gradient
-print("fine")
-"""
-
-
-@pytest.mark.parametrize(
-    "kind, mode",
-    [(kind, mode) for kind in ("block", "incubate", "converted") for mode in ("dygraph", "full_graph", "static")][:-1],
-)
-def test_a_mask_that_wants_a_gradient(kind, mode, tmp_path):
-    """One warning a process, and a result that does not pretend to have a gradient if only the mask wants one."""
-    script = tmp_path / "wants_mask.py"  # of which to_static reads the source
-    script.write_text(WANTS_MASK)
-    result = run_script(script, kind, mode, threads=1)
-    assert result.returncode == 0 and result.stdout.endswith("fine\n"), result.stderr[-3000:]
-
-
 def test_backward_twice():
     """Paddle's words, which name retain_graph; and with it the gradients double."""
     network = Network(FusedMultiHeadAttention)

@@ -13,7 +13,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._block import Block
+from .._block import UNPACKED, Block
 from .._checks import check_tensor
 from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
@@ -133,7 +133,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return Block._make((
             src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
             norm._epsilon, norm._epsilon, active_rate(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
-            before, attention.training or dropout.training, not before, True, False, MODES[0], None,
+            before, attention.training or dropout.training, not before, True, False, MODES[0], None, *UNPACKED,
         )).checked()
         # fmt: on
 

@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 
 from .. import feed_forward, functional
-from .._block import Block
+from .._block import UNPACKED, Block
 from .._checks import check_switches, check_tensor
 from .._groups import group_of_ring
 from .._linear import linear
@@ -145,7 +145,7 @@ def fused_multi_head_attention(
     block = Block._make((
         x, qkv_weight, linear_weight, pre_ln_scale, pre_ln_bias, ln_scale, ln_bias, qkv_bias, linear_bias, attn_mask,
         pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate,
-        pre_layer_norm, training, not pre_layer_norm, add_residual, False, mode, seed_of_program(),
+        pre_layer_norm, training, not pre_layer_norm, add_residual, False, mode, seed_of_program(), *UNPACKED,
     )).checked()
     # fmt: on
     if group is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
-from .._block import Block
+from .._block import UNPACKED, Block
 from .._checks import INFINITY, check_heads, check_number, check_switches, check_tensor
 from .._descriptions import MODES
 from .._groups import group_of_ring
@@ -190,7 +190,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         block = Block._make((
             query, weight, self.linear_weight, self.pre_ln_scale, self.pre_ln_bias, self.ln_scale, self.ln_bias, bias,
             self.linear_bias, mask, epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
-            before, self.training, not before, True, False, MODES[0], seed_of_program(),
+            before, self.training, not before, True, False, MODES[0], seed_of_program(), *UNPACKED,
         )).checked()
         # fmt: on
         return attention_to_keys(block, key_value) if group is None else parallel_attention(block, group, key_value)

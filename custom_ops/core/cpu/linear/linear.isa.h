@@ -109,7 +109,7 @@ struct Linear {
   }
 
   static Layer qkv_layer(const AttentionBlockParams& p) {
-    return {p.rows, p.embed_dim, 3 * p.heads_dim(), p.hidden, p.qkv_weight, true};
+    return {p.rows, p.embed_dim, p.qkv_dim(), p.hidden, p.qkv_weight, true};
   }
   static Layer output_layer(const AttentionBlockParams& p) {
     return {p.rows, p.heads_dim(), p.embed_dim, p.attn_out, p.linear_weight};

@@ -140,7 +140,7 @@ size_t last_layer_backward_bytes(const Context& context, const Layer& layer, boo
 }
 
 Layer qkv_linear(const AttentionBlockParams& p) {
-  return {p.dtype, p.rows, p.embed_dim, 3 * p.heads_dim(), p.hidden, p.qkv_weight, true};
+  return {p.dtype, p.rows, p.embed_dim, p.qkv_dim(), p.hidden, p.qkv_weight, true};
 }
 
 Layer output_linear(const AttentionBlockParams& p) {
