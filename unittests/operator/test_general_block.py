@@ -148,13 +148,13 @@ def test_full_graph(place):
     arrays = make_arrays(2, MASKS[1])
     names = [name for name in arrays if name != "d_out"]
 
-    def forward(*tensors):
+    def forward(tensors):
         return call(dict(zip(names, tensors)), PLAIN, window_size=9)
 
     results = []
     for function in (forward, paddle.jit.to_static(forward, full_graph=True)):
         tensors = [paddle.to_tensor(arrays[name], place=place, stop_gradient=False) for name in names]
-        out = function(*tensors)
+        out = function(tensors)
         out.backward(paddle.to_tensor(arrays["d_out"], place=place))
         results.append([out.numpy(), *[tensor.grad.numpy() for tensor in tensors]])
     for a, b in zip(*results):
