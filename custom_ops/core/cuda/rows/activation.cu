@@ -12,8 +12,9 @@
 //   slope  s for x < 0, else 1 - s, with s = cdf(-|x|) - |x| * cdf'(x)
 //
 // A thread has eight neighbouring columns, whose random numbers one call of Philox gives; or one, where rows or
-// elements do not begin at multiples of eight. It walks down the rows and sums up the gradients of its columns, which
-// its thread block then adds and writes as one row of sums (column_sums.h).
+// elements do not begin at multiples of eight. It walks up the rows, as the last of them may still lie in the cache from
+// the product that wrote them, and the next product begins with the first; and sums up the gradients of its columns,
+// which its thread block then adds and writes as one row of sums (column_sums.h).
 #include "core/cuda/rows/activation.h"
 
 #include <algorithm>
@@ -59,7 +60,7 @@ struct Kernel {
   const T* d_u;
   T* d_h;
   A* partial;  // [row groups][columns of h]: sums of d_h; null: not wanted
-  // From a row of a thread to its next one: in rows, in numbers, and in what dropout counts.
+  // From a row of a thread to its next one, further up: in rows, in numbers, and in what dropout counts.
   int64_t row_step;
   int64_t place_step;
   int64_t element_step;
@@ -96,10 +97,10 @@ struct Kernel {
   template <class F>
   __device__ __forceinline__ void for_rows(int64_t col, F&& f) const {
     if (col >= cols) return;
-    int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+    int64_t row = rows - 1 - static_cast<int64_t>(blockIdx.y) * blockDim.y - threadIdx.y;
     int64_t place = row * cols + col;
     int64_t element = row * elements_in_row + first_element + col;
-    for (; row < rows; row += row_step, place += place_step, element += element_step) f(place, element);
+    for (; row >= 0; row -= row_step, place -= place_step, element -= element_step) f(place, element);
   }
 
   // Adds the thread block's sums of N * blockDim.x columns and writes them behind `first` columns of kHalves * cols.
