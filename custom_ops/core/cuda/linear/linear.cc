@@ -6,9 +6,9 @@
 //
 // Biases ride on the products, and so does a block's residual where there is no dropout between. Their gradients do
 // not: cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
-// qkv_bias belongs to attention, that of a block's last bias to the residual, that of a bias before an activation to the
-// activation. Activations are kernels of their own, but for that of the feed-forward block where it is relu without
-// dropout.
+// qkv_bias belongs to attention, that of a block's last bias to the residual, and that of a bias before an activation
+// to the activation. Activations are kernels of their own, but for that of the feed-forward block where it is relu
+// without dropout.
 #include <algorithm>
 
 #include "core/arena.h"

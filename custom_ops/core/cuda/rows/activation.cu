@@ -5,16 +5,16 @@
 //   gelu_tanh  x * (1 + tanh(y)) / 2 = x * sigmoid(2 y) with y = sqrt(2 / pi) * (x + 0.044715 x^3)
 //   silu       x * sigmoid(x)
 //
-// All but relu are x * cdf(x) with cdf(-x) = 1 - cdf(x), and are formed of cdf(-|x|), which is small where x is far from
-// 0 on either side:
+// All but relu are x * cdf(x) with cdf(-x) = 1 - cdf(x), and are formed of cdf(-|x|), which is small far from 0 on
+// either side and keeps its digits there:
 //
 //   value  max(x, 0) - |x| * cdf(-|x|)
 //   slope  s for x < 0, else 1 - s, with s = cdf(-|x|) - |x| * cdf'(x)
 //
 // A thread has eight neighbouring columns, whose random numbers one call of Philox gives; or one, where rows or
-// elements do not begin at multiples of eight. It walks up the rows, as the last of them may still lie in the cache from
-// the product that wrote them, and the next product begins with the first; and sums up the gradients of its columns,
-// which its thread block then adds and writes as one row of sums (column_sums.h).
+// elements do not begin at multiples of eight. It walks up the rows, as the last of them may still lie in the cache
+// from the product that wrote them, and the next product begins with the first. On its way it sums up the gradients of
+// its columns; its thread block adds these and writes one row of sums (column_sums.h).
 #include "core/cuda/rows/activation.h"
 
 #include <algorithm>
