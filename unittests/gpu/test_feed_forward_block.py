@@ -45,6 +45,15 @@ def test_hidden_dim(hidden, gated, dtype):
     check(FULL_FEED_FORWARD.but(dtype=dtype, hidden=hidden, gated=gated, **WIDE))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation,gated", (("relu", False), ("gelu", False), ("silu", True)))
+@pytest.mark.parametrize("hidden", (129, 520))
+def test_many_rows(hidden, activation, gated, dtype):
+    """More rows than the threads of all thread blocks take at a time."""
+    case = FULL_FEED_FORWARD.but(dtype=dtype, shape=(3000,), width=16, hidden=hidden)
+    check(case.but(activation=activation, gated=gated))
+
+
 @pytest.mark.parametrize("dtype", ("float32", "float64"))
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
 @pytest.mark.parametrize("hidden", WIDTHS)

@@ -1,9 +1,12 @@
 """A linear layer by itself on the GPU against the float64 reference."""
 
+import math
+
 import cases
 import common
 import numpy as np
 import pytest
+import reference
 from cases import DTYPES, FULL_LINEAR, LINEAR_FEATURES, LinearCase
 from checks import check, check_deterministic, check_empty, check_forward_alone, check_graph, offset_of
 from device import run_case
@@ -77,3 +80,66 @@ def test_nan_passes_relu(saves, dtype):
     inputs["x"][3] = np.nan
     out, _ = run_case(case, inputs, wanted=[], saves=saves)
     assert np.isnan(out[3]).all() and np.isfinite(np.delete(out, 3, axis=0)).all()
+
+
+# Of a result's size: what rounding it leaves open, or, in float32 and float64, rounding an exponential's argument.
+DIGITS = {"float64": 1e-11, "float32": 4e-5, "float16": 1.1 * 2.0**-11, "bfloat16": 1.1 * 2.0**-8}
+SMALLEST = {"float64": 1e-290, "float32": 1e-35, "float16": 2.0**-14, "bfloat16": 1e-35}
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+
+def distribution(activation, x):
+    """The function of x that the activation multiplies x by, between 0 and 1, and its derivative."""
+    if activation == "gelu":
+        return 0.5 * math.erfc(-x * math.sqrt(0.5)), math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    factor, inner = (1.0, 0.0) if activation == "silu" else (2 * math.sqrt(2 / math.pi), 0.044715)
+    z = factor * (x + inner * x**3)
+    return sigmoid(z), sigmoid(z) * sigmoid(-z) * factor * (1 + 3 * inner * x * x)
+
+
+def run_on_numbers(activation, dtype, numbers):
+    """The activation and its slope of every number, and the gradient of the bias, where all columns are the numbers and
+    the first one alone has a gradient.
+    """
+    case = LinearCase(shape=(len(numbers),), width=8, out_width=8, dtype=dtype).but(activation=activation)
+    inputs = {name: np.zeros_like(a) for name, a in common.make_inputs(case).items()}
+    inputs["x"][:, 0] = numbers
+    inputs["weight"][0] = 1
+    inputs["d_out"][:, 0] = 1
+    out, gradients = run_case(case, inputs, wanted=["x", "bias"])
+    return out[:, 0], gradients["x"][:, 0], gradients["bias"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_digits_far_from_zero(activation, dtype):
+    """Values and slopes are right in relation to their size, however small, as long as the dtype holds their digits."""
+    numbers = reference.round_to(10 ** np.linspace(-4, 1.9, 1500), dtype).astype(np.float64)
+    numbers = np.concatenate([numbers, -numbers])
+    below, density = np.array([distribution(activation, x) for x in numbers]).T
+    value, slope, d_bias = run_on_numbers(activation, dtype, numbers)
+    moment = numbers * density
+    for actual, expected, size in (
+        (value, numbers * below, abs(numbers * below)),
+        (slope, below + moment, abs(below) + abs(moment)),
+    ):
+        digits = size > SMALLEST[dtype]
+        error = abs(actual - expected)[digits] / size[digits]
+        assert error.max() <= DIGITS[dtype], f"{error.max():.3g} at {numbers[digits][error.argmax()]:.6g}"
+    np.testing.assert_allclose(d_bias[0], (below + moment).sum(), rtol=DIGITS[dtype])
+    assert (d_bias[1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_numbers_without_end(activation, dtype):
+    """Limits at infinity and at the largest numbers, where squares are infinite; NaN stays NaN in value and slope."""
+    largest = 6e4 if dtype == "float16" else 1e30
+    value, slope, _ = run_on_numbers(activation, dtype, np.array([np.inf, -np.inf, largest, -largest, np.nan, 0.5]))
+    assert value[0] == np.inf and (slope[[0, 2]] == 1).all()
+    assert (value[[1, 3]] == 0).all() and (slope[[1, 3]] == 0).all()
+    np.testing.assert_allclose(value[2], largest, rtol=2.0**-8)
+    assert np.isnan([value[4], slope[4]]).all() and np.isfinite([value[5], slope[5]]).all()

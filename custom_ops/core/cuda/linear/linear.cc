@@ -6,8 +6,9 @@
 //
 // Biases ride on the products, and so does a block's residual where there is no dropout between. Their gradients do
 // not: cuBLASLt's own sums take longer on large matrices than the product and column_sums one after the other. That of
-// qkv_bias belongs to attention, that of a block's last bias to the residual. Activations are kernels of their own, but
-// for that of the feed-forward block where it is relu without dropout.
+// qkv_bias belongs to attention, that of a block's last bias to the residual, and that of a bias before an activation
+// to the activation. Activations are kernels of their own, but for that of the feed-forward block where it is relu
+// without dropout.
 #include <algorithm>
 
 #include "core/arena.h"
@@ -240,9 +241,6 @@ void linear1_forward(Context& context, const FeedForwardParams& p) {
 }
 
 void linear1_backward(Context& context, const FeedForwardParams& p) {
-  if (p.d_linear1_bias) {
-    column_sums(context, p.dtype, p.d_pre_activation, p.rows, p.linear1_dim(), p.d_linear1_bias, p.stage_workspace);
-  }
   first_layer_backward(context, p, linear1(p), p.d_pre_activation, p.d_linear1_weight);
 }
 
@@ -257,6 +255,8 @@ void linear2_backward(Context& context, const FeedForwardParams& p) {
     matrix_product(context, layer.x_gradient(p.d_linear, p.dtype, d_activated), p.stage_workspace);
     rows.d_u = d_activated;
     rows.d_h = p.d_pre_activation;
+    rows.d_h_sums = p.d_linear1_bias;
+    rows.workspace = p.stage_workspace;
     if (saves_activated(p)) {
       relu_backward(context, rows);
     } else {
@@ -277,10 +277,10 @@ size_t linear_workspace_bytes(const Context& context, const FeedForwardParams& p
       return std::max(matrix_product_workspace_bytes(context, linear1_product(p)),
                       last_layer_forward_bytes(context, p, linear2(p)));
     case Phase::kOutputBackward:
-      return last_layer_backward_bytes(context, linear2(p), p.d_linear2_weight, needs_d_pre_activation(p));
+      return std::max(p.d_linear1_bias ? activation_sums_workspace_bytes(context, activation_of(p)) : 0,
+                      last_layer_backward_bytes(context, linear2(p), p.d_linear2_weight, needs_d_pre_activation(p)));
     case Phase::kInputBackward:
-      return std::max(p.d_linear1_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows, p.linear1_dim()) : 0,
-                      first_layer_backward_bytes(context, p, linear1(p), p.d_linear1_weight));
+      return first_layer_backward_bytes(context, p, linear1(p), p.d_linear1_weight);
     default:
       return 0;
   }
@@ -301,12 +301,14 @@ void activation_backward(Context& context, const LinearParams& p) {
   rows.h = p.pre_activation;
   rows.d_u = p.d_out;
   rows.d_h = p.d_pre_activation;
+  rows.d_h_sums = p.d_bias;
+  rows.workspace = p.stage_workspace;
   activate_backward(context, rows);
 }
 
 void linear_backward(Context& context, const LinearParams& p) {
   const Layer layer = linear(p);
-  if (p.d_bias) {
+  if (p.d_bias && p.activation == Activation::kNone) {
     column_sums(context, p.dtype, p.d_pre_activation, p.rows, p.out_features, p.d_bias, p.stage_workspace);
   }
   if (p.d_weight) matrix_product(context, layer.weight_gradient(p.d_pre_activation, p.d_weight), p.stage_workspace);
@@ -315,8 +317,11 @@ void linear_backward(Context& context, const LinearParams& p) {
 
 size_t linear_workspace_bytes(const Context& context, const LinearParams& p, Phase phase) {
   if (phase == Phase::kForward) return matrix_product_workspace_bytes(context, linear_product(p));
-  return std::max(p.d_bias ? column_sums_workspace_bytes(context, p.dtype, p.rows, p.out_features) : 0,
-                  last_layer_backward_bytes(context, linear(p), p.d_weight, p.d_x));
+  const size_t sums = !p.d_bias ? 0
+                      : p.activation == Activation::kNone
+                          ? column_sums_workspace_bytes(context, p.dtype, p.rows, p.out_features)
+                          : activation_sums_workspace_bytes(context, activation_of(p));
+  return std::max(sums, last_layer_backward_bytes(context, linear(p), p.d_weight, p.d_x));
 }
 
 }  // namespace cuda

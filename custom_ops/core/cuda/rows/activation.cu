@@ -5,14 +5,23 @@
 //   gelu_tanh  x * (1 + tanh(y)) / 2 = x * sigmoid(2 y) with y = sqrt(2 / pi) * (x + 0.044715 x^3)
 //   silu       x * sigmoid(x)
 //
-// A thread has eight neighbouring numbers, whose random numbers one call of Philox gives; or one, where rows or
-// elements do not begin at multiples of eight. Threads go along rows, so that nothing is divided.
+// All but relu are x * cdf(x) with cdf(-x) = 1 - cdf(x), and are formed of cdf(-|x|), which is small far from 0 on
+// either side and keeps its digits there:
+//
+//   value  max(x, 0) - |x| * cdf(-|x|)
+//   slope  s for x < 0, else 1 - s, with s = cdf(-|x|) - |x| * cdf'(x)
+//
+// A thread has eight neighbouring columns, whose random numbers one call of Philox gives; or one, where rows or
+// elements do not begin at multiples of eight. It walks up the rows, as the last of them may still lie in the cache
+// from the product that wrote them, and the next product begins with the first. On its way it sums up the gradients of
+// its columns; its thread block adds these and writes one row of sums (column_sums.h).
 #include "core/cuda/rows/activation.h"
 
 #include <algorithm>
 #include <type_traits>
 
 #include "core/cuda/numbers.cuh"
+#include "core/cuda/rows/column_sums.h"
 
 namespace pfa {
 namespace cuda {
@@ -20,17 +29,27 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kNumbers = 8;
-constexpr int64_t kMaxGridY = 65535;
-// Of the backward kernels, so that a multiprocessor holds half of the threads that it can.
+// Thread blocks of a multiprocessor: as many are launched as run at a time, so that all walk equally far. Those of
+// compute capability 7.5 hold no more than four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kMostBlocks = 4;
+#else
+constexpr int kMostBlocks = 6;
+#endif
 template <class T>
-constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 4;
+constexpr int kForwardBlocks = sizeof(T) == 8 ? 2 : kMostBlocks;
+template <class T, bool kGated>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? (kGated ? 1 : 2) : (kGated ? 3 : 4);
+template <class T>
+constexpr int kReluBackwardBlocks = sizeof(T) == 2 ? kMostBlocks : 4;
+// Numbers between the rows of the exchange of sums, so that reading neighbouring columns meets different banks.
+constexpr int kPadding = 4;
 
 template <class T>
 struct Kernel {
   using A = Accumulator<T>;
   int64_t rows;
   int64_t cols;
-  bool gated;
   uint32_t threshold;
   A dropout_scale;
   const uint64_t* random_state;
@@ -40,22 +59,26 @@ struct Kernel {
   T* u;
   const T* d_u;
   T* d_h;
+  A* partial;  // [row groups][columns of h]: sums of d_h; null: not wanted
+  // From a row of a thread to its next one, further up: in rows, in numbers, and in what dropout counts.
+  int64_t row_step;
+  int64_t place_step;
+  int64_t element_step;
 
+  // kDrops: threshold is not 0.
+  template <bool kDrops>
   __device__ PhiloxState philox() const {
-    return threshold ? philox_state(random_state[0], random_state[1], DropoutStage::kHidden) : PhiloxState{};
+    return kDrops ? philox_state(random_state[0], random_state[1], DropoutStage::kHidden) : PhiloxState{};
   }
 
-  __device__ __forceinline__ int64_t element(int64_t row, int64_t col) const {
-    return row * elements_in_row + first_element + col;
-  }
-
+  template <bool kDrops>
   __device__ __forceinline__ PhiloxWords words(PhiloxState state, int64_t element) const {
-    return threshold ? output_words(state, element) : PhiloxWords{};
+    return kDrops ? output_words(state, element) : PhiloxWords{};
   }
 
-  template <int N>
+  template <bool kDrops, int N>
   __device__ __forceinline__ void drop(const PhiloxWords& words, int64_t element, A (&value)[N]) const {
-    if (threshold) {
+    if constexpr (kDrops) {
       apply_output_dropout(words, threshold, dropout_scale, element, value);
     } else {
 #pragma unroll
@@ -63,30 +86,149 @@ struct Kernel {
     }
   }
 
-  // Calls f(row, col) for the vectors of N numbers that are this thread's.
-  template <int N, class F>
-  __device__ __forceinline__ void for_own(F&& f) const {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * N;
-    for (int64_t col = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N; col < cols; col += step) {
-      f(row, col);
+  // The first of this thread's N columns.
+  template <int N>
+  __device__ __forceinline__ int64_t col() const {
+    return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  }
+
+  // Calls f(place, element) for the rows that are this thread's: where its numbers begin in a matrix of `cols` columns,
+  // and as which element dropout counts the first.
+  template <class F>
+  __device__ __forceinline__ void for_rows(int64_t col, F&& f) const {
+    if (col >= cols) return;
+    int64_t row = rows - 1 - static_cast<int64_t>(blockIdx.y) * blockDim.y - threadIdx.y;
+    int64_t place = row * cols + col;
+    int64_t element = row * elements_in_row + first_element + col;
+    for (; row >= 0; row -= row_step, place -= place_step, element -= element_step) f(place, element);
+  }
+
+  // Adds the thread block's sums of N * blockDim.x columns and writes them behind `first` columns of kHalves * cols.
+  template <int kHalves, int N>
+  __device__ __forceinline__ void write_sums(const A (&sum)[N], int64_t first) const {
+    __shared__ A exchange[N][kThreads + kPadding];
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i) exchange[i][thread] = sum[i];
+    __syncthreads();
+    const int64_t first_col = static_cast<int64_t>(blockIdx.x) * blockDim.x * N;
+    for (int j = thread; j < static_cast<int>(blockDim.x) * N && first_col + j < cols; j += kThreads) {
+      A total = 0;
+      for (int i = j / N; i < kThreads; i += blockDim.x) total += exchange[j % N][i];
+      partial[(static_cast<int64_t>(blockIdx.y) * kHalves * cols) + first + first_col + j] = total;
     }
   }
 };
 
-// Of float, the hardware's approximations: their errors lie in the last digits of what is computed from them.
-__device__ __forceinline__ float exponential(float x) { return __expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
-__device__ __forceinline__ float error_function(float x) { return erff(x); }
-__device__ __forceinline__ double error_function(double x) { return erf(x); }
-
-template <class A>
-__device__ __forceinline__ A sigmoid(A x) {
-  return quotient(A(1), A(1) + exponential(-x));
+// Of float, the hardware's approximations, whose errors lie in the last digits; what is subnormal counts as 0.
+__device__ __forceinline__ float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
+// The smaller and the larger of two, where NaN stays NaN; the second is none.
+__device__ __forceinline__ float lesser(float x, float limit) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(limit));
+  return result;
+#else
+  return x > limit ? limit : x;
+#endif
+}
+__device__ __forceinline__ double lesser(double x, double limit) { return x > limit ? limit : x; }
+__device__ __forceinline__ float greater(float x, float limit) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(limit));
+  return result;
+#else
+  return x < limit ? limit : x;
+#endif
+}
+__device__ __forceinline__ double greater(double x, double limit) { return x < limit ? limit : x; }
+
+// The sum of c[i] * x^i.
+template <class A>
+__device__ __forceinline__ A polynomial(A, A c) {
+  return c;
+}
+template <class A, class... Rest>
+__device__ __forceinline__ A polynomial(A x, A c, Rest... rest) {
+  return polynomial(x, rest...) * x + c;
+}
+
+// cdf(-y) for 0 <= y, and y * cdf'(y). y is at most kLimit, where cdf(-y) is 0.
+template <class A>
+struct Tail {
+  A beyond;
+  A moment;
+};
+
+template <Activation kActivation, class T>
+struct TailOf;
+
+// The normal distribution's tail is exp(-y^2 / 2) times Mills' ratio, of which a quotient of polynomials lies, up to
+// kLimit, nowhere farther than 2.4e-5 of the value in 16-bit types and 6e-9 in float (minimax).
+template <class T>
+struct TailOf<Activation::kGelu, T> {
+  using A = Accumulator<T>;
+  static constexpr A kLimit = sizeof(A) == 8 ? 40 : 13.5;
+
+  __device__ __forceinline__ static Tail<A> of(A y) {
+    const A bell = exp2_of(y * y * A(-0.72134752044448170368));  // -log2(e) / 2
+    const A moment = y * bell * A(0.39894228040143267794);       // 1 / sqrt(2 pi)
+    if constexpr (sizeof(T) == 8) {
+      return {A(0.5) * erfc(y * A(0.70710678118654752440)), moment};
+    } else if constexpr (sizeof(T) == 4) {
+      const A above = polynomial(y, 0.500000002562913f, 0.4361456686198023f, 0.18164540936086707f, 0.04009792026198537f,
+                                 0.004036978259570424f);
+      const A below = polynomial(y, 1.0f, 1.6701762666683506f, 1.1958944296983829f, 0.46527411432514804f,
+                                 0.10051779066948238f, 0.010119065003975913f);
+      return {bell * above * reciprocal(below), moment};
+    } else {
+      const A above = polynomial(y, 0.5000116384352454f, 0.2774486785350251f, 0.06217795769737276f);
+      const A below = polynomial(y, 1.0f, 1.3535078929220687f, 0.7006784190379315f, 0.15567249261627553f);
+      return {bell * above * reciprocal(below), moment};
+    }
+  }
+};
+
+template <class T>
+struct TailOf<Activation::kGeluTanh, T> {
+  using A = Accumulator<T>;
+  static constexpr A kLimit = 32;
+
+  __device__ __forceinline__ static Tail<A> of(A y) {
+    const A square = y * y;
+    const A factor = A(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi)
+    const A log2_e = A(1.4426950408889634074);
+    const A e = exp2_of(y * polynomial(square, -factor * log2_e, -factor * log2_e * A(0.044715)));
+    const A beyond = e * reciprocal(A(1) + e);
+    return {beyond, y * (beyond - beyond * beyond) * polynomial(square, factor, factor * A(3 * 0.044715))};
+  }
+};
+
+template <class T>
+struct TailOf<Activation::kSilu, T> {
+  using A = Accumulator<T>;
+  static constexpr A kLimit = sizeof(A) == 8 ? 800 : 100;
+
+  __device__ __forceinline__ static Tail<A> of(A y) {
+    const A e = exp2_of(y * A(-1.4426950408889634074));  // -log2(e)
+    const A beyond = e * reciprocal(A(1) + e);
+    return {beyond, y * (beyond - beyond * beyond)};
+  }
+};
 
 template <class A>
 struct ValueAndSlope {
@@ -95,151 +237,200 @@ struct ValueAndSlope {
 };
 
 // The compiler leaves out what nobody reads.
-template <Activation kActivation, class A>
-__device__ __forceinline__ ValueAndSlope<A> value_and_slope(A x) {
+template <Activation kActivation, class T>
+__device__ __forceinline__ ValueAndSlope<Accumulator<T>> value_and_slope(Accumulator<T> x) {
+  using A = Accumulator<T>;
   if constexpr (kActivation == Activation::kRelu) {
-    // As written NaN stays NaN.
-    return {x < A(0) ? A(0) : x, x > A(0) ? A(1) : A(0)};
-  } else if constexpr (kActivation == Activation::kGelu) {
-    const A below = A(0.5) + A(0.5) * error_function(x * A(0.70710678118654752440));
-    const A density = exponential(A(-0.5) * x * x) * A(0.39894228040143267794);  // 1 / sqrt(2 pi)
-    return {x * below, below + x * density};
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const A factor = A(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi)
-    const A square = x * x;
-    const A s = sigmoid(factor * x * (A(1) + A(0.044715) * square));
-    return {x * s, s + x * s * (A(1) - s) * factor * (A(1) + A(3 * 0.044715) * square)};
+    return {greater(x, A(0)), x > A(0) ? A(1) : A(0)};
   } else {
-    static_assert(kActivation == Activation::kSilu, "the last one");
-    const A s = sigmoid(x);
-    return {x * s, s + x * s * (A(1) - s)};
+    const A y = lesser(fabs(x), TailOf<kActivation, T>::kLimit);
+    const Tail<A> tail = TailOf<kActivation, T>::of(y);
+    const A slope = tail.beyond - tail.moment;
+    return {fmax(x, A(0)) - y * tail.beyond, x < A(0) ? slope : A(1) - slope};
   }
 }
 
-template <class T, int N, Activation kActivation>
-__global__ void __launch_bounds__(kThreads) activate_kernel(const Kernel<T> k) {
+template <class T, int N, Activation kActivation, bool kGated, bool kDrops>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) activate_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
-  const PhiloxState state = k.philox();
-  k.template for_own<N>([&](int64_t row, int64_t col) {
-    const T* h = k.h + row * k.cols * (k.gated ? 2 : 1) + col;
+  const PhiloxState state = k.template philox<kDrops>();
+  const int64_t col = k.template col<N>();
+  k.for_rows(col, [&](int64_t place, int64_t element) {
+    const T* h = k.h + (kGated ? 2 * place - col : place);
     A value[N];
     load(h, value);
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = value_and_slope<kActivation>(value[i]).value;
-    if (k.gated) {
+    for (int i = 0; i < N; ++i) value[i] = value_and_slope<kActivation, T>(value[i]).value;
+    if constexpr (kGated) {
       A gate[N];
       load(h + k.cols, gate);
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= gate[i];
     }
-    const int64_t element = k.element(row, col);
-    k.drop(k.words(state, element), element, value);
-    store(k.u + row * k.cols + col, value);
+    k.template drop<kDrops>(k.template words<kDrops>(state, element), element, value);
+    store(k.u + place, value);
   });
 }
 
-template <class T, int N, Activation kActivation>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) activate_backward_kernel(const Kernel<T> k) {
+template <class T, int N, Activation kActivation, bool kGated, bool kDrops>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kGated>) activate_backward_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
-  const PhiloxState state = k.philox();
-  k.template for_own<N>([&](int64_t row, int64_t col) {
-    const int64_t place = row * k.cols + col;
-    const int64_t place_h = row * k.cols * (k.gated ? 2 : 1) + col;
-    A d[N], u[N];
+  const PhiloxState state = k.template philox<kDrops>();
+  const int64_t col = k.template col<N>();
+  A sums[kGated ? 2 : 1][N] = {};
+  k.for_rows(col, [&](int64_t place, int64_t element) {
+    const int64_t place_h = kGated ? 2 * place - col : place;
+    A d[N], u[N], slope[N], gate[N];
     load(k.d_u + place, d);
     load(k.h + place_h, u);
-    A gate[N];
-    if (k.gated) load(k.h + place_h + k.cols, gate);
-    const int64_t element = k.element(row, col);
-    const PhiloxWords words = k.words(state, element);
-    k.drop(words, element, d);
-    A slope[N];
+    if constexpr (kGated) load(k.h + place_h + k.cols, gate);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const ValueAndSlope<A> a = value_and_slope<kActivation>(u[i]);
+      const ValueAndSlope<A> a = value_and_slope<kActivation, T>(u[i]);
       u[i] = a.value;
       slope[i] = a.slope;
     }
-    if (k.gated) {
-      A d_gate[N];
+    const PhiloxWords words = k.template words<kDrops>(state, element);
+    if constexpr (kGated) {
+      k.template drop<kDrops>(words, element, d);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        d_gate[i] = d[i] * u[i];
-        d[i] *= gate[i];
+        slope[i] *= d[i] * gate[i];
+        d[i] *= u[i];
+        sums[1][i] += d[i];
         u[i] *= gate[i];
       }
-      store(k.d_h + place_h + k.cols, d_gate);
+      store(k.d_h + place_h + k.cols, d);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) slope[i] *= d[i];
+      k.template drop<kDrops>(words, element, slope);
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] *= slope[i];
-    store(k.d_h + place_h, d);
-    if (k.u) {
-      k.drop(words, element, u);
-      store(k.u + place, u);
-    }
+    for (int i = 0; i < N; ++i) sums[0][i] += slope[i];
+    store(k.d_h + place_h, slope);
+    k.template drop<kDrops>(words, element, u);
+    if (k.u) store(k.u + place, u);
   });
+  if (k.partial) {
+    k.template write_sums<kGated ? 2 : 1>(sums[0], 0);
+    if constexpr (kGated) k.template write_sums<2>(sums[1], k.cols);
+  }
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) relu_backward_kernel(const Kernel<T> k) {
+__global__ void __launch_bounds__(kThreads, kReluBackwardBlocks<T>) relu_backward_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
-  k.template for_own<N>([&](int64_t row, int64_t col) {
-    const int64_t place = row * k.cols + col;
+  A sums[N] = {};
+  k.for_rows(k.template col<N>(), [&](int64_t place, int64_t) {
     A d[N], u[N];
     load(k.d_u + place, d);
     load(k.u + place, u);
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] = u[i] > A(0) ? d[i] * k.dropout_scale : A(0);
+    for (int i = 0; i < N; ++i) {
+      d[i] = u[i] > A(0) ? d[i] * k.dropout_scale : A(0);
+      sums[i] += d[i];
+    }
     store(k.d_h + place, d);
   });
+  if (k.partial) k.template write_sums<1>(sums, 0);
 }
 
-// Calls f with the activation as a constant.
 template <class F>
-void dispatch_activation(Activation activation, F&& f) {
-  switch (activation) {
+void dispatch_bool(bool value, F&& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// Calls f with, as constants, the activation, whether there is a gate, and whether something is dropped.
+template <class F>
+void dispatch(const ActivationRows& args, F&& f) {
+  const auto with = [&](auto activation) {
+    dispatch_bool(args.gated, [&](auto gated) {
+      dispatch_bool(args.dropout.threshold != 0, [&](auto drops) { f(activation, gated, drops); });
+    });
+  };
+  switch (args.activation) {
     case Activation::kRelu:
-      return f(std::integral_constant<Activation, Activation::kRelu>{});
+      return with(std::integral_constant<Activation, Activation::kRelu>{});
     case Activation::kGelu:
-      return f(std::integral_constant<Activation, Activation::kGelu>{});
+      return with(std::integral_constant<Activation, Activation::kGelu>{});
     case Activation::kGeluTanh:
-      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+      return with(std::integral_constant<Activation, Activation::kGeluTanh>{});
     case Activation::kSilu:
-      return f(std::integral_constant<Activation, Activation::kSilu>{});
+      return with(std::integral_constant<Activation, Activation::kSilu>{});
     default:
       throw std::runtime_error("expected an activation");
   }
 }
 
+// How the threads lie over the matrix. A thread block takes as many rows at a time as `width` leaves it.
+struct Shape {
+  unsigned width;
+  int64_t col_blocks;
+  int64_t row_groups;
+};
+
+// width: the most of which no more than an eighth are idle, but at least a warp where a row has as many vectors.
+Shape shape_of(int64_t rows, int64_t cols, int numbers, int64_t blocks) {
+  const int64_t vectors = ceil_div(cols, numbers);
+  unsigned width = kThreads;
+  const auto is_wide = [&] {
+    return width > 32 ? ceil_div(vectors, width) * width * 7 > vectors * 8 : width > vectors;
+  };
+  while (width > 1 && is_wide()) width /= 2;
+  const int64_t col_blocks = ceil_div(vectors, width);
+  const int64_t turns_of_one = ceil_div(rows, kThreads / width);
+  const int64_t turns = ceil_div(turns_of_one, std::max<int64_t>(1, blocks / col_blocks));
+  return {width, col_blocks, ceil_div(turns_of_one, turns)};
+}
+
+int64_t cols_of_h(const ActivationRows& args) { return args.gated ? 2 * args.cols : args.cols; }
+
+// A kernel, and how many of its thread blocks a multiprocessor runs.
+template <class T>
+struct Launch {
+  void (*function)(Kernel<T>);
+  int64_t blocks;
+};
+
 // Calls f with a null pointer to the device type and, as a constant, how many numbers a thread takes at a time; f
-// returns the kernel to launch.
+// returns the Launch.
 template <class F>
 void launch(Context& context, const ActivationRows& args, const char* name, F&& f) {
-  if (args.rows == 0 || args.cols == 0) return;
+  if (args.cols == 0) return;
+  if (args.rows == 0) {
+    if (!args.d_h_sums) return;
+    return check(cudaMemsetAsync(args.d_h_sums, 0, cols_of_h(args) * size_of(args.dtype), context.stream), name);
+  }
   dispatch_float(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Kernel<T> kernel = {args.rows,
-                              args.cols,
-                              args.gated,
-                              args.dropout.threshold,
-                              static_cast<Accumulator<T>>(args.dropout.scale),
-                              args.random_state,
-                              args.first_element,
-                              args.elements_in_row,
-                              static_cast<const T*>(args.h),
-                              static_cast<T*>(args.u),
-                              static_cast<const T*>(args.d_u),
-                              static_cast<T*>(args.d_h)};
+    using A = Accumulator<T>;
+    Kernel<T> kernel = {args.rows,
+                        args.cols,
+                        args.dropout.threshold,
+                        static_cast<A>(args.dropout.scale),
+                        args.random_state,
+                        args.first_element,
+                        args.elements_in_row,
+                        static_cast<const T*>(args.h),
+                        static_cast<T*>(args.u),
+                        static_cast<const T*>(args.d_u),
+                        static_cast<T*>(args.d_h),
+                        static_cast<A*>(args.d_h_sums ? args.workspace : nullptr)};
     const auto start = [&](auto numbers) {
-      const auto function = f(type, numbers);
-      const int64_t vectors = ceil_div(args.cols, numbers);
-      unsigned width = 1;
-      while (width < kThreads && width < vectors) width *= 2;
-      const unsigned height = kThreads / width;
-      const dim3 grid(static_cast<unsigned>(ceil_div(args.rows, height)),
-                      static_cast<unsigned>(std::min(ceil_div(vectors, width), kMaxGridY)));
-      function<<<grid, dim3(width, height), 0, context.stream>>>(kernel);
+      const auto [function, blocks] = f(type, numbers);
+      const Shape shape = shape_of(args.rows, args.cols, numbers, blocks * context.num_sms);
+      const dim3 grid(static_cast<unsigned>(shape.col_blocks), static_cast<unsigned>(shape.row_groups));
+      const dim3 block(shape.width, kThreads / shape.width);
+      kernel.row_step = shape.row_groups * block.y;
+      kernel.place_step = kernel.row_step * args.cols;
+      kernel.element_step = kernel.row_step * args.elements_in_row;
+      function<<<grid, block, 0, context.stream>>>(kernel);
       check_launch(name);
+      if (args.d_h_sums) {
+        add_row_groups(context, accumulator_of(args.dtype), args.workspace, shape.row_groups, cols_of_h(args),
+                       {{args.d_h_sums, args.dtype}, {}, {}});
+      }
     };
     const auto is_vector = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool counts_by_vectors =
@@ -256,27 +447,50 @@ void launch(Context& context, const ActivationRows& args, const char* name, F&& 
 }  // namespace
 
 void activate(Context& context, const ActivationRows& args) {
-  dispatch_activation(args.activation, [&](auto activation) {
-    launch(context, args, "activate_kernel", [](auto* type, auto numbers) {
-      return activate_kernel<std::remove_pointer_t<decltype(type)>, decltype(numbers)::value,
-                             decltype(activation)::value>;
+  launch(context, args, "activate_kernel", [&](auto* type, auto numbers) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Launch<T> result = {};
+    dispatch(args, [&](auto activation, auto gated, auto drops) {
+      result.function = activate_kernel<T, decltype(numbers)::value, decltype(activation)::value,
+                                        decltype(gated)::value, decltype(drops)::value>;
+      result.blocks = kForwardBlocks<T>;
     });
+    return result;
   });
 }
 
 void activate_backward(Context& context, const ActivationRows& args) {
-  dispatch_activation(args.activation, [&](auto activation) {
-    launch(context, args, "activate_backward_kernel", [](auto* type, auto numbers) {
-      return activate_backward_kernel<std::remove_pointer_t<decltype(type)>, decltype(numbers)::value,
-                                      decltype(activation)::value>;
+  launch(context, args, "activate_backward_kernel", [&](auto* type, auto numbers) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Launch<T> result = {};
+    dispatch(args, [&](auto activation, auto gated, auto drops) {
+      result.function = activate_backward_kernel<T, decltype(numbers)::value, decltype(activation)::value,
+                                                 decltype(gated)::value, decltype(drops)::value>;
+      result.blocks = kBackwardBlocks<T, decltype(gated)::value>;
     });
+    return result;
   });
 }
 
 void relu_backward(Context& context, const ActivationRows& args) {
   launch(context, args, "relu_backward_kernel", [](auto* type, auto numbers) {
-    return relu_backward_kernel<std::remove_pointer_t<decltype(type)>, decltype(numbers)::value>;
+    using T = std::remove_pointer_t<decltype(type)>;
+    return Launch<T>{relu_backward_kernel<T, decltype(numbers)::value>, kReluBackwardBlocks<T>};
   });
+}
+
+size_t activation_sums_workspace_bytes(const Context& context, const ActivationRows& args) {
+  if (args.rows == 0 || args.cols == 0) return 0;
+  int64_t row_groups = 0;
+  dispatch_float(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (const int numbers : {kNumbers, 1}) {
+      for (const int64_t blocks : {kBackwardBlocks<T, false>, kBackwardBlocks<T, true>, kReluBackwardBlocks<T>}) {
+        row_groups = std::max(row_groups, shape_of(args.rows, args.cols, numbers, blocks * context.num_sms).row_groups);
+      }
+    }
+  });
+  return row_groups * cols_of_h(args) * size_of(accumulator_of(args.dtype));
 }
 
 }  // namespace cuda

@@ -24,6 +24,10 @@ struct ActivationRows {
   void* u = nullptr;        // [M, cols]; backward: null: not wanted
   const void* d_u = nullptr;
   void* d_h = nullptr;
+
+  // Backward: the column sums of d_h, before it is rounded; null: not wanted. They need the workspace.
+  void* d_h_sums = nullptr;
+  void* workspace = nullptr;
 };
 
 void activate(Context& context, const ActivationRows& args);
@@ -33,6 +37,9 @@ void activate_backward(Context& context, const ActivationRows& args);
 
 // d_h of relu, not gated, from u, which is not 0 where relu and dropout let a number pass.
 void relu_backward(Context& context, const ActivationRows& args);
+
+// Of args it reads what says how large the matrices are.
+size_t activation_sums_workspace_bytes(const Context& context, const ActivationRows& args);
 
 }  // namespace cuda
 }  // namespace pfa
