@@ -127,7 +127,8 @@ class Operator:
         norms: The inputs that are layer-norm parameters, by their names among `tensors`.
         residual: The inputs of one dtype, float32 if one of them is, under auto_cast.
         like_residual: The inputs that are float32 if these are.
-        mask: The input that gets no gradient.
+        mask: The input that auto_cast leaves alone, and that may be of integers, which have no gradient.
+        differentiable: How many of the inputs, the first, have gradients; None: all.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Operator:
         residual: Sequence[str] = (),
         like_residual: Sequence[str] = (),
         mask: str | None = None,
+        differentiable: int | None = None,
     ) -> None:
         self.type = op_type
         self._forward_type = f"{op_type}_forward"
@@ -153,6 +155,9 @@ class Operator:
         self._like_residual = tuple(map(self.tensors.index, like_residual))
         self._mask = None if mask is None else self.tensors.index(mask)
         self._mask_bit = 0 if self._mask is None else 1 << self._mask
+        every_bit = (1 << len(self.tensors)) - 1
+        self._gradient_bits = every_bit if differentiable is None else (1 << differentiable) - 1
+        self._special_bits = self._mask_bit | (every_bit ^ self._gradient_bits)
         self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
         self._check.restype = ctypes.c_char_p
 
@@ -187,9 +192,8 @@ class Operator:
             bit <<= 1
         op_type = self._forward_type
         if needs_grad and paddle.is_grad_enabled():
-            if needs_grad & self._mask_bit:
-                needs_grad ^= self._mask_bit
-                _warn_of_mask(inputs[self._mask])  # type: ignore[index]
+            if needs_grad & self._special_bits:
+                needs_grad = self._with_gradient(needs_grad, inputs)
             switches |= NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD if training else NEEDS_GRAD_HOLDS
             if needs_grad:
                 op_type = self.type
@@ -266,11 +270,16 @@ class Operator:
         no_grad too."""
         if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
             return False
-        wanted = [value is not None and not value.stop_gradient for value in inputs]
-        if self._mask is not None and wanted[self._mask]:
-            _warn_of_mask(inputs[self._mask])
-            wanted[self._mask] = False
-        return any(wanted)
+        wanted = sum(1 << i for i, value in enumerate(inputs) if value is not None and not value.stop_gradient)
+        return self._with_gradient(wanted, inputs) != 0
+
+    def _with_gradient(self, wanted: int, inputs: Sequence[Any]) -> int:
+        """Of the inputs at the bits `wanted`, those that have a gradient."""
+        if wanted & self._mask_bit and not paddle.is_floating_point(inputs[self._mask]):  # type: ignore[index]
+            wanted ^= self._mask_bit
+        if wanted & self._mask_bit & ~self._gradient_bits:
+            _warn_of_mask()
+        return wanted & self._gradient_bits
 
     def _call_pir(self, inputs: Sequence[Any], attributes: tuple) -> Any:
         absent = None
@@ -332,6 +341,7 @@ ATTENTION = Operator(
     norms=("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias"),
     residual=("x",),
     mask="attn_mask",
+    differentiable=len(TENSORS) - 1,
 )
 
 
@@ -412,17 +422,17 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
             raise ValueError(f"{name}: expected a tensor with values, got one without memory")
 
 
-def _warn_of_mask(mask: Any) -> None:
+def _warn_of_mask() -> None:
     """Says, once, that a float mask that wants a gradient gets none."""
     global _has_warned_of_mask
-    if _has_warned_of_mask or not paddle.is_floating_point(mask):
+    if _has_warned_of_mask:
         return
     _has_warned_of_mask = True
     warnings.warn(
         "attn_mask: its stop_gradient is False, but paddle_fused_attention computes no gradient of the mask: what it "
         "is made of will not be trained through it. Set its stop_gradient to True if that is meant.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
