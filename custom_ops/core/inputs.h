@@ -2,6 +2,7 @@
 // pointers.
 #pragma once
 
+#include "core/bare_attention.h"
 #include "core/params.h"
 
 // DO(Name, name, field) for each, separated by commas: the operator's name of it, that in errors, and the field of the
@@ -25,6 +26,13 @@
 
 #define PFA_LINEAR_INPUTS(DO) DO(X, x, x), DO(Weight, weight, weight), DO(Bias, bias, bias)
 
+// Those that have gradients first; attn_mask only where it is of a float type.
+#define PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO) \
+  DO(Query, query, query), DO(Key, key, key), DO(Value, value, value), DO(AttnMask, attn_mask, attn_mask)
+#define PFA_BARE_ATTENTION_INPUTS(DO)                                                                            \
+  PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(CuSeqlensQ, cu_seqlens_q, query_starts),                      \
+      DO(CuSeqlensK, cu_seqlens_k, key_starts), DO(StartendRowIndices, startend_row_indices, hidden_ranges)
+
 namespace pfa {
 
 // The name of a differentiable input, and where a block's struct points to it and to its gradient.
@@ -37,6 +45,8 @@ struct InputPointers {
 
 #define PFA_ENUMERATOR(Name, name, field) k##Name
 #define PFA_ATTENTION_POINTERS(Name, name, field) {#name, &AttentionBlockParams::field, &AttentionBlockParams::d_##field}
+#define PFA_BARE_ATTENTION_POINTERS(Name, name, field) \
+  {#name, &BareAttentionParams::field, &BareAttentionParams::d_##field}
 #define PFA_FEED_FORWARD_POINTERS(Name, name, field) {#name, &FeedForwardParams::field, &FeedForwardParams::d_##field}
 #define PFA_RESIDUAL_NORM_POINTERS(Name, name, field) \
   {#name, &ResidualNormParams::field, &ResidualNormParams::d_##field}
@@ -49,6 +59,13 @@ constexpr InputPointers<AttentionBlockParams> kInputs[kGradientCount] = {
     PFA_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_ATTENTION_POINTERS)};
 constexpr char kMaskName[] = "attn_mask";
 }  // namespace attention
+
+namespace bare_attention {
+enum Input : int { PFA_BARE_ATTENTION_INPUTS(PFA_ENUMERATOR), kInputCount };
+constexpr int kGradientCount = kCuSeqlensQ;
+constexpr InputPointers<BareAttentionParams> kInputs[kGradientCount] = {
+    PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_BARE_ATTENTION_POINTERS)};
+}  // namespace bare_attention
 
 namespace feed_forward {
 enum Input : int { PFA_FEED_FORWARD_INPUTS(PFA_ENUMERATOR), kInputCount };
@@ -68,6 +85,7 @@ constexpr InputPointers<LinearParams> kInputs[kInputCount] = {PFA_LINEAR_INPUTS(
 
 #undef PFA_ENUMERATOR
 #undef PFA_ATTENTION_POINTERS
+#undef PFA_BARE_ATTENTION_POINTERS
 #undef PFA_FEED_FORWARD_POINTERS
 #undef PFA_RESIDUAL_NORM_POINTERS
 #undef PFA_LINEAR_POINTERS

@@ -35,6 +35,7 @@ inline Dropout dropout_of(int64_t rate, const Attributes& attributes) {
 // Out of a block has the shape and dtype of x.
 struct BlockOperator {
   static constexpr char kOutLike[] = "shape and dtype of x";
+  static constexpr bool kReadsOut = false;
 
   template <class Attributes>
   static Sizes out_shape(const Shape* shapes, const Attributes&) {

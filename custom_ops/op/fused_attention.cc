@@ -4,6 +4,7 @@
 
 #include "core/inputs.h"
 #include "op/blocks.h"
+#include "op/masks.h"
 #include "op/operator.h"
 
 namespace pfa::op {
@@ -16,19 +17,6 @@ using namespace attention;
 // are spread over devices; 0 in all: they are all.
 #define PFA_OWN_ATTRIBUTES(DO) \
   DO(pre_ln_epsilon), DO(ln_epsilon), DO(dropout_rate), DO(attn_dropout_rate), DO(seed), DO(first_head), DO(total_heads)
-
-Mask mask_of(const paddle::Tensor& tensor) {
-  Mask mask;
-  mask.data = tensor.data();
-  mask.dtype = core_dtype(tensor.dtype());
-  const Shape shape = shape_of(tensor);
-  int64_t stride = 1;
-  for (size_t i = shape.rank; i-- > 0;) {
-    mask.strides[4 - shape.rank + i] = shape[i] == 1 ? 0 : stride;
-    stride *= shape[i];
-  }
-  return mask;
-}
 
 struct FusedAttention : BlockOperator {
   using Params = AttentionBlockParams;
@@ -50,11 +38,7 @@ struct FusedAttention : BlockOperator {
   static void check_dtypes(const Arguments& arguments) {
     arguments.check_dtypes(kX, kQKVWeight, {kLinearWeight, kQKVBias, kLinearBias});
     arguments.check_norm_dtypes(kX, {kPreLnScale, kPreLnBias, kLnScale, kLnBias});
-    if (arguments.has(kAttnMask) &&
-        !is_one_of(arguments.dtypes[kAttnMask],
-                   {"float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64"})) {
-      arguments.refuse_dtype(kAttnMask, "a float dtype, bool, uint8 or a signed integer dtype");
-    }
+    check_mask_dtype(arguments, kAttnMask);
   }
 
   static void check_shapes(const Arguments& arguments, const Attributes& attributes) {
@@ -90,17 +74,7 @@ struct FusedAttention : BlockOperator {
     check(kQKVBias, std::array{int64_t{3}, num_heads, head_dim});
     check(kLinearBias, width);
 
-    if (!arguments.has(kAttnMask)) return;
-    const Shape mask = arguments.shapes[kAttnMask];
-    const std::array scores{x[0], num_heads, x[1], x[1]};
-    bool broadcasts = mask.rank <= scores.size();
-    for (size_t i = 0; broadcasts && i < mask.rank; ++i) {
-      broadcasts = mask[i] == 1 || agree(scores[scores.size() - mask.rank + i], mask[i]);
-    }
-    if (!broadcasts) {
-      arguments.refuse_shape(kAttnMask,
-                             "a shape that broadcasts to [batch, num_heads, seq_len, seq_len] = " + text(scores));
-    }
+    check_mask_shape(arguments, kAttnMask, {x[0], num_heads, x[1], x[1]}, "[batch, num_heads, seq_len, seq_len]");
   }
 
   static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
@@ -158,7 +132,7 @@ struct FusedAttention : BlockOperator {
     return mapping;
   }
 
-  static bool has_rows(int input) { return input == kX; }
+  static bool has_rows(int input, Shape) { return input == kX; }
 
   static bool comes_before_parts(int input) { return input == kX || input == kPreLnScale || input == kPreLnBias; }
 };

@@ -105,7 +105,7 @@ struct FusedFeedForward : BlockOperator {
     }
   }
 
-  static bool has_rows(int input) { return input == kX; }
+  static bool has_rows(int input, Shape) { return input == kX; }
 
   static bool comes_before_parts(int input) { return input == kX || input == kLn1Scale || input == kLn1Bias; }
 };

@@ -26,6 +26,7 @@ struct FusedLinear {
   static constexpr size_t kRequiredCount = 2;
   static constexpr const char* kAttributeNames[] = {PFA_OWN_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = linear::kInputs;
+  static constexpr bool kReadsOut = false;
   static constexpr char kOutLike[] = "shape of x @ weight and the dtype of x";
 
   static void check(const Arguments& arguments, const Attributes& attributes) {
@@ -88,11 +89,11 @@ struct FusedLinear {
   }
 
   static Mapping mapping_of(int input, Shape shape, const Sharding& sharding, const Attributes& attributes) {
-    if (!has_rows(input)) return Mapping(shape.rank, -1);
+    if (!has_rows(input, shape)) return Mapping(shape.rank, -1);
     return oriented(sharding.out, attributes);
   }
 
-  static bool has_rows(int input) { return input == kX; }
+  static bool has_rows(int input, Shape) { return input == kX; }
 
   static bool comes_before_parts(int) { return false; }
 };

@@ -14,7 +14,8 @@
 //   check(arguments, attributes)     throws where the inputs are not what the operator takes
 //   out_shape(shapes, attributes)    also for what has not been checked and may have unknown dimensions
 //   describe(tensors, attributes)    Params but for the pointers in kInputs
-//   drops(params)                    whether random numbers are drawn, if Params is a BlockParams
+//   drops(params)                    whether random numbers are drawn, unless Params is LinearParams
+//   kReadsOut                        whether backward reads Out
 //   kOutLike                         how errors describe the shape and dtype of Out
 //
 // and what spmd.h asks for. PFA_REGISTER makes the rest.
@@ -111,7 +112,7 @@ Shapes<Operator> shapes_of(const Tensors<Operator>& tensors, const typename Oper
 // The seed and offset of this call's dropout masks; Paddle's generator moves on only if something is dropped.
 template <class Operator, class Device>
 void choose_seed(Device& device, typename Operator::Params& p, const typename Operator::Attributes& attributes) {
-  if constexpr (std::is_base_of_v<BlockParams, typename Operator::Params>) {
+  if constexpr (!std::is_same_v<LinearParams, typename Operator::Params>) {
     if (!Operator::drops(p)) return;
     if (attributes.has(kFixedSeed)) {
       p.seed = static_cast<uint64_t>(attributes.seed);
@@ -146,7 +147,7 @@ paddle::Tensor run_forward_operator(const Tensors<Operator>& tensors, const type
 
 template <class Operator>
 std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tensors, const paddle::Tensor& saved,
-                                                  const paddle::Tensor& d_out,
+                                                  const paddle::Tensor* out, const paddle::Tensor& d_out,
                                                   const typename Operator::Attributes& attributes) {
   const paddle::Tensor& x = *tensors[0];
   // In dygraph Paddle frees what it keeps for backward once that has run. It leaves out what it has freed, so that the
@@ -166,10 +167,16 @@ std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tenso
   }
 
   paddle::Tensor saved_again;
+  paddle::Tensor out_again;
   const paddle::Tensor* saved_memory = &saved;
   if (!attributes.saves() && saved_bytes(p) > 0) {
-    compute_out<Operator>(p, out_shape, x, attributes, &saved_again);
+    out_again = compute_out<Operator>(p, out_shape, x, attributes, &saved_again);
     saved_memory = &saved_again;
+    if (out) out = &out_again;
+  }
+  if (out) {
+    check_memory(Operator::kType, *out, "Out");
+    p.out = const_cast<void*>(out->data());
   }
 
   p.d_out = d_out.data();
@@ -203,11 +210,13 @@ template <class T, size_t>
 using Repeated = T;
 
 template <class Operator, class Inputs = std::make_index_sequence<kInputCount<Operator>>,
-          class Numbers = std::make_index_sequence<kCommonAttributeCount - 1 + kAttributeCount<Operator>>>
+          class Numbers = std::make_index_sequence<kCommonAttributeCount - 1 + kAttributeCount<Operator>>,
+          class Outs = std::make_index_sequence<Operator::kReadsOut ? 1 : 0>>
 struct Functions;
 
-template <class Operator, size_t... kInputs, size_t... kNumbers>
-struct Functions<Operator, std::index_sequence<kInputs...>, std::index_sequence<kNumbers...>> {
+template <class Operator, size_t... kInputs, size_t... kNumbers, size_t... kOuts>
+struct Functions<Operator, std::index_sequence<kInputs...>, std::index_sequence<kNumbers...>,
+                 std::index_sequence<kOuts...>> {
   using Result = std::vector<paddle::Tensor>;
 
   static auto parse(bool is_test, Repeated<int64_t, kNumbers>... numbers) {
@@ -235,9 +244,11 @@ struct Functions<Operator, std::index_sequence<kInputs...>, std::index_sequence<
   }
 
   static Result backward(Repeated<const paddle::Tensor&, kInputs>... tensors, const paddle::Tensor& saved,
-                         const paddle::Tensor& d_out, bool is_test, Repeated<int64_t, kNumbers>... numbers) {
+                         Repeated<const paddle::Tensor&, kOuts>... outs, const paddle::Tensor& d_out, bool is_test,
+                         Repeated<int64_t, kNumbers>... numbers) {
     return guarded(Operator::kType, [&] {
-      return run_backward_operator<Operator>({&tensors...}, saved, d_out, parse(is_test, numbers...));
+      const std::array<const paddle::Tensor*, 1> out = {&outs...};  // null where it is not read
+      return run_backward_operator<Operator>({&tensors...}, saved, out[0], d_out, parse(is_test, numbers...));
     });
   }
 
@@ -303,6 +314,12 @@ Names input_names(std::initializer_list<std::string> others = {}) {
 }
 
 template <class Operator>
+Names names_for_backward() {
+  return Operator::kReadsOut ? input_names<Operator>({"Saved", "Out", paddle::Grad("Out")})
+                             : input_names<Operator>({"Saved", paddle::Grad("Out")});
+}
+
+template <class Operator>
 Names gradient_names() {
   Names names;
   for (size_t i = 0; i < kGradientCount<Operator>; ++i) names.push_back(paddle::Grad(Operator::kInputNames[i]));
@@ -354,13 +371,14 @@ const char* checked(const int64_t* shapes, const int32_t* ranks, const char* con
       .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::Functions<Operator>::infer_dtypes))                         \
           PFA_SPMD_RULE(pfa::op::Functions<Operator>::forward_spmd);                                       \
   PD_BUILD_GRAD_OP(type)                                                                                   \
-      .Inputs(pfa::op::input_names<Operator>({"Saved", paddle::Grad("Out")}))                              \
+      .Inputs(pfa::op::names_for_backward<Operator>())                                                     \
       .Outputs(pfa::op::gradient_names<Operator>())                                                        \
       .Attrs(pfa::op::attribute_names<Operator>())                                                         \
       .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::backward))                                      \
           PFA_SPMD_RULE(pfa::op::Functions<Operator>::backward_spmd);                                      \
   PD_BUILD_DOUBLE_GRAD_OP(type)                                                                            \
-      .Inputs({"X", paddle::Grad("Out"), paddle::Grad(paddle::Grad("X"))})                                 \
+      .Inputs({Operator::kInputNames[0], paddle::Grad("Out"),                                              \
+               paddle::Grad(paddle::Grad(Operator::kInputNames[0]))})                                      \
       .Outputs({paddle::Grad(paddle::Grad("Out"))})                                                        \
       .Attrs(pfa::op::attribute_names<Operator>())                                                         \
       .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::double_backward));                              \

@@ -55,10 +55,10 @@ struct ResidualNorm : BlockOperator {
   }
 
   static Mapping mapping_of(int input, Shape shape, const Sharding& sharding, const Attributes&) {
-    return has_rows(input) ? sharding.out : Mapping(shape.rank, -1);
+    return has_rows(input, shape) ? sharding.out : Mapping(shape.rank, -1);
   }
 
-  static bool has_rows(int input) { return input == kX || input == kResidual; }
+  static bool has_rows(int input, Shape) { return input == kX || input == kResidual; }
 
   static bool comes_before_parts(int) { return false; }
 };

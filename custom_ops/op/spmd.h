@@ -6,7 +6,8 @@
 //
 //   sharding_of(mappings, attributes)                what its work is sharded over
 //   mapping_of(input, shape, sharding, attributes)   how an input that is there is sharded then
-//   has_rows(input)                                  whether it has Out's rows: else its gradient sums them
+//   has_rows(input, shape)                           whether it has Out's rows: else its gradient sums them
+//   kReadsOut                                        whether backward reads Out
 //   comes_before_parts(input)                        whether its gradient is a sum over the parts
 #pragma once
 
@@ -78,12 +79,13 @@ class Spread {
   phi::distributed::SpmdInfo backward(const DistMetaTensor& d_out) const {
     std::vector<phi::distributed::ArgDistAttr> all = inputs();
     all.push_back(attr_of_saved());
+    if (Operator::kReadsOut) all.push_back(make_attr(d_out, sharding_.out));
     all.push_back(make_attr(d_out, sharding_.out));
     std::vector<phi::distributed::ArgDistAttr> gradients;
     for (size_t i = 0; i < std::size(Operator::kInputs); ++i) {
       Mapping partial_over;
       if (attributes_.wants_gradient(i)) {
-        if (!Operator::has_rows(i)) partial_over = sharding_.out;
+        if (!Operator::has_rows(i, shape_of_input(i))) partial_over = sharding_.out;
         if (Operator::comes_before_parts(i)) partial_over.push_back(sharding_.parts);
       }
       gradients.push_back(
@@ -97,8 +99,13 @@ class Spread {
 
   Mapping mapping_of(size_t input) const {
     if (!attributes_.has_input(input)) return replicated(input);
+    return Operator::mapping_of(input, shape_of_input(input), sharding_, attributes_);
+  }
+
+  // Valid while the tensors live.
+  Shape shape_of_input(size_t input) const {
     const auto& dims = tensors_[input]->dims();
-    return Operator::mapping_of(input, Shape(dims.Get(), dims.size()), sharding_, attributes_);
+    return Shape(dims.Get(), dims.size());
   }
 
   std::vector<phi::distributed::ArgDistAttr> inputs() const {

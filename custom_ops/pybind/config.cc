@@ -1,5 +1,6 @@
 #include "pybind/config.h"
 
+#include <cmath>
 #include <map>
 
 namespace py = pybind11;
@@ -151,7 +152,7 @@ std::string block_of(const py::dict& config) {
 }
 
 void raise_unknown_block(const std::string& name) {
-  throw py::value_error("block: expected attention, feed_forward, residual_norm or linear, got " + name);
+  throw py::value_error("block: expected attention, bare_attention, feed_forward, residual_norm or linear, got " + name);
 }
 
 void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) {
@@ -166,6 +167,33 @@ void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) 
   read_first_norm(reader, p);
   reader.take("causal", p.causal);
   p.attn_dropout = reader.dropout("attn_dropout_rate");
+  reader.finish(result);
+}
+
+void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
+  Reader reader(config);
+  AttentionParams& p = result.params.attention;
+  reader.require("batch", p.batch);
+  reader.require("queries", p.queries);
+  reader.require("keys", p.keys);
+  reader.require("num_heads", p.num_heads);
+  reader.require("num_kv_heads", p.num_kv_heads);
+  reader.require("head_dim", p.head_dim);
+  if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
+    throw py::value_error("num_kv_heads: expected a divisor of num_heads");
+  }
+  reader.take("packed_queries", p.packed_queries);
+  reader.take("packed_keys", result.params.packed_keys);
+  std::string dtype;
+  reader.require("dtype", dtype);
+  p.dtype = float_dtype_of("dtype", dtype);
+  p.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  reader.take("scale", p.scale);
+  reader.take("causal", p.causal);
+  reader.take("window_left", p.window_left);
+  reader.take("window_right", p.window_right);
+  reader.read_mode();
+  p.dropout = reader.dropout("dropout_rate");
   reader.finish(result);
 }
 
@@ -243,6 +271,23 @@ std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams&
   });
 }
 
+std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p) {
+  using namespace bare_attention;
+  const AttentionParams& a = p.attention;
+  return arrays(kInputs, [&](int input, ArrayOf<BareAttentionParams>& array) {
+    array.dtype = a.dtype;
+    if (input == kAttnMask) return;  // has its own
+    array.is_required = true;
+    if (input == kQuery) {
+      array.shape = result_of(p).shape;
+    } else if (a.packed_queries) {
+      array.shape = {p.packed_keys, a.num_kv_heads, a.head_dim};
+    } else {
+      array.shape = {a.batch, a.keys, a.num_kv_heads, a.head_dim};
+    }
+  });
+}
+
 std::vector<ArrayOf<FeedForwardParams>> arrays_of(const FeedForwardParams& p) {
   using namespace feed_forward;
   return arrays(kInputs, [&](int input, ArrayOf<FeedForwardParams>& array) {
@@ -299,6 +344,11 @@ std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p) {
 }
 
 ResultOf result_of(const AttentionBlockParams& p) { return {p.residual_dtype, {p.batch, p.seq_len, p.embed_dim}}; }
+ResultOf result_of(const BareAttentionParams& p) {
+  const AttentionParams& a = p.attention;
+  if (a.packed_queries) return {a.dtype, {a.packed_queries, a.num_heads, a.head_dim}};
+  return {a.dtype, {a.batch, a.queries, a.num_heads, a.head_dim}};
+}
 ResultOf result_of(const BlockParams& p) { return {p.residual_dtype, {p.rows, p.embed_dim}}; }
 ResultOf result_of(const LinearParams& p) { return {p.dtype, {p.rows, p.out_features}}; }
 

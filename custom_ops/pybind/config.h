@@ -22,6 +22,7 @@ struct Config {
 
 // Raise ValueError for an entry that is missing, unknown or not among the choices.
 void parse_config(const pybind11::dict& config, Config<AttentionBlockParams>& result);
+void parse_config(const pybind11::dict& config, Config<BareAttentionParams>& result);
 void parse_config(const pybind11::dict& config, Config<FeedForwardParams>& result);
 void parse_config(const pybind11::dict& config, Config<ResidualNormParams>& result);
 void parse_config(const pybind11::dict& config, Config<LinearParams>& result);
@@ -39,6 +40,7 @@ auto with_config(const pybind11::dict& config, F&& f) {
   };
   const std::string block = block_of(config);
   if (block == "attention") return parsed(Config<AttentionBlockParams>{});
+  if (block == "bare_attention") return parsed(Config<BareAttentionParams>{});
   if (block == "feed_forward") return parsed(Config<FeedForwardParams>{});
   if (block == "residual_norm") return parsed(Config<ResidualNormParams>{});
   if (block == "linear") return parsed(Config<LinearParams>{});
@@ -57,6 +59,7 @@ struct ArrayOf {
 };
 
 std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams& p);
+std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p);
 std::vector<ArrayOf<FeedForwardParams>> arrays_of(const FeedForwardParams& p);
 std::vector<ArrayOf<ResidualNormParams>> arrays_of(const ResidualNormParams& p);
 std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p);
@@ -68,19 +71,22 @@ struct ResultOf {
 };
 
 ResultOf result_of(const AttentionBlockParams& p);
+ResultOf result_of(const BareAttentionParams& p);
 ResultOf result_of(const BlockParams& p);
 ResultOf result_of(const LinearParams& p);
 
 constexpr char kConfigDoc[] =
-    R"(config is a dict of `block` ("attention", which is the default, "feed_forward", "residual_norm" or "linear") and
+    R"(config is a dict of `block` ("attention", which is the default, "bare_attention", "feed_forward",
+"residual_norm" or "linear") and
 dtype ("float32", "float64", "float16" or "bfloat16"); sizes (ints): attention has batch, seq_len, embed_dim,
-num_heads and head_dim, and optionally first_head and total_heads; feed_forward rows, embed_dim, hidden_dim, and
+num_heads and head_dim, and optionally first_head and total_heads; bare_attention batch, queries, keys, num_heads,
+num_kv_heads and head_dim, and for packed sequences packed_queries and packed_keys; feed_forward rows, embed_dim, hidden_dim, and
 optionally first_hidden and total_hidden; residual_norm rows and embed_dim; linear rows, in_features and
 out_features. Optional are residual_dtype, of x, out and their gradients (default: dtype; or float32 beside a
 16-bit dtype), norm_dtype, of the layer-norm parameters (default: residual_dtype; or float32 beside a 16-bit
 one), pre_layer_norm, final_layer_norm, add_residual, causal, gated, transpose_x, transpose_weight (bools),
 pre_ln_epsilon, ln_epsilon, dropout_rate, attn_dropout_rate, hidden_dropout_rate (floats), activation ("none",
 "relu", "gelu", "gelu_tanh" or "silu"), mode ("upscale_in_train" or "downscale_in_infer"), training, allow_tf32,
-deterministic (bools), each for the blocks that have it.)";
+deterministic (bools), scale (float), window_left, window_right (ints), each for the blocks that have it.)";
 
 }  // namespace pfa

@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/attention_block.h"
+#include "core/bare_attention.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
 #include "core/feed_forward_block.h"
@@ -50,20 +52,19 @@ const void* checked(const py::object& object, const std::string& name, DType dty
   return array.data();
 }
 
-// Any strides will do.
-Mask mask_of(const py::object& object, const AttentionBlockParams& p) {
+// Of scores of this shape. Any strides will do.
+Mask mask_of(const py::object& object, const Sizes& scores) {
   if (!py::isinstance<py::array>(object)) throw py::type_error("attn_mask: expected a NumPy array");
   const py::array array = py::reinterpret_borrow<py::array>(object);
   Mask mask;
   mask.data = array.data();
   mask.dtype = dtype_of(py::str(array.dtype()).cast<std::string>());
-  const py::ssize_t scores[4] = {p.batch, p.num_heads, p.seq_len, p.seq_len};
   const py::ssize_t rank = array.ndim();
   for (py::ssize_t i = 0; i < rank; ++i) {
     const py::ssize_t axis = 4 - rank + i;
     if (axis < 0 || (array.shape(i) != 1 && array.shape(i) != scores[axis])) {
       throw py::value_error(
-          "attn_mask: expected a shape that broadcasts to [batch, num_heads, seq_len, seq_len], got " +
+          "attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys], got " +
           py::str(array.attr("shape")).cast<std::string>());
     }
     mask.strides[axis] = array.shape(i) == 1 ? 0 : array.strides(i) / array.itemsize();
@@ -71,13 +72,37 @@ Mask mask_of(const py::object& object, const AttentionBlockParams& p) {
   return mask;
 }
 
-bool take_mask(const std::string& name, const py::object& value, AttentionBlockParams& p) {
+// Takes an input that is described by more than its address.
+bool take_described(const std::string& name, const py::object& value, AttentionBlockParams& p) {
   if (name != attention::kMaskName) return false;
-  p.mask = mask_of(value, p);
+  p.mask = mask_of(value, {p.batch, p.num_heads, p.seq_len, p.seq_len});
+  return true;
+}
+bool take_described(const std::string& name, const py::object& value, BareAttentionParams& p) {
+  AttentionParams& a = p.attention;
+  if (name == attention::kMaskName) {
+    a.mask = mask_of(value, {a.batch, a.num_heads, a.queries, a.keys});
+    p.attn_mask = a.mask.data;
+    return true;
+  }
+  if (name != "cu_seqlens_q" && name != "cu_seqlens_k" && name != "startend_row_indices") return false;
+  const auto indices = value.cast<py::array_t<int32_t, py::array::c_style>>();
+  if (!indices.is(value)) throw py::type_error(name + ": expected a contiguous array of int32");
+  if (name == "startend_row_indices") {
+    if (indices.ndim() != 4 || indices.shape(0) != a.batch || indices.shape(2) != a.keys) {
+      throw py::value_error(name + ": expected shape [batch, num_kv_heads or 1, keys, columns]");
+    }
+    const int64_t head_stride = indices.shape(2) * indices.shape(3);
+    a.hidden_ranges = {indices.data(), static_cast<int>(indices.shape(3)), a.causal, indices.shape(1) * head_stride,
+                       indices.shape(1) == 1 ? 0 : head_stride};
+  } else {
+    if (indices.size() != a.batch + 1) throw py::value_error(name + ": expected shape [batch + 1]");
+    (name == "cu_seqlens_q" ? a.query_starts : a.key_starts) = indices.data();
+  }
   return true;
 }
 template <class P>
-bool take_mask(const std::string&, const py::object&, P&) {
+bool take_described(const std::string&, const py::object&, P&) {
   return false;
 }
 
@@ -94,7 +119,7 @@ void place_inputs(const py::dict& inputs, const std::vector<ArrayOf<P>>& arrays,
   for (const auto& item : inputs) {
     const auto name = item.first.cast<std::string>();
     const auto value = py::reinterpret_borrow<py::object>(item.second);
-    if (value.is_none() || take_mask(name, value, p)) continue;
+    if (value.is_none() || take_described(name, value, p)) continue;
     const ArrayOf<P>* array = find(arrays, name);
     if (!array) throw py::value_error("inputs: unknown entry " + name);
     p.*(array->pointers.value) = checked(value, name, array->dtype, array->shape);
@@ -119,11 +144,13 @@ cpu::Context make_context(const std::string& isa) {
   throw py::value_error("isa: this processor has no " + isa);
 }
 
-void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
-  p.seed = seed;
-  p.offset = offset;
+template <class P>
+void set_seed(P& p, uint64_t seed, uint64_t offset) {
+  if constexpr (!std::is_same_v<P, LinearParams>) {
+    p.seed = seed;
+    p.offset = offset;
+  }
 }
-void set_seed(LinearParams&, uint64_t, uint64_t) {}
 
 py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
                   const std::string& isa) {
@@ -147,7 +174,7 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
 }
 
 py::dict backward(const py::dict& inputs, const py::dict& config, const py::array& d_out, const Bytes& saved,
-                  const std::vector<std::string>& needs, const std::string& isa) {
+                  const std::vector<std::string>& needs, const std::string& isa, const py::object& out) {
   return with_config(config, [&](const auto& parsed) {
     auto p = parsed.params;
     const auto arrays = arrays_of(p);
@@ -155,13 +182,17 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
     cpu::Context context = make_context(isa);
     const ResultOf result = result_of(p);
     p.d_out = checked(d_out, "d_out", result.dtype, result.shape);
+    if (std::is_same_v<decltype(p), BareAttentionParams>) {
+      p.out = const_cast<void*>(checked(out, "out", result.dtype, result.shape));
+    }
     if (static_cast<size_t>(saved.size()) != saved_bytes(p))
       throw py::value_error("saved: expected what forward returned");
     py::dict gradients;
     for (const std::string& name : needs) {
       const auto* array = find(arrays, name);
       if (!array || !(p.*(array->pointers.value))) throw py::value_error("needs: no such input: " + name);
-      py::array gradient(py::dtype(numpy_name(array->dtype)), array->shape);
+      const auto like = inputs[name.c_str()].cast<py::array>();
+      py::array gradient(like.dtype(), Sizes(like.shape(), like.shape() + like.ndim()));
       p.*(array->pointers.gradient) = gradient.mutable_data();
       gradients[name.c_str()] = gradient;
     }
@@ -187,17 +218,18 @@ std::vector<std::string> instruction_sets() {
 
 void bind_cpu(py::module_& module) {
   static const std::string inputs_doc =
-      "inputs is a dict of contiguous NumPy arrays by their names in core/inputs.h, attn_mask of any strides; bfloat16 "
-      "as uint16.\n";
+      "inputs is a dict of contiguous NumPy arrays by their names in core/inputs.h, attn_mask of any strides unless "
+      "its gradient is needed; bfloat16 as uint16.\n";
   static const std::string forward_doc = "Returns (out, saved); saved, None without `saves`, is for backward.\n" +
                                          inputs_doc + kConfigDoc +
                                          "\nisa: one of instruction_sets(), by default the best.";
   static const std::string backward_doc =
-      "Returns the gradients of the inputs named in `needs` as a dict.\n" + inputs_doc + kConfigDoc;
+      "Returns the gradients of the inputs named in `needs` as a dict; bare_attention reads out.\n" + inputs_doc +
+      kConfigDoc;
   module.def("forward", forward, py::arg("inputs"), py::arg("config"), py::arg("seed") = 0, py::arg("offset") = 0,
              py::arg("saves") = true, py::arg("isa") = "", forward_doc.c_str());
   module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"),
-             py::arg("needs"), py::arg("isa") = "", backward_doc.c_str());
+             py::arg("needs"), py::arg("isa") = "", py::arg("out") = py::none(), backward_doc.c_str());
   module.def("instruction_sets", instruction_sets,
              "The instruction sets that the stages are compiled for and this processor has, slowest first.");
 }

@@ -9,9 +9,11 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <variant>
 
 #include "core/attention_block.h"
+#include "core/bare_attention.h"
 #include "core/cuda/stages.h"
 #include "core/feed_forward_block.h"
 #include "core/linear_block.h"
@@ -36,7 +38,7 @@ const std::string& doc() {
       "core/params.h points to. What is missing is an absent input or a gradient that is not wanted. `mask`, of "
       "attention, is a\n"
       "tuple of an array, its dtype (such as bool, int32 or float16) and four strides in elements, 0 where it "
-      "broadcasts.\n"
+      "broadcasts; startend_row_indices one of an array, its number of heads and that of columns.\n"
       "`stream` is the address of a CUDA stream. Nothing is synchronised.";
   return text;
 }
@@ -96,6 +98,11 @@ const Setters<AttentionBlockParams>& setters(const AttentionBlockParams&) {
   return all;
 }
 
+const Setters<BareAttentionParams>& setters(const BareAttentionParams&) {
+  static const Setters<BareAttentionParams> all = setters_of_inputs(bare_attention::kInputs);
+  return all;
+}
+
 const Setters<FeedForwardParams>& setters(const FeedForwardParams&) {
   using P = FeedForwardParams;
   static const Setters<P> all = [] {
@@ -149,6 +156,11 @@ const Stages<AttentionBlockParams>& stages(const AttentionBlockParams&) {
   return all;
 }
 
+const Stages<BareAttentionParams>& stages(const BareAttentionParams&) {
+  static const Stages<BareAttentionParams> none;  // it is one
+  return none;
+}
+
 const Stages<FeedForwardParams>& stages(const FeedForwardParams&) {
   using P = FeedForwardParams;
   static const Stages<P> all = {PFA_BLOCK_STAGES,           PFA_STAGE(store_random_state),
@@ -172,25 +184,55 @@ const Stages<LinearParams>& stages(const LinearParams&) {
 #undef PFA_STAGE
 
 using AnyConfig =
-    std::variant<Config<AttentionBlockParams>, Config<FeedForwardParams>, Config<ResidualNormParams>, Config<LinearParams>>;
+    std::variant<Config<AttentionBlockParams>, Config<BareAttentionParams>, Config<FeedForwardParams>,
+                 Config<ResidualNormParams>, Config<LinearParams>>;
 
-void set_seed(BlockParams& p, uint64_t seed, uint64_t offset) {
-  p.seed = seed;
-  p.offset = offset;
+template <class P>
+void set_seed(P& p, uint64_t seed, uint64_t offset) {
+  if constexpr (!std::is_same_v<P, LinearParams>) {
+    p.seed = seed;
+    p.offset = offset;
+  }
 }
-void set_seed(LinearParams&, uint64_t, uint64_t) {}
 
-bool take_mask(const std::string& name, const py::handle& value, AttentionBlockParams& p) {
+Mask mask_of(const py::handle& value) {
+  const auto tuple = value.cast<py::tuple>();
+  Mask mask;
+  mask.data = address_of(tuple[0]);
+  mask.dtype = dtype_of(tuple[1].cast<std::string>());
+  const auto strides = tuple[2].cast<py::tuple>();
+  for (size_t i = 0; i < 4; ++i) mask.strides[i] = strides[i].cast<int64_t>();
+  return mask;
+}
+
+// Takes an input that is described by more than its address.
+bool take_described(const std::string& name, const py::handle& value, AttentionBlockParams& p) {
   if (name != "mask") return false;
-  const auto mask = value.cast<py::tuple>();
-  p.mask.data = address_of(mask[0]);
-  p.mask.dtype = dtype_of(mask[1].cast<std::string>());
-  const auto strides = mask[2].cast<py::tuple>();
-  for (size_t i = 0; i < 4; ++i) p.mask.strides[i] = strides[i].cast<int64_t>();
+  p.mask = mask_of(value);
+  return true;
+}
+bool take_described(const std::string& name, const py::handle& value, BareAttentionParams& p) {
+  AttentionParams& a = p.attention;
+  if (name == "mask") {
+    a.mask = mask_of(value);
+    p.attn_mask = a.mask.data;
+  } else if (name == "cu_seqlens_q") {
+    a.query_starts = static_cast<const int32_t*>(address_of(value));
+  } else if (name == "cu_seqlens_k") {
+    a.key_starts = static_cast<const int32_t*>(address_of(value));
+  } else if (name == "startend_row_indices") {  // the array, its number of heads, and of columns
+    const auto tuple = value.cast<py::tuple>();
+    const auto heads = tuple[1].cast<int64_t>();
+    const auto columns = tuple[2].cast<int>();
+    a.hidden_ranges = {static_cast<const int32_t*>(address_of(tuple[0])), columns, a.causal, heads * a.keys * columns,
+                       heads == 1 ? 0 : a.keys * columns};
+  } else {
+    return false;
+  }
   return true;
 }
 template <class P>
-bool take_mask(const std::string&, const py::handle&, P&) {
+bool take_described(const std::string&, const py::handle&, P&) {
   return false;
 }
 
@@ -231,7 +273,7 @@ class CudaBlock {
   static void place(const py::dict& arrays, P& p) {
     for (const auto& item : arrays) {
       const std::string name = item.first.cast<std::string>();
-      if (take_mask(name, item.second, p)) continue;
+      if (take_described(name, item.second, p)) continue;
       const auto it = setters(p).find(name);
       if (it == setters(p).end()) throw py::value_error("arrays: unknown name " + name);
       it->second(p, address_of(item.second));
@@ -273,7 +315,13 @@ class CudaBlock {
 
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {
     return visit(arrays, 0, [&](const cuda::Context& context, const auto& p) {
-      const auto bytes = [&](Phase phase) { return cuda::stage_workspace_bytes(context, p, phase); };
+      const auto bytes = [&](Phase phase) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(p)>, BareAttentionParams>) {
+          return cuda::stage_workspace_bytes(context, with_tensors(p), phase);
+        } else {
+          return cuda::stage_workspace_bytes(context, p, phase);
+        }
+      };
       if (!backward) return bytes(Phase::kForward);
       return std::max({bytes(Phase::kOutputBackward), bytes(Phase::kAttentionBackward), bytes(Phase::kInputBackward)});
     });
