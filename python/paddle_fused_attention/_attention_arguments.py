@@ -9,9 +9,38 @@ import paddle
 
 from . import _op
 from ._attention import Attention, attention
-from ._checks import check_switches, dtype_name
+from ._checks import check_switches, check_tensor, dtype_name
+from ._descriptions import MODES
 
 _ALL = (-1, -1)
+
+
+def check_all(**tensors: Any) -> None:
+    """Refuses what is no tensor, None included."""
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, required=True)
+
+
+def dense(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    ranges: Any,
+    scale: Any,
+    dropout: Any,
+    training: Any,
+    causal: Any,
+    seed: Any,
+    window: tuple,
+) -> Attention:
+    """The description of attention that is not packed."""
+    # fmt: off
+    return Attention._make((
+        query, key, value, attn_mask, None, None, ranges, scale, dropout, training, causal,
+        MODES[0], seed, *window, 0, 0,
+    ))
+    # fmt: on
 
 
 def attend(description: Attention, names: dict[str, str], fixed_seed_offset: Any = None, rng_name: Any = "") -> Any:
@@ -83,8 +112,8 @@ def from_the_start(query: Any, key: Any, value: Any, mask: Any, window: tuple) -
         return unchanged
     if window != _ALL:
         raise ValueError(
-            f"window_size: expected None in causal attention unless there are as many keys as queries, got {window} for "
-            f"query of shape {list(query.shape)} and key of shape {list(key.shape)}"
+            f"window_size: expected None in causal attention unless there are as many keys as queries, got {window} "
+            f"for query of shape {list(query.shape)} and key of shape {list(key.shape)}"
         )
     _op.check_tensors(("query", "key", "value", "attn_mask"), (query, key, value, mask))
     if -1 in (queries, keys):
@@ -145,8 +174,8 @@ def gather_used(name: str, tensor: Any, starts: Any, longest: int) -> tuple:
     total = starts.shape[0] - 1 if starts.shape[0] > 0 else -1
     if total >= 0 and tensor.shape[0] not in (total * longest, -1):
         raise ValueError(
-            f"{name}: expected {total} sequences of it to be the {tensor.shape[0]} tokens of qkv, since varlen_padded is "
-            f"True, got {longest}"
+            f"{name}: expected {total} sequences of it to be the {tensor.shape[0]} tokens of qkv, since varlen_padded "
+            f"is True, got {longest}"
         )
     lengths = starts[1:] - starts[:-1]
     places = paddle.arange(0, longest, dtype="int32")

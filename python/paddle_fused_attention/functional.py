@@ -17,12 +17,10 @@ from ._split_heads import attention_over_mesh
 from .attention_functional import (
     flash_attention,
     flash_attn_qkvpacked,
-    flash_attn_unpadded,
-    flash_attn_varlen_qkvpacked,
     flashmask_attention,
-    memory_efficient_attention,
     scaled_dot_product_attention,
 )
+from .varlen_functional import flash_attn_unpadded, flash_attn_varlen_qkvpacked, memory_efficient_attention
 
 __all__ = [
     "flash_attention",

@@ -14,7 +14,7 @@ import paddle.incubate.nn.functional
 import paddle.incubate.nn.memory_efficient_attention
 import paddle.nn.functional.flash_attention
 
-from . import attention_functional, incubate
+from . import attention_functional, functional, incubate, varlen_functional
 from ._checks import check_switches
 
 _BLOCKS = (
@@ -36,9 +36,9 @@ def _functions_of_attention() -> tuple:
     names = ("nn.functional", "nn.functional.flash_attention", "incubate.nn.memory_efficient_attention")
     modules = [vars(sys.modules[f"paddle.{name}"]) for name in names]
     return tuple(
-        (module[name], getattr(attention_functional, name))
+        (module[name], getattr(functional, name))
         for module in modules
-        for name in attention_functional.__all__
+        for name in (*attention_functional.__all__, *varlen_functional.__all__)
         if callable(module.get(name))
     )
 
