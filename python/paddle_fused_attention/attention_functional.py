@@ -9,8 +9,6 @@ argument for, each takes by keyword: `window_size`, `seed`, and a scale.
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import paddle
 
 from . import _op
@@ -92,23 +90,22 @@ def scaled_dot_product_attention(
     if backend == "p2p" and paddle.in_dynamic_mode() and query.is_dist():
         raise NotImplementedError("backend: expected None for auto-parallel tensors, got 'p2p'")
     window = window_of(window_size)
-    inputs: Sequence = (query, key, value)
     has_batch = len(query.shape) != 3
     if not has_batch:
-        _op.check_tensors(("query", "key", "value"), inputs)
+        _op.check_tensors(("query", "key", "value"), (query, key, value))
         for argument, tensor in (("key", key), ("value", value)):
             if len(tensor.shape) != 3:
                 raise ValueError(f"{argument}: expected 3 dimensions, as query has, got shape {list(tensor.shape)}")
-        query, key, value = inputs = tuple(tensor.unsqueeze(0) for tensor in inputs)
+        query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
     if not enable_gqa and len(query.shape) == len(key.shape) == 4 and key.shape[2] not in (query.shape[2], -1):
         raise ValueError(
             f"key: expected {query.shape[2]} heads, as query has, since enable_gqa is False, got {key.shape[2]}"
         )
     ranges = None
     if is_causal:
-        *inputs, attn_mask, is_causal, window, ranges = from_the_start(query, key, value, attn_mask, window)
+        query, key, value, attn_mask, is_causal, window, ranges = from_the_start(query, key, value, attn_mask, window)
     description = dense(
-        *inputs, attn_mask, ranges, scale_of(scale, query), dropout_p, training, is_causal, seed, window
+        query, key, value, attn_mask, ranges, scale_of(scale, query), dropout_p, training, is_causal, seed, window
     )
     out = attend(description, {"dropout_rate": "dropout_p", "causal": "is_causal"})
     return out if has_batch else out.squeeze(0)

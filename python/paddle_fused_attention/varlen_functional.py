@@ -4,7 +4,7 @@ and ``memory_efficient_attention`` of ``paddle.incubate.nn``, whose masks may st
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any
 
 import paddle
 from paddle.incubate.nn import attn_bias as biases
@@ -183,17 +183,16 @@ def memory_efficient_attention(
     if isinstance(attn_bias, biases.BlockDiagonalMask):
         return _of_blocks(query, key, value, attn_bias, p, scale, training, window, seed, names)
     mask, causal, ranges = attn_bias, False, None
-    inputs: Sequence = (query, key, value)
     if isinstance(attn_bias, biases.LowerTriangularMask):
         mask = getattr(attn_bias, "_bias", None)
         check_tensor("attn_bias", mask)
-        *inputs, mask, causal, window, ranges = from_the_start(query, key, value, mask, window)
+        query, key, value, mask, causal, window, ranges = from_the_start(query, key, value, mask, window)
     elif isinstance(attn_bias, biases.AttentionBias):
         raise NotImplementedError(
             f"attn_bias: expected a Tensor, a triangular mask or one of block diagonals without padding, got a "
             f"{type(attn_bias).__name__}"
         )
-    description = dense(*inputs, mask, ranges, scale_of(scale, query), p, training, causal, seed, window)
+    description = dense(query, key, value, mask, ranges, scale_of(scale, query), p, training, causal, seed, window)
     return attend(description, names)
 
 
