@@ -87,7 +87,8 @@ def _sequences(inputs, config):
             added = added + np.broadcast_to(values, (batch, heads, queries, keys))[b].astype(np.float64)
         if ranges is not None:
             hidden = hidden_by_ranges(ranges[b], config.causal, queries)
-            hidden = np.repeat(hidden, (kv_heads if len(hidden) > 1 else 1) * heads // kv_heads // len(hidden), axis=0)
+            if len(hidden) > 1:
+                hidden = np.repeat(hidden, heads // kv_heads, axis=0)
             added = np.where(hidden, -np.inf, added)
         yield (b, b), added, b
 
