@@ -40,9 +40,7 @@ class Case:
 
     def but(self, **changes):
         own = {k: v for k, v in changes.items() if k in self.__dataclass_fields__}
-        return replace(
-            self, config=replace(self.config, **{k: v for k, v in changes.items() if k not in own}), **own
-        )
+        return replace(self, config=replace(self.config, **{k: v for k, v in changes.items() if k not in own}), **own)
 
     @property
     def longest(self):

@@ -11,6 +11,7 @@ from . import _op
 from ._attention import Attention, attention
 from ._checks import check_switches, check_tensor, dtype_name
 from ._descriptions import MODES
+from ._ordinary_parts import compute_dtype
 
 _ALL = (-1, -1)
 
@@ -182,4 +183,19 @@ def gather_used(name: str, tensor: Any, starts: Any, longest: int) -> tuple:
     used = paddle.cast(places.unsqueeze(0) < lengths.unsqueeze(1), "int32")
     tokens = paddle.nonzero(used.flatten()).flatten()
     tokens.stop_gradient = True
-    return paddle.gather(tensor, tokens), tokens
+    return gather(tensor, tokens), tokens
+
+
+# By float32: on the CPU Paddle neither gathers nor scatters 16-bit numbers.
+
+
+def gather(tensor: Any, tokens: Any) -> Any:
+    """The rows `tokens` of a tensor."""
+    return paddle.cast(paddle.gather(paddle.cast(tensor, compute_dtype(tensor)), tokens), tensor.dtype)
+
+
+def scatter_like(padded: Any, tokens: Any, rows: Any) -> Any:
+    """The rows as those at `tokens` of a tensor of the shape of `padded`, which is 0 elsewhere."""
+    dtype = compute_dtype(rows)
+    zeros = paddle.zeros_like(paddle.cast(padded, dtype))
+    return paddle.cast(paddle.scatter(zeros, tokens, paddle.cast(rows, dtype)), rows.dtype)

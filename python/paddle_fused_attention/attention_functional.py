@@ -241,8 +241,8 @@ def flashmask_attention(
     check_unserved(return_softmax_lse=return_softmax_lse, return_seed_offset=return_seed_offset)
     if block_mask is not None:
         raise NotImplementedError(f"block_mask: expected None, got a {type(block_mask).__name__}")
+    window, scale = window_of(window_size), scale_of(softmax_scale, query)
     if window_size is not None and startend_row_indices is not None:
         raise ValueError(f"window_size: expected None beside startend_row_indices, got {window_size!r}")
-    window, scale = window_of(window_size), scale_of(softmax_scale, query)
     description = dense(query, key, value, None, startend_row_indices, scale, dropout, training, causal, seed, window)
     return attend(description, {"dropout_rate": "dropout", "scale": "softmax_scale"}, fixed_seed_offset, rng_name)

@@ -18,8 +18,10 @@ from ._attention_arguments import (
     check_unserved,
     dense,
     from_the_start,
+    gather,
     gather_used,
     scale_of,
+    scatter_like,
     split_packed,
     window_of,
 )
@@ -133,7 +135,7 @@ def flash_attn_varlen_qkvpacked(
         check_starts("cu_seqlens_k", cu_seqlens_k)
         query, tokens = gather_used("max_seqlen_q", query, cu_seqlens_q, longest[0])
         key, key_tokens = gather_used("max_seqlen_k", key, cu_seqlens_k, longest[1])
-        value = paddle.gather(value, key_tokens)
+        value = gather(value, key_tokens)
     # fmt: off
     description = Attention._make((
         query, key, value, None, cu_seqlens_q, cu_seqlens_k, None, scale_of(scale, query), dropout, training, causal,
@@ -143,7 +145,7 @@ def flash_attn_varlen_qkvpacked(
     names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv", "value": "qkv"}
     out = attend(description, names, fixed_seed_offset, rng_name)
     if tokens is not None:
-        out = paddle.scatter(paddle.cast(paddle.zeros_like(padded[0]), out.dtype), tokens, out)
+        out = scatter_like(padded[0], tokens, out)
     return out, None
 
 
