@@ -124,7 +124,7 @@ def output_random(seed, offset, rows, width, stage=1):
     return halves.reshape(-1)[:count].reshape(rows, width)
 
 
-def _drop_factor(rate, config, draw):
+def drop_factor(rate, config, draw):
     """What an element is multiplied by: 0 where it is dropped, else the scale of the mode."""
     if not config.training:
         return 1.0 - rate if config.mode == "downscale_in_infer" else 1.0
@@ -138,12 +138,12 @@ def _drop_factor(rate, config, draw):
 
 def drop_factors(config, batch, seq_len, num_heads, embed_dim):
     """Factors for the attention probabilities [B, H, S, S] and for the output [B, S, E], arrays or plain numbers."""
-    attention = _drop_factor(
+    attention = drop_factor(
         config.attn_dropout_rate,
         config,
         lambda: attention_random(config.seed, config.offset, batch, num_heads, seq_len),
     )
-    output = _drop_factor(
+    output = drop_factor(
         config.dropout_rate,
         config,
         lambda: output_random(config.seed, config.offset, batch * seq_len, embed_dim).reshape(
@@ -531,7 +531,7 @@ class _Rounding:
 def _dropped_rows(rate, config, count, width, stage, first=0, total=0):
     """Factors for the first `count` rows of a stage, of the columns from `first` on of `total`."""
     total = total or width
-    return _drop_factor(
+    return drop_factor(
         rate,
         config,
         lambda: output_random(config.seed, config.offset, count, total, stage)[:, first : first + width],

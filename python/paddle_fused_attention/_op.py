@@ -129,8 +129,9 @@ class Operator:
         norms: The inputs that are layer-norm parameters, by their names among `tensors`.
         residual: The inputs of one dtype, float32 if one of them is, under auto_cast.
         like_residual: The inputs that are float32 if these are.
-        mask: The input that is a mask, which auto_cast leaves as it is. Where a graph is built it gets a gradient only
-            if it wants one then.
+        mask: The input that is a mask, which auto_cast leaves as it is. It may be of integers, which have no gradient;
+            where a graph is built it gets one only if it wants one then.
+        differentiable: How many of the inputs, the first, have gradients; None: all.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Operator:
         residual: Sequence[str] = (),
         like_residual: Sequence[str] = (),
         mask: str | None = None,
+        differentiable: int | None = None,
     ) -> None:
         self.type = op_type
         self._forward_type = f"{op_type}_forward"
@@ -156,6 +158,9 @@ class Operator:
         self._like_residual = tuple(map(self.tensors.index, like_residual))
         self._mask = None if mask is None else self.tensors.index(mask)
         self._mask_bit = 0 if self._mask is None else 1 << self._mask
+        every_bit = (1 << len(self.tensors)) - 1
+        self._gradient_bits = every_bit if differentiable is None else (1 << differentiable) - 1
+        self._special_bits = self._mask_bit | (every_bit ^ self._gradient_bits)
         self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
         self._check.restype = ctypes.c_char_p
 
@@ -190,6 +195,8 @@ class Operator:
             bit <<= 1
         op_type = self._forward_type
         if needs_grad and paddle.is_grad_enabled():
+            if needs_grad & self._special_bits:
+                needs_grad = self._with_gradient(needs_grad, inputs)
             switches |= NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD if training else NEEDS_GRAD_HOLDS
             if needs_grad:
                 op_type = self.type
@@ -269,7 +276,14 @@ class Operator:
         no_grad too."""
         if in_dynamic_or_pir_mode() and not paddle.is_grad_enabled():
             return False
-        return any(value is not None and not value.stop_gradient for value in inputs)
+        wanted = sum(1 << i for i, value in enumerate(inputs) if value is not None and not value.stop_gradient)
+        return self._with_gradient(wanted, inputs) != 0
+
+    def _with_gradient(self, wanted: int, inputs: Sequence[Any]) -> int:
+        """Of the inputs at the bits `wanted`, those that have a gradient."""
+        if wanted & self._mask_bit and _is_constant(inputs[self._mask]):  # type: ignore[index]
+            wanted ^= self._mask_bit
+        return wanted & self._gradient_bits
 
     def _call_pir(self, inputs: Sequence[Any], attributes: tuple) -> Any:
         absent = None
@@ -350,6 +364,7 @@ GENERAL_ATTENTION = Operator(
     norms=_BLOCK_NORMS,
     residual=("x",),
     mask="attn_mask",
+    differentiable=len(TENSORS),
 )
 
 

@@ -104,7 +104,7 @@ def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
     return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
 
 
-def _masked(scores: Any, mask: Any) -> Any:
+def masked(scores: Any, mask: Any) -> Any:
     if mask is None:
         return scores
     if paddle.is_floating_point(mask):
@@ -120,7 +120,7 @@ def _causal_mask(scores: Any) -> Any:
     return (keys.unsqueeze(0) <= queries.unsqueeze(1) + ahead).unsqueeze([0, 1])
 
 
-def _softmax(scores: Any) -> Any:
+def softmax(scores: Any) -> Any:
     """The softmax, with zeros, not NaN, for a query that may see no key."""
     sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
     return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))
@@ -141,10 +141,10 @@ def _attend(block: Block, q: Any, k: Any, v: Any, causal: bool, keep: Any = None
     """Attention of three [batch, num_heads, tokens, head_dim] with the block's mask and dropout, as
     [batch, queries, num_heads * head_dim]."""
     num_heads, head_dim = q.shape[1], q.shape[3]
-    scores = _masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
+    scores = masked(paddle.matmul(q * head_dim**-0.5, k, transpose_y=True), block.attn_mask)
     if causal:
-        scores = _masked(scores, _causal_mask(scores))
-    o = paddle.matmul(dropout(_softmax(scores), block.attn_dropout_rate, block.training, block.mode, keep), v)
+        scores = masked(scores, _causal_mask(scores))
+    o = paddle.matmul(dropout(softmax(scores), block.attn_dropout_rate, block.training, block.mode, keep), v)
     return o.transpose([0, 2, 1, 3]).reshape([0, 0, num_heads * head_dim])
 
 

@@ -1,4 +1,4 @@
-"""The fused attention block, a block's tail and linear layers as functions."""
+"""The fused attention block, attention by itself, a block's tail and linear layers as functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ from ._meshes import is_auto_parallel
 from ._ordinary_parts import is_exported_to_onnx
 from ._residual_norm import ResidualNorm, residual_norm
 from ._split_heads import attention_over_mesh
+from .attention_functional import (
+    flash_attention,
+    flash_attn_qkvpacked,
+    flashmask_attention,
+    scaled_dot_product_attention,
+)
+from .varlen_functional import flash_attn_unpadded, flash_attn_varlen_qkvpacked, memory_efficient_attention
+
+__all__ = [
+    "flash_attention",
+    "flash_attn_qkvpacked",
+    "flash_attn_unpadded",
+    "flash_attn_varlen_qkvpacked",
+    "flashmask_attention",
+    "fused_bias_dropout_residual_layer_norm",
+    "fused_linear",
+    "fused_linear_activation",
+    "fused_matmul_bias",
+    "fused_multi_head_attention",
+    "memory_efficient_attention",
+    "scaled_dot_product_attention",
+]
 
 
 @paddle.jit.not_to_static

@@ -1,4 +1,5 @@
-"""Puts this package in the place of ``paddle.incubate.nn``'s fused layers and functions, and takes it out again.
+"""Puts this package in the place of ``paddle.incubate.nn``'s fused layers and functions, and of Paddle's functions of
+attention, and takes it out again.
 
 Paddle hands functions and classes from module to module by name, so every module of Paddle that holds one of them is
 given ours.
@@ -10,10 +11,13 @@ import sys
 from typing import Any
 
 import paddle.incubate.nn.functional
+import paddle.incubate.nn.memory_efficient_attention
+import paddle.nn.functional.flash_attention
 
-from . import incubate
+from . import attention_functional, functional, incubate, varlen_functional
+from ._checks import check_switches
 
-_REPLACEMENTS = (
+_BLOCKS = (
     *(
         (getattr(paddle.incubate.nn, name), getattr(incubate, name))
         for name in incubate.__all__
@@ -24,7 +28,23 @@ _REPLACEMENTS = (
         for name in incubate.functional.__all__
     ),
 )
-_patch_depth = 0
+
+
+def _functions_of_attention() -> tuple:
+    """Those that the installed Paddle has, with ours."""
+    # By sys.modules: the attributes paddle.nn.functional.flash_attention and the like may be other objects of the name.
+    names = ("nn.functional", "nn.functional.flash_attention", "incubate.nn.memory_efficient_attention")
+    modules = [vars(sys.modules[f"paddle.{name}"]) for name in names]
+    return tuple(
+        (module[name], getattr(functional, name))
+        for module in modules
+        for name in (*attention_functional.__all__, *varlen_functional.__all__)
+        if callable(module.get(name))
+    )
+
+
+_ATTENTION = _functions_of_attention()
+_patches: list[bool] = []  # of each that holds, whether it has attention
 
 
 def _replace(pairs: Any) -> None:
@@ -35,6 +55,10 @@ def _replace(pairs: Any) -> None:
             for old, new in pairs:
                 if value is old:
                     setattr(module, name, new)
+
+
+def _undo(pairs: Any) -> None:
+    _replace([(new, old) for old, new in pairs])
 
 
 class _Patched:
@@ -52,7 +76,7 @@ class _Patched:
         unpatch()
 
 
-def patch() -> _Patched:
+def patch(attention: bool = False) -> _Patched:
     """Makes the fused layers of ``paddle.incubate.nn`` and the fused functions of ``paddle.incubate.nn.functional``
     those that :mod:`paddle_fused_attention.incubate` has.
 
@@ -60,13 +84,24 @@ def patch() -> _Patched:
     in code that imports them from Paddle afterwards. A module that imported them before keeps Paddle's. Calls may be
     nested: each :func:`unpatch` undoes one, and after the last Paddle has its own objects again.
 
+    Args:
+        attention: Whether also ``scaled_dot_product_attention``, ``flash_attention``, ``flash_attn_qkvpacked``,
+            ``flash_attn_unpadded``, ``flash_attn_varlen_qkvpacked``, ``flashmask_attention`` and
+            ``memory_efficient_attention``, as far as Paddle has them, become those of
+            :mod:`paddle_fused_attention.functional`.
+
     Returns:
         A context manager: ``with patch(): ...`` calls :func:`unpatch` at its end.
+
+    Raises:
+        TypeError: `attention` is not a bool.
     """
-    global _patch_depth
-    if _patch_depth == 0:
-        _replace(_REPLACEMENTS)
-    _patch_depth += 1
+    check_switches(attention=attention)
+    if not _patches:
+        _replace(_BLOCKS)
+    if attention and not any(_patches):
+        _replace(_ATTENTION)
+    _patches.append(bool(attention))
     return _Patched()
 
 
@@ -76,9 +111,10 @@ def unpatch() -> None:
     Raises:
         RuntimeError: There is none to undo.
     """
-    global _patch_depth
-    if _patch_depth == 0:
+    if not _patches:
         raise RuntimeError("unpatch: expected a patch() to undo, got none")
-    _patch_depth -= 1
-    if _patch_depth == 0:
-        _replace([(new, old) for old, new in _REPLACEMENTS])
+    had_attention = _patches.pop()
+    if had_attention and not any(_patches):
+        _undo(_ATTENTION)
+    if not _patches:
+        _undo(_BLOCKS)

@@ -1,0 +1,110 @@
+"""The description of attention by itself, of queries, keys and values, and its computation: by one operator, or of
+ordinary ops where that does not serve.
+
+As with the blocks, a function makes and checks the description, which is handed on whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import paddle
+from paddle.framework import in_dynamic_mode
+
+from . import _op
+from ._descriptions import MODES, checked_fields
+from ._meshes import is_auto_parallel
+from ._ordinary_attention import attention_of_ordinary_ops
+from ._ordinary_parts import is_exported_to_onnx
+
+
+class Attention(NamedTuple):
+    """What attention is computed of and how::
+
+        scores = scale * query @ key^T + attn_mask
+        p      = softmax(scores over the keys that a query sees); one that sees none gives zeros
+        out    = dropout(p, dropout_rate) @ value
+
+    Query head h reads head ``h // (num_heads / num_kv_heads)`` of the keys and values. Query i stands beside key
+    ``i + keys - queries`` of its sequence: with `causal` it sees none after that one, and of those before and after it
+    at most `window_left` and `window_right`; -1: all.
+
+    Only the result of :meth:`checked` is handed on. Code that may be traced makes it by `_make`; see
+    :class:`paddle_fused_attention._block.Block`.
+    """
+
+    # The operator's inputs, in its order.
+    query: Any  # [batch, queries, num_heads, head_dim], packed [queries of all, num_heads, head_dim]
+    key: Any  # [batch, keys, num_kv_heads, head_dim], packed [keys of all, num_kv_heads, head_dim]
+    value: Any  # like key
+    attn_mask: Any = None  # broadcasts to [batch, num_heads, queries, keys]; not if packed
+    cu_seqlens_q: Any = None  # [batch + 1] int32: where the packed sequences begin, and where the last one ends
+    cu_seqlens_k: Any = None
+    startend_row_indices: Any = None  # [batch, num_kv_heads or 1, keys, 1, 2 or 4] int32; not if packed
+
+    scale: float = 1.0
+    dropout_rate: float = 0.0
+
+    training: bool = True
+    causal: bool = False
+
+    mode: str = MODES[0]
+    seed: int | None = None
+    window_left: int = -1
+    window_right: int = -1
+    max_seqlen_q: int = 0  # of packed sequences; else 0
+    max_seqlen_k: int = 0
+
+    def checked(self) -> Attention:
+        """The description with floats for numbers and bools for switches.
+
+        Raises:
+            TypeError, ValueError: A field is of the wrong type, or a number is out of its range. Whatever computes it
+                checks shapes and dtypes; windows and lengths are checked where they are made.
+        """
+        checked = checked_fields(self, 3, _OF_NUMBERS, _OF_SWITCHES)
+        if checked.scale == 0.0:
+            raise ValueError("scale: expected a number above 0, got 0")
+        return checked
+
+
+_OF_TENSORS = slice(0, Attention._fields.index("scale"))
+_OF_NUMBERS = slice(_OF_TENSORS.stop, Attention._fields.index("training"))
+_OF_SWITCHES = slice(_OF_NUMBERS.stop, Attention._fields.index("mode"))
+
+ATTENTION = _op.Operator(
+    "custom_attention",
+    Attention._fields[_OF_TENSORS],
+    ("Query", "Key", "Value", "AttnMask", "CuSeqlensQ", "CuSeqlensK", "StartendRowIndices"),
+    numbers=Attention._fields[_OF_NUMBERS],
+    integers=("seed", "window_left", "window_right", "max_seqlen_q", "max_seqlen_k"),
+    mask="attn_mask",
+    differentiable=4,
+)
+
+
+def _arguments(description: Attention) -> tuple:
+    d, fields = description, tuple(description)
+    switches = _op.FIXED_SEED if d.seed is not None else 0
+    if d.causal:
+        switches |= _op.CAUSAL
+    if d.mode == MODES[0]:
+        switches |= _op.UPSCALE_IN_TRAIN
+    integers = (d.seed or 0, d.window_left, d.window_right, d.max_seqlen_q, d.max_seqlen_k)
+    return fields[_OF_TENSORS], d.training, switches, fields[_OF_NUMBERS], integers
+
+
+@paddle.jit.not_to_static
+def attention(description: Attention) -> Any:
+    """Computes a checked description by the operator wherever that serves.
+
+    Raises:
+        NotImplementedError: There are auto-parallel tensors on Paddle 2.
+    """
+    d = description
+    if in_dynamic_mode():
+        is_auto_parallel(d.query, d.key, d.value)  # raises on Paddle 2; else the operator serves them too
+    elif is_exported_to_onnx():
+        inputs = ATTENTION.checked_inputs(*_arguments(d))
+        return attention_of_ordinary_ops(Attention._make((*inputs, *d[_OF_TENSORS.stop :])))
+    return ATTENTION.call(*_arguments(d))
