@@ -27,9 +27,8 @@ void backward_mma(const Context& context, const BackwardArgs& args) {
       const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows, int64_t heads) {
         launch(context, name, kernel, ceil_div(rows, Shape::kOuter) * heads, mma::kThreads, Shape::kSharedBytes, args);
       };
-      const bool packed = args.layout.query_starts;
       const auto run_kv = [&](auto key_gradient, auto value_gradient) {
-        with_bool(packed || args.layout.group > 1, [&](auto packed_or_grouped) {
+        with_bool(args.is_packed_or_grouped(), [&](auto packed_or_grouped) {
           run("attention_backward_kv_mma",
               mma::attention_backward_kv_mma<T, kHeadDim, kMaskOrDropout, decltype(packed_or_grouped)::value,
                                              decltype(key_gradient)::value, decltype(value_gradient)::value>,
@@ -43,9 +42,9 @@ void backward_mma(const Context& context, const BackwardArgs& args) {
         if (args.d_key.data || args.d_value.data) run_kv(std::true_type{}, std::true_type{});
       }
       if (!args.d_query.data) return;
-      with_bool(packed, [&](auto is_packed) {
+      with_bool(args.is_packed(), [&](auto packed) {
         run("attention_backward_q_mma",
-            mma::attention_backward_q_mma<T, kHeadDim, kMaskOrDropout, decltype(is_packed)::value>,
+            mma::attention_backward_q_mma<T, kHeadDim, kMaskOrDropout, decltype(packed)::value>,
             args.visibility.queries, args.heads());
       });
     });
@@ -57,18 +56,18 @@ void backward_plain(const Context& context, const BackwardArgs& args) {
   using Acc = Accumulator<T>;
   make_row_statistics<T, Acc>(context, args);
   with_head_dim<64, 128, 256>(args.head_dim(), [&](auto head_dim) {
-    with_bool(args.layout.query_starts, [&](auto packed) {
+    with_bool(args.is_packed_or_grouped() || args.hidden_ranges.data, [&](auto general) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      constexpr bool kPacked = decltype(packed)::value;
+      constexpr bool kGeneral = decltype(general)::value;
       const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows, int64_t heads) {
         launch(context, name, kernel, ceil_div(rows, plain::Tile<Acc>::kRows) * heads, plain::kThreads, 0, args);
       };
       if (args.d_key.data || args.d_value.data) {
-        run("attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim, kPacked>,
+        run("attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim, kGeneral>,
             args.visibility.keys, args.kv_heads());
       }
       if (args.d_query.data) {
-        run("attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim, kPacked>,
+        run("attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim, kGeneral>,
             args.visibility.queries, args.heads());
       }
     });
@@ -96,10 +95,9 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
   BackwardArgs args = backward_args(p);
   Arena arena;
   place_row_statistics(arena, p, args);
-  return !p.d_qkv_bias
-             ? arena.used()
-             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.queries_in_all(),
-                                                                  p.d_query.token_stride));
+  return !p.d_qkv_bias ? arena.used()
+                       : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.queries_in_all(),
+                                                                            p.d_query.token_stride));
 }
 
 void mma_attention_backward(Context& context, const AttentionParams& p) {

@@ -16,7 +16,7 @@ void forward_mma(const Context& context, const ForwardArgs& args) {
   with_head_dim<kHeadDims...>(args.head_dim(), [&](auto head_dim) {
     with_bool(args.has_mask_or_dropout() || !(static_cast<float>(args.score_scale * kLog2e) > 0.0f),
               [&](auto mask_or_dropout) {
-                with_bool(args.layout.query_starts, [&](auto packed) {
+                with_bool(args.is_packed(), [&](auto packed) {
                   constexpr int kHeadDim = decltype(head_dim)::value;
                   constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
                   constexpr bool kPacked = decltype(packed)::value;
@@ -52,9 +52,9 @@ void plain_attention_forward(Context& context, const AttentionParams& p) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = Accumulator<T>;
     with_head_dim<64, 128, 256>(args.head_dim(), [&](auto head_dim) {
-      with_bool(args.layout.query_starts, [&](auto packed) {
+      with_bool(args.is_packed_or_grouped() || args.hidden_ranges.data, [&](auto general) {
         launch(context, "attention_forward_plain",
-               plain::attention_forward_plain<T, Acc, decltype(head_dim)::value, decltype(packed)::value>,
+               plain::attention_forward_plain<T, Acc, decltype(head_dim)::value, decltype(general)::value>,
                ceil_div(args.visibility.queries, plain::Tile<Acc>::kRows) * args.heads(), plain::kThreads, 0, args);
       });
     });

@@ -64,6 +64,12 @@ __device__ __forceinline__ HeadState head_state(const Args& args, uint32_t flat,
           h.batch * strides[0] + h.head * strides[1], drops ? philox_of(args) : PhiloxState{}};
 }
 
+// The visibility of a head: where all sequences are as long, that of args, which needs no registers.
+template <bool kPacked>
+__device__ __forceinline__ const Visibility<int>& head_visibility(const AttentionArgs& args, const HeadState& head) {
+  return kPacked ? head.visibility : args.visibility;
+}
+
 // Where a head's row statistics begin. Packed sequences lie apart: rounded up to whole tiles, one takes no more than its
 // rounded begin leaves and a tile.
 template <bool kPacked>

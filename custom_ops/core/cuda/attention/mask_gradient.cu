@@ -25,8 +25,7 @@ mask_gradient::Plan plan_of(const Context& context, const AttentionParams& p) {
   plan.walk_batches = strides[0] ? 1 : p.batch;
   plan.walk_heads = strides[1] ? 1 : p.num_heads;
   plan.walk_tiles = strides[2] ? 1 : ceil_div(p.queries, tile);
-  const int64_t wanted =
-      plan.units() ? ceil_div(kBlocksPerMultiprocessor * int64_t{context.num_sms}, plan.units()) : 1;
+  const int64_t wanted = plan.units() ? ceil_div(kBlocksPerMultiprocessor * int64_t{context.num_sms}, plan.units()) : 1;
   plan.parts = std::max<int64_t>(1, std::min(wanted, plan.walk()));
   plan.d_mask = p.d_mask;
   return plan;
@@ -37,8 +36,7 @@ size_t place(const AttentionParams& p, void* memory, BackwardArgs& args, mask_gr
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   if (plan.parts > 1) {
-    plan.partial_sums =
-        static_cast<double*>(arena.take(sizeof(double) * plan.parts * plan.units() * plan.elements()));
+    plan.partial_sums = static_cast<double*>(arena.take(sizeof(double) * plan.parts * plan.units() * plan.elements()));
   }
   return arena.used();
 }
@@ -59,11 +57,8 @@ void attention_mask_gradient(Context& context, const AttentionParams& p) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = Accumulator<T>;
     make_row_statistics<T, Acc>(context, args);
-    with_bool(args.layout.query_starts, [&](auto packed) {
-      launch(context, "attention_mask_gradient",
-             mask_gradient::attention_mask_gradient<T, Acc, decltype(packed)::value>, plan.units() * plan.parts,
-             mask_gradient::kThreads, 0, args, plan);
-    });
+    launch(context, "attention_mask_gradient", mask_gradient::attention_mask_gradient<T, Acc>,
+           plan.units() * plan.parts, mask_gradient::kThreads, 0, args, plan);
   });
   if (plan.parts > 1) {
     launch(context, "attention_mask_gradient_sum", mask_gradient::attention_mask_gradient_sum,

@@ -85,12 +85,12 @@ template <class Acc>
 using Sums = double[plain::Tile<Acc>::kPerThread][plain::Tile<Acc>::kPerThread];
 
 // sums += the gradients of the scores of a head's tile of queries with the unit's keys.
-template <class T, class Acc, bool kPacked>
+template <class T, class Acc>
 __device__ void add_scores(const BackwardArgs& args, const Unit& unit, uint32_t flat, int row0, plain::Tile<Acc>& tile,
                            Sums<Acc>& sums) {
   using Shape = plain::Tile<Acc>;
   constexpr int kN = Shape::kPerThread;
-  const BackwardHead<T, Acc> head = backward_head<T, Acc, kPacked>(args, flat, args.drops);
+  const BackwardHead<T, Acc> head = backward_head<T, Acc, true>(args, flat, args.drops);
   const int queries = head.visibility.queries;
   const int keys = head.visibility.keys;
   if (row0 >= queries) return;
@@ -104,7 +104,7 @@ __device__ void add_scores(const BackwardArgs& args, const Unit& unit, uint32_t 
   walk.first = walk.first / Shape::kRows * Shape::kRows;
   if (args.mask.strides[3]) walk = {max(walk.first, unit.first_key), min(walk.end, unit.first_key + Shape::kRows)};
   for (int col0 = walk.first; col0 < walk.end; col0 += Shape::kRows) {
-    const Hidden hidden = plain::hidden_of<Acc>(head, row0, col0);
+    const Hidden hidden = plain::hidden_of<Acc, true>(head, row0, col0);
     if (hidden == Hidden::kAll) continue;
     plain::Square<Acc> s, dp;
     plain::dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
@@ -113,8 +113,8 @@ __device__ void add_scores(const BackwardArgs& args, const Unit& unit, uint32_t 
     for (int r = 0; r < kN; ++r) {
 #pragma unroll
       for (int c = 0; c < kN; ++c) {
-        sums[r][c] += plain::element_gradient(args, head, hidden, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r],
-                                              s[r][c], dp[r][c])
+        sums[r][c] += plain::element_gradient<true>(args, head, hidden, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r],
+                                                    s[r][c], dp[r][c])
                           .d_score;
       }
     }
@@ -168,7 +168,7 @@ __device__ void reduce(const AttentionArgs& args, Sums<Acc>& sums, Result&& resu
 }
 
 // A part of a unit.
-template <class T, class Acc, bool kPacked>
+template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads) attention_mask_gradient(BackwardArgs args, Plan plan) {
   using Shape = plain::Tile<Acc>;
   __shared__ Shape tile;
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads) attention_mask_gradient(BackwardArgs
     const int64_t query_tile = step % plan.walk_tiles;
     const int64_t head = unit.head + step / plan.walk_tiles % plan.walk_heads;
     const int64_t batch = unit.batch + step / plan.walk_tiles / plan.walk_heads;
-    add_scores<T, Acc, kPacked>(args, unit, static_cast<uint32_t>(batch * args.layout.num_heads + head),
-                                unit.first_query + static_cast<int>(query_tile) * Shape::kRows, tile, sums);
+    add_scores<T, Acc>(args, unit, static_cast<uint32_t>(batch * args.layout.num_heads + head),
+                       unit.first_query + static_cast<int>(query_tile) * Shape::kRows, tile, sums);
   }
   reduce<Acc>(args, sums, [&](int row, int column, double sum) {
     if (plan.parts == 1) return write(args, plan, unit, row, column, sum);

@@ -236,7 +236,7 @@ __device__ __forceinline__ float shift_scores(const BackwardArgs& args, const He
 
 // One piece of the gradients. In: `s` scores in units of log2 once multiplied with `scale`, `dp` the products of d_out
 // and values. Out: `s` the probabilities that dropout keeps, `dp` the gradients of the scores.
-template <bool kMaskOrDropout, bool kRowsAreKeys>
+template <bool kMaskOrDropout, bool kPacked, bool kRowsAreKeys>
 __device__ __forceinline__ void score_gradients(const BackwardArgs& args, const HeadState& head, float scale, int row0,
                                                 int column0, bool hides, bool ranges_hide, const float (&lse2)[4],
                                                 const float (&delta)[4], float (&s)[8], float (&dp)[8]) {
@@ -258,7 +258,7 @@ __device__ __forceinline__ void score_gradients(const BackwardArgs& args, const 
       const int column = column0 + lane_column(e);
       const int i = kRowsAreKeys ? column : row;
       const int j = kRowsAreKeys ? row : column;
-      if (!head.visibility.sees(i, j)) p = 0.0f;
+      if (!head_visibility<kPacked>(args, head).sees(i, j)) p = 0.0f;
       if (kMaskOrDropout && ranges_hide && is_hidden(head, i, j)) p = 0.0f;
     }
     const bool kept = !kMaskOrDropout || !args.drops || numbers[e] > args.drop_limit;
@@ -336,7 +336,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(BackwardAr
       clear(dp);
       dot_rows<T, 1, kQueries, kHeadDim>(s, tiles.outer[0] + warp_row * kRow, q_tile);
       if (kKeyGradient) dot_rows<T, 1, kQueries, kHeadDim>(dp, tiles.outer[1] + warp_row * kRow, d_out_tile);
-      const bool hides = head.visibility.hides_any(row0, row0 + kQueries, key0, key0 + Shape::kOuter);
+      const bool hides =
+          head_visibility<kPackedOrGrouped>(args, head).hides_any(row0, row0 + kQueries, key0, key0 + Shape::kOuter);
       const float scale = shift_scores<kMaskOrDropout, true>(
           args, head, key0 + warp_row, row0, any_large<kQueries>(head.shift2 + row0), head.shift2 + row0, s[0]);
 #pragma unroll
@@ -348,9 +349,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(BackwardAr
           lse2[i] = head.lse2[row];
           delta[i] = head.delta[row];
         }
-        score_gradients<kMaskOrDropout, true>(args, head, scale, key0 + warp_row, row0 + 16 * n, hides, tile.hides,
-                                              lse2, delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
-                                              reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
+        score_gradients<kMaskOrDropout, kPackedOrGrouped, true>(
+            args, head, scale, key0 + warp_row, row0 + 16 * n, hides, tile.hides, lse2, delta,
+            reinterpret_cast<float (&)[8]>(s[0][2 * n]), reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
       }
       if (kValueGradient) {
         uint32_t p[1][kQueries / kDepth<T>][4];
@@ -417,9 +418,8 @@ __global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kMask
 
   const Range<int> walk = head.visibility.keys_of(row0, row0 + Shape::kOuter);
   const auto tile_from = [&](int first) {
-    return next_tile<kKeys, kMaskOrDropout>(head, first, walk.end, [&](int col0) {
-      return hidden_of_tile<kKeys>(head, row0, row0 + Shape::kOuter, col0);
-    });
+    return next_tile<kKeys, kMaskOrDropout>(
+        head, first, walk.end, [&](int col0) { return hidden_of_tile<kKeys>(head, row0, row0 + Shape::kOuter, col0); });
   };
   WalkTile tile = tile_from(walk.first / kKeys * kKeys);
   tiles.copy_outer(head.q, head.d_out, row0, queries, args);
@@ -442,13 +442,13 @@ __global__ void __launch_bounds__(kThreads, kQueryBlocksPerSm<T, kHeadDim, kMask
     dot_rows<T, 1, kKeys, kHeadDim>(s, tiles.outer[0] + warp_row * kRow, k_tile);
     dot_rows<T, 1, kKeys, kHeadDim>(dp, tiles.outer[1] + warp_row * kRow, v_tile);
     const int strip = row0 + warp_row;
-    const bool hides = head.visibility.hides_any(strip, strip + 16, col0, col0 + kKeys);
+    const bool hides = head_visibility<kPacked>(args, head).hides_any(strip, strip + 16, col0, col0 + kKeys);
     const float scale = shift_scores<kMaskOrDropout, false>(args, head, strip, col0, large, shift2, s[0]);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      score_gradients<kMaskOrDropout, false>(args, head, scale, strip, col0 + 16 * n, hides, tile.hides, lse2, delta,
-                                             reinterpret_cast<float (&)[8]>(s[0][2 * n]),
-                                             reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
+      score_gradients<kMaskOrDropout, kPacked, false>(args, head, scale, strip, col0 + 16 * n, hides, tile.hides, lse2,
+                                                      delta, reinterpret_cast<float (&)[8]>(s[0][2 * n]),
+                                                      reinterpret_cast<float (&)[8]>(dp[0][2 * n]));
     }
     uint32_t ds[1][kKeys / kDepth<T>][4];
     pack_pieces<T>(ds, dp);

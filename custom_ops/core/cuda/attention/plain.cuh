@@ -3,7 +3,8 @@
 //
 // A thread block of 16 x 16 owns a square tile of scores. Head dims are walked in chunks, so shared memory does not
 // grow with them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the
-// sums over keys. kPacked kernels know packed sequences.
+// sums over keys. kGeneral kernels know packed sequences, heads of keys that several heads of queries read, and ranges
+// of hidden queries.
 #pragma once
 
 #include "core/cuda/attention/hidden_ranges.cuh"
@@ -171,18 +172,19 @@ __device__ void store_sums(const HeadRows<T>& to, int row0, int rows, int head_d
 }
 
 // What is hidden of a tile by ranges; nothing where there are none.
-template <class Acc>
+template <class Acc, bool kGeneral>
 __device__ __forceinline__ Hidden hidden_of(const HeadState& head, int row0, int col0) {
   constexpr int kRows = Tile<Acc>::kRows;
-  return head.ranges.data ? hidden_of_tile<kRows>(head, row0, row0 + kRows, col0) : Hidden::kNothing;
+  return kGeneral && head.ranges.data ? hidden_of_tile<kRows>(head, row0, row0 + kRows, col0) : Hidden::kNothing;
 }
 
 // The score of query i and key j in units of log2, from their product; -inf where j is not to be seen.
-template <class Acc>
+template <class Acc, bool kGeneral>
 __device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadState& head, Hidden hidden, Acc product,
                                           int i, int j) {
-  if (i >= head.visibility.queries || !head.visibility.sees(i, j)) return -infinity<Acc>();
-  if (hidden != Hidden::kNothing && is_hidden(head, i, j)) return -infinity<Acc>();
+  const Visibility<int>& visibility = head_visibility<kGeneral>(args, head);
+  if (i >= visibility.queries || !visibility.sees(i, j)) return -infinity<Acc>();
+  if (kGeneral && hidden != Hidden::kNothing && is_hidden(head, i, j)) return -infinity<Acc>();
   const Acc scale = static_cast<Acc>(args.score_scale * kLog2e);
   if (!args.mask.data) return scaled(product, scale);
   const int64_t index = head.mask_offset + i * args.mask.strides[2] + j * args.mask.strides[3];
@@ -197,7 +199,7 @@ __device__ __forceinline__ bool keeps(const AttentionArgs& args, const HeadState
   return !args.drops || (attention_random(head.philox_key, head.index.dropout_head, i, j) << 16) > args.drop_limit;
 }
 
-template <class T, class Acc, int kHeadDim, bool kPacked>
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
@@ -205,19 +207,19 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs 
     __shared__ Shape tile;
     write_random_state(args);
     const TileIndex index = tile_of_block<Shape::kRows>(args.visibility.queries, true);
-    const ForwardHead<T> head = forward_head<T, kPacked>(args, index.head, args.drops);
+    const ForwardHead<T> head = forward_head<T, kGeneral>(args, index.head, args.drops);
     const int queries = head.visibility.queries;
     const int keys = head.visibility.keys;
     const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
-    if (kPacked && row0 >= queries) return;
+    if (kGeneral && row0 >= queries) return;
 
     Acc sums[kN][kHeadDim / 16] = {};
     RowSoftmax<Acc> rows[kN];
     const Range<int> walk = head.visibility.keys_of(row0, row0 + Shape::kRows);
     for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
-      const Hidden hidden = hidden_of<Acc>(head, row0, col0);
+      const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, col0);
       if (hidden == Hidden::kAll) continue;
       Square<Acc> s;
       dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs 
         Acc highest = -infinity<Acc>();
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
-          s[r][c] = score_log2(args, head, hidden, s[r][c], i, col0 + tx + 16 * c);
+          s[r][c] = score_log2<Acc, kGeneral>(args, head, hidden, s[r][c], i, col0 + tx + 16 * c);
           highest = max(highest, s[r][c]);
         }
 #pragma unroll
@@ -264,12 +266,13 @@ struct ElementGradient {
 };
 
 // From the products q . k and d_out . v of query i and key j.
-template <class Acc>
+template <bool kGeneral, class Acc>
 __device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardArgs& args, const HeadState& head,
                                                                  Hidden hidden, int i, int j,
                                                                  const RowStatistics<Acc>& row, Acc product,
                                                                  Acc d_product) {
-  const Acc p = exp2_of(min(score_log2(args, head, hidden, product, i, j) - row.shift2 - row.lse2, Acc(0)));
+  const Acc score = score_log2<Acc, kGeneral>(args, head, hidden, product, i, j);
+  const Acc p = exp2_of(min(score - row.shift2 - row.lse2, Acc(0)));
   const bool kept = keeps(args, head, i, j);
   return {kept ? p : Acc(0),
           score_gradient(p, kept ? d_product : Acc(0), static_cast<Acc>(args.drop_scale), row.delta)};
@@ -277,7 +280,7 @@ __device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardA
 
 // d_k and d_v of a tile of keys, from all heads of queries that read it: rows of the tile are keys, columns are
 // queries.
-template <class T, class Acc, int kHeadDim, bool kPacked>
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
@@ -290,16 +293,15 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
 
     Acc dk[kN][kHeadDim / 16] = {};
     Acc dv[kN][kHeadDim / 16] = {};
-    const auto group = static_cast<uint32_t>(args.layout.group);
+    const uint32_t group = kGeneral ? static_cast<uint32_t>(args.layout.group) : 1;
     for (uint32_t member = 0; member < group; ++member) {
-      const BackwardHead<T, Acc> head =
-          backward_head<T, Acc, kPacked>(args, index.head * group + member, args.drops);
+      const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head * group + member, args.drops);
       const int queries = head.visibility.queries;
       const int keys = head.visibility.keys;
-      if (kPacked && key0 >= keys) return;
+      if (kGeneral && key0 >= keys) return;
       const Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kRows);
       for (int row0 = walk.first / Shape::kRows * Shape::kRows; row0 < walk.end; row0 += Shape::kRows) {
-        const Hidden hidden = hidden_of<Acc>(head, row0, key0);
+        const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, key0);
         if (hidden == Hidden::kAll) continue;
         Square<Acc> s, dp;
         dot_rows<T, Acc>(tile, s, {head.k, key0, keys}, {head.q, row0, queries}, args.head_dim());
@@ -309,8 +311,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
 #pragma unroll
           for (int c = 0; c < kN; ++c) {
             const int i = row0 + tx + 16 * c;
-            const auto gradient =
-                element_gradient(args, head, hidden, i, key0 + ty + 16 * r, head.statistics(i), s[r][c], dp[r][c]);
+            const auto gradient = element_gradient<kGeneral>(args, head, hidden, i, key0 + ty + 16 * r,
+                                                             head.statistics(i), s[r][c], dp[r][c]);
             dp[r][c] = gradient.d_score;
             tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = gradient.kept;
           }
@@ -325,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
         sum_rows<T, Acc, kHeadDim>(tile, dk, {head.q, row0, queries}, args.head_dim());
       }
     }
-    const BackwardHead<T, Acc> head = backward_head<T, Acc, kPacked>(args, index.head * group, false);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head * group, false);
     const int keys = head.visibility.keys;
     if (args.d_key.data) store_sums<T, Acc, kHeadDim>(head.d_k, key0, keys, args.head_dim(), dk, args.score_scale);
     if (args.d_value.data) store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
@@ -333,20 +335,20 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
 }
 
 // d_q of a tile of queries.
-template <class T, class Acc, int kHeadDim, bool kPacked>
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
     const TileIndex index = tile_of_block<Shape::kRows>(args.visibility.queries, true);
-    const BackwardHead<T, Acc> head = backward_head<T, Acc, kPacked>(args, index.head, args.drops);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head, args.drops);
     const int queries = head.visibility.queries;
     const int keys = head.visibility.keys;
     const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
-    if (kPacked && row0 >= queries) return;
+    if (kGeneral && row0 >= queries) return;
 
     Acc dq[kN][kHeadDim / 16] = {};
     RowStatistics<Acc> rows[kN];
@@ -354,7 +356,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardA
     for (int r = 0; r < kN; ++r) rows[r] = head.statistics(row0 + ty + 16 * r);
     const Range<int> walk = head.visibility.keys_of(row0, row0 + Shape::kRows);
     for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
-      const Hidden hidden = hidden_of<Acc>(head, row0, col0);
+      const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, col0);
       if (hidden == Hidden::kAll) continue;
       Square<Acc> s, dp;
       dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
@@ -364,7 +366,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardA
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
           tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] =
-              element_gradient(args, head, hidden, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r], s[r][c], dp[r][c])
+              element_gradient<kGeneral>(args, head, hidden, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r], s[r][c],
+                                         dp[r][c])
                   .d_score;
         }
       }

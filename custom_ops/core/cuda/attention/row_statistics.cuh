@@ -74,17 +74,19 @@ void make_row_statistics(const Context& context, const BackwardArgs& args,
   int lanes = 2;
   while (lanes < 32 && lanes * 16 < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
   const int padded = padded_rows(args.visibility.queries);
-  with_bool(args.layout.query_starts, [&](auto packed) {
+  with_bool(args.is_packed(), [&](auto packed) {
     launch(context, "attention_row_statistics", attention_row_statistics<T, Acc, decltype(packed)::value>,
-           args.heads() * (padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule, padded, lanes);
+           args.heads() * (padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule, padded,
+           lanes);
   });
 }
 
 // Places the statistics in `arena`.
 inline void place_row_statistics(Arena& arena, const AttentionParams& p, BackwardArgs& args) {
   const bool packed = p.query_starts;
-  args.rows_padded = packed ? padded_rows(static_cast<int>(p.packed_queries)) + kStatisticsMultiple * static_cast<int>(p.batch)
-                            : padded_rows(args.visibility.queries);
+  args.rows_padded =
+      packed ? padded_rows(static_cast<int>(p.packed_queries)) + kStatisticsMultiple * static_cast<int>(p.batch)
+             : padded_rows(args.visibility.queries);
   const int64_t heads = packed ? p.num_heads : args.heads();
   const size_t bytes = heads * args.rows_padded * size_of(accumulator_of(p.dtype));
   args.delta = arena.take(bytes);
