@@ -26,8 +26,12 @@ struct AttentionArgs {
   Heads<const void> key;
   Heads<const void> value;
   QkvLayout layout;
-  Visibility<int> visibility;
+  Visibility<int> visibility;  // of packed sequences, as if all were as long as the longest
+  bool causal;
+  int64_t window_left;  // as in AttentionParams, as window_right
+  int64_t window_right;
   Mask mask;
+  ColumnRanges hidden_ranges;
   int64_t batch;
   bool vectors;  // rows start at multiples of 16 bytes
   bool drops;
@@ -35,14 +39,18 @@ struct AttentionArgs {
   double drop_scale;
   double score_scale;
 
+  bool is_packed() const { return layout.query_starts; }
+  bool is_packed_or_grouped() const { return is_packed() || layout.group > 1; }
+  bool has_mask_or_dropout() const { return mask.data || drops || hidden_ranges.data; }
   __host__ __device__ int head_dim() const { return static_cast<int>(layout.head_dim); }
   __host__ __device__ int64_t heads() const { return batch * layout.num_heads; }
+  __host__ __device__ int64_t kv_heads() const { return batch * (layout.num_heads / layout.group); }
 };
 
 struct ForwardArgs : AttentionArgs {
   Heads<void> out;
-  void* log_sum_exp;       // [B, H, queries], or null: not wanted
-  void* score_shift;       // [B, H, queries] in units of log2, or null: not wanted
+  void* log_sum_exp;       // [B, H, queries], packed [H, T], or null: not wanted
+  void* score_shift;       // the same in units of log2, or null: not wanted
   uint64_t* random_state;  // written; or null: not wanted
   uint64_t seed;
   uint64_t offset;
@@ -50,20 +58,23 @@ struct ForwardArgs : AttentionArgs {
 
 struct BackwardArgs : AttentionArgs {
   Heads<const void> out;
-  const void* log_sum_exp;       // [B, H, queries]
-  const void* score_shift;       // [B, H, queries] in units of log2
+  const void* log_sum_exp;       // [B, H, queries], packed [H, T]
+  const void* score_shift;       // the same in units of log2
   const uint64_t* random_state;  // [2]: seed and offset of the forward pass
   Heads<const void> d_out;
   Heads<void> d_query;
   Heads<void> d_key;
   Heads<void> d_value;
 
-  // The row statistics, [B, H, rows_padded] each, made by the pass's first kernel.
+  // The row statistics, [B, H, rows_padded] each, packed [H, rows_padded], made by the pass's first kernel.
   void* delta;      // sum over d of d_out * out; 0 past the last query
   void* lse2;       // log_sum_exp * log2(e), and score_shift unless that is large; +inf past the last query
   void* shift2;     // score_shift if it is large, else 0
-  int rows_padded;  // the number of queries rounded up to whole tiles
+  int rows_padded;  // the number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart
 };
+
+// The row statistics of a sequence begin a multiple of it, and there are so many: whole tiles of any kernel.
+constexpr int kStatisticsMultiple = 128;
 
 inline bool is_vector_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
@@ -86,7 +97,11 @@ inline AttentionArgs attention_args(const AttentionParams& p) {
   args.value = p.value;
   args.layout = qkv_layout(p);
   args.visibility = visibility_of<int>(p);
+  args.causal = p.causal;
+  args.window_left = p.window_left;
+  args.window_right = p.window_right;
   args.mask = p.mask;
+  args.hidden_ranges = p.hidden_ranges;
   args.batch = p.batch;
   args.vectors = has_vectors(p);
   args.drops = p.dropout.threshold > 0;

@@ -20,28 +20,33 @@ template <class T, int... kHeadDims>
 void backward_mma(const Context& context, const BackwardArgs& args) {
   make_row_statistics<T, float>(context, args);
   with_head_dim<kHeadDims...>(args.head_dim(), [&](auto head_dim) {
-    with_bool(args.mask.data || args.drops, [&](auto mask_or_dropout) {
+    with_bool(args.has_mask_or_dropout(), [&](auto mask_or_dropout) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
       using Shape = mma::BackwardShape<T, kHeadDim>;
-      const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows) {
-        launch(context, name, kernel, ceil_div(rows, Shape::kOuter) * args.heads(), mma::kThreads, Shape::kSharedBytes,
-               args);
+      const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows, int64_t heads) {
+        launch(context, name, kernel, ceil_div(rows, Shape::kOuter) * heads, mma::kThreads, Shape::kSharedBytes, args);
       };
       const auto run_kv = [&](auto key_gradient, auto value_gradient) {
-        run("attention_backward_kv_mma",
-            mma::attention_backward_kv_mma<T, kHeadDim, kMaskOrDropout, decltype(key_gradient)::value,
-                                           decltype(value_gradient)::value>,
-            args.visibility.keys);
+        with_bool(args.is_packed_or_grouped(), [&](auto packed_or_grouped) {
+          run("attention_backward_kv_mma",
+              mma::attention_backward_kv_mma<T, kHeadDim, kMaskOrDropout, decltype(packed_or_grouped)::value,
+                                             decltype(key_gradient)::value, decltype(value_gradient)::value>,
+              args.visibility.keys, args.kv_heads());
+        });
       };
       if constexpr (Shape::kSplit) {
-        run_kv(std::true_type{}, std::false_type{});
-        run_kv(std::false_type{}, std::true_type{});
+        if (args.d_key.data) run_kv(std::true_type{}, std::false_type{});
+        if (args.d_value.data) run_kv(std::false_type{}, std::true_type{});
       } else {
-        run_kv(std::true_type{}, std::true_type{});
+        if (args.d_key.data || args.d_value.data) run_kv(std::true_type{}, std::true_type{});
       }
-      run("attention_backward_q_mma", mma::attention_backward_q_mma<T, kHeadDim, kMaskOrDropout>,
-          args.visibility.queries);
+      if (!args.d_query.data) return;
+      with_bool(args.is_packed(), [&](auto packed) {
+        run("attention_backward_q_mma",
+            mma::attention_backward_q_mma<T, kHeadDim, kMaskOrDropout, decltype(packed)::value>,
+            args.visibility.queries, args.heads());
+      });
     });
   });
 }
@@ -51,12 +56,21 @@ void backward_plain(const Context& context, const BackwardArgs& args) {
   using Acc = Accumulator<T>;
   make_row_statistics<T, Acc>(context, args);
   with_head_dim<64, 128, 256>(args.head_dim(), [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows) {
-      launch(context, name, kernel, ceil_div(rows, plain::Tile<Acc>::kRows) * args.heads(), plain::kThreads, 0, args);
-    };
-    run("attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim>, args.visibility.keys);
-    run("attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim>, args.visibility.queries);
+    with_bool(args.is_packed_or_grouped() || args.hidden_ranges.data, [&](auto general) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      constexpr bool kGeneral = decltype(general)::value;
+      const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows, int64_t heads) {
+        launch(context, name, kernel, ceil_div(rows, plain::Tile<Acc>::kRows) * heads, plain::kThreads, 0, args);
+      };
+      if (args.d_key.data || args.d_value.data) {
+        run("attention_backward_kv_plain", plain::attention_backward_kv_plain<T, Acc, kHeadDim, kGeneral>,
+            args.visibility.keys, args.kv_heads());
+      }
+      if (args.d_query.data) {
+        run("attention_backward_q_plain", plain::attention_backward_q_plain<T, Acc, kHeadDim, kGeneral>,
+            args.visibility.queries, args.heads());
+      }
+    });
   });
 }
 
@@ -69,9 +83,11 @@ BackwardArgs placed_args(const AttentionParams& p) {
 
 void sum_bias(Context& context, const AttentionParams& p) {
   if (!p.d_qkv_bias) return;
-  column_sums(context, p.dtype, p.d_query.data, p.batch * p.queries, p.d_query.token_stride, p.d_qkv_bias,
+  column_sums(context, p.dtype, p.d_query.data, p.queries_in_all(), p.d_query.token_stride, p.d_qkv_bias,
               p.stage_workspace);
 }
+
+bool has_rows(const AttentionParams& p) { return p.batch * p.num_heads * std::max(p.queries, p.keys) > 0; }
 
 }  // namespace
 
@@ -79,10 +95,9 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
   BackwardArgs args = backward_args(p);
   Arena arena;
   place_row_statistics(arena, p, args);
-  return !p.d_qkv_bias
-             ? arena.used()
-             : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.batch * p.queries,
-                                                                  p.d_query.token_stride));
+  return !p.d_qkv_bias ? arena.used()
+                       : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.queries_in_all(),
+                                                                            p.d_query.token_stride));
 }
 
 void mma_attention_backward(Context& context, const AttentionParams& p) {
@@ -108,9 +123,10 @@ void plain_attention_backward(Context& context, const AttentionParams& p) {
 }
 
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
-  if (p.batch * p.num_heads * p.queries == 0) return 0;
+  // The gradient of the mask is made when all else is done.
+  size_t bytes = p.d_mask ? attention_mask_gradient_workspace_bytes(context, p) : 0;
+  if (!has_rows(p)) return bytes;
   // Addresses that are not known yet may rule out the first that serves: each that comes after it must find room too.
-  size_t bytes = 0;
   for (const AttentionImplementation* implementation : kAttentionImplementations) {
     if (implementation->why_not(context, p, Pass::kBackward)) continue;
     bytes = std::max(bytes, implementation->backward_workspace_bytes(context, p));
@@ -119,11 +135,12 @@ size_t attention_backward_workspace_bytes(const Context& context, const Attentio
 }
 
 void attention_backward(Context& context, const AttentionParams& p) {
-  if (p.batch * p.num_heads * p.queries > 0) {
-    attention_implementation(context, p, Pass::kBackward).backward(context, p);
-  } else {
+  if (!has_rows(p)) {
     sum_bias(context, p);
+  } else if (p.d_query.data || p.d_key.data || p.d_value.data) {
+    attention_implementation(context, p, Pass::kBackward).backward(context, p);
   }
+  if (p.d_mask) attention_mask_gradient(context, p);
 }
 
 }  // namespace cuda

@@ -14,21 +14,26 @@ namespace {
 template <class T, int... kHeadDims>
 void forward_mma(const Context& context, const ForwardArgs& args) {
   with_head_dim<kHeadDims...>(args.head_dim(), [&](auto head_dim) {
-    with_bool(args.mask.data || args.drops, [&](auto mask_or_dropout) {
-      constexpr int kHeadDim = decltype(head_dim)::value;
-      constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
-      using Shape = mma::ForwardShape<T, kHeadDim>;
-      launch(context, "attention_forward_mma", mma::attention_forward_mma<T, kHeadDim, kMaskOrDropout>,
-             ceil_div(args.visibility.queries, Shape::kQueries) * args.heads(), mma::kThreads, Shape::kSharedBytes,
-             args);
-    });
+    with_bool(args.has_mask_or_dropout() || !(static_cast<float>(args.score_scale * kLog2e) > 0.0f),
+              [&](auto mask_or_dropout) {
+                with_bool(args.is_packed(), [&](auto packed) {
+                  constexpr int kHeadDim = decltype(head_dim)::value;
+                  constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
+                  constexpr bool kPacked = decltype(packed)::value;
+                  using Shape = mma::ForwardShape<T, kHeadDim>;
+                  launch(context, "attention_forward_mma",
+                         mma::attention_forward_mma<T, kHeadDim, kMaskOrDropout, kPacked>,
+                         ceil_div(args.visibility.queries, Shape::kQueries) * args.heads(), mma::kThreads,
+                         Shape::kSharedBytes, args);
+                });
+              });
   });
 }
 
 }  // namespace
 
 bool mma_is_built(const Context& context) {
-  const void* kernel = reinterpret_cast<const void*>(mma::attention_forward_mma<__half, 64, false>);
+  const void* kernel = reinterpret_cast<const void*>(mma::attention_forward_mma<__half, 64, false, false>);
   return kernel_attributes(context, kernel).ptxVersion >= 80;
 }
 
@@ -47,8 +52,11 @@ void plain_attention_forward(Context& context, const AttentionParams& p) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = Accumulator<T>;
     with_head_dim<64, 128, 256>(args.head_dim(), [&](auto head_dim) {
-      launch(context, "attention_forward_plain", plain::attention_forward_plain<T, Acc, decltype(head_dim)::value>,
-             ceil_div(args.visibility.queries, plain::Tile<Acc>::kRows) * args.heads(), plain::kThreads, 0, args);
+      with_bool(args.is_packed_or_grouped() || args.hidden_ranges.data, [&](auto general) {
+        launch(context, "attention_forward_plain",
+               plain::attention_forward_plain<T, Acc, decltype(head_dim)::value, decltype(general)::value>,
+               ceil_div(args.visibility.queries, plain::Tile<Acc>::kRows) * args.heads(), plain::kThreads, 0, args);
+      });
     });
   });
 }

@@ -32,15 +32,53 @@ __device__ __forceinline__ PhiloxState philox_of(const BackwardArgs& args) {
 // What tells a head's scores from those of others.
 struct HeadState {
   HeadIndex index;
+  Visibility<int> visibility;
+  HiddenRanges<int> ranges;
   int64_t mask_offset;     // of its element (0, 0)
   PhiloxState philox_key;  // only with dropout
 };
 
-template <class Args>
+// Who sees whom in a sequence; of packed ones, no more positions than the longest has. kPacked: sequences may be packed.
+template <bool kPacked>
+__device__ __forceinline__ Visibility<int> visibility_of_sequence(const AttentionArgs& args, int64_t batch) {
+  if (kPacked && args.layout.query_starts) {
+    const auto length = [&](const int32_t* starts, int longest) {
+      return min(max(starts[batch + 1] - starts[batch], 0), longest);
+    };
+    AttentionParams p;
+    p.causal = args.causal;
+    p.window_left = args.window_left;
+    p.window_right = args.window_right;
+    return visibility_of<int>(p, length(args.layout.query_starts, args.visibility.queries),
+                              length(args.layout.key_starts, args.visibility.keys));
+  }
+  return args.visibility;
+}
+
+template <bool kPacked = false, class Args>
 __device__ __forceinline__ HeadState head_state(const Args& args, uint32_t flat, bool drops) {
   const HeadIndex h = args.layout.head(flat);
   const int64_t* strides = args.mask.strides;
-  return {h, h.batch * strides[0] + h.head * strides[1], drops ? philox_of(args) : PhiloxState{}};
+  const Visibility<int> visibility = visibility_of_sequence<kPacked>(args, h.batch);
+  return {h, visibility, hidden_ranges(args.hidden_ranges, h.batch, h.kv_head, visibility.queries),
+          h.batch * strides[0] + h.head * strides[1], drops ? philox_of(args) : PhiloxState{}};
+}
+
+// The visibility of a head: where all sequences are as long, that of args, which needs no registers.
+template <bool kPacked>
+__device__ __forceinline__ const Visibility<int>& head_visibility(const AttentionArgs& args, const HeadState& head) {
+  return kPacked ? head.visibility : args.visibility;
+}
+
+// Where a head's row statistics begin. Packed sequences lie apart: rounded up to whole tiles, one takes no more than its
+// rounded begin leaves and a tile.
+template <bool kPacked>
+__device__ __forceinline__ int64_t row_statistics(const BackwardArgs& args, const HeadIndex& h) {
+  if (kPacked && args.layout.query_starts) {
+    const int64_t begin = args.layout.query_starts[h.batch] / kStatisticsMultiple + h.batch;
+    return h.head * args.rows_padded + begin * kStatisticsMultiple;
+  }
+  return h.flat * args.rows_padded;
 }
 
 // A head's inputs.
@@ -69,7 +107,7 @@ struct BackwardHead : Head<T> {
   HeadRows<T> d_q;
   HeadRows<T> d_k;
   HeadRows<T> d_v;
-  const Acc* lse2;  // [rows_padded], as the others
+  const Acc* lse2;  // of every query and those that fill its tile, as the others
   const Acc* shift2;
   const Acc* delta;
 
@@ -78,25 +116,25 @@ struct BackwardHead : Head<T> {
   }
 };
 
-template <class T, class Args>
+template <class T, bool kPacked, class Args>
 __device__ __forceinline__ Head<T> head_of(const Args& args, uint32_t flat, bool drops) {
-  const HeadState state = head_state(args, flat, drops);
+  const HeadState state = head_state<kPacked>(args, flat, drops);
   const QkvLayout& layout = args.layout;
   return {state, layout.query_rows<const T>(args.query, state.index), layout.key_rows<const T>(args.key, state.index),
           layout.key_rows<const T>(args.value, state.index)};
 }
 
-template <class T>
+template <class T, bool kPacked>
 __device__ __forceinline__ ForwardHead<T> forward_head(const ForwardArgs& args, uint32_t flat, bool drops) {
-  const Head<T> head = head_of<T>(args, flat, drops);
+  const Head<T> head = head_of<T, kPacked>(args, flat, drops);
   return {head, args.layout.query_rows<T>(args.out, head.index)};
 }
 
-template <class T, class Acc>
+template <class T, class Acc, bool kPacked = false>
 __device__ __forceinline__ BackwardHead<T, Acc> backward_head(const BackwardArgs& args, uint32_t flat, bool drops) {
-  const Head<T> head = head_of<T>(args, flat, drops);
+  const Head<T> head = head_of<T, kPacked>(args, flat, drops);
   const QkvLayout& layout = args.layout;
-  const int64_t statistics = head.index.flat * args.rows_padded;
+  const int64_t statistics = row_statistics<kPacked>(args, head.index);
   return {head,
           layout.query_rows<const T>(args.d_out, head.index),
           layout.query_rows<T>(args.d_query, head.index),

@@ -16,6 +16,10 @@ const char* why_not_hopper(const Context& context, const AttentionParams& p, Pas
   if (!is_packed_projection(p)) return "it reads query, key and value of one packed projection only";
   if (p.window_left >= 0 || p.window_right >= 0) return "it knows no windows";
   if (p.hidden_ranges.data) return "it knows no ranges of hidden queries";
+  if (!(p.scale > 0)) return "it takes a positive scale only";
+  if (pass == Pass::kBackward && p.d_out.data && (!p.d_query.data || !p.d_key.data || !p.d_value.data)) {
+    return "it makes the gradients of query, key and value together only";
+  }
   if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
   if (pass == Pass::kBackward && context.deterministic) {
     return "it adds gradients in no fixed order, and deterministic ones are asked for";

@@ -18,7 +18,8 @@ struct AttentionImplementation {
   void (*forward)(Context& context, const AttentionParams& p);
   // The size of backward's workspace. It may be asked before pointers are placed (stages.md).
   size_t (*backward_workspace_bytes)(const Context& context, const AttentionParams& p);
-  void (*backward)(Context& context, const AttentionParams& p);  // d_qkv, and d_qkv_bias where it is wanted
+  // d_query, d_key, d_value and d_qkv_bias, where they are wanted.
+  void (*backward)(Context& context, const AttentionParams& p);
 };
 
 // Tensor maps, the copy engine and warpgroup products of compute capability 9.0 (hopper/).

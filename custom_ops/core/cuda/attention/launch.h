@@ -17,6 +17,7 @@ namespace cuda {
 template <class... Args>
 void launch(const Context& context, const char* name, void (*kernel)(Args...), int64_t blocks, int threads,
             size_t shared_bytes, const typename std::common_type<Args>::type&... args) {
+  if (blocks == 0) return;
   if (blocks > INT_MAX) throw std::runtime_error(std::string(name) + ": too many blocks: " + std::to_string(blocks));
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),

@@ -3,9 +3,11 @@
 //
 // A thread block of 16 x 16 owns a square tile of scores. Head dims are walked in chunks, so shared memory does not
 // grow with them; thread (ty, tx) holds rows ty + 16 r and columns tx + 16 c of the tile, and rows ty + 16 r of the
-// sums over keys.
+// sums over keys. kGeneral kernels know packed sequences, heads of keys that several heads of queries read, and ranges
+// of hidden queries.
 #pragma once
 
+#include "core/cuda/attention/hidden_ranges.cuh"
 #include "core/cuda/attention/score_gradient.cuh"
 #include "core/cuda/numbers.cuh"
 
@@ -169,10 +171,20 @@ __device__ void store_sums(const HeadRows<T>& to, int row0, int rows, int head_d
   store_sums<T, Acc, kHeadDim>(to, row0, rows, head_dim, sums, factors);
 }
 
+// What is hidden of a tile by ranges; nothing where there are none.
+template <class Acc, bool kGeneral>
+__device__ __forceinline__ Hidden hidden_of(const HeadState& head, int row0, int col0) {
+  constexpr int kRows = Tile<Acc>::kRows;
+  return kGeneral && head.ranges.data ? hidden_of_tile<kRows>(head, row0, row0 + kRows, col0) : Hidden::kNothing;
+}
+
 // The score of query i and key j in units of log2, from their product; -inf where j is not to be seen.
-template <class Acc>
-__device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadState& head, Acc product, int i, int j) {
-  if (i >= args.visibility.queries || !args.visibility.sees(i, j)) return -infinity<Acc>();
+template <class Acc, bool kGeneral>
+__device__ __forceinline__ Acc score_log2(const AttentionArgs& args, const HeadState& head, Hidden hidden, Acc product,
+                                          int i, int j) {
+  const Visibility<int>& visibility = head_visibility<kGeneral>(args, head);
+  if (i >= visibility.queries || !visibility.sees(i, j)) return -infinity<Acc>();
+  if (kGeneral && hidden != Hidden::kNothing && is_hidden(head, i, j)) return -infinity<Acc>();
   const Acc scale = static_cast<Acc>(args.score_scale * kLog2e);
   if (!args.mask.data) return scaled(product, scale);
   const int64_t index = head.mask_offset + i * args.mask.strides[2] + j * args.mask.strides[3];
@@ -187,25 +199,28 @@ __device__ __forceinline__ bool keeps(const AttentionArgs& args, const HeadState
   return !args.drops || (attention_random(head.philox_key, head.index.dropout_head, i, j) << 16) > args.drop_limit;
 }
 
-template <class T, class Acc, int kHeadDim>
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
     write_random_state(args);
-    const int queries = args.visibility.queries;
-    const int keys = args.visibility.keys;
-    const TileIndex index = tile_of_block<Shape::kRows>(queries, true);
-    const ForwardHead<T> head = forward_head<T>(args, index.head, args.drops);
+    const TileIndex index = tile_of_block<Shape::kRows>(args.visibility.queries, true);
+    const ForwardHead<T> head = forward_head<T, kGeneral>(args, index.head, args.drops);
+    const int queries = head.visibility.queries;
+    const int keys = head.visibility.keys;
     const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
+    if (kGeneral && row0 >= queries) return;
 
     Acc sums[kN][kHeadDim / 16] = {};
     RowSoftmax<Acc> rows[kN];
-    const Range<int> walk = args.visibility.keys_of(row0, row0 + Shape::kRows);
+    const Range<int> walk = head.visibility.keys_of(row0, row0 + Shape::kRows);
     for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
+      const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, col0);
+      if (hidden == Hidden::kAll) continue;
       Square<Acc> s;
       dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
 #pragma unroll
@@ -214,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs 
         Acc highest = -infinity<Acc>();
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
-          s[r][c] = score_log2(args, head, s[r][c], i, col0 + tx + 16 * c);
+          s[r][c] = score_log2<Acc, kGeneral>(args, head, hidden, s[r][c], i, col0 + tx + 16 * c);
           highest = max(highest, s[r][c]);
         }
 #pragma unroll
@@ -238,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_plain(ForwardArgs 
     Acc factor[kN];
 #pragma unroll
     for (int r = 0; r < kN; ++r) {
-      factor[r] = rows[r].template finish<16>(args, head.index, row0 + ty + 16 * r);
+      factor[r] = rows[r].template finish<16>(args, head, row0 + ty + 16 * r);
     }
     store_sums<T, Acc, kHeadDim>(head.out, row0, queries, args.head_dim(), sums, factor);
   }
@@ -251,84 +266,98 @@ struct ElementGradient {
 };
 
 // From the products q . k and d_out . v of query i and key j.
-template <class Acc>
-__device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardArgs& args, const HeadState& head, int i,
-                                                                 int j, const RowStatistics<Acc>& row, Acc product,
+template <bool kGeneral, class Acc>
+__device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardArgs& args, const HeadState& head,
+                                                                 Hidden hidden, int i, int j,
+                                                                 const RowStatistics<Acc>& row, Acc product,
                                                                  Acc d_product) {
-  const Acc p = exp2_of(min(score_log2(args, head, product, i, j) - row.shift2 - row.lse2, Acc(0)));
+  const Acc score = score_log2<Acc, kGeneral>(args, head, hidden, product, i, j);
+  const Acc p = exp2_of(min(score - row.shift2 - row.lse2, Acc(0)));
   const bool kept = keeps(args, head, i, j);
   return {kept ? p : Acc(0),
           score_gradient(p, kept ? d_product : Acc(0), static_cast<Acc>(args.drop_scale), row.delta)};
 }
 
-// d_k and d_v of a tile of keys: rows of the tile are keys, columns are queries.
-template <class T, class Acc, int kHeadDim>
+// d_k and d_v of a tile of keys, from all heads of queries that read it: rows of the tile are keys, columns are
+// queries.
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
-    const int queries = args.visibility.queries;
-    const int keys = args.visibility.keys;
-    const TileIndex index = tile_of_block<Shape::kRows>(keys, false);
-    const BackwardHead<T, Acc> head = backward_head<T, Acc>(args, index.head, args.drops);
+    const TileIndex index = tile_of_block<Shape::kRows>(args.visibility.keys, false);
     const int key0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
 
     Acc dk[kN][kHeadDim / 16] = {};
     Acc dv[kN][kHeadDim / 16] = {};
-    const Range<int> walk = args.visibility.queries_of(key0, key0 + Shape::kRows);
-    for (int row0 = walk.first / Shape::kRows * Shape::kRows; row0 < walk.end; row0 += Shape::kRows) {
-      Square<Acc> s, dp;
-      dot_rows<T, Acc>(tile, s, {head.k, key0, keys}, {head.q, row0, queries}, args.head_dim());
-      dot_rows<T, Acc>(tile, dp, {head.v, key0, keys}, {head.d_out, row0, queries}, args.head_dim());
+    const uint32_t group = kGeneral ? static_cast<uint32_t>(args.layout.group) : 1;
+    for (uint32_t member = 0; member < group; ++member) {
+      const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head * group + member, args.drops);
+      const int queries = head.visibility.queries;
+      const int keys = head.visibility.keys;
+      if (kGeneral && key0 >= keys) return;
+      const Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kRows);
+      for (int row0 = walk.first / Shape::kRows * Shape::kRows; row0 < walk.end; row0 += Shape::kRows) {
+        const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, key0);
+        if (hidden == Hidden::kAll) continue;
+        Square<Acc> s, dp;
+        dot_rows<T, Acc>(tile, s, {head.k, key0, keys}, {head.q, row0, queries}, args.head_dim());
+        dot_rows<T, Acc>(tile, dp, {head.v, key0, keys}, {head.d_out, row0, queries}, args.head_dim());
 #pragma unroll
-      for (int r = 0; r < kN; ++r) {
+        for (int r = 0; r < kN; ++r) {
 #pragma unroll
-        for (int c = 0; c < kN; ++c) {
-          const int i = row0 + tx + 16 * c;
-          const auto gradient =
-              element_gradient(args, head, i, key0 + ty + 16 * r, head.statistics(i), s[r][c], dp[r][c]);
-          dp[r][c] = gradient.d_score;
-          tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = gradient.kept;
+          for (int c = 0; c < kN; ++c) {
+            const int i = row0 + tx + 16 * c;
+            const auto gradient = element_gradient<kGeneral>(args, head, hidden, i, key0 + ty + 16 * r,
+                                                             head.statistics(i), s[r][c], dp[r][c]);
+            dp[r][c] = gradient.d_score;
+            tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = gradient.kept;
+          }
         }
-      }
-      sum_rows<T, Acc, kHeadDim>(tile, dv, {head.d_out, row0, queries}, args.head_dim());
-      __syncthreads();
+        sum_rows<T, Acc, kHeadDim>(tile, dv, {head.d_out, row0, queries}, args.head_dim());
+        __syncthreads();
 #pragma unroll
-      for (int r = 0; r < kN; ++r) {
+        for (int r = 0; r < kN; ++r) {
 #pragma unroll
-        for (int c = 0; c < kN; ++c) tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = dp[r][c];
+          for (int c = 0; c < kN; ++c) tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = dp[r][c];
+        }
+        sum_rows<T, Acc, kHeadDim>(tile, dk, {head.q, row0, queries}, args.head_dim());
       }
-      sum_rows<T, Acc, kHeadDim>(tile, dk, {head.q, row0, queries}, args.head_dim());
     }
-    store_sums<T, Acc, kHeadDim>(head.d_k, key0, keys, args.head_dim(), dk, args.score_scale);
-    store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head * group, false);
+    const int keys = head.visibility.keys;
+    if (args.d_key.data) store_sums<T, Acc, kHeadDim>(head.d_k, key0, keys, args.head_dim(), dk, args.score_scale);
+    if (args.d_value.data) store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
   }
 }
 
 // d_q of a tile of queries.
-template <class T, class Acc, int kHeadDim>
+template <class T, class Acc, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardArgs args) {
   if constexpr (kServes<T>) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
-    const int queries = args.visibility.queries;
-    const int keys = args.visibility.keys;
-    const TileIndex index = tile_of_block<Shape::kRows>(queries, true);
-    const BackwardHead<T, Acc> head = backward_head<T, Acc>(args, index.head, args.drops);
+    const TileIndex index = tile_of_block<Shape::kRows>(args.visibility.queries, true);
+    const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head, args.drops);
+    const int queries = head.visibility.queries;
+    const int keys = head.visibility.keys;
     const int row0 = index.first;
     const int ty = threadIdx.x / 16;
     const int tx = threadIdx.x % 16;
+    if (kGeneral && row0 >= queries) return;
 
     Acc dq[kN][kHeadDim / 16] = {};
     RowStatistics<Acc> rows[kN];
 #pragma unroll
     for (int r = 0; r < kN; ++r) rows[r] = head.statistics(row0 + ty + 16 * r);
-    const Range<int> walk = args.visibility.keys_of(row0, row0 + Shape::kRows);
+    const Range<int> walk = head.visibility.keys_of(row0, row0 + Shape::kRows);
     for (int col0 = walk.first / Shape::kRows * Shape::kRows; col0 < walk.end; col0 += Shape::kRows) {
+      const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, col0);
+      if (hidden == Hidden::kAll) continue;
       Square<Acc> s, dp;
       dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
       dot_rows<T, Acc>(tile, dp, {head.d_out, row0, queries}, {head.v, col0, keys}, args.head_dim());
@@ -337,7 +366,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardA
 #pragma unroll
         for (int c = 0; c < kN; ++c) {
           tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] =
-              element_gradient(args, head, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r], s[r][c], dp[r][c]).d_score;
+              element_gradient<kGeneral>(args, head, hidden, row0 + ty + 16 * r, col0 + tx + 16 * c, rows[r], s[r][c],
+                                         dp[r][c])
+                  .d_score;
         }
       }
       sum_rows<T, Acc, kHeadDim>(tile, dq, {head.k, col0, keys}, args.head_dim());

@@ -10,24 +10,34 @@
 namespace pfa {
 namespace cuda {
 
-constexpr int kStatisticsMultiple = 128;  // rows_padded is one of it: whole tiles of any kernel
-
 constexpr int kStatisticsThreads = 256;
 
-// `lanes` neighbouring threads make the statistics of one row, and its zeros.
-template <class T, class Acc>
+// The rows of a sequence's statistics.
+inline int padded_rows(int queries) {
+  return static_cast<int>(ceil_div(queries, kStatisticsMultiple) * kStatisticsMultiple);
+}
+
+// `lanes` neighbouring threads make the statistics of one row, and its zeros. `padded`: the rows of the longest
+// sequence.
+template <class T, class Acc, bool kPacked>
 __global__ void __launch_bounds__(kStatisticsThreads)
-    attention_row_statistics(const BackwardArgs args, const hopper::BackwardSchedule schedule, const int lanes) {
+    attention_row_statistics(const BackwardArgs args, const hopper::BackwardSchedule schedule, const int padded,
+                             const int lanes) {
   const int rows = kStatisticsThreads / lanes;
   const int lane = threadIdx.x % lanes;
-  const uint32_t groups = args.rows_padded / rows;  // of rows, in a head
+  const uint32_t groups = padded / rows;  // of rows, in a head
   const HeadIndex h = args.layout.head(blockIdx.x / groups);
   const int row = blockIdx.x % groups * rows + threadIdx.x / lanes;
-  hopper::clear_sums(args, schedule, h, row, lane, lanes);
+  const int queries = visibility_of_sequence<kPacked>(args, h.batch).queries;
+  if constexpr (kPacked) {
+    if (row / kStatisticsMultiple * kStatisticsMultiple >= queries) return;
+  } else {
+    hopper::clear_sums(args, schedule, h, row, lane, lanes);
+  }
   Acc delta = 0;
   Acc lse2 = infinity<Acc>();
   Acc shift2 = 0;
-  if (row < args.visibility.queries) {
+  if (row < queries) {
     const T* out = args.layout.query_rows<const T>(args.out, h).row(row);
     const T* d_out = args.layout.query_rows<const T>(args.d_out, h).row(row);
     if (args.vectors) {
@@ -51,7 +61,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (lane == 0) {
-    const int64_t index = h.flat * args.rows_padded + row;
+    const int64_t index = row_statistics<kPacked>(args, h) + row;
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
     static_cast<Acc*>(args.shift2)[index] = shift2;
@@ -63,15 +73,22 @@ void make_row_statistics(const Context& context, const BackwardArgs& args,
                          const hopper::BackwardSchedule& schedule = {}) {
   int lanes = 2;
   while (lanes < 32 && lanes * 16 < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
-  launch(context, "attention_row_statistics", attention_row_statistics<T, Acc>,
-         args.heads() * (args.rows_padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule,
-         lanes);
+  const int padded = padded_rows(args.visibility.queries);
+  with_bool(args.is_packed(), [&](auto packed) {
+    launch(context, "attention_row_statistics", attention_row_statistics<T, Acc, decltype(packed)::value>,
+           args.heads() * (padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule, padded,
+           lanes);
+  });
 }
 
 // Places the statistics in `arena`.
 inline void place_row_statistics(Arena& arena, const AttentionParams& p, BackwardArgs& args) {
-  args.rows_padded = static_cast<int>(ceil_div(args.visibility.queries, kStatisticsMultiple) * kStatisticsMultiple);
-  const size_t bytes = args.heads() * args.rows_padded * size_of(accumulator_of(p.dtype));
+  const bool packed = p.query_starts;
+  args.rows_padded =
+      packed ? padded_rows(static_cast<int>(p.packed_queries)) + kStatisticsMultiple * static_cast<int>(p.batch)
+             : padded_rows(args.visibility.queries);
+  const int64_t heads = packed ? p.num_heads : args.heads();
+  const size_t bytes = heads * args.rows_padded * size_of(accumulator_of(p.dtype));
   args.delta = arena.take(bytes);
   args.lse2 = arena.take(bytes);
   args.shift2 = arena.take(bytes);

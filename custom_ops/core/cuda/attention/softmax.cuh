@@ -38,19 +38,19 @@ struct RowSoftmax {
   // Returns the factor of the row's sums: drop_scale over the sum of exponentials, or 0 for a row that sees no key.
   // kLanes neighbouring threads hold the row together; one of them stores its statistics.
   template <int kLanes>
-  __device__ __forceinline__ Acc finish(const ForwardArgs& args, const HeadIndex& h, int row) {
+  __device__ __forceinline__ Acc finish(const ForwardArgs& args, const HeadState& head, int row) {
 #pragma unroll
     for (int lane = kLanes / 2; lane > 0; lane /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, lane);
-    if (threadIdx.x % kLanes == 0) store(args, h, row);
+    if (threadIdx.x % kLanes == 0) store(args, head, row);
     return total > 0 ? static_cast<Acc>(args.drop_scale) / total : Acc(0);
   }
 
  private:
   // The highest score may be 1e9 or -1e9, where a rounding error outweighs everything else: it is kept as it is, and
   // the sum of exponentials beside it.
-  __device__ __forceinline__ void store(const ForwardArgs& args, const HeadIndex& h, int row) const {
-    if (!args.log_sum_exp || row >= args.visibility.queries) return;
-    const int64_t index = args.layout.statistics(h) + row;
+  __device__ __forceinline__ void store(const ForwardArgs& args, const HeadState& head, int row) const {
+    if (!args.log_sum_exp || row >= head.visibility.queries) return;
+    const int64_t index = args.layout.statistics(head.index) + row;
     static_cast<Acc*>(args.log_sum_exp)[index] = total > 0 ? log(total) : infinity<Acc>();
     static_cast<Acc*>(args.score_shift)[index] = total > 0 ? maximum : Acc(0);
   }
@@ -96,9 +96,9 @@ struct StripSoftmax {
     }
   }
 
-  __device__ __forceinline__ void finish(const ForwardArgs& args, const HeadIndex& h, int row0, float (&factor)[2]) {
+  __device__ __forceinline__ void finish(const ForwardArgs& args, const HeadState& head, int row0, float (&factor)[2]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) factor[half] = rows[half].finish<4>(args, h, row0 + lane_row(2 * half));
+    for (int half = 0; half < 2; ++half) factor[half] = rows[half].finish<4>(args, head, row0 + lane_row(2 * half));
   }
 };
 

@@ -387,7 +387,7 @@ struct ForwardRoles {
                                         const float (&o)[kHeadDim / 2]) const {
     named_sync(kOwnBarrier + group, 128);
     float factor[2];
-    softmax.finish(args, head.index, strip, factor);
+    softmax.finish(args, head, strip, factor);
     const HeadRows<T> out = args.layout.template query_rows<T>(args.out, head.index);
     store_strip<T, kHeadDim>(o, factor[0], factor[1], q_tile(group), threadIdx.x / 32 % 4 * 16, out, strip,
                              args.visibility.queries, args.head_dim());
