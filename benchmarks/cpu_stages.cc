@@ -106,6 +106,7 @@ int main(int count, char** arguments) {
   p.embed_dim = std::atoll(arguments[4]);
   p.num_heads = p.num_kv_heads = std::atoll(arguments[5]);
   p.head_dim = p.embed_dim / p.num_heads;
+  p.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
   p.attn_dropout = p.dropout = dropout_of(std::atof(arguments[6]), true, true);
   const int rounds = std::atoi(arguments[7]);
 

@@ -186,9 +186,7 @@ void run_backward(Context& context, const AttentionBlockParams& params, const vo
   if (params.final_layer_norm || needs_d_linear(params)) residual_backward(context, plan.output);
   if (needs_d_linear(params)) output_linear_backward(context, plan.output);
   if (needs_d_qkv(params)) {
-    const AttentionParams attention = attention_of(plan.attention);
-    attention_backward(context, attention);
-    if (attention.d_mask) mask_gradient(context, attention);
+    attention_backward(context, attention_of(plan.attention));
     if (params.d_qkv_weight) make_hidden(context, plan.input);
     qkv_linear_backward(context, plan.input);
     if (plan.input.d_hidden) layer_norm_backward(context, plan.input);

@@ -109,7 +109,6 @@ void run_backward(Context& context, const BareAttentionParams& p, const void* sa
   place_saved(a, const_cast<void*>(saved));
   a.stage_workspace = workspace;
   attention_backward(context, a);
-  if (a.d_mask) mask_gradient(context, a);
 }
 
 }  // namespace pfa

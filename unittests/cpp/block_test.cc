@@ -104,6 +104,7 @@ Results run_block(const cpu::Implementation& implementation, DType dtype, const 
   p.embed_dim = kEmbed;
   p.num_heads = p.num_kv_heads = kHeads;
   p.head_dim = kDim;
+  p.scale = 1.0 / std::sqrt(static_cast<double>(kDim));
   p.dtype = p.residual_dtype = p.norm_dtype = dtype;
   p.causal = true;
   p.final_layer_norm = false;

@@ -22,7 +22,6 @@ struct Context;
   DO(qkv_linear_backward, AttentionBlockParams)    \
   DO(attention_forward, AttentionParams)           \
   DO(attention_backward, AttentionParams)          \
-  DO(mask_gradient, AttentionParams)               \
   DO(output_linear_forward, AttentionBlockParams)  \
   DO(output_linear_backward, AttentionBlockParams) \
   DO(linear1_forward, FeedForwardParams)           \

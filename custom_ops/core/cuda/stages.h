@@ -31,7 +31,6 @@ void qkv_linear_backward(Context& context, const AttentionBlockParams& p);
 void attention_forward(Context& context, const AttentionParams& p);
 void attention_backward(Context& context, const AttentionParams& p);
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);
-void mask_gradient(Context& context, const AttentionParams& p);  // after attention_backward
 void output_linear_forward(Context& context, const AttentionBlockParams& p);
 void output_linear_backward(Context& context, const AttentionBlockParams& p);
 size_t linear_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase);

@@ -98,6 +98,12 @@ auto for_norm_dtypes(const BlockParams& p, F&& f) {
   });
 }
 
+template <class T>
+void attention_gradients(Context& context, const AttentionParams& p) {
+  AttentionBackward<T>::run(context, p);
+  if (p.d_mask) MaskGradient<T>::run(context, p);
+}
+
 #define PFA_STAGE(name, P, pass)                                    \
   inline void name(Context& context, const P& p) {                  \
     for_dtypes(p, [&](auto element, auto residual) {                \
@@ -137,8 +143,7 @@ PFA_STAGE(linear1_backward, FeedForwardParams, (Linear<T, R>::linear1_backward))
 PFA_STAGE(linear2_forward, FeedForwardParams, (Linear<T, R>::linear2_forward))
 PFA_STAGE(linear2_backward, FeedForwardParams, (Linear<T, R>::linear2_backward))
 PFA_DTYPE_STAGE(attention_forward, AttentionParams, AttentionForward<T>::run)
-PFA_DTYPE_STAGE(attention_backward, AttentionParams, AttentionBackward<T>::run)
-PFA_DTYPE_STAGE(mask_gradient, AttentionParams, MaskGradient<T>::run)
+PFA_DTYPE_STAGE(attention_backward, AttentionParams, attention_gradients<T>)
 PFA_DTYPE_STAGE(linear_forward, LinearParams, (Linear<T, T>::linear_forward))
 PFA_DTYPE_STAGE(linear_backward, LinearParams, (Linear<T, T>::linear_backward))
 PFA_DTYPE_STAGE(activation_backward, LinearParams, ActivationRows<T>::backward)
