@@ -70,7 +70,8 @@ struct BackwardArgs : AttentionArgs {
   void* delta;      // sum over d of d_out * out; 0 past the last query
   void* lse2;       // log_sum_exp * log2(e), and score_shift unless that is large; +inf past the last query
   void* shift2;     // score_shift if it is large, else 0
-  int rows_padded;  // the number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart
+  // The number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart.
+  int rows_padded;
 };
 
 // The row statistics of a sequence begin a multiple of it, and there are so many: whole tiles of any kernel.

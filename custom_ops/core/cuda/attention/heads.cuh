@@ -1,6 +1,8 @@
 // What a thread block works on: a tile of a head, and what it knows of that head. Shared by all kernels.
 #pragma once
 
+#include <climits>
+
 #include "core/cuda/attention/args.h"
 
 namespace pfa {
@@ -38,19 +40,23 @@ struct HeadState {
   PhiloxState philox_key;  // only with dropout
 };
 
-// Who sees whom in a sequence; of packed ones, no more positions than the longest has. kPacked: sequences may be packed.
+// Who sees whom in a sequence; of packed ones, no more positions than the longest has. kPacked: sequences may be
+// packed.
 template <bool kPacked>
 __device__ __forceinline__ Visibility<int> visibility_of_sequence(const AttentionArgs& args, int64_t batch) {
   if (kPacked && args.layout.query_starts) {
-    const auto length = [&](const int32_t* starts, int longest) {
-      return min(max(starts[batch + 1] - starts[batch], 0), longest);
+    // Nobody has looked at the numbers: what they say of tokens that there are not is no length.
+    const auto length = [&](const int32_t* starts, int longest, int64_t tokens) {
+      const int begin = starts[batch];
+      const int end = min(starts[batch + 1], static_cast<int>(tokens));
+      return begin >= 0 && end > begin ? min(end - begin, longest) : 0;
     };
     AttentionParams p;
     p.causal = args.causal;
     p.window_left = args.window_left;
     p.window_right = args.window_right;
-    return visibility_of<int>(p, length(args.layout.query_starts, args.visibility.queries),
-                              length(args.layout.key_starts, args.visibility.keys));
+    return visibility_of<int>(p, length(args.layout.query_starts, args.visibility.queries, args.layout.queries),
+                              length(args.layout.key_starts, args.visibility.keys, INT_MAX));
   }
   return args.visibility;
 }
@@ -70,8 +76,8 @@ __device__ __forceinline__ const Visibility<int>& head_visibility(const Attentio
   return kPacked ? head.visibility : args.visibility;
 }
 
-// Where a head's row statistics begin. Packed sequences lie apart: rounded up to whole tiles, one takes no more than its
-// rounded begin leaves and a tile.
+// Where a head's row statistics begin. Those of a packed sequence begin where it does, rounded down to whole tiles, and a
+// tile further for each sequence before it, so that there is room to round up its length.
 template <bool kPacked>
 __device__ __forceinline__ int64_t row_statistics(const BackwardArgs& args, const HeadIndex& h) {
   if (kPacked && args.layout.query_starts) {

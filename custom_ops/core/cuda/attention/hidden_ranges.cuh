@@ -31,6 +31,36 @@ __device__ __forceinline__ Hidden hidden_of_tile(const HeadState& head, int firs
   return __any_sync(0xFFFFFFFFu, any) ? Hidden::kSome : Hidden::kNothing;
 }
 
+// What ranges leave of `walk`, the queries that may see the kKeys keys from first_key on: from the first to the last
+// that sees one of them.
+template <int kKeys>
+__device__ __forceinline__ Range<int> seeing_queries(const HeadState& head, const Range<int>& walk, int first_key) {
+  int first = walk.end;
+  int end = walk.first;
+#pragma unroll
+  for (int k = 0; k < kKeys; k += 32) {
+    const int key = first_key + k + static_cast<int>(threadIdx.x % 32) % kKeys;
+    if (key >= head.visibility.keys) continue;
+    const HiddenQueries<int> hidden = head.ranges.of_key(key);
+    Range<int> seeing = walk;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // the end of one range may lie in the other
+      if (hidden.first.contains(seeing.first)) seeing.first = hidden.first.end;
+      if (hidden.second.contains(seeing.first)) seeing.first = hidden.second.end;
+      if (hidden.first.contains(seeing.end - 1)) seeing.end = hidden.first.first;
+      if (hidden.second.contains(seeing.end - 1)) seeing.end = hidden.second.first;
+    }
+    first = min(first, seeing.first);
+    end = max(end, seeing.end);
+  }
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) {
+    first = min(first, __shfl_xor_sync(0xFFFFFFFFu, first, lane));
+    end = max(end, __shfl_xor_sync(0xFFFFFFFFu, end, lane));
+  }
+  return {first, max(first, end)};
+}
+
 __device__ __forceinline__ bool is_hidden(const HeadState& head, int query, int key) {
   return head.ranges.of_key(min(key, head.visibility.keys - 1)).contains(query);
 }

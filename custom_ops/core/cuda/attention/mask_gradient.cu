@@ -1,10 +1,11 @@
-// The launches of the mask's gradient, which comes after the other gradients and may use their workspace.
+// The gradient of a float mask: the stage, which comes after attention_backward and may use its workspace.
 #include <algorithm>
 
 #include "core/arena.h"
 #include "core/cuda/attention/mask_gradient.cuh"
 #include "core/cuda/attention/passes.h"
 #include "core/cuda/attention/row_statistics.cuh"
+#include "core/cuda/stages.h"
 
 namespace pfa {
 namespace cuda {
@@ -12,10 +13,10 @@ namespace {
 
 constexpr int kBlocksPerMultiprocessor = 2;  // that there are at least, if the work can be shared out
 
-mask_gradient::Plan plan_of(const Context& context, const AttentionParams& p) {
+mask_units::Plan plan_of(const Context& context, const AttentionParams& p) {
   const int tile = p.dtype == DType::kFloat64 ? plain::Tile<double>::kRows : plain::Tile<float>::kRows;
   const int64_t* strides = p.mask.strides;
-  mask_gradient::Plan plan{};
+  mask_units::Plan plan{};
   plan.batches = strides[0] ? p.batch : 1;
   plan.heads = strides[1] ? p.num_heads : 1;
   plan.query_tiles = strides[2] ? ceil_div(p.queries, tile) : 1;
@@ -32,7 +33,7 @@ mask_gradient::Plan plan_of(const Context& context, const AttentionParams& p) {
 }
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
-size_t place(const AttentionParams& p, void* memory, BackwardArgs& args, mask_gradient::Plan& plan) {
+size_t place(const AttentionParams& p, void* memory, BackwardArgs& args, mask_units::Plan& plan) {
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   if (plan.parts > 1) {
@@ -43,26 +44,26 @@ size_t place(const AttentionParams& p, void* memory, BackwardArgs& args, mask_gr
 
 }  // namespace
 
-size_t attention_mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p) {
+size_t mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
-  mask_gradient::Plan plan = plan_of(context, p);
+  mask_units::Plan plan = plan_of(context, p);
   return place(p, nullptr, args, plan);
 }
 
-void attention_mask_gradient(Context& context, const AttentionParams& p) {
+void mask_gradient(Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
-  mask_gradient::Plan plan = plan_of(context, p);
+  mask_units::Plan plan = plan_of(context, p);
   place(p, p.stage_workspace, args, plan);
   dispatch_float(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = Accumulator<T>;
     make_row_statistics<T, Acc>(context, args);
-    launch(context, "attention_mask_gradient", mask_gradient::attention_mask_gradient<T, Acc>,
-           plan.units() * plan.parts, mask_gradient::kThreads, 0, args, plan);
+    launch(context, "attention_mask_gradient", mask_units::attention_mask_gradient<T, Acc>, plan.units() * plan.parts,
+           mask_units::kThreads, 0, args, plan);
   });
   if (plan.parts > 1) {
-    launch(context, "attention_mask_gradient_sum", mask_gradient::attention_mask_gradient_sum,
-           ceil_div(plan.units() * plan.elements(), mask_gradient::kThreads), mask_gradient::kThreads, 0, args, plan);
+    launch(context, "attention_mask_gradient_sum", mask_units::attention_mask_gradient_sum,
+           ceil_div(plan.units() * plan.elements(), mask_units::kThreads), mask_units::kThreads, 0, args, plan);
   }
 }
 

@@ -10,7 +10,7 @@
 
 namespace pfa {
 namespace cuda {
-namespace mask_gradient {
+namespace mask_units {
 
 constexpr int kThreads = plain::kThreads;
 
@@ -169,7 +169,7 @@ __device__ void reduce(const AttentionArgs& args, Sums<Acc>& sums, Result&& resu
 
 // A part of a unit.
 template <class T, class Acc>
-__global__ void __launch_bounds__(kThreads) attention_mask_gradient(BackwardArgs args, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) attention_mask_gradient(BackwardArgs args, Plan plan) {
   using Shape = plain::Tile<Acc>;
   __shared__ Shape tile;
   const int64_t part = blockIdx.x % plan.parts;
@@ -200,6 +200,6 @@ __global__ void __launch_bounds__(kThreads) attention_mask_gradient_sum(Attentio
   write(args, plan, unit_of(plan, index / plan.elements()), element / plan.columns, element % plan.columns, sum);
 }
 
-}  // namespace mask_gradient
+}  // namespace mask_units
 }  // namespace cuda
 }  // namespace pfa

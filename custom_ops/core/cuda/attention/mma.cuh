@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_mma(BackwardAr
   clear(dk);
   clear(dv);
 
-  const Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kOuter);
+  Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kOuter);
+  if (kMaskOrDropout && head.ranges.data) walk = seeing_queries<Shape::kOuter>(head, walk, key0);
   const auto tile_from = [&](int first) {
     return next_tile<kQueries, kMaskOrDropout>(head, first, walk.end, [&](int row0) {
       return hidden_of_tile<Shape::kOuter>(head, row0, row0 + kQueries, key0);

@@ -15,10 +15,10 @@ void plain_attention_backward(Context& context, const AttentionParams& p);
 void mma_attention_forward(Context& context, const AttentionParams& p);
 void mma_attention_backward(Context& context, const AttentionParams& p);
 size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p);
-// The gradient of a float mask (mask_gradient.cu), beside any family.
-void attention_mask_gradient(Context& context, const AttentionParams& p);
-size_t attention_mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p);
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
+
+// mask_gradient.cu, beside any family.
+size_t mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p);
 
 // hopper/. Backward adds to sums in no fixed order.
 void hopper_attention_forward(Context& context, const AttentionParams& p);

@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
       const int queries = head.visibility.queries;
       const int keys = head.visibility.keys;
       if (kGeneral && key0 >= keys) return;
-      const Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kRows);
+      Range<int> walk = head.visibility.queries_of(key0, key0 + Shape::kRows);
+      if (kGeneral && head.ranges.data) walk = seeing_queries<Shape::kRows>(head, walk, key0);
       for (int row0 = walk.first / Shape::kRows * Shape::kRows; row0 < walk.end; row0 += Shape::kRows) {
         const Hidden hidden = hidden_of<Acc, kGeneral>(head, row0, key0);
         if (hidden == Hidden::kAll) continue;

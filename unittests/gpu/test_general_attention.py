@@ -1,0 +1,255 @@
+"""Attention by itself in all its kinds: what the CPU's core computes in float64, for every family of kernels."""
+
+import numpy as np
+import pfa_core
+import pytest
+import reference
+import torch
+from cases import DTYPES
+from device import Memory, mask_argument, to_device, to_numpy
+
+# Of the largest number, or of one where all are smaller: some gradients are 0 but for rounding.
+LIMIT = {"float64": 1e-9, "float32": 2e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
+GRADIENTS = ("query", "key", "value")
+SEED, OFFSET = 77, 5
+
+
+class Problem:
+    """Inputs of float64 that `dtype` holds exactly.
+
+    `sizes`: batch, queries, keys, num_heads, num_kv_heads and head_dim. `lengths`, of packed sequences: those of
+    queries and those of keys. `mask`: the axes of [batch, heads, queries, keys] that it has, and its dtype. `ranges`:
+    the number of columns, and that of heads.
+    """
+
+    def __init__(self, sizes, dtype, lengths=None, mask=None, ranges=None, seed=0, **switches):
+        rng = np.random.default_rng(seed)
+        batch, queries, keys, num_heads, num_kv_heads, head_dim = sizes
+        if lengths:
+            batch, queries, keys = len(lengths[0]), max(lengths[0]), max(lengths[1])
+        self.dtype = dtype
+        self.config = dict(
+            block="bare_attention",
+            batch=batch,
+            queries=queries,
+            keys=keys,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            **switches,
+        )
+        shapes = [(batch, queries, num_heads, head_dim), (batch, keys, num_kv_heads, head_dim)]
+        self.described = {}
+        if lengths:
+            starts = [np.cumsum([0, *numbers]).astype(np.int32) for numbers in lengths]
+            self.described.update(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+            shapes = [(int(s[-1]), *shape[2:]) for s, shape in zip(starts, shapes)]
+            self.config.update(packed_queries=shapes[0][0], packed_keys=shapes[1][0])
+        draw = lambda shape: reference.round_to(rng.standard_normal(shape), dtype).astype(np.float64)  # noqa: E731
+        self.inputs = dict(zip(GRADIENTS, map(draw, (shapes[0], shapes[1], shapes[1]))))
+        self.d_out = draw(shapes[0])
+        self.mask = self.mask_dtype = None
+        if mask:
+            axes, self.mask_dtype = mask
+            shape = [n if axis in axes else 1 for n, axis in zip((batch, num_heads, queries, keys), "BHQK")]
+            self.mask = rng.standard_normal(shape)
+            if self.mask_dtype == "bool":
+                self.mask = self.mask > -1
+            else:
+                self.mask[rng.random(shape) < 0.05] = -np.inf
+                self.mask = reference.round_to(self.mask, self.mask_dtype).astype(np.float64)
+        if ranges:
+            columns, heads = ranges
+            shape = (batch, heads, keys, columns)
+            self.described["startend_row_indices"] = np.sort(rng.integers(0, queries + 1, shape), -1).astype(np.int32)
+            if columns == 2 and not switches.get("causal"):
+                self.described["startend_row_indices"] = self.described["startend_row_indices"][..., ::-1].copy()
+
+    def expected(self):
+        config = {n: v for n, v in self.config.items() if n not in ("allow_tf32", "deterministic")}
+        config["dtype"] = "float64"
+        inputs = {**self.inputs, **self.described}
+        needs = [*GRADIENTS]
+        if self.mask is not None:
+            inputs["attn_mask"] = self.mask
+            needs += ["attn_mask"] * (self.mask_dtype != "bool")
+        out, saved = pfa_core.forward(inputs, config, SEED, OFFSET)
+        gradients = pfa_core.backward(inputs, config, self.d_out, saved, needs, out=out)
+        return {"out": out, **{"d_" + name: a for name, a in gradients.items()}}
+
+    def actual(self, wanted):
+        """The result, and the gradients of the wanted inputs, on the GPU. Nothing outside them is written to."""
+        block = pfa_core.CudaBlock(dict(self.config, dtype=self.dtype))
+        memory = Memory()
+        tensors = {name: to_device(a, self.dtype) for name, a in self.inputs.items()}
+        described = {name: torch.from_numpy(a).cuda() for name, a in self.described.items()}
+        arrays = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        for name, tensor in described.items():
+            ranges = name == "startend_row_indices"
+            arrays[name] = (tensor.data_ptr(), *tensor.shape[1::2]) if ranges else tensor.data_ptr()
+        if self.mask is not None:
+            tensors["attn_mask"] = to_device(self.mask, self.mask_dtype)
+            scores = [self.config[name] for name in ("batch", "num_heads", "queries", "keys")]
+            arrays["mask"] = mask_argument(tensors["attn_mask"], scores)
+        d_out = to_device(self.d_out, self.dtype)
+        out = memory.empty(d_out.shape, d_out.dtype)
+        arrays["out"] = out.data_ptr()
+        saved = memory.bytes(block.saved_bytes(arrays)).data_ptr()
+        stream = torch.cuda.current_stream().cuda_stream
+        workspace = memory.bytes(block.forward_workspace_bytes(arrays, True)).data_ptr()
+        block.forward(arrays, saved, workspace, stream, SEED, OFFSET)
+        gradients = {name: memory.empty(tensors[name].shape, tensors[name].dtype) for name in wanted}
+        arrays.update({"d_" + name: tensor.data_ptr() for name, tensor in gradients.items()}, d_out=d_out.data_ptr())
+        workspace = memory.bytes(block.backward_workspace_bytes(arrays)).data_ptr()
+        block.backward(arrays, saved, workspace, stream)
+        torch.cuda.synchronize()
+        memory.check()
+        return {"out": to_numpy(out), **{"d_" + name: to_numpy(tensor) for name, tensor in gradients.items()}}
+
+    def wanted(self):
+        is_float = self.mask is not None and self.mask_dtype != "bool"
+        return (*GRADIENTS, "attn_mask") if is_float else GRADIENTS
+
+    def check(self, wanted=None):
+        expected = self.expected()
+        is_tf32 = self.dtype == "float32" and self.config.get("allow_tf32")
+        for name, actual in self.actual(self.wanted() if wanted is None else wanted).items():
+            limit = LIMIT["tf32" if is_tf32 else self.dtype]
+            if name == "d_attn_mask":
+                limit = max(limit, LIMIT.get(self.mask_dtype, 0))
+            assert not np.isnan(actual).any(), f"{name}: NaN"
+            if actual.size:
+                error = abs(actual - expected[name]).max() / max(1.0, abs(expected[name]).max())
+                assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
+
+
+# Head dims for every size of tile.
+HEAD_DIMS = (8, 64, 100, 128, 200)
+KINDS = {
+    "more keys": dict(sizes=(2, 70, 201, 2, 2)),
+    "fewer keys": dict(sizes=(2, 201, 70, 2, 2), causal=True),
+    "one query": dict(sizes=(2, 1, 300, 4, 2), causal=True),
+    "no keys": dict(sizes=(2, 65, 0, 2, 2)),
+    "no queries": dict(sizes=(2, 0, 65, 4, 2), mask=("BK", "float32")),
+    "grouped": dict(sizes=(2, 130, 130, 6, 2), causal=True),
+    "one head of keys": dict(sizes=(1, 150, 90, 4, 1), dropout_rate=0.2),
+    "window": dict(sizes=(1, 300, 300, 2, 2), window_left=40, window_right=7),
+    "causal window": dict(sizes=(1, 300, 260, 4, 2), window_left=70, causal=True),
+    "diagonal": dict(sizes=(1, 200, 200, 2, 1), window_left=0, window_right=0),
+    "packed": dict(sizes=(0, 0, 0, 2, 2), lengths=((5, 130, 0, 64, 1), (5, 130, 0, 64, 1)), causal=True),
+    "packed with other keys": dict(sizes=(0, 0, 0, 4, 2), lengths=((70, 0, 129, 3), (9, 66, 200, 0)), dropout_rate=0.1),
+    "packed with windows": dict(
+        sizes=(0, 0, 0, 2, 1), lengths=((150, 270), (150, 270)), window_left=30, window_right=0
+    ),
+    "packed with a mask": dict(sizes=(0, 0, 0, 2, 2), lengths=((150, 70), (90, 100)), mask=("BHQK", "float32")),
+    "ranges of 1 column": dict(sizes=(2, 200, 200, 2, 2), ranges=(1, 1), causal=True),
+    "ranges of 2 columns": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 2)),
+    "ranges of 2 columns, causal": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 1), causal=True, dropout_rate=0.1),
+    "ranges of 4 columns": dict(sizes=(2, 150, 200, 4, 2), ranges=(4, 2), mask=("BK", "bool")),
+    "negative scale": dict(sizes=(1, 130, 130, 2, 2), scale=-0.3, causal=True),
+    "scale of 0": dict(sizes=(1, 130, 130, 2, 2), scale=0.0, causal=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind, head_dim, dtype):
+    options = dict(KINDS[kind])
+    sizes = (*options.pop("sizes"), head_dim)
+    Problem(sizes, dtype, **options).check()
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_in_tf32(kind, head_dim):
+    options = dict(KINDS[kind], allow_tf32=True)
+    sizes = (*options.pop("sizes"), head_dim)
+    Problem(sizes, "float32", **options).check()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("wanted", ((), ("query",), ("key",), ("value",), ("attn_mask",), ("query", "value")))
+def test_subsets_of_gradients(wanted, dtype):
+    Problem((2, 100, 130, 4, 2, 64), dtype, mask=("HQK", "float32")).check(wanted)
+
+
+@pytest.mark.parametrize("head_dim", (64, 200))
+def test_one_gradient_of_wide_heads(head_dim):
+    for wanted in ("key", "value"):
+        Problem((1, 100, 130, 2, 2, head_dim), "float16").check((wanted,))
+
+
+# Few and many thread blocks, and every axis that can broadcast.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axes", ("", "K", "Q", "H", "B", "QK", "BK", "HQK", "BQK", "BHK", "BHQ", "BHQK"))
+def test_gradient_of_mask(axes, dtype):
+    Problem((3, 150, 130, 4, 2, 64), dtype, mask=(axes, "float32"), causal=True, dropout_rate=0.1).check()
+
+
+@pytest.mark.parametrize("mask_dtype", ("float64", "float16", "bfloat16"))
+def test_dtypes_of_mask(mask_dtype):
+    Problem((2, 70, 70, 2, 2, 64), "bfloat16", mask=("HQK", mask_dtype)).check()
+
+
+def test_gradient_of_mask_is_the_same_each_time():
+    problem = Problem((8, 300, 300, 4, 2, 64), "bfloat16", mask=("HK", "float32"), dropout_rate=0.1)
+    first, second = (problem.actual(("attn_mask",))["d_attn_mask"] for _ in range(2))
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_gradients_are_the_same_each_time(dtype):
+    problem = Problem((0, 0, 0, 4, 2, 64), dtype, lengths=((300, 77, 130), (300, 77, 130)), causal=True)
+    first, second = (problem.actual(GRADIENTS) for _ in range(2))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def draw_problem(seed):
+    """A mixture of everything."""
+    rng = np.random.default_rng(seed)
+    choose = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    options = dict(causal=bool(choose(0, 1)))
+    num_kv_heads = choose(1, 2, 3)
+    queries = choose(1, 17, 64, 130, 300)
+    sizes = [
+        choose(1, 2, 3),
+        queries,
+        choose(queries, queries, 1, 50, 257),
+        num_kv_heads * choose(1, 2, 4),
+        num_kv_heads,
+    ]
+    sizes.append(choose(1, 8, 30, 64, 72, 96, 128, 160, 256))
+    if choose(0, 0, 1):
+        options["lengths"] = [rng.integers(0, sizes[1] + 1, sizes[0]).tolist() for _ in range(2)]
+        if choose(0, 1):
+            options["lengths"][1] = options["lengths"][0]
+        for numbers in options["lengths"]:
+            numbers[0] = max(numbers[0], 1)
+    if choose(0, 1):
+        options.update(window_left=choose(-1, 0, 30, 100), window_right=choose(-1, 0, 20))
+    if choose(0, 0, 1):
+        columns = choose(1, 2) if options["causal"] else choose(2, 4)
+        options["ranges"] = (columns, choose(1, num_kv_heads))
+    if choose(0, 1):
+        options["dropout_rate"] = 0.2
+    if choose(0, 1):
+        axes = "".join(axis for axis in "BHQK" if choose(0, 1))
+        options["mask"] = (axes, choose("bool", "float32", "float16"))
+    if choose(0, 0, 0, 1):
+        options["scale"] = choose(0.5, -0.2)
+    dtype = choose(*DTYPES)
+    return Problem(tuple(sizes), dtype, seed=seed, allow_tf32=bool(choose(0, 1)), **options)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_mixtures(seed):
+    draw_problem(seed).check()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_lengths_that_are_wrong_stay_inside(dtype):
+    """Longer sequences than were promised: what comes is undefined, but nothing else is written to."""
+    problem = Problem((0, 0, 0, 2, 2, 64), dtype, lengths=((200, 100), (200, 100)))
+    problem.config.update(queries=70, keys=70)
+    problem.actual(GRADIENTS)
