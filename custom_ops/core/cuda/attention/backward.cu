@@ -123,7 +123,7 @@ void plain_attention_backward(Context& context, const AttentionParams& p) {
 }
 
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
-  // The gradient of the mask, a stage of its own, comes when all else is done.
+  // The gradient of the mask comes when all else is done.
   size_t bytes = p.d_mask ? mask_gradient_workspace_bytes(context, p) : 0;
   if (!has_rows(p)) return bytes;
   // Addresses that are not known yet may rule out the first that serves: each that comes after it must find room too.
@@ -140,6 +140,7 @@ void attention_backward(Context& context, const AttentionParams& p) {
   } else if (p.d_query.data || p.d_key.data || p.d_value.data) {
     attention_implementation(context, p, Pass::kBackward).backward(context, p);
   }
+  if (p.d_mask) mask_gradient(context, p);
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// The gradient of a float mask: the stage, which comes after attention_backward and may use its workspace.
+// The gradient of a float mask: the last part of attention_backward, beside any family of kernels.
 #include <algorithm>
 
 #include "core/arena.h"

@@ -18,6 +18,7 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
 
 // mask_gradient.cu, beside any family.
+void mask_gradient(Context& context, const AttentionParams& p);
 size_t mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p);
 
 // hopper/. Backward adds to sums in no fixed order.
