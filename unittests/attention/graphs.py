@@ -20,20 +20,26 @@ def call(tensors, config, longest=(0, 0), **changes):
     return attention(Attention(**tensors, **{**fields, **changes}).checked())
 
 
+class _Traced(paddle.nn.Layer):
+    """A function of tensors for to_static, which on Paddle 2.6 does not find what a function has around it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, tensors):
+        return self.function(tensors)
+
+
 def run(graph, function, arrays, wanted, place, unknown=()):
     """The result of a function of a dict of tensors, and the `wanted` gradients, by the d_out among the arrays. In a
     program, sizes at the axes in `unknown` are declared as -1."""
     if graph == "program":
         return _run_program(function, arrays, wanted, place, unknown)
     tensors = to_tensors(arrays, place, wanted)
-
-    def traced(tensors):
-        return function(tensors)
-
     if graph == "full_graph":
-        function = paddle.jit.not_to_static(function)
-        traced = paddle.jit.to_static(traced, full_graph=True)
-    out = traced(tensors)
+        function = paddle.jit.to_static(_Traced(paddle.jit.not_to_static(function)), full_graph=True)
+    out = function(tensors)
     if wanted:
         out.backward(paddle.to_tensor(arrays["d_out"], place=place))
     return out.numpy(), {name: tensors[name].grad.numpy() for name in wanted}
