@@ -121,9 +121,10 @@ def from_the_start(query: Any, key: Any, value: Any, mask: Any, window: tuple) -
         return query, key, value, mask, False, _ALL, _ranges_from_the_start(query, key)
     if queries > keys:
         return query, key, value, mask, False, (-1, queries - keys), None
-    if value.shape[1] != keys:
+    keys_of_mask = 1 if mask is None or not len(mask.shape) else mask.shape[-1]
+    if value.shape[1] != keys or keys_of_mask not in (1, keys):
         return unchanged
-    if mask is not None and len(mask.shape) and mask.shape[-1] == keys:
+    if keys_of_mask != 1:
         mask = mask[..., :queries]
     return query, key[:, :queries], value[:, :queries], mask, True, _ALL, None
 

@@ -238,6 +238,14 @@ def test_other_arguments(function, changes, error, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("shape", [(S, S), (S, T + 1), (B + 1, 1, S, T), (S + 1, T)], ids=str)
+def test_masks_beside_is_causal(shape):
+    """A mask is of all keys, also of those that no query sees."""
+    tensors = {**tensors_for(scaled_dot_product_attention), "attn_mask": paddle.zeros(shape)}
+    with pytest.raises(ValueError, match="^attn_mask: expected"):
+        scaled_dot_product_attention(**tensors, is_causal=True)
+
+
 @pytest.mark.parametrize("function", FLASH, **IDS)
 def test_what_means_nothing_without_dropout(function):
     """Generators of Paddle's are accepted where nothing is dropped."""
