@@ -27,6 +27,7 @@ from .functional import (
     fused_multi_head_attention,
 )
 from .layer import FusedMultiHeadAttention
+from .packing import Packed, pad, unpad
 from .parallel import (
     ParallelClipGradByGlobalNorm,
     ParallelFusedFeedForward,
@@ -44,6 +45,7 @@ __all__ = [
     "AttentionAdapter",
     "FeedForwardAdapter",
     "FusedMultiHeadAttention",
+    "Packed",
     "ParallelClipGradByGlobalNorm",
     "ParallelFusedFeedForward",
     "ParallelFusedMultiHeadAttention",
@@ -64,6 +66,7 @@ __all__ = [
     "pack_optimizer_state",
     "pack_qkv_bias",
     "pack_qkv_weight",
+    "pad",
     "patch",
     "register_adapter",
     "revert",
@@ -71,5 +74,6 @@ __all__ = [
     "separate_state_dict",
     "unpack_qkv_bias",
     "unpack_qkv_weight",
+    "unpad",
     "unpatch",
 ]

@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
-from ._block import TENSORS, UNPACKED, Block
+from ._block import TENSORS, Block, scores_of
 from ._checks import INFINITY, check_heads, check_number, check_switches
 from ._descriptions import MODES
 from ._initializers import param_attr_of
@@ -135,39 +135,51 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         value: paddle.Tensor | None = None,
         attn_mask: paddle.Tensor | None = None,
         cache: None = None,
+        *,
+        cu_seqlens: paddle.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> paddle.Tensor:
         """Applies the block to ``query``.
 
         Args:
-            query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections.
+            query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections; with
+                ``cu_seqlens`` ``[tokens, embed_dim]``.
             key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs if both are
                 the query: the same tensor or, in dygraph if the three want no gradient, one of the same contents.
                 Ordinary ops, which store the scores, compute others with the same meaning, gradients and, in dygraph,
                 dropout. ``causal`` is then aligned at the end, and ``normalize_before`` normalises all three.
             attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``.
             cache: Must be None.
+            cu_seqlens, max_seqlen: Of packed sequences, as in :func:`fused_multi_head_attention`.
 
         Returns:
-            ``[batch, seq_len, embed_dim]``.
+            The shape of query.
 
         Raises:
-            NotImplementedError: There is a cache, or other keys are auto-parallel tensors.
+            NotImplementedError: There is a cache, other keys are auto-parallel tensors, or packed sequences have other
+                keys.
             TypeError, ValueError: See :func:`fused_multi_head_attention`.
         """
         if cache is not None:
             raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
         key_value = other_keys(query, key, value)
-        return self._run(self._block(query, attn_mask), key_value)
+        return self._run(self._block(query, attn_mask, cu_seqlens, max_seqlen), key_value)
 
     @paddle.jit.not_to_static
-    def _block(self, query: paddle.Tensor, attn_mask: paddle.Tensor | None) -> Block:
+    def _block(
+        self,
+        query: paddle.Tensor,
+        attn_mask: paddle.Tensor | None,
+        cu_seqlens: paddle.Tensor | None,
+        max_seqlen: int | None,
+    ) -> Block:
         epsilon = self.epsilon
         # fmt: off
         return Block._make((
             query, *parameters_of(self, _PARAMETERS), attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
-            *UNPACKED,
+            cu_seqlens, scores_of(None, None, max_seqlen, cu_seqlens),
         )).checked()
         # fmt: on
 

@@ -1,15 +1,15 @@
 """What the attention block takes beside whole sequences of as many keys as queries: masks that want a gradient, packed
-sequences, windows, a scale, grouped heads. The reference is float64 by Paddle's ordinary ops on the CPU."""
+sequences, windows, a scale, grouped heads."""
 
 from dataclasses import replace
 
+import attention_reference
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 import pytest
 from paddle_fused_attention import fused_multi_head_attention
 from reference import Config
-from runners import call, run_dygraph, run_static, static_mode
+from runners import call, paddle_computes_on, run_dygraph, run_static, static_mode
 
 BATCH, SEQ_LEN, HEADS, HEAD_DIM = 2, 70, 4, 8
 WIDTH = HEADS * HEAD_DIM
@@ -39,50 +39,44 @@ def starts():
     return np.cumsum([0, *LENGTHS]).astype("int32")
 
 
-def visible(queries, causal, window):
-    i, j = np.arange(queries)[:, None], np.arange(queries)[None]
-    seen = np.ones((queries, queries), bool)
-    if causal:
-        seen &= j <= i
-    if window[0] >= 0:
-        seen &= j >= i - window[0]
-    if window[1] >= 0:
-        seen &= j <= i + window[1]
-    return seen
+def expected(arrays, causal=False, window=(-1, -1), scale=None):
+    """Result and gradients in float64, from those of attention by itself."""
+    x, weight, d_out = arrays["x"], arrays["qkv_weight"].reshape([-1, WIDTH]), arrays["d_out"]
+    kv_heads = (len(weight) // HEAD_DIM - HEADS) // 2
+    rstd = 1.0 / np.sqrt(x.var(-1, keepdims=True) + PLAIN.pre_ln_epsilon)
+    normed = (x - x.mean(-1, keepdims=True)) * rstd
+    h = normed * arrays["pre_ln_scale"]
+    qkv = (h @ weight.T + arrays["qkv_bias"].reshape(-1)).reshape([*x.shape[:-1], -1, HEAD_DIM])
+    inputs = dict(zip(("query", "key", "value"), np.split(qkv, [HEADS, HEADS + kv_heads], axis=-2)))
+    if "attn_mask" in arrays:
+        inputs["attn_mask"] = arrays["attn_mask"]
+    if "cu_seqlens" in arrays:
+        inputs["cu_seqlens_q"] = inputs["cu_seqlens_k"] = arrays["cu_seqlens"]
+    config = attention_reference.Config(scale, causal=causal, window_left=window[0], window_right=window[1])
+    o = attention_reference.forward(inputs, config).reshape(x.shape)
+    out = x + o @ arrays["linear_weight"] + arrays["linear_bias"]
 
-
-def expected(arrays, wanted, causal=False, window=(-1, -1), scale=None, packed=False):
-    """Result and gradients, by ordinary ops in float64."""
-    tensors = {n: paddle.to_tensor(a.astype("float64"), place=paddle.CPUPlace()) for n, a in arrays.items()}
-    for name in wanted:
-        tensors[name].stop_gradient = False
-    x, weight = tensors["x"], tensors["qkv_weight"]
-    weight, bias = weight.reshape([-1, WIDTH]), tensors["qkv_bias"].reshape([-1])
-    kv_heads = (weight.shape[0] // HEAD_DIM - HEADS) // 2
-    h = F.layer_norm(x, WIDTH, tensors["pre_ln_scale"])
-    qkv = (paddle.matmul(h, weight, transpose_y=True) + bias).reshape([*x.shape[:-1], -1, HEAD_DIM])
-    bounds = starts() if packed else None
-    sequences = [qkv[a:b] for a, b in zip(bounds, bounds[1:])] if packed else list(paddle.unbind(qkv))
-    results = []
-    for number, tokens in enumerate(sequences):
-        length = tokens.shape[0]
-        if length == 0:
-            continue
-        q = tokens[:, :HEADS].transpose([1, 0, 2])
-        k, v = (
-            paddle.repeat_interleave(tokens[:, first : first + kv_heads], HEADS // kv_heads, axis=1).transpose([1, 0, 2])
-            for first in (HEADS, HEADS + kv_heads)
-        )
-        scores = paddle.matmul(q, k, transpose_y=True) * (HEAD_DIM**-0.5 if scale is None else scale)
-        if "attn_mask" in tensors:
-            scores = scores + paddle.expand(tensors["attn_mask"], [BATCH, HEADS, SEQ_LEN, SEQ_LEN])[number]
-        scores = scores + paddle.to_tensor(np.where(visible(length, causal, window), 0.0, -1e30))
-        o = paddle.matmul(F.softmax(scores), v)
-        results.append(o.transpose([1, 0, 2]).reshape([length, WIDTH]))
-    o = paddle.concat(results) if packed else paddle.stack(results)
-    out = x + paddle.matmul(o, tensors["linear_weight"]) + tensors["linear_bias"]
-    gradients = paddle.grad([out], [tensors[name] for name in wanted], [tensors["d_out"]])
-    return out.numpy(), {name: g.numpy() for name, g in zip(wanted, gradients)}
+    d_o = d_out @ arrays["linear_weight"].T
+    of_attention = attention_reference.backward(inputs, config, d_o.reshape([*x.shape[:-1], HEADS, HEAD_DIM]))
+    d_qkv = np.concatenate([of_attention[name] for name in ("query", "key", "value")], axis=-2)
+    d_qkv = d_qkv.reshape([*x.shape[:-1], -1])
+    d_h = d_qkv @ weight
+    d_normed = d_h * arrays["pre_ln_scale"]
+    d_x = rstd * (
+        d_normed - d_normed.mean(-1, keepdims=True) - normed * (d_normed * normed).mean(-1, keepdims=True)
+    )
+    rows = tuple(range(x.ndim - 1))
+    gradients = {
+        "x": d_out + d_x,
+        "qkv_weight": np.tensordot(d_qkv, h, (rows, rows)).reshape(arrays["qkv_weight"].shape),
+        "linear_weight": np.tensordot(o, d_out, (rows, rows)),
+        "pre_ln_scale": (d_h * normed).sum(rows),
+        "qkv_bias": d_qkv.sum(rows).reshape(arrays["qkv_bias"].shape),
+        "linear_bias": d_out.sum(rows),
+    }
+    if "attn_mask" in arrays:
+        gradients["attn_mask"] = of_attention["attn_mask"]
+    return out, gradients
 
 
 PLAIN = Config(pre_layer_norm=True, final_layer_norm=False, dropout_rate=0.0, attn_dropout_rate=0.0)
@@ -96,7 +90,8 @@ def check(arrays, place, runner, *, packed=False, causal=False, **changes):
     if isinstance(window, int):
         window = (window, window)
     out, gradients = runner(given, config, place, wanted, **changes)
-    want_out, want = expected(arrays, wanted, causal, window, changes.get("scale"), packed)
+    want_out, want = expected({n: a.astype("float64") if a.dtype == "float32" else a for n, a in given.items()}, causal,
+                              window, changes.get("scale"))
     tolerance = {"float64": 1e-9, "float32": 2e-5}[str(arrays["x"].dtype)]
     np.testing.assert_allclose(out, want_out, atol=tolerance * np.abs(want_out).max(), rtol=0)
     for name in wanted:
@@ -140,6 +135,8 @@ def test_packed_sequences(kv_heads, changes, causal, runner, place):
 
 
 def test_the_longest_sequence_is_found(place):
+    if not paddle_computes_on(place):
+        pytest.skip("Paddle's own kernels, which find the longest length, do nothing on this GPU")
     check(make_arrays(packed=True), place, run_dygraph, packed=True)
 
 

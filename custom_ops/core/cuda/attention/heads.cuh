@@ -76,8 +76,8 @@ __device__ __forceinline__ const Visibility<int>& head_visibility(const Attentio
   return kPacked ? head.visibility : args.visibility;
 }
 
-// Where a head's row statistics begin. Those of a packed sequence begin where it does, rounded down to whole tiles, and a
-// tile further for each sequence before it, so that there is room to round up its length.
+// Where a head's row statistics begin. Those of a packed sequence begin where it does, rounded down to whole tiles, and
+// a tile further for each sequence before it, so that there is room to round up its length.
 template <bool kPacked>
 __device__ __forceinline__ int64_t row_statistics(const BackwardArgs& args, const HeadIndex& h) {
   if (kPacked && args.layout.query_starts) {

@@ -39,7 +39,7 @@ struct ForwardShape {
 
 // From a strip's products of queries and keys to its probabilities after dropout, packed as operands. The sums so far
 // are to be multiplied with `correction`.
-template <class T, int kKeys, bool kMaskOrDropout>
+template <class T, int kKeys, bool kMaskOrDropout, bool kPacked>
 __device__ __forceinline__ void probabilities(const ForwardArgs& args, const HeadState& head, int row0, int col0,
                                               bool ranges_hide, StripSoftmax& softmax, float (&correction)[2],
                                               float (&s)[kKeys / 8][4], uint32_t (&p)[kKeys / kDepth<T>][4]) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void probabilities(const ForwardArgs& args, const Hea
     for (int i = 0; i < kKeys / 2; ++i) strip[i] *= sign;
     scale = scale < 0.0f ? -scale : 1.0f;
   }
-  hide_scores(head.visibility, row0, col0, strip);
+  hide_scores(head_visibility<kPacked>(args, head), row0, col0, strip);
   if (kMaskOrDropout && ranges_hide) {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(ForwardArgs ar
 #pragma unroll
     for (int m = 0; m < kStrips; ++m) {
       float correction[2];
-      probabilities<T, kKeys, kMaskOrDropout>(args, head, row0 + warp_row + 16 * m, col0, tile.hides, softmax[m],
-                                              correction, s[m], p[m]);
+      probabilities<T, kKeys, kMaskOrDropout, kPacked>(args, head, row0 + warp_row + 16 * m, col0, tile.hides,
+                                                       softmax[m], correction, s[m], p[m]);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
