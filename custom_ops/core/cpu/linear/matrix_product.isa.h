@@ -2,10 +2,10 @@
 // on the way in and rounded on the way out.
 //
 // b is packed into panels (panels.isa.h) once, by all threads. a's rows are read where they lie, for the inner loop
-// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products of one panel of a
-// with one of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The
-// sum over k runs in its order for every element of c, whatever the units: the bits do not depend on the number of
-// threads.
+// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
+// units, rectangles that one thread takes at a time; a unit is made of products of some rows of a with one panel of b,
+// whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs
+// in its order for every element of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -51,8 +51,9 @@ class MatrixProduct {
   // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
   static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
   static constexpr int64_t kMaxRows = 144;
-  // Of a unit whose sums lie in memory of its own, and of b that a thread packs by itself.
-  static constexpr int64_t kMaxOwnColumns = 384;
+  // Of a unit, so that its sums are still in the L2 cache when it is finished (only where a is packed for every unit
+  // and the sums go to c, wider units are better); and of b that a thread packs by itself.
+  static constexpr int64_t kMaxColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
   // With so few rows a product is turned round, if that spares packing b (see `turned_`), or reads b in place.
   static constexpr int64_t kFewRows = 64;
@@ -90,7 +91,7 @@ class MatrixProduct {
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(rows_in_all_, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
-    if (own_sums_) columns_ = std::min(columns_, kMaxOwnColumns);
+    if (own_sums_ || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
     while (units() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
