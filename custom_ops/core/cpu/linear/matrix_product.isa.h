@@ -1,11 +1,11 @@
 // Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend. 16-bit numbers are widened, or paired,
 // on the way in and rounded on the way out.
 //
-// Both operands are packed into panels (panels.isa.h): b once, by all threads; a by each thread for the rows it works
-// at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products of one panel of a
-// with one of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The
-// sum over k runs in its order for every element of c, whatever the units: the bits do not depend on the number of
-// threads.
+// b is packed into panels (panels.isa.h) once, by all threads. a's rows are read where they lie, for the inner loop
+// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
+// units, rectangles that one thread takes at a time; a unit is made of products of some rows of a with one panel of b,
+// whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs
+// in its order for every element of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -47,15 +47,17 @@ class MatrixProduct {
   static constexpr int64_t kPanelRows = kRegisterTileRows[kVectors];
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
-  // A run of k such that a panel of b stays in the L1 cache, and a unit's panels of a in the L2 cache.
-  static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 192 : 256) * kNumbers<T>;
+  // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
+  // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
+  static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
   static constexpr int64_t kMaxRows = 144;
-  // Of a unit whose sums lie in memory of its own, and of b that a thread packs by itself.
-  static constexpr int64_t kMaxOwnColumns = 384;
+  // Of a unit, so that its sums are still in the L2 cache when it is finished (only where a is packed for every unit
+  // and the sums go to c, wider units are better); and of b that a thread packs by itself.
+  static constexpr int64_t kMaxColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
   // With so few rows a product is turned round, if that spares packing b (see `turned_`), or reads b in place.
   static constexpr int64_t kFewRows = 64;
-  // Rows of b that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
+  // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
   // larger than c.
@@ -80,16 +82,16 @@ class MatrixProduct {
       std::swap(rows_in_all_, columns_in_all_);
       std::swap(a_, b_);
     }
-    packs_a_ = !turned_;
+    reads_a_ = turned_ || (!tiles_ && can_be_read_in_place(a_) && !aliases(a_.stride));
     reads_b_ = !tiles_ && !turned_ && product.m <= kFewRows && std::is_same_v<T, P> && b_.stride == 1 &&
-               b_.depth_stride * static_cast<int64_t>(sizeof(T)) % kAliasingStride != 0;
+               !aliases(b_.depth_stride);
     shares_b_ = turned_ || product.m > kMaxRows;
     span_ = !shares_b_ || k <= std::max(rows_in_all_, kMaxSpan) ? k : kMaxSpan / run_ * run_;
     own_sums_ = kNarrows || turned_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(rows_in_all_, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
-    if (own_sums_) columns_ = std::min(columns_, kMaxOwnColumns);
+    if (own_sums_ || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
     while (units() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
@@ -108,9 +110,11 @@ class MatrixProduct {
     return view.stride % kNumbers<T> == 0;
   }
 
+  static bool aliases(int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % kAliasingStride == 0; }
+
   void place(Arena& arena) {
     const int64_t depth = depth_of(run_);
-    if (packs_a_) {
+    if (!reads_a_) {
       thread_a_ = depth * rows_ + kLanes<P>;  // PanelPacker writes a little more
       packed_a_ = take<P>(arena, threads_ * thread_a_);
     }
@@ -215,31 +219,27 @@ class MatrixProduct {
         pack_b(unit.column, unit.columns, k, count, panels);
         b = panels;
       }
-      if (packs_a_) {
-        P* a = packed_a_ + unit.thread * thread_a_;  // the unit's rows: [panels][depth][panel_rows_]
-        pack_a(unit, k, count, a);
-        for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
-          const bool is_last = j + kPanelColumns >= unit.columns;
-          const Panel panel = reads_b_ ? panel_in_place(unit, j, k, count) : Panel{b + j * depth, kPanelColumns};
-          for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
-            if (!is_last && reads_b_) {
-              prefetch_rows(unit.column + j + kPanelColumns, k + count * i / unit.rows,
-                            k + count * std::min(i + panel_rows_, unit.rows) / unit.rows);
-            } else if (!is_last) {
-              prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
-            }
-            // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
-            multiply_panels(reads_b_ ? count : depth, a + i * depth, panel, std::min(panel_rows_, unit.rows - i),
-                            std::min(kPanelColumns, writable_columns - j),
-                            {sums + i * stride + j, stride, A(1), continues});
+      const auto* a = reinterpret_cast<const P*>(a_.data + unit.row * a_.stride + k);
+      const int64_t a_stride = reads_a_ ? a_.stride / kNumbers<T> : depth;
+      if (!reads_a_) {
+        P* panels = packed_a_ + unit.thread * thread_a_;  // the unit's rows: [panels][depth][panel_rows_]
+        pack_a(unit, k, count, panels);
+        a = panels;
+      }
+      for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
+        const bool is_last = j + kPanelColumns >= unit.columns;
+        const Panel panel = reads_b_ ? panel_in_place(unit, j, k, count) : Panel{b + j * depth, kPanelColumns};
+        for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
+          if (!is_last && reads_b_) {
+            prefetch_rows(unit.column + j + kPanelColumns, k + count * i / unit.rows,
+                          k + count * std::min(i + panel_rows_, unit.rows) / unit.rows);
+          } else if (!is_last) {
+            prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
           }
-        }
-      } else {
-        const auto* a = reinterpret_cast<const P*>(a_.data + unit.row * a_.stride + k);
-        for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
-          // [rows, kPanelColumns] of the sums (+)= [rows, depth] @ [depth, kPanelColumns], rows read in place
-          multiply_with_panel<kVectors>(unit.rows, depth, TileOperand<P>{a, a_.stride / kNumbers<T>, 1}, b + j * depth,
-                                        kPanelColumns, TileResult<A>{sums + j, stride, A(1), continues});
+          // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
+          multiply_panels(depth, a + i * a_stride, panel, std::min(panel_rows_, unit.rows - i),
+                          std::min(kPanelColumns, writable_columns - j),
+                          {sums + i * stride + j, stride, A(1), continues});
         }
       }
     }
@@ -278,16 +278,11 @@ class MatrixProduct {
     }
   }
 
-  // c [rows, columns] (+)= a panel of a [panel_rows_, depth] @ a panel of b [depth, kPanelColumns]; what is beyond c is
-  // left out.
+  // c [rows, columns] (+)= a panel of a, or so many of its rows in place, @ a panel of b [depth, kPanelColumns].
   void multiply_panels(int64_t depth, const P* a, Panel b, int64_t rows, int64_t columns, TileResult<A> c) const {
-    if (rows == panel_rows_ && columns == kPanelColumns) return multiply_whole_panels(depth, a, b, c);
-    if (!tiles_ && columns == kPanelColumns) {
-      return multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, TileOperand<P>{a, 1, kPanelRows}, b.data,
-                                                          b.stride, c);
-    }
+    if (columns == kPanelColumns && (rows == panel_rows_ || !tiles_)) return multiply_rows(depth, a, b, rows, c);
     A whole[kMaxPanelRows * kPanelColumns];
-    multiply_whole_panels(depth, a, b, {whole, kPanelColumns, A(1), false});
+    multiply_rows(depth, a, b, rows, {whole, kPanelColumns, A(1), false});
     for (int64_t r = 0; r < rows; ++r) {
       A* target = c.data + r * c.row_stride;
       for (int64_t i = 0; i < columns; ++i)
@@ -295,11 +290,15 @@ class MatrixProduct {
     }
   }
 
-  void multiply_whole_panels(int64_t depth, const P* a, Panel b, TileResult<A> c) const {
+  // The same for all columns of the panel; on tiles for all panel_rows_ too.
+  void multiply_rows(int64_t depth, const P* a, Panel b, int64_t rows, TileResult<A> c) const {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) return multiply_tiles(depth, a, b.data, c);
     }
-    multiply_register_tile<kPanelRows, kVectors>(depth, TileOperand<P>{a, 1, kPanelRows}, b.data, b.stride, c);
+    const TileOperand<P> rows_of_a =
+        reads_a_ ? TileOperand<P>{a, a_.stride / kNumbers<T>, 1} : TileOperand<P>{a, 1, kPanelRows};
+    if (rows == kPanelRows) return multiply_register_tile<kPanelRows, kVectors>(depth, rows_of_a, b.data, b.stride, c);
+    multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, rows_of_a, b.data, b.stride, c);
   }
 
   // An addend that is c itself is there already where the sums go to c.
@@ -356,7 +355,7 @@ class MatrixProduct {
   bool turned_;
   int64_t rows_in_all_, columns_in_all_;
   MatrixView<T> a_, b_;
-  bool packs_a_;
+  bool reads_a_;   // a is read in place; else each thread packs a unit's rows
   bool reads_b_;   // b, stored as [k, n], is read in place
   bool shares_b_;  // one packed b for all threads; else each thread packs what its unit alone needs
   bool own_sums_;  // sums do not go to c itself

@@ -29,22 +29,33 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
                                    TileResult<T> c) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
-  if (c.accumulate) {
+  // A store too waits for its line.
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
-    }
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
   }
+  // Every third row of a has a pointer; the others lie one stride and two behind it, as addresses can say. So there are
+  // general registers for all, whatever the strides. The compiler is kept from other ways, which spill.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const P* at[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) at[i] = a.data + 3 * i * a.row_stride;
   for (int64_t k = 0; k < k_size; ++k) {
     Vec<P> row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_k + v * lanes);
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
+    b += b_k;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<P> factor = broadcast(a.data[r * a.row_stride + k * a.k_stride]);
+      const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) {
+      at[i] += a.k_stride;
+      __asm__("" : "+r"(at[i]));
     }
   }
   // Else the compiler knows the rows' addresses from before the loop, and keeps them in registers that the sums need.
