@@ -159,7 +159,8 @@ int main(int count, char** arguments) {
   } stages[] = {
       {"qkv_linear_forward", cpu::qkv_linear_forward, &forward, qkv},
       {"attention_forward",
-       [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_forward(c, attention_of(p)); }, &forward, attention},
+       [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_forward(c, attention_of(p)); }, &forward,
+       attention},
       {"output_linear_forward", cpu::output_linear_forward, &forward, output},
       {"residual_forward", cpu::residual_forward, &forward, 0},            // projection, x; z, out
       {"residual_backward", cpu::residual_backward, &backward.output, 0},  // d_out, z; d_residual, d_linear

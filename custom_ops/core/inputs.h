@@ -29,8 +29,8 @@
 
 #define PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO) \
   DO(Query, query, query), DO(Key, key, key), DO(Value, value, value), DO(AttnMask, attn_mask, attn_mask)
-#define PFA_BARE_ATTENTION_INPUTS(DO)                                                                            \
-  PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(CuSeqlensQ, cu_seqlens_q, query_starts),                      \
+#define PFA_BARE_ATTENTION_INPUTS(DO)                                                       \
+  PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(CuSeqlensQ, cu_seqlens_q, query_starts), \
       DO(CuSeqlensK, cu_seqlens_k, key_starts), DO(StartendRowIndices, startend_row_indices, hidden_ranges)
 
 namespace pfa {
@@ -44,7 +44,8 @@ struct InputPointers {
 };
 
 #define PFA_ENUMERATOR(Name, name, field) k##Name
-#define PFA_ATTENTION_POINTERS(Name, name, field) {#name, &AttentionBlockParams::field, &AttentionBlockParams::d_##field}
+#define PFA_ATTENTION_POINTERS(Name, name, field) \
+  {#name, &AttentionBlockParams::field, &AttentionBlockParams::d_##field}
 #define PFA_BARE_ATTENTION_POINTERS(Name, name, field) \
   {#name, &BareAttentionParams::field, &BareAttentionParams::d_##field}
 #define PFA_FEED_FORWARD_POINTERS(Name, name, field) {#name, &FeedForwardParams::field, &FeedForwardParams::d_##field}

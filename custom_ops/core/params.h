@@ -189,7 +189,7 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
 
   // switches
-  double scale = 1.0;  // of scores
+  double scale = 1.0;   // of scores
   bool causal = false;  // query i sees no key after i + keys - queries
   // How many keys before and after that one a query sees; -1: all.
   int64_t window_left = -1;
@@ -202,7 +202,7 @@ struct AttentionParams {
   Heads<const void> query;
   Heads<const void> key;
   Heads<const void> value;
-  Mask mask;  // data null: no mask
+  Mask mask;                   // data null: no mask
   ColumnRanges hidden_ranges;  // data null: none
   // [batch + 1] each, or both null. Of packed sequences, which follow each other without padding: where each begins, and
   // where the last one ends. batch_stride is 0.

@@ -126,7 +126,8 @@ struct HiddenRanges {
 template <class Index>
 PFA_HOST_DEVICE HiddenRanges<Index> hidden_ranges(const ColumnRanges& ranges, int64_t batch, int64_t kv_head,
                                                   Index queries) {
-  const int32_t* data = ranges.data ? ranges.data + batch * ranges.batch_stride + kv_head * ranges.head_stride : nullptr;
+  const int32_t* data =
+      ranges.data ? ranges.data + batch * ranges.batch_stride + kv_head * ranges.head_stride : nullptr;
   return {data, ranges.columns, ranges.between, queries};
 }
 

@@ -86,9 +86,8 @@ struct Attention {
     if (!arguments.has(kStartendRowIndices)) return;
     const Shape ranges = arguments.shapes[kStartendRowIndices];
     const bool causal = attributes.has(kCausal);
-    const bool fits = ranges.rank == 4 && agree(query[0], ranges[0]) &&
-                      (ranges[1] == 1 || agree(key[2], ranges[1])) && agree(key[1], ranges[2]) &&
-                      (ranges[3] == 2 || agree(causal ? 1 : 4, ranges[3]));
+    const bool fits = ranges.rank == 4 && agree(query[0], ranges[0]) && (ranges[1] == 1 || agree(key[2], ranges[1])) &&
+                      agree(key[1], ranges[2]) && (ranges[3] == 2 || agree(causal ? 1 : 4, ranges[3]));
     if (!fits) {
       arguments.refuse_shape(kStartendRowIndices,
                              std::string("shape [batch, num_kv_heads or 1, keys, ") +
@@ -130,8 +129,7 @@ struct Attention {
       p.keys = attributes.max_seqlen_k;
       p.packed_queries = query[0];
       result.packed_keys = key[0];
-      p.query_starts =
-          starts_of(kType, *tensors[kCuSeqlensQ], "cu_seqlens_q", query[0], "max_seqlen_q", p.queries);
+      p.query_starts = starts_of(kType, *tensors[kCuSeqlensQ], "cu_seqlens_q", query[0], "max_seqlen_q", p.queries);
       p.key_starts = starts_of(kType, *tensors[kCuSeqlensK], "cu_seqlens_k", key[0], "max_seqlen_k", p.keys);
     } else {
       p.batch = query[0];

@@ -53,7 +53,7 @@ struct GeneralAttention : BlockOperator {
   static constexpr const char* kArgumentNames[] = {PFA_ATTENTION_INPUTS(PFA_ARGUMENT_NAME)};
   static constexpr size_t kRequiredCount = 3;
   static constexpr const char* kAttributeNames[] = {PFA_BLOCK_ATTRIBUTES(PFA_ATTRIBUTE_NAME),
-                                                   PFA_SCORE_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
+                                                    PFA_SCORE_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = attention::kInputs;
 
   static constexpr int kMaskInput = kAttnMask;
@@ -96,7 +96,8 @@ struct GeneralAttention : BlockOperator {
     }
     if (attributes.first_head < 0 ||
         (attributes.total_heads && attributes.first_head + num_heads > attributes.total_heads)) {
-      refuse(arguments.op, "ValueError", arguments.names[kQKVWeight], "heads among the " + std::to_string(heads) + " in all",
+      refuse(arguments.op, "ValueError", arguments.names[kQKVWeight],
+             "heads among the " + std::to_string(heads) + " in all",
              std::to_string(num_heads) + " from head " + std::to_string(attributes.first_head));
     }
     const auto check = [&](Input input, Shape expected) { arguments.check_shape(input, expected, {kX, kQKVWeight}); };
@@ -138,8 +139,8 @@ struct GeneralAttention : BlockOperator {
                                              text(arguments.shapes[kX]));
     }
     if (attributes.total_heads) {
-      refuse(arguments.op, "ValueError", "qkv_weight", "shape [3, num_heads, head_dim, embed_dim] where heads are spread",
-             text(weight));
+      refuse(arguments.op, "ValueError", "qkv_weight",
+             "shape [3, num_heads, head_dim, embed_dim] where heads are spread", text(weight));
     }
   }
 

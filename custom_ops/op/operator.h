@@ -70,7 +70,8 @@ template <class Operator>
 bool wants_gradient(const typename Operator::Attributes& attributes, size_t i, paddle::DataType dtype) {
   if (!attributes.wants_gradient(i)) return false;
   if (static_cast<int>(i) != Operator::kMaskInput) return true;
-  return attributes.needs_grad >> i & 1 && is_one_of(phi::DataTypeToString(dtype), {"float32", "float64", "float16", "bfloat16"});
+  return attributes.needs_grad >> i & 1 &&
+         is_one_of(phi::DataTypeToString(dtype), {"float32", "float64", "float16", "bfloat16"});
 }
 
 // Throws where the inputs are not what the operator takes. Those that are absent have neither shape nor dtype.
@@ -371,37 +372,36 @@ const char* checked(const int64_t* shapes, const int32_t* ranks, const char* con
 // Registers the operator `type`, its gradient, and `type`_forward, the operator without one: dygraph under no_grad runs
 // that, since Paddle records an operator that has a gradient even there. Without the refusal of a second-order gradient
 // that would silently be missing.
-#define PFA_REGISTER(type, Operator)                                                                       \
-  PD_BUILD_OP(type)                                                                                        \
-      .Inputs(pfa::op::input_names<Operator>())                                                            \
-      .Outputs({"Out", "Saved"})                                                                           \
-      .Attrs(pfa::op::attribute_names<Operator>())                                                         \
-      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::forward))                                       \
-      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::Functions<Operator>::infer_shapes))                         \
-      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::Functions<Operator>::infer_dtypes))                         \
-          PFA_SPMD_RULE(pfa::op::Functions<Operator>::forward_spmd);                                       \
-  PD_BUILD_GRAD_OP(type)                                                                                   \
-      .Inputs(pfa::op::names_for_backward<Operator>())                                                     \
-      .Outputs(pfa::op::gradient_names<Operator>())                                                        \
-      .Attrs(pfa::op::attribute_names<Operator>())                                                         \
-      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::backward))                                      \
-          PFA_SPMD_RULE(pfa::op::Functions<Operator>::backward_spmd);                                      \
-  PD_BUILD_DOUBLE_GRAD_OP(type)                                                                            \
-      .Inputs({Operator::kInputNames[0], paddle::Grad("Out"),                                              \
-               paddle::Grad(paddle::Grad(Operator::kInputNames[0]))})                                      \
-      .Outputs({paddle::Grad(paddle::Grad("Out"))})                                                        \
-      .Attrs(pfa::op::attribute_names<Operator>())                                                         \
-      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::double_backward));                              \
-  PD_BUILD_OP(type##_forward)                                                                              \
-      .Inputs(pfa::op::input_names<Operator>())                                                            \
-      .Outputs({"Out"})                                                                                    \
-      .Attrs(pfa::op::attribute_names<Operator>())                                                         \
-      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::forward_alone))                                 \
-      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::Functions<Operator>::infer_shape_of_out))                   \
-      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::Functions<Operator>::infer_dtype_of_out))                   \
-          PFA_SPMD_RULE(pfa::op::Functions<Operator>::forward_alone_spmd);                                 \
-  extern "C" __attribute__((visibility("default"))) const char* type##_check(                              \
-      const int64_t* shapes, const int32_t* ranks, const char* const* dtypes, const int64_t* attributes) { \
-    return pfa::op::checked<Operator>(shapes, ranks, dtypes, attributes);                                  \
-  }                                                                                                        \
+#define PFA_REGISTER(type, Operator)                                                                                 \
+  PD_BUILD_OP(type)                                                                                                  \
+      .Inputs(pfa::op::input_names<Operator>())                                                                      \
+      .Outputs({"Out", "Saved"})                                                                                     \
+      .Attrs(pfa::op::attribute_names<Operator>())                                                                   \
+      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::forward))                                                 \
+      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::Functions<Operator>::infer_shapes))                                   \
+      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::Functions<Operator>::infer_dtypes))                                   \
+          PFA_SPMD_RULE(pfa::op::Functions<Operator>::forward_spmd);                                                 \
+  PD_BUILD_GRAD_OP(type)                                                                                             \
+      .Inputs(pfa::op::names_for_backward<Operator>())                                                               \
+      .Outputs(pfa::op::gradient_names<Operator>())                                                                  \
+      .Attrs(pfa::op::attribute_names<Operator>())                                                                   \
+      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::backward))                                                \
+          PFA_SPMD_RULE(pfa::op::Functions<Operator>::backward_spmd);                                                \
+  PD_BUILD_DOUBLE_GRAD_OP(type)                                                                                      \
+      .Inputs({Operator::kInputNames[0], paddle::Grad("Out"), paddle::Grad(paddle::Grad(Operator::kInputNames[0]))}) \
+      .Outputs({paddle::Grad(paddle::Grad("Out"))})                                                                  \
+      .Attrs(pfa::op::attribute_names<Operator>())                                                                   \
+      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::double_backward));                                        \
+  PD_BUILD_OP(type##_forward)                                                                                        \
+      .Inputs(pfa::op::input_names<Operator>())                                                                      \
+      .Outputs({"Out"})                                                                                              \
+      .Attrs(pfa::op::attribute_names<Operator>())                                                                   \
+      .SetKernelFn(PD_KERNEL(pfa::op::Functions<Operator>::forward_alone))                                           \
+      .SetInferShapeFn(PD_INFER_SHAPE(pfa::op::Functions<Operator>::infer_shape_of_out))                             \
+      .SetInferDtypeFn(PD_INFER_DTYPE(pfa::op::Functions<Operator>::infer_dtype_of_out))                             \
+          PFA_SPMD_RULE(pfa::op::Functions<Operator>::forward_alone_spmd);                                           \
+  extern "C" __attribute__((visibility("default"))) const char* type##_check(                                        \
+      const int64_t* shapes, const int32_t* ranks, const char* const* dtypes, const int64_t* attributes) {           \
+    return pfa::op::checked<Operator>(shapes, ranks, dtypes, attributes);                                            \
+  }                                                                                                                  \
   static_assert(true)

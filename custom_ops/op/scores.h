@@ -13,9 +13,8 @@
 namespace pfa::op {
 
 inline void check_mask_dtype(const Arguments& arguments, int input) {
-  if (arguments.has(input) &&
-      !is_one_of(arguments.dtypes[input],
-                 {"float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64"})) {
+  if (arguments.has(input) && !is_one_of(arguments.dtypes[input], {"float32", "float64", "float16", "bfloat16", "bool",
+                                                                   "uint8", "int8", "int16", "int32", "int64"})) {
     arguments.refuse_dtype(input, "a float dtype, bool, uint8 or a signed integer dtype");
   }
 }

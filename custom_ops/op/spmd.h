@@ -88,8 +88,7 @@ class Spread {
         if (!Operator::has_rows(i, shape_of_input(i))) partial_over = sharding_.out;
         if (Operator::comes_before_parts(i, shape_of_input(i))) partial_over.push_back(sharding_.parts);
       }
-      gradients.push_back(
-          make_attr(*tensors_[i], wants_gradient(i) ? mapping_of(i) : replicated(i), partial_over));
+      gradients.push_back(make_attr(*tensors_[i], wants_gradient(i) ? mapping_of(i) : replicated(i), partial_over));
     }
     return {all, gradients};
   }

@@ -152,7 +152,8 @@ std::string block_of(const py::dict& config) {
 }
 
 void raise_unknown_block(const std::string& name) {
-  throw py::value_error("block: expected attention, bare_attention, feed_forward, residual_norm or linear, got " + name);
+  throw py::value_error("block: expected attention, bare_attention, feed_forward, residual_norm or linear, got " +
+                        name);
 }
 
 void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) {

@@ -63,9 +63,8 @@ Mask mask_of(const py::object& object, const Sizes& scores) {
   for (py::ssize_t i = 0; i < rank; ++i) {
     const py::ssize_t axis = 4 - rank + i;
     if (axis < 0 || (array.shape(i) != 1 && array.shape(i) != scores[axis])) {
-      throw py::value_error(
-          "attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys], got " +
-          py::str(array.attr("shape")).cast<std::string>());
+      throw py::value_error("attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys], got " +
+                            py::str(array.attr("shape")).cast<std::string>());
     }
     mask.strides[axis] = array.shape(i) == 1 ? 0 : array.strides(i) / array.itemsize();
   }

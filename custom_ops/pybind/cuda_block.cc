@@ -140,19 +140,16 @@ using Stages = std::map<std::string, void (*)(cuda::Context&, const P&)>;
 
 const Stages<AttentionBlockParams>& stages(const AttentionBlockParams&) {
   using P = AttentionBlockParams;
-  static const Stages<P> all = {PFA_BLOCK_STAGES,
-                                PFA_STAGE(qkv_linear_forward),
-                                PFA_STAGE(qkv_linear_backward),
-                                {"attention_forward",
-                                 [](cuda::Context& context, const P& p) {
-                                   cuda::attention_forward(context, attention_of(p));
-                                 }},
-                                {"attention_backward",
-                                 [](cuda::Context& context, const P& p) {
-                                   cuda::attention_backward(context, attention_of(p));
-                                 }},
-                                PFA_STAGE(output_linear_forward),
-                                PFA_STAGE(output_linear_backward)};
+  static const Stages<P> all = {
+      PFA_BLOCK_STAGES,
+      PFA_STAGE(qkv_linear_forward),
+      PFA_STAGE(qkv_linear_backward),
+      {"attention_forward",
+       [](cuda::Context& context, const P& p) { cuda::attention_forward(context, attention_of(p)); }},
+      {"attention_backward",
+       [](cuda::Context& context, const P& p) { cuda::attention_backward(context, attention_of(p)); }},
+      PFA_STAGE(output_linear_forward),
+      PFA_STAGE(output_linear_backward)};
   return all;
 }
 
@@ -183,9 +180,8 @@ const Stages<LinearParams>& stages(const LinearParams&) {
 #undef PFA_BLOCK_STAGES
 #undef PFA_STAGE
 
-using AnyConfig =
-    std::variant<Config<AttentionBlockParams>, Config<BareAttentionParams>, Config<FeedForwardParams>,
-                 Config<ResidualNormParams>, Config<LinearParams>>;
+using AnyConfig = std::variant<Config<AttentionBlockParams>, Config<BareAttentionParams>, Config<FeedForwardParams>,
+                               Config<ResidualNormParams>, Config<LinearParams>>;
 
 template <class P>
 void set_seed(P& p, uint64_t seed, uint64_t offset) {

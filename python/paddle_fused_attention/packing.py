@@ -46,7 +46,9 @@ def unpad(x: paddle.Tensor, keep: paddle.Tensor) -> Packed:
     if paddle.is_floating_point(keep):
         raise TypeError(f"keep: expected bool or integers, got {dtype_name(keep)}")
     if len(x.shape) < 2 or list(keep.shape) != list(x.shape[:2]):
-        raise ValueError(f"keep: expected shape [batch, seq_len] for x of shape {list(x.shape)}, got {list(keep.shape)}")
+        raise ValueError(
+            f"keep: expected shape [batch, seq_len] for x of shape {list(x.shape)}, got {list(keep.shape)}"
+        )
     counted = paddle.cast(keep, "bool").cast("int32")
     lengths = counted.sum(axis=1, dtype="int32")
     starts = paddle.concat([paddle.zeros([1], "int32"), paddle.cumsum(lengths, dtype="int32")])
@@ -83,7 +85,11 @@ def pad(tokens: paddle.Tensor, indices: paddle.Tensor, batch: int, seq_len: int)
         raise ValueError(
             f"indices: expected shape [tokens] for tokens of shape {list(tokens.shape)}, got {list(indices.shape)}"
         )
-    if paddle.in_dynamic_mode() and indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < batch * seq_len:
+    if (
+        paddle.in_dynamic_mode()
+        and indices.size
+        and not 0 <= int(indices.min()) <= int(indices.max()) < batch * seq_len
+    ):
         raise ValueError(f"indices: expected numbers from 0 to batch * seq_len - 1 = {batch * seq_len - 1}, got others")
     dtype = compute_dtype(tokens)  # on the CPU Paddle scatters no 16-bit numbers
     zeros = paddle.zeros([batch * seq_len, *tokens.shape[1:]], dtype)

@@ -20,8 +20,8 @@ void expect(bool holds, const char* what, int64_t a, int64_t b) {
 // The definition.
 bool sees(const pfa::AttentionParams& p, int64_t i, int64_t j) {
   const int64_t aligned = i + p.keys - p.queries;
-  return j >= 0 && j < p.keys && (!p.causal || j <= aligned) &&
-         (p.window_left < 0 || j >= aligned - p.window_left) && (p.window_right < 0 || j <= aligned + p.window_right);
+  return j >= 0 && j < p.keys && (!p.causal || j <= aligned) && (p.window_left < 0 || j >= aligned - p.window_left) &&
+         (p.window_right < 0 || j <= aligned + p.window_right);
 }
 
 // All tiles of queries and keys, also such as reach past the ends.
@@ -69,10 +69,10 @@ void check_hidden_ranges() {
         const pfa::HiddenRanges<int64_t> ranges{c, columns, between, kQueries};
         const auto hidden = ranges.of_key(0);
         for (int64_t i = 0; i < kQueries; ++i) {
-          const bool expected = columns == 1 ? i >= c[0]
+          const bool expected = columns == 1   ? i >= c[0]
                                 : columns == 4 ? (i >= c[0] && i < c[1]) || (i >= c[2] && i < c[3])
-                                : between ? i >= c[0] && i < c[1]
-                                          : i >= c[0] || i < c[1];
+                                : between      ? i >= c[0] && i < c[1]
+                                               : i >= c[0] || i < c[1];
           expect(hidden.contains(i) == expected, "hidden", code, i);
           for (int64_t end = i + 1; end <= kQueries; ++end) {
             bool all = true;
@@ -91,8 +91,8 @@ void check_layout() {
   p.first_head = 8, p.total_heads = 16;
   std::vector<int64_t> numbers(2 * 4 * 3 * 6 * 5);
   for (size_t at = 0; at < numbers.size(); ++at) numbers[at] = static_cast<int64_t>(at);
-  const pfa::Heads<void> query{numbers.data(), 3 * 6 * 5, 6 * 5, 5};           // [batch, queries, H, D]
-  const pfa::Heads<void> value{numbers.data() + 15, 4 * 2 * 15, 2 * 15, 5};    // [batch, keys, 2, 3, D], the second
+  const pfa::Heads<void> query{numbers.data(), 3 * 6 * 5, 6 * 5, 5};         // [batch, queries, H, D]
+  const pfa::Heads<void> value{numbers.data() + 15, 4 * 2 * 15, 2 * 15, 5};  // [batch, keys, 2, 3, D], the second
   const auto layout = pfa::qkv_layout(p);
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t head = 0; head < p.num_heads; ++head) {
@@ -115,8 +115,10 @@ void check_layout() {
   const auto packed = pfa::qkv_layout(p);
   const auto h = packed.head(p.num_heads + 5);  // the second sequence's last head
   expect(packed.statistics(h) == 5 * 4 + 1, "statistics of packed sequences", 0, 0);
-  expect(*packed.query_rows<int64_t>(pfa::Heads<void>{numbers.data(), 0, 30, 5}, h).row(2) == 3 * 30 + 25, "packed query_rows", 0, 0);
-  expect(*packed.key_rows<int64_t>(pfa::Heads<void>{numbers.data(), 0, 15, 5}, h).row(1) == 7 * 15 + 10, "packed key_rows", 0, 0);
+  expect(*packed.query_rows<int64_t>(pfa::Heads<void>{numbers.data(), 0, 30, 5}, h).row(2) == 3 * 30 + 25,
+         "packed query_rows", 0, 0);
+  expect(*packed.key_rows<int64_t>(pfa::Heads<void>{numbers.data(), 0, 15, 5}, h).row(1) == 7 * 15 + 10,
+         "packed key_rows", 0, 0);
 }
 
 }  // namespace

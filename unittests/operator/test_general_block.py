@@ -16,7 +16,13 @@ WIDTH = HEADS * HEAD_DIM
 LENGTHS = (3, 0, 70, 1, 129)
 TOKENS = sum(LENGTHS)
 PARAMETERS = ("x", "qkv_weight", "linear_weight", "pre_ln_scale", "qkv_bias", "linear_bias")
-MASKS = ([BATCH, HEADS, SEQ_LEN, SEQ_LEN], [1, HEADS, SEQ_LEN, SEQ_LEN], [BATCH, 1, 1, SEQ_LEN], [SEQ_LEN], [SEQ_LEN, 1])
+MASKS = (
+    [BATCH, HEADS, SEQ_LEN, SEQ_LEN],
+    [1, HEADS, SEQ_LEN, SEQ_LEN],
+    [BATCH, 1, 1, SEQ_LEN],
+    [SEQ_LEN],
+    [SEQ_LEN, 1],
+)
 
 
 def make_arrays(kv_heads=HEADS, mask=None, packed=False, dtype="float64", seed=0):
@@ -62,9 +68,7 @@ def expected(arrays, causal=False, window=(-1, -1), scale=None):
     d_qkv = d_qkv.reshape([*x.shape[:-1], -1])
     d_h = d_qkv @ weight
     d_normed = d_h * arrays["pre_ln_scale"]
-    d_x = rstd * (
-        d_normed - d_normed.mean(-1, keepdims=True) - normed * (d_normed * normed).mean(-1, keepdims=True)
-    )
+    d_x = rstd * (d_normed - d_normed.mean(-1, keepdims=True) - normed * (d_normed * normed).mean(-1, keepdims=True))
     rows = tuple(range(x.ndim - 1))
     gradients = {
         "x": d_out + d_x,
@@ -90,8 +94,12 @@ def check(arrays, place, runner, *, packed=False, causal=False, **changes):
     if isinstance(window, int):
         window = (window, window)
     out, gradients = runner(given, config, place, wanted, **changes)
-    want_out, want = expected({n: a.astype("float64") if a.dtype == "float32" else a for n, a in given.items()}, causal,
-                              window, changes.get("scale"))
+    want_out, want = expected(
+        {n: a.astype("float64") if a.dtype == "float32" else a for n, a in given.items()},
+        causal,
+        window,
+        changes.get("scale"),
+    )
     tolerance = {"float64": 1e-9, "float32": 2e-5}[str(arrays["x"].dtype)]
     np.testing.assert_allclose(out, want_out, atol=tolerance * np.abs(want_out).max(), rtol=0)
     for name in wanted:

@@ -10,7 +10,6 @@ import pytest
 from paddle import nn
 from paddle.static import InputSpec
 from paddle_fused_attention import FusedMultiHeadAttention, _op
-from processes import run_script
 from runners import static_mode
 
 IS_PADDLE_2 = paddle.__version__.startswith("2.")

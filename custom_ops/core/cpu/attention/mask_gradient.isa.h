@@ -68,8 +68,7 @@ struct MaskGradient {
         const Head<T> head(p, batch * p.num_heads + number);
         for (int64_t query = unit.queries.first; query < unit.queries.end; query += kQueryTile) {
           const int64_t queries = std::min(kQueryTile, unit.queries.end - query);
-          const Range<int64_t> keys =
-              whole_tiles(unit.keys, head.visibility.keys_of(query, query + queries), kKeyTile);
+          const Range<int64_t> keys = whole_tiles(unit.keys, head.visibility.keys_of(query, query + queries), kKeyTile);
           if (keys.first >= keys.end) continue;
           AttentionBackward<T>::load_queries(head, query, queries, tiles);
           for (int64_t key = keys.first; key < keys.end; key += kKeyTile) {

@@ -25,7 +25,8 @@ struct Scores {
   }
 
   void load_queries(const Head<T>& head, int64_t first, int64_t count) const {
-    pack_along_depth<T>(head.layout.template query_rows<const T>(head.p.query, head.index), first, count, head.shape, query);
+    pack_along_depth<T>(head.layout.template query_rows<const T>(head.p.query, head.index), first, count, head.shape,
+                        query);
     transpose_tile(query, count, head.shape.depth, head.shape.stride, query_transposed);
   }
 

@@ -69,9 +69,7 @@ struct Head {
         score_scale(static_cast<A>(p.scale)) {}
 
   // From `query` on, of what has a number for every query of every head.
-  A* statistics(void* data, int64_t query) const {
-    return static_cast<A*>(data) + layout.statistics(index) + query;
-  }
+  A* statistics(void* data, int64_t query) const { return static_cast<A*>(data) + layout.statistics(index) + query; }
 };
 
 // Packs rows first..first + count - 1 along the depth: tile [count][stride], zero beyond head_dim.

@@ -121,12 +121,12 @@ void attention_gradients(Context& context, const AttentionParams& p) {
       pass(context, p);                                              \
     });                                                              \
   }
-#define PFA_DTYPE_STAGE(name, P, pass)              \
-  inline void name(Context& context, const P& p) {  \
-    for_dtype(p.dtype, [&](auto element) {          \
-      using T = typename decltype(element)::type;   \
-      pass(context, p);                             \
-    });                                             \
+#define PFA_DTYPE_STAGE(name, P, pass)             \
+  inline void name(Context& context, const P& p) { \
+    for_dtype(p.dtype, [&](auto element) {         \
+      using T = typename decltype(element)::type;  \
+      pass(context, p);                            \
+    });                                            \
   }
 
 PFA_NORM_STAGE(layer_norm_forward, (LayerNorm<T, R, N>::forward))

@@ -413,8 +413,8 @@ struct BackwardRoles {
                              tile.key0 + tile.strip, args.visibility.keys, args.head_dim());
     add_to_bias<kHeadDim>(args, schedule, tile.dv, drop_scale, h, QkvPart::kValue, 0);
     store_strip<T, kHeadDim>(tile.dv, drop_scale, drop_scale, panel, tile.strip,
-                             args.layout.template key_rows<T>(args.d_value, h), tile.key0 + tile.strip, args.visibility.keys,
-                             args.head_dim());
+                             args.layout.template key_rows<T>(args.d_value, h), tile.key0 + tile.strip,
+                             args.visibility.keys, args.head_dim());
   }
 
   // A computing warpgroup.
