@@ -21,7 +21,7 @@ inline AttentionParams attention_of(const AttentionBlockParams& p) {
   a.head_dim = p.head_dim;
   a.first_head = p.first_head;
   a.total_heads = p.total_heads;
-  a.packed_queries = p.starts ? p.rows : 0;
+  a.packed_queries = a.packed_keys = p.starts ? p.rows : 0;
   a.dtype = p.dtype;
   a.scale = p.scale;
   a.causal = p.causal;

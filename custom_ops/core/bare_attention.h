@@ -12,7 +12,6 @@ namespace pfa {
 struct BareAttentionParams {
   // Sizes, types, switches, and the inputs without gradients; with_tensors places the others in it.
   AttentionParams attention;
-  int64_t packed_keys = 0;  // tokens of key and value, where sequences are packed
   uint64_t seed = 0;
   uint64_t offset = 0;
 

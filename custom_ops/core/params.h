@@ -184,6 +184,7 @@ struct AttentionParams {
   int64_t first_head = 0;
   int64_t total_heads = 0;
   int64_t packed_queries = 0;  // T, where sequences are packed
+  int64_t packed_keys = 0;     // likewise, of keys
 
   // types
   DType dtype = DType::kFloat32;
@@ -204,8 +205,8 @@ struct AttentionParams {
   Heads<const void> value;
   Mask mask;                   // data null: no mask
   ColumnRanges hidden_ranges;  // data null: none
-  // [batch + 1] each, or both null. Of packed sequences, which follow each other without padding: where each begins, and
-  // where the last one ends. batch_stride is 0.
+  // [batch + 1] each, or both null. Of packed sequences, which follow each other without padding: where each begins,
+  // and where the last one ends. batch_stride is 0.
   const int32_t* query_starts = nullptr;
   const int32_t* key_starts = nullptr;
 
@@ -216,8 +217,8 @@ struct AttentionParams {
   uint64_t* random_state = nullptr;  // [2]: seed and offset
   // [batch, H, queries] accumulator type, packed [H, T]; +inf for a row that sees no key
   void* log_sum_exp = nullptr;
-  // As log_sum_exp, which is that of scores - score_shift. Scores may be so large, and a float mask may put a row so far
-  // down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
+  // As log_sum_exp, which is that of scores - score_shift. Scores may be so large, and a float mask may put a row so
+  // far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
   void* score_shift = nullptr;
 
   // gradients; their heads lie as those of what they belong to may lie
@@ -226,8 +227,8 @@ struct AttentionParams {
   Heads<void> d_key;
   Heads<void> d_value;
   void* d_mask = nullptr;  // of a float mask, in the mask's own dense shape
-  // [H + 2 * num_kv_heads, D]: sums of d_query, d_key and d_value over all tokens, where these lie beside each other so.
-  // On GPUs only.
+  // [H + 2 * num_kv_heads, D]: sums of d_query, d_key and d_value over all tokens, where these lie beside each other
+  // so. On GPUs only.
   void* d_qkv_bias = nullptr;
 
   // memory that the backward pass may use beside its workspace, and whose values are lost

@@ -36,6 +36,7 @@ struct QkvLayout {
   int64_t first_head;           // these heads among those of the whole layer
   int64_t total_heads;          // of the whole layer
   int64_t queries;              // of a sequence; of packed ones, of all
+  int64_t keys;                 // likewise
   const int32_t* query_starts;  // as in AttentionParams
   const int32_t* key_starts;
 
@@ -84,10 +85,16 @@ struct QkvLayout {
 };
 
 PFA_HOST_DEVICE QkvLayout qkv_layout(const AttentionParams& p) {
-  return {p.num_heads,      p.num_heads / p.num_kv_heads,
-          p.head_dim,       p.first_head,
-          p.heads_in_all(), p.query_starts ? p.packed_queries : p.queries,
-          p.query_starts,   p.key_starts};
+  const bool is_packed = p.query_starts;
+  return {p.num_heads,
+          p.num_heads / p.num_kv_heads,
+          p.head_dim,
+          p.first_head,
+          p.heads_in_all(),
+          is_packed ? p.packed_queries : p.queries,
+          is_packed ? p.packed_keys : p.keys,
+          p.query_starts,
+          p.key_starts};
 }
 
 // The heads of a dense tensor [batch, tokens, heads, head_dim].

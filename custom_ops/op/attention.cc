@@ -14,8 +14,8 @@ namespace {
 
 using namespace bare_attention;
 
-// `scale` and `dropout_rate` are float64 numbers; a scale of NaN is head_dim^-0.5. A window of -1 has no end. Of packed sequences max_seqlen_q and
-// max_seqlen_k are the longest.
+// `scale` and `dropout_rate` are float64 numbers; a scale of NaN is head_dim^-0.5. A window of -1 has no end. Of packed
+// sequences max_seqlen_q and max_seqlen_k are the longest.
 #define PFA_OWN_ATTRIBUTES(DO) \
   DO(scale), DO(dropout_rate), DO(seed), DO(window_left), DO(window_right), DO(max_seqlen_q), DO(max_seqlen_k)
 
@@ -128,7 +128,7 @@ struct Attention {
       p.queries = attributes.max_seqlen_q;
       p.keys = attributes.max_seqlen_k;
       p.packed_queries = query[0];
-      result.packed_keys = key[0];
+      p.packed_keys = key[0];
       p.query_starts = starts_of(kType, *tensors[kCuSeqlensQ], "cu_seqlens_q", query[0], "max_seqlen_q", p.queries);
       p.key_starts = starts_of(kType, *tensors[kCuSeqlensK], "cu_seqlens_k", key[0], "max_seqlen_k", p.keys);
     } else {

@@ -15,8 +15,8 @@ using namespace attention;
 
 // The epsilons, rates and `scale` are float64 numbers; a scale of NaN is head_dim^-0.5. `seed` is, without kFixedSeed,
 // only a number that tells this call from others that drop something. first_head and total_heads say where the heads of
-// qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all. A window of -1 has no end. Of
-// packed sequences max_seqlen is the longest.
+// qkv_weight stand in a layer whose heads are spread over devices; 0 in all: they are all. A window of -1 has no end.
+// Of packed sequences max_seqlen is the longest.
 #define PFA_BLOCK_ATTRIBUTES(DO) \
   DO(pre_ln_epsilon), DO(ln_epsilon), DO(dropout_rate), DO(attn_dropout_rate), DO(seed), DO(first_head), DO(total_heads)
 #define PFA_SCORE_ATTRIBUTES(DO) DO(scale), DO(window_left), DO(window_right), DO(max_seqlen)
@@ -222,7 +222,8 @@ struct GeneralAttention : BlockOperator {
   }
 };
 
-// Whole sequences whose keys are as many as their queries and are seen by mask and `causal` alone; the mask is constant.
+// Sequences that are not packed, of as many keys as queries, which see them by mask and `causal` alone; the mask is
+// constant.
 struct FusedAttention : BlockOperator {
   using Params = AttentionBlockParams;
   struct Attributes : op::Attributes {

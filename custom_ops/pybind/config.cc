@@ -194,7 +194,7 @@ void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
     throw py::value_error("num_kv_heads: expected a divisor of num_heads");
   }
   reader.take("packed_queries", p.packed_queries);
-  reader.take("packed_keys", result.params.packed_keys);
+  reader.take("packed_keys", p.packed_keys);
   std::string dtype;
   reader.require("dtype", dtype);
   p.dtype = float_dtype_of("dtype", dtype);
@@ -296,7 +296,7 @@ std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p
     if (input == kQuery) {
       array.shape = result_of(p).shape;
     } else if (a.packed_queries) {
-      array.shape = {p.packed_keys, a.num_kv_heads, a.head_dim};
+      array.shape = {a.packed_keys, a.num_kv_heads, a.head_dim};
     } else {
       array.shape = {a.batch, a.keys, a.num_kv_heads, a.head_dim};
     }

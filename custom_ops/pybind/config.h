@@ -79,8 +79,9 @@ constexpr char kConfigDoc[] =
     R"(config is a dict of `block` ("attention", which is the default, "bare_attention", "feed_forward",
 "residual_norm" or "linear") and
 dtype ("float32", "float64", "float16" or "bfloat16"); sizes (ints): attention has batch, seq_len, embed_dim,
-num_heads and head_dim, and optionally num_kv_heads, and packed_rows for packed sequences; bare_attention batch, queries, keys, num_heads,
-num_kv_heads and head_dim, and for packed sequences packed_queries and packed_keys; feed_forward rows, embed_dim, hidden_dim, and
+num_heads and head_dim, and optionally num_kv_heads, and packed_rows for packed sequences; bare_attention batch,
+queries, keys, num_heads, num_kv_heads and head_dim, and for packed sequences packed_queries and packed_keys;
+feed_forward rows, embed_dim, hidden_dim, and
 optionally first_hidden and total_hidden; residual_norm rows and embed_dim; linear rows, in_features and
 out_features. Optional are residual_dtype, of x, out and their gradients (default: dtype; or float32 beside a
 16-bit dtype), norm_dtype, of the layer-norm parameters (default: residual_dtype; or float32 beside a 16-bit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import paddle
@@ -88,18 +87,6 @@ def scale_of(scale: Any, query: Any) -> Any:
     if head_dim < 0:
         raise ValueError(f"query: expected a known head_dim, or a scale, got shape {list(query.shape)}")
     return head_dim**-0.5 if head_dim else 1.0
-
-
-def window_of(window_size: Any) -> tuple[int, int]:
-    """How many keys before and after a query sees; -1: all."""
-    if window_size is None:
-        return _ALL
-    sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
-        raise TypeError(f"window_size: expected an int, two ints or None, got {window_size!r}")
-    if not all(-1 <= side < 2**31 for side in sides):
-        raise ValueError(f"window_size: expected at least -1 and less than 2^31, got {window_size!r}")
-    return int(sides[0]), int(sides[1])
 
 
 def from_the_start(query: Any, key: Any, value: Any, mask: Any, window: tuple) -> tuple:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from paddle.framework import in_dynamic_mode
 
-from ._checks import INFINITY, check_number, check_tensor
+from ._checks import INFINITY, check_number, check_tensor, check_window
 from ._descriptions import MODES, checked_fields, without_fields
 
 
@@ -28,8 +28,11 @@ class Scores(NamedTuple):
     def checked(self, cu_seqlens: Any) -> Scores:
         """With a pair for the window and an int for `max_seqlen`, which is 0 without cu_seqlens."""
         scale = self.scale if self.scale is None else check_number("scale", self.scale, -INFINITY, INFINITY)
-        window = (-1, -1) if self.window is None else _checked_window(self.window)
-        return Scores(scale, window, _checked_longest("max_seqlen", self.max_seqlen, "cu_seqlens", cu_seqlens))
+        return Scores(
+            scale,
+            check_window("window_size", self.window),
+            _checked_longest("max_seqlen", self.max_seqlen, "cu_seqlens", cu_seqlens),
+        )
 
 
 PLAIN_SCORES = Scores(None, (-1, -1), 0)
@@ -44,19 +47,6 @@ def scores_of(scale: Any, window: Any, max_seqlen: Any, cu_seqlens: Any) -> Scor
     return Scores._make((scale, window, max_seqlen))
 
 
-def _checked_window(window: Any) -> tuple[int, int]:
-    pair = (window, window) if isinstance(window, Integral) and not isinstance(window, bool) else window
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or any(isinstance(n, bool) or not isinstance(n, Integral) or n < -1 or n >= 2**31 for n in pair)
-    ):
-        raise ValueError(
-            f"window_size: expected None, an int or a pair of ints of at least -1 and less than 2^31, got {window!r}"
-        )
-    return int(pair[0]), int(pair[1])
-
-
 def _checked_longest(name: str, longest: Any, starts_name: str, starts: Any) -> int:
     """The length of the longest sequence, which in dygraph need not be given."""
     check_tensor(starts_name, starts)
@@ -69,7 +59,7 @@ def _checked_longest(name: str, longest: Any, starts_name: str, starts: Any) -> 
             raise ValueError(f"{name}: expected an int beside {starts_name} while a graph is built, got None")
         lengths = starts[1:] - starts[:-1]
         return int(lengths.max()) if lengths.size else 0
-    if isinstance(longest, bool) or not isinstance(longest, Integral) or not 0 <= longest < 2**31:
+    if isinstance(longest, bool) or not isinstance(longest, Integral) or not 0 <= int(longest) < 2**31:
         raise ValueError(f"{name}: expected an int of at least 0 and less than 2^31, got {longest!r}")
     return int(longest)
 

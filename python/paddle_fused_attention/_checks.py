@@ -95,6 +95,19 @@ def check_seed(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_window(name: str, value: Any) -> tuple[int, int]:
+    """How many keys before and after a query sees, of None, an int for both, or one for each; -1: all."""
+    if value is None:
+        return -1, -1
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
+        raise TypeError(f"{name}: expected an int, two ints or None, got {_shown(value)}")
+    first, last = int(sides[0]), int(sides[1])
+    if not (-1 <= first < 2**31 and -1 <= last < 2**31):
+        raise ValueError(f"{name}: expected at least -1 and less than 2^31, got {_shown(value)}")
+    return first, last
+
+
 def check_switches(**switches: Any) -> None:
     """Accepts True, False, 1 and 0."""
     for name, value in switches.items():

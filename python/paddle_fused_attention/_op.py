@@ -390,8 +390,8 @@ def _attention_call(block: Block, first_head: int, total_heads: int) -> tuple[Op
     integers: tuple[int, ...] = (block.seed or 0, first_head, total_heads)
     if block.scores is PLAIN_SCORES and len(block.qkv_weight.shape) != 3 and _is_constant(block.attn_mask):
         return ATTENTION, (tensors, block.training, switches, fields[OF_NUMBERS], integers)
-    scale, window, max_seqlen = block.scores
-    integers = (*integers, *_float_bits((DEFAULT_SCALE if scale is None else scale,)), *window, max_seqlen)
+    scale, window, longest = block.scores
+    integers = (*integers, *_float_bits((DEFAULT_SCALE if scale is None else scale,)), *window, longest or 0)
     return GENERAL_ATTENTION, ((*tensors, block.cu_seqlens), block.training, switches, fields[OF_NUMBERS], integers)
 
 

@@ -92,8 +92,8 @@ def _check_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Non
     """
     if block.scores is not PLAIN_SCORES or len(block.qkv_weight.shape) == 3:
         raise NotImplementedError(
-            "fused_multi_head_attention: expected no scale, window_size, cu_seqlens or grouped heads where ordinary ops "
-            "stand in the operator's place (keys of other tensors, caches, export to ONNX)"
+            "fused_multi_head_attention: expected no scale, window_size, cu_seqlens or grouped heads where ordinary "
+            "ops stand in the operator's place (keys of other tensors, caches, export to ONNX)"
         )
     _op.check_attention(block._replace(attn_mask=None), first_head, total_heads)
 

@@ -20,9 +20,8 @@ from ._attention_arguments import (
     from_the_start,
     scale_of,
     split_packed,
-    window_of,
 )
-from ._checks import check_switches
+from ._checks import check_switches, check_window
 
 __all__ = [
     "flash_attention",
@@ -89,7 +88,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"backend: expected None or 'p2p', got {backend!r}")
     if backend == "p2p" and paddle.in_dynamic_mode() and query.is_dist():
         raise NotImplementedError("backend: expected None for auto-parallel tensors, got 'p2p'")
-    window = window_of(window_size)
+    window = check_window("window_size", window_size)
     has_batch = len(query.shape) != 3
     if not has_batch:
         _op.check_tensors(("query", "key", "value"), (query, key, value))
@@ -151,7 +150,7 @@ def flash_attention(
     """
     check_all(query=query, key=key, value=value)
     check_unserved(return_softmax=return_softmax)
-    scale, window = scale_of(softmax_scale, query), window_of(window_size)
+    scale, window = scale_of(softmax_scale, query), check_window("window_size", window_size)
     description = dense(query, key, value, None, None, scale, dropout, training, causal, seed, window)
     names = {"dropout_rate": "dropout", "scale": "softmax_scale"}
     return attend(description, names, fixed_seed_offset, rng_name), None
@@ -190,7 +189,7 @@ def flash_attn_qkvpacked(
     check_all(qkv=qkv)
     check_unserved(return_softmax=return_softmax)
     query, key, value = split_packed(qkv, 5)
-    window = window_of(window_size)
+    window = check_window("window_size", window_size)
     description = dense(query, key, value, None, None, scale_of(scale, query), dropout, training, causal, seed, window)
     names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv", "value": "qkv"}
     return attend(description, names, fixed_seed_offset, rng_name), None
@@ -241,7 +240,7 @@ def flashmask_attention(
     check_unserved(return_softmax_lse=return_softmax_lse, return_seed_offset=return_seed_offset)
     if block_mask is not None:
         raise NotImplementedError(f"block_mask: expected None, got a {type(block_mask).__name__}")
-    window, scale = window_of(window_size), scale_of(softmax_scale, query)
+    window, scale = check_window("window_size", window_size), scale_of(softmax_scale, query)
     if window_size is not None and startend_row_indices is not None:
         raise ValueError(f"window_size: expected None beside startend_row_indices, got {window_size!r}")
     description = dense(query, key, value, None, startend_row_indices, scale, dropout, training, causal, seed, window)

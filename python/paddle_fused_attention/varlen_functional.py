@@ -23,9 +23,8 @@ from ._attention_arguments import (
     scale_of,
     scatter_like,
     split_packed,
-    window_of,
 )
-from ._checks import check_count, check_switches, check_tensor
+from ._checks import check_count, check_switches, check_tensor, check_window
 from ._descriptions import MODES
 
 __all__ = [
@@ -83,7 +82,7 @@ def flash_attn_unpadded(
     # fmt: off
     description = Attention._make((
         query, key, value, None, cu_seqlens_q, cu_seqlens_k, None, scale_of(scale, query), dropout, training, causal,
-        MODES[0], seed, *window_of(window_size), *longest,
+        MODES[0], seed, *check_window("window_size", window_size), *longest,
     ))
     # fmt: on
     return attend(description, {"dropout_rate": "dropout"}, fixed_seed_offset, rng_name), None
@@ -139,7 +138,7 @@ def flash_attn_varlen_qkvpacked(
     # fmt: off
     description = Attention._make((
         query, key, value, None, cu_seqlens_q, cu_seqlens_k, None, scale_of(scale, query), dropout, training, causal,
-        MODES[0], seed, *window_of(window_size), *longest,
+        MODES[0], seed, *check_window("window_size", window_size), *longest,
     ))
     # fmt: on
     names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv", "value": "qkv"}
@@ -180,7 +179,7 @@ def memory_efficient_attention(
         TypeError, ValueError, NotImplementedError: As :func:`scaled_dot_product_attention` does.
     """
     check_all(query=query, key=key, value=value)
-    window = window_of(window_size)
+    window = check_window("window_size", window_size)
     names = {"dropout_rate": "p", "attn_mask": "attn_bias", "cu_seqlens_q": "attn_bias", "cu_seqlens_k": "attn_bias"}
     if isinstance(attn_bias, biases.BlockDiagonalMask):
         return _of_blocks(query, key, value, attn_bias, p, scale, training, window, seed, names)

@@ -111,7 +111,8 @@ void check_layout() {
     }
   }
   const int32_t query_starts[] = {0, 1, 4}, key_starts[] = {0, 6, 8};
-  p.query_starts = query_starts, p.key_starts = key_starts, p.packed_queries = 4, p.queries = 3, p.keys = 6;
+  p.query_starts = query_starts, p.key_starts = key_starts, p.packed_queries = 4, p.packed_keys = 8, p.queries = 3,
+  p.keys = 6;
   const auto packed = pfa::qkv_layout(p);
   const auto h = packed.head(p.num_heads + 5);  // the second sequence's last head
   expect(packed.statistics(h) == 5 * 4 + 1, "statistics of packed sequences", 0, 0);

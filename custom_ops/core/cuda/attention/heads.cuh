@@ -1,8 +1,6 @@
 // What a thread block works on: a tile of a head, and what it knows of that head. Shared by all kernels.
 #pragma once
 
-#include <climits>
-
 #include "core/cuda/attention/args.h"
 
 namespace pfa {
@@ -56,7 +54,7 @@ __device__ __forceinline__ Visibility<int> visibility_of_sequence(const Attentio
     p.window_left = args.window_left;
     p.window_right = args.window_right;
     return visibility_of<int>(p, length(args.layout.query_starts, args.visibility.queries, args.layout.queries),
-                              length(args.layout.key_starts, args.visibility.keys, INT_MAX));
+                              length(args.layout.key_starts, args.visibility.keys, args.layout.keys));
   }
   return args.visibility;
 }
