@@ -124,6 +124,7 @@ def tensors_for(function, place=None):
     return {n: paddle.to_tensor(a, place=place) for n, a in GOOD[function][0].items()}
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("function", GOOD, **IDS)
 def test_good_arguments_work(function, place):
     function(**tensors_for(function, place), **GOOD[function][1])

@@ -123,6 +123,7 @@ def test_functions(name, graph, place):
 @pytest.mark.parametrize("queries, keys", [(5, 9), (9, 5), (1, 6), (6, 1)])
 @pytest.mark.parametrize("unknown", [(), (1,)], ids=["known", "unknown"])
 @GRAPHS
+@pytest.mark.usefixtures("needs_paddle")
 def test_causal_from_the_start(graph, unknown, queries, keys, place):
     """Where there are more keys than queries, or fewer, query i of scaled_dot_product_attention and of a triangular
     mask sees the keys up to i."""
@@ -148,6 +149,7 @@ def test_causal_from_the_start(graph, unknown, queries, keys, place):
 
 
 @GRAPHS
+@pytest.mark.usefixtures("needs_paddle")
 def test_without_a_batch(graph, place):
     case = FULL.but(batch=1, keys=9, heads=4)
     inputs = make_inputs(case)
@@ -174,6 +176,7 @@ def check_packed(case, function, inputs, arrays, graph, place):
 
 
 @GRAPHS
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("heads", [2, 6])
 def test_qkvpacked(heads, graph, place):
     case = FULL.but(heads=heads, queries=9, keys=9, causal=True, scale=0.3, **DROPOUT)
@@ -184,6 +187,7 @@ def test_qkvpacked(heads, graph, place):
 
 
 @GRAPHS
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("heads", [2, 6])
 def test_varlen_qkvpacked(heads, graph, place):
     case = FULL.but(lengths=LENGTHS, heads=heads, causal=True, scale=0.3, **DROPOUT)
@@ -198,6 +202,7 @@ def test_varlen_qkvpacked(heads, graph, place):
 
 
 @GRAPHS
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("unknown", [(), (0,)], ids=["known", "unknown"])
 def test_varlen_qkvpacked_with_padding(unknown, graph, place):
     """Padding gives zeros and gets zero gradients, whatever it holds."""
@@ -226,6 +231,7 @@ def test_varlen_qkvpacked_with_padding(unknown, graph, place):
     np.testing.assert_allclose(found["qkv"], padded(packed_qkv(gradients), 0.0), atol=1e-12)
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_padding_in_every_dtype(dtype, place):
     qkv = paddle.cast(paddle.to_tensor(np.ones((8, 3, 2, 4), "float32"), place=place), dtype)
@@ -239,6 +245,7 @@ def test_padding_in_every_dtype(dtype, place):
     np.testing.assert_allclose(qkv.grad.astype("float32")[:, 2, 0, 0].numpy(), [1, 1, 1, 0, 1, 0, 0, 0], rtol=1e-2)
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("causal", [False, True])
 def test_block_diagonals(causal, place):
     """Sequences in one row of a batch of 1."""

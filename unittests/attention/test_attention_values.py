@@ -67,6 +67,7 @@ def test_unknown_sizes(feature, unknown, place):
 
 @GRAPHS
 @pytest.mark.parametrize("batch, queries, keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0), (0, 0, 0)])
+@pytest.mark.usefixtures("needs_paddle")
 def test_zero_sizes(batch, queries, keys, graph, place):
     case = FULL.but(dtype="float32", batch=batch, queries=queries, keys=keys)
     arrays = stored(case, make_inputs(case))
@@ -76,6 +77,7 @@ def test_zero_sizes(batch, queries, keys, graph, place):
         assert gradient.shape == arrays[name].shape and not gradient.any()
 
 
+@pytest.mark.usefixtures("needs_paddle")
 def test_slices_of_a_packed_projection(place):
     """The three parts of [batch, tokens, 3, heads, head_dim], and their gradients in it."""
     projection = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 9, 3, 2, 8)), place=place)

@@ -4,17 +4,22 @@ import numpy as np
 import paddle
 import pytest
 from paddle_fused_attention import FusedMultiHeadAttention, pad, unpad
-from runners import paddle_computes_on, static_mode
+from runners import static_mode
 
 BATCH, SEQ_LEN, WIDTH = 3, 70, 16
 LENGTHS = (70, 1, 33)
 
 
-@pytest.fixture(autouse=True)
-def needs_paddle(place):
-    if not paddle_computes_on(place):
-        pytest.skip("Paddle's own kernels, which gather and scatter tokens, do nothing on this GPU")
+pytestmark = pytest.mark.usefixtures("needs_paddle", "on_place")
+
+
+@pytest.fixture
+def on_place(place):
+    """Tensors and layers are made on the place."""
+    before = paddle.get_device()
     paddle.set_device("cpu" if isinstance(place, paddle.CPUPlace) else "gpu")
+    yield
+    paddle.set_device(before)
 
 
 def make(dtype="float64"):

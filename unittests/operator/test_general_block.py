@@ -9,7 +9,7 @@ import paddle
 import pytest
 from paddle_fused_attention import fused_multi_head_attention
 from reference import Config
-from runners import call, paddle_computes_on, run_dygraph, run_static, static_mode
+from runners import call, run_dygraph, run_static, static_mode
 
 BATCH, SEQ_LEN, HEADS, HEAD_DIM = 2, 70, 4, 8
 WIDTH = HEADS * HEAD_DIM
@@ -142,9 +142,8 @@ def test_packed_sequences(kv_heads, changes, causal, runner, place):
     check(make_arrays(kv_heads, packed=True), place, runner, packed=True, causal=causal, max_seqlen=129, **changes)
 
 
+@pytest.mark.usefixtures("needs_paddle")
 def test_the_longest_sequence_is_found(place):
-    if not paddle_computes_on(place):
-        pytest.skip("Paddle's own kernels, which find the longest length, do nothing on this GPU")
     check(make_arrays(packed=True), place, run_dygraph, packed=True)
 
 
