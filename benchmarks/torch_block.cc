@@ -5,9 +5,11 @@
 
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/attention_block.h"
+#include "core/bare_attention.h"
 #include "core/cuda/stages.h"
 #include "core/feed_forward_block.h"
 #include "core/linear_block.h"
@@ -30,9 +32,6 @@ class Block {
   virtual variable_list backward(const variable_list& inputs, const Tensor& saved, const Tensor& d_out) = 0;
 };
 
-void set_offset(pfa::BlockParams& p, uint64_t offset) { p.offset = offset; }
-void set_offset(pfa::LinearParams&, uint64_t) {}
-
 template <class P>
 class BlockOf : public Block {
  public:
@@ -50,7 +49,7 @@ class BlockOf : public Block {
     P p = params(inputs);
     Tensor out = torch::empty_like(inputs[0]);
     p.out = out.data_ptr();
-    set_offset(p, ++calls_);
+    if constexpr (!std::is_same_v<P, pfa::LinearParams>) p.offset = ++calls_;
     if (saved) *saved = bytes(pfa::saved_bytes(p), out);
     const Tensor workspace = bytes(pfa::forward_workspace_bytes(context, p, saved != nullptr), out);
     pfa::run_forward(context, p, saved ? saved->data_ptr() : nullptr, workspace.data_ptr());

