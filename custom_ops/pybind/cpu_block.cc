@@ -202,6 +202,9 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
       const auto* array = find(arrays, name);
       if (!array || !(p.*(array->pointers.value))) throw py::value_error("needs: no such input: " + name);
       const auto like = inputs[name.c_str()].cast<py::array>();
+      if (name == attention::kMaskName && like.dtype().kind() != 'f') {
+        throw py::value_error("needs: attn_mask has a gradient only if it is of a float type");
+      }
       py::array gradient(like.dtype(), Sizes(like.shape(), like.shape() + like.ndim()));
       p.*(array->pointers.gradient) = gradient.mutable_data();
       gradients[name.c_str()] = gradient;

@@ -135,7 +135,6 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         value: paddle.Tensor | None = None,
         attn_mask: paddle.Tensor | None = None,
         cache: None = None,
-        *,
         cu_seqlens: paddle.Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> paddle.Tensor:
