@@ -132,6 +132,7 @@ class Operator:
         mask: The input that is a mask, which auto_cast leaves as it is. It may be of integers, which have no gradient;
             where a graph is built it gets one only if it wants one then.
         differentiable: How many of the inputs, the first, have gradients; None: all.
+        listed_as: The operator whose name in the lists of auto_cast stands for this one too; None: this one.
     """
 
     def __init__(
@@ -146,9 +147,11 @@ class Operator:
         like_residual: Sequence[str] = (),
         mask: str | None = None,
         differentiable: int | None = None,
+        listed_as: str | None = None,
     ) -> None:
         self.type = op_type
         self._forward_type = f"{op_type}_forward"
+        self._listed_as = listed_as or op_type
         self.tensors = tuple(tensors)
         self._input_names = tuple(input_names)
         self._attribute_names = ("is_test", "switches", "present", "needs_grad", *numbers, *integers)
@@ -176,7 +179,7 @@ class Operator:
         tracer = _dygraph_tracer()
         if tracer is None:
             return self._call_static(inputs, training, switches, numbers, integers)
-        amp_dtype = _amp.target_dtype(self.type, tracer)
+        amp_dtype = _amp.target_dtype(self._listed_as, tracer)
         if amp_dtype is not None:
             inputs = self._cast(inputs, amp_dtype)
         absent = _absent_eager()
@@ -214,7 +217,7 @@ class Operator:
     ) -> Any:
         check_graph(self.tensors, inputs)
         wants_grad = self._wants_grad_static(inputs)  # before they are cast
-        amp_dtype = _amp.target_dtype(self.type, None)
+        amp_dtype = _amp.target_dtype(self._listed_as, None)
         if amp_dtype is not None:
             inputs = self._cast(inputs, amp_dtype)
         if training and not switches & FIXED_SEED and any(numbers[i] > 0.0 for i in self._rates):
@@ -242,7 +245,7 @@ class Operator:
         """The inputs as auto_cast wants them, checked as by a call with these arguments, for ordinary ops in the
         operator's place."""
         check_tensors(self.tensors, inputs)
-        amp_dtype = _amp.target_dtype(self.type, _dygraph_tracer())
+        amp_dtype = _amp.target_dtype(self._listed_as, _dygraph_tracer())
         if amp_dtype is not None:
             inputs = self._cast(inputs, amp_dtype)
         self.check(inputs, *others)
@@ -365,6 +368,7 @@ GENERAL_ATTENTION = Operator(
     residual=("x",),
     mask="attn_mask",
     differentiable=len(TENSORS),
+    listed_as=ATTENTION.type,
 )
 
 

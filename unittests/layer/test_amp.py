@@ -163,6 +163,18 @@ def test_black_list_and_float64(amp):
         assert layer(x.astype("float64")).dtype == paddle.float64
 
 
+def test_packed_sequences(amp):
+    """The operator of packed sequences is cast, and listed, as that of most blocks."""
+    layer, x = make_layer(), paddle.to_tensor(make_x())
+    tokens = x.reshape([-1, x.shape[-1]])
+    starts = paddle.arange(0, tokens.shape[0] + 1, x.shape[1], dtype="int32")
+    packed = dict(cu_seqlens=starts, max_seqlen=x.shape[1])
+    with amp.auto_cast(dtype="bfloat16"):
+        assert np.array_equal(layer(tokens, **packed).numpy(), layer(x).reshape(tokens.shape).numpy())
+    with amp.auto_cast(dtype="bfloat16", custom_black_list={"custom_fused_attention"}):
+        assert np.array_equal(layer(tokens, **packed).numpy(), layer(x).reshape(tokens.shape).numpy())
+
+
 def run_to_static(layer, x, dtype, full_graph):
     static = paddle.jit.to_static(layer, full_graph=full_graph)
     with paddle.amp.auto_cast(dtype=dtype):
