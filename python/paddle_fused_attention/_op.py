@@ -257,7 +257,7 @@ class Operator:
         present = sum(1 << i for i, value in enumerate(inputs) if value is not None)
         # All gradients: what is frozen now may be trained when the program runs. But that of a constant mask.
         needs_grad = present
-        if self._mask is not None and _is_constant(inputs[self._mask]):
+        if self._mask is not None and is_constant_mask(inputs[self._mask]):
             needs_grad &= ~self._mask_bit
         return (not training, switches | SAVE_FOR_BACKWARD, present, needs_grad, *_float_bits(numbers), *integers)
 
@@ -284,7 +284,7 @@ class Operator:
 
     def _with_gradient(self, wanted: int, inputs: Sequence[Any]) -> int:
         """Of the inputs at the bits `wanted`, those that have a gradient."""
-        if wanted & self._mask_bit and _is_constant(inputs[self._mask]):  # type: ignore[index]
+        if wanted & self._mask_bit and is_constant_mask(inputs[self._mask]):  # type: ignore[index]
             wanted ^= self._mask_bit
         return wanted & self._gradient_bits
 
@@ -392,7 +392,7 @@ def _attention_call(block: Block, first_head: int, total_heads: int) -> tuple[Op
     tensors = fields[OF_TENSORS]
     switches = switches_of_block(block) | (CAUSAL if block.causal else 0)
     integers: tuple[int, ...] = (block.seed or 0, first_head, total_heads)
-    if block.scores is PLAIN_SCORES and len(block.qkv_weight.shape) != 3 and _is_constant(block.attn_mask):
+    if block.scores is PLAIN_SCORES and len(block.qkv_weight.shape) != 3 and is_constant_mask(block.attn_mask):
         return ATTENTION, (tensors, block.training, switches, fields[OF_NUMBERS], integers)
     scale, window, longest = block.scores
     integers = (*integers, *_float_bits((DEFAULT_SCALE if scale is None else scale,)), *window, longest or 0)
@@ -457,6 +457,6 @@ def check_tensors(names: Sequence[str], values: Sequence[Any]) -> None:
             raise ValueError(f"{name}: expected a tensor with values, got one without memory")
 
 
-def _is_constant(mask: Any) -> bool:
+def is_constant_mask(mask: Any) -> bool:
     """Whether a mask gets no gradient."""
     return mask is None or mask.stop_gradient or not paddle.is_floating_point(mask)

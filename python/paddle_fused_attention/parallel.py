@@ -25,6 +25,7 @@ from ._feed_forward import FEED_FORWARD, FeedForward, check_activation, feed_for
 from ._groups import check_dygraph, check_seeds, resolve_group, sums_over
 from ._initializers import param_attr_of
 from ._loading import LoadsAnyFloat
+from ._op import is_constant_mask
 from ._parts import parameters_of
 from ._split_heads import attention_over_processes
 from ._wide_norms import WideNorms
@@ -65,7 +66,7 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
     first_head = 0 if group is None else num_heads * group.rank
     sums = sums_over(group)
     mask = block.attn_mask
-    if mask is not None and not mask.stop_gradient:
+    if not is_constant_mask(mask):
         mask = sums["sum_gradient"](mask)
     mask = _mask_of_heads(mask, block.x, first_head, num_heads, total_heads)
     return attention_over_processes(

@@ -192,3 +192,20 @@ def test_bits_do_not_depend_on_threads():
         for threads in ("1", "2", "5")
     }
     assert len(digests) == 1
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations_without_end(activation, dtype, isa):
+    """Limits at infinity and at the largest numbers, where squares are infinite; NaN stays NaN in value and slope."""
+    x = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan, 0.5], dtype)
+    config = dict(block="linear", rows=x.size, in_features=1, out_features=1, dtype=dtype, activation=activation)
+    inputs = {"x": x[:, None], "weight": np.ones((1, 1), dtype)}
+    value, saved = pfa_core.forward(inputs, config, isa=isa)
+    slope = pfa_core.backward(inputs, config, np.ones_like(value), saved, ["x"], isa=isa)["x"][:, 0]
+    value = value[:, 0]
+    assert value[0] == np.inf and value[2] == x[2] and (slope[[0, 2]] == 1).all()
+    assert (value[[1, 3]] == 0).all() and (slope[[1, 3]] == 0).all()
+    assert np.isnan(value[4]) and np.isfinite([value[5], slope[5]]).all()
+    assert activation == "relu" or np.isnan(slope[4])

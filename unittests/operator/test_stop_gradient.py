@@ -364,6 +364,47 @@ def test_full_graph_called_under_no_grad(make):
     assert shown[0] == shown[1]
 
 
+class WithMask(nn.Layer):
+    """A layer called with a mask by position, for to_static."""
+
+    def __init__(self, kind):
+        super().__init__()
+        paddle.seed(3)
+        self.layer = {
+            "block": lambda: paddle_fused_attention.FusedMultiHeadAttention(16, 2, 0.0, 0.0),
+            "incubate": lambda: paddle_fused_attention.incubate.FusedMultiHeadAttention(16, 2, 0.0, 0.0),
+            "converted": lambda: paddle_fused_attention.convert(nn.TransformerEncoderLayer(16, 2, 32, 0.0)),
+        }[kind]()
+        self.converted = kind == "converted"
+        self.to(dtype="float64")
+
+    def forward(self, x, mask):
+        return self.layer(x, mask) if self.converted else self.layer(x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("mode", ["dygraph", "full_graph"])
+@pytest.mark.parametrize("kind", ["block", "incubate", "converted"])
+def test_layers_give_a_mask_its_gradient(kind, mode):
+    """Against the difference of two results, of every layer that takes a mask."""
+    rng = np.random.default_rng(4)
+    x, d_out = (paddle.to_tensor(rng.standard_normal((2, 5, 16))) for _ in range(2))
+    mask, direction = rng.standard_normal((2, 1, 5, 5)), rng.standard_normal((2, 1, 5, 5))
+    layer = WithMask(kind)
+    other = WithMask(kind)
+    call = other if mode == "dygraph" else paddle.jit.to_static(other, full_graph=True)
+
+    def result(array):
+        with paddle.no_grad():
+            return float((layer(x, paddle.to_tensor(array)) * d_out).sum())
+
+    step = 1e-5
+    expected = (result(mask + step * direction) - result(mask - step * direction)) / (2 * step)
+    trained = paddle.to_tensor(mask, stop_gradient=False)
+    call(x, trained).backward(d_out)
+    assert trained.grad.shape == list(mask.shape)
+    np.testing.assert_allclose((trained.grad.numpy() * direction).sum(), expected, rtol=1e-6)
+
+
 def test_backward_twice():
     """Paddle's words, which name retain_graph; and with it the gradients double."""
     network = Network(FusedMultiHeadAttention)

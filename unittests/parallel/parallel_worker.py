@@ -82,12 +82,18 @@ def train(network, steps, clip=None):
 
 
 def gradients():
-    """Of the loss for the input and every parameter, a share where the layer has a share."""
+    """Of the loss for the input and every parameter, a share where the layer has a share; and for masks that want one,
+    of every head and the same for all."""
     network = make_network()
     x, y = (paddle.to_tensor(array) for array in make_batch(0))
     x.stop_gradient = False
     ((network(x, paddle.to_tensor(make_mask())) - y) ** 2).mean().backward()
-    return {"x": x.grad.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()}}
+    found = {"x": x.grad.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()}}
+    for name, heads in (("mask", NUM_HEADS), ("mask_of_all_heads", 1)):
+        mask = paddle.to_tensor(np.where(make_mask()[:, :heads], 0.0, -3.0).astype("float32"), stop_gradient=False)
+        ((make_network()(x, mask) - y) ** 2).mean().backward()
+        found[name] = mask.grad.numpy()
+    return found
 
 
 def gradients_with_keys(key_len):

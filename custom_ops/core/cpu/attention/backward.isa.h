@@ -209,7 +209,8 @@ struct AttentionBackward {
     }
   }
 
-  // With the queries loaded: r p and ds [keys, queries] of a tile.
+  // With the queries loaded: r p and ds [keys, queries] of a tile (ScoreGradient::compute).
+  template <bool kKeepsExact = false>
   static void score_gradient(const Head<T>& head, const ScoreTile& tile, const Tiles& tiles) {
     const int64_t width = round_up(tile.queries, kLanes<A>);
     const HeadShape<T>& shape = head.shape;
@@ -219,7 +220,7 @@ struct AttentionBackward {
     // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
     micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
                      kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});
-    gradient.compute(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
+    gradient.template compute<kKeepsExact>(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
   }
 
   // q and do in all the ways that the products read them, and the statistics of every query.

@@ -74,7 +74,7 @@ struct MaskGradient {
           for (int64_t key = keys.first; key < keys.end; key += kKeyTile) {
             const ScoreTile tile{query, queries, key, std::min(kKeyTile, keys.end - key)};
             if (hides_tile(head.ranges, tile)) continue;
-            AttentionBackward<T>::score_gradient(head, tile, tiles);
+            AttentionBackward<T>::template score_gradient<true>(head, tile, tiles);
             add_tile(p.mask, tile, tiles.gradient.d_probability, sums);
           }
         }

@@ -33,8 +33,9 @@ struct ScoreGradient {
   }
 
   // From scores and d_probability, the gradient of what is kept of p times the scale of dropout: `probability`, which
-  // is r p without that scale, and d_score; that takes the place of d_probability, too, unrounded. `width`: the queries
-  // in whole vectors.
+  // is r p without that scale, and d_score; with kKeepsExact that takes the place of d_probability, too, unrounded.
+  // `width`: the queries in whole vectors.
+  template <bool kKeepsExact>
   void compute(int64_t keys, int64_t width, const A* scores, const uint64_t* kept_bits) const {
     constexpr int numbers = kNumbers<T>;
     constexpr int64_t score_stride = kQueryTile / numbers;
@@ -56,7 +57,7 @@ struct ScoreGradient {
           gradient[n] = p * (d_kept - delta_of);
           store_operands(probability + (j + n) * score_stride + i / numbers, kept);
           store_operands(d_score + (j + n) * score_stride + i / numbers, gradient[n]);
-          if constexpr (kPaired<T>) store(d_probability + at, gradient[n]);
+          if constexpr (kKeepsExact && kPaired<T>) store(d_probability + at, gradient[n]);
         }
         if constexpr (kPaired<T>) store(d_score_rows + j / 2 * kQueryTile + i, narrow_pair(gradient[0], gradient[1]));
       }

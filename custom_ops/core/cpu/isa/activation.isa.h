@@ -70,24 +70,30 @@ struct ValueAndSlope {
   Vec<A> slope;
 };
 
+// Beyond this the functions are 0 or x, and their slopes 0 or 1: what is farther out, up to the infinities, is taken to
+// lie here, but as the factor x above 0.
+constexpr int kFarthest = 1000;
+
 template <Activation kActivation, class A>
-inline ValueAndSlope<A> value_and_slope(Vec<A> x) {
+inline ValueAndSlope<A> value_and_slope(Vec<A> given) {
+  const Vec<A> factor_x = given < A(-kFarthest) ? broadcast(A(-kFarthest)) : given;
+  const Vec<A> x = factor_x > A(kFarthest) ? broadcast(A(kFarthest)) : factor_x;
   if constexpr (kActivation == Activation::kRelu) {
     // As written NaN stays NaN.
-    return {x < 0 ? Vec<A>{} : x, x > 0 ? broadcast(A(1)) : Vec<A>{}};
+    return {given < 0 ? Vec<A>{} : given, given > 0 ? broadcast(A(1)) : Vec<A>{}};
   } else if constexpr (kActivation == Activation::kGelu) {
     const NormalDistribution<A> normal(x);
-    return {x * normal.below, normal.below + x * normal.bell * A(0.39894228040143267794)};  // 1 / sqrt(2 pi)
+    return {factor_x * normal.below, normal.below + x * normal.bell * A(0.39894228040143267794)};  // 1 / sqrt(2 pi)
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     constexpr A factor = A(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi)
     const Vec<A> square = x * x;
     const Vec<A> s = sigmoid<A>(x * (square * A(0.044715) + A(1)) * factor);
-    return {x * s, s + x * s * (A(1) - s) * (square * A(3 * 0.044715) + A(1)) * factor};
+    return {factor_x * s, s + x * s * (A(1) - s) * (square * A(3 * 0.044715) + A(1)) * factor};
   } else if constexpr (kActivation == Activation::kSilu) {
     const Vec<A> s = sigmoid<A>(x);
-    return {x * s, s + x * s * (A(1) - s)};
+    return {factor_x * s, s + x * s * (A(1) - s)};
   } else {
-    return {x, broadcast(A(1))};
+    return {given, broadcast(A(1))};
   }
 }
 
