@@ -196,3 +196,55 @@ FEATURES = {
     "packed, dropout": FULL.but(lengths=LENGTHS, dropout_rate=0.3, seed=8, heads=4),
     "packed, one": FULL.but(lengths=((40, 40),), causal=True),
 }
+
+# How query, key and value may share tensors, by letters for what each tensor holds; and whether key and value are by
+# head.
+FORMS = {"qkv": False, "q kv": False, "qk v": False, "q k v by head": True, "q kv by head": True}
+_TENSORS = {"q": "query", "k": "key", "v": "value"}
+
+
+def _groups(form):
+    return [[_TENSORS[letter] for letter in word] for word in form.replace(" by head", "").split()]
+
+
+def in_form(form, arrays):
+    """The arrays with query, key and value joined as the form says, each group under the name of its first."""
+    result = dict(arrays)
+    for first, *others in _groups(form):
+        joined = np.concatenate([arrays[name] for name in (first, *others)], axis=-2)
+        by_head = FORMS[form] and first != "query"
+        result[first] = np.ascontiguousarray(joined.swapaxes(1, 2) if by_head else joined)
+        for name in others:
+            del result[name]
+    return result
+
+
+def out_of_form(form, gradients, case):
+    """The gradients of query, key and value by themselves."""
+    result = dict(gradients)
+    for group in _groups(form):
+        joined = result.pop(group[0])
+        if FORMS[form] and group[0] != "query":
+            joined = joined.swapaxes(1, 2)
+        start = 0
+        for name in group:
+            stop = start + (case.heads if name == "query" else case.kv_heads)
+            result[name] = joined[..., start:stop, :]
+            start = stop
+        assert stop == joined.shape[-2]
+    return result
+
+
+FORM_CASES = {
+    "grouped": Case(2, 9, 9, 6, 2, 16, mask="B1QK", config=Config(dropout_rate=0.2, seed=3)),
+    "equal": FULL.but(queries=33, keys=33, causal=True),
+    "packed": FULL.but(lengths=LENGTHS, heads=4, causal=True),
+    "other keys": FULL.but(queries=5, keys=37, heads=4),
+    "one query": FULL.but(queries=1, keys=70),
+}
+FORMS_OF_CASES = [
+    (form, name)
+    for form, by_head in FORMS.items()
+    for name, case in FORM_CASES.items()
+    if not (by_head and case.lengths) and (not form.startswith("qk") or case.queries == case.keys)
+]

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "core/block.h"
 #include "core/qkv_layout.h"
@@ -33,31 +32,27 @@ inline AttentionParams attention_of(const AttentionBlockParams& p) {
   a.query_starts = a.key_starts = p.starts;
 
   // From head `first` on of [M, heads, D].
-  const auto heads_from = [&](auto* data, int64_t first, int64_t heads) {
-    using Data = std::remove_pointer_t<decltype(data)>;
-    using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
-    const size_t offset = first * p.head_dim * size_of(p.dtype);
-    Heads<Data> result = dense_heads(data, p.seq_len, heads, p.head_dim);
-    if (data) result.data = static_cast<Byte*>(data) + offset;
+  const auto from = [&](auto* data, int64_t first, int64_t heads) {
+    auto result = heads_from(data, first, p.seq_len, heads, p.head_dim, p.dtype);
     if (p.starts) result.batch_stride = 0;
     return result;
   };
   const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
   const int64_t key = p.num_heads, value = p.num_heads + p.num_kv_heads;
   const void* const qkv = p.qkv;
-  a.query = heads_from(qkv, 0, all_heads);
-  a.key = heads_from(qkv, key, all_heads);
-  a.value = heads_from(qkv, value, all_heads);
+  a.query = from(qkv, 0, all_heads);
+  a.key = from(qkv, key, all_heads);
+  a.value = from(qkv, value, all_heads);
   a.mask = p.mask;
   a.mask.data = p.attn_mask;
-  a.out = heads_from(p.attn_out, 0, p.num_heads);
+  a.out = from(p.attn_out, 0, p.num_heads);
   a.random_state = p.random_state;
   a.log_sum_exp = p.log_sum_exp;
   a.score_shift = p.score_shift;
-  a.d_out = heads_from(static_cast<const void*>(p.d_attn_out), 0, p.num_heads);
-  a.d_query = heads_from(p.d_qkv, 0, all_heads);
-  a.d_key = heads_from(p.d_qkv, key, all_heads);
-  a.d_value = heads_from(p.d_qkv, value, all_heads);
+  a.d_out = from(static_cast<const void*>(p.d_attn_out), 0, p.num_heads);
+  a.d_query = from(p.d_qkv, 0, all_heads);
+  a.d_key = from(p.d_qkv, key, all_heads);
+  a.d_value = from(p.d_qkv, value, all_heads);
   a.d_mask = p.d_attn_mask;
   a.d_qkv_bias = p.d_qkv_bias;
   a.spare = p.d_qkv_weight;

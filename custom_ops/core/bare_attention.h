@@ -1,5 +1,7 @@
 // Attention by itself, forward and backward, on dense tensors: the stage that the attention block has between its
 // products.
+//
+// The three may share tensors, as a projection leaves them, so that nobody copies its slices.
 #pragma once
 
 #include "core/arena.h"
@@ -9,9 +11,14 @@
 namespace pfa {
 
 // query [batch, queries, H, D], key and value [batch, keys, Hkv, D]; of packed sequences [tokens of all, heads, D].
+// What lies behind another has its heads after the other's, in the other's tensor, and so has its gradient; its own
+// pointers are null.
 struct BareAttentionParams {
   // Sizes, types, switches, and the inputs without gradients; with_tensors places the others in it.
   AttentionParams attention;
+  bool key_behind_query = false;
+  bool value_behind_key = false;
+  bool keys_by_head = false;  // key and value are [batch, Hkv, keys, D]
   uint64_t seed = 0;
   uint64_t offset = 0;
 
@@ -34,22 +41,32 @@ inline AttentionParams with_tensors(const BareAttentionParams& p) {
   AttentionParams a = p.attention;
   a.seed = p.seed;
   a.offset = p.offset;
-  const auto rows = [&](auto* data, int64_t tokens, int64_t heads) {
-    auto result = dense_heads(data, tokens, heads, a.head_dim);
+  const int64_t heads_behind_key = p.value_behind_key ? a.num_kv_heads : 0;
+  const int64_t heads_of_key = a.num_kv_heads + heads_behind_key;
+  const int64_t heads_of_query = a.num_heads + (p.key_behind_query ? heads_of_key : 0);
+  // Heads from `first` on of a tensor of so many.
+  const auto from = [&](auto* data, int64_t first, int64_t tokens, int64_t heads, bool by_head) {
+    auto result = heads_from(data, first, tokens, heads, a.head_dim, a.dtype, by_head);
     if (a.query_starts) result.batch_stride = 0;
     return result;
   };
-  const auto queries = [&](auto* data) { return rows(data, a.queries, a.num_heads); };
-  const auto keys = [&](auto* data) { return rows(data, a.keys, a.num_kv_heads); };
-  a.query = queries(p.query);
-  a.key = keys(p.key);
-  a.value = keys(p.value);
+  const auto place = [&](auto* query, auto* key, auto* value, auto& query_heads, auto& key_heads, auto& value_heads) {
+    query_heads = from(query, 0, a.queries, heads_of_query, false);
+    key_heads = p.key_behind_query ? from(query, a.num_heads, a.queries, heads_of_query, false)
+                                   : from(key, 0, a.keys, heads_of_key, p.keys_by_head);
+    if (!p.value_behind_key) {
+      value_heads = from(value, 0, a.keys, a.num_kv_heads, p.keys_by_head);
+    } else if (p.key_behind_query) {
+      value_heads = from(query, a.num_heads + a.num_kv_heads, a.queries, heads_of_query, false);
+    } else {
+      value_heads = from(key, a.num_kv_heads, a.keys, heads_of_key, p.keys_by_head);
+    }
+  };
+  place(p.query, p.key, p.value, a.query, a.key, a.value);
+  place(p.d_query, p.d_key, p.d_value, a.d_query, a.d_key, a.d_value);
   a.mask.data = p.attn_mask;
-  a.out = queries(p.out);
-  a.d_out = queries(p.d_out);
-  a.d_query = queries(p.d_query);
-  a.d_key = keys(p.d_key);
-  a.d_value = keys(p.d_value);
+  a.out = from(p.out, 0, a.queries, a.num_heads, false);
+  a.d_out = from(p.d_out, 0, a.queries, a.num_heads, false);
   a.d_mask = p.d_attn_mask;
   return a;
 }

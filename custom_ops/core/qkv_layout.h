@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/host_device.h"
 #include "core/params.h"
@@ -97,10 +98,15 @@ PFA_HOST_DEVICE QkvLayout qkv_layout(const AttentionParams& p) {
           p.key_starts};
 }
 
-// The heads of a dense tensor [batch, tokens, heads, head_dim].
+// From head `first` on of a dense tensor [batch, tokens, heads, head_dim]; `by_head`: [batch, heads, tokens, head_dim].
 template <class Data>
-Heads<Data> dense_heads(Data* data, int64_t tokens, int64_t heads, int64_t head_dim) {
-  return {data, tokens * heads * head_dim, heads * head_dim, head_dim};
+Heads<Data> heads_from(Data* data, int64_t first, int64_t tokens, int64_t heads, int64_t head_dim, DType dtype,
+                       bool by_head = false) {
+  using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
+  const int64_t token_stride = by_head ? head_dim : heads * head_dim;
+  const int64_t head_stride = by_head ? tokens * head_dim : head_dim;
+  if (data) data = static_cast<Byte*>(data) + first * head_stride * static_cast<int64_t>(size_of(dtype));
+  return {data, tokens * heads * head_dim, token_stride, head_stride};
 }
 
 // Whether query, key and value lie beside each other as [batch, queries, 3, H, D], and out as [batch, queries, H, D].

@@ -14,10 +14,16 @@ namespace {
 
 using namespace bare_attention;
 
+// Key and value may lie behind query: an absent key has its heads after those of query, in query's tensor, and an
+// absent value its heads after those of key, wherever these lie.
+//
 // `scale` and `dropout_rate` are float64 numbers; a scale of NaN is head_dim^-0.5. A window of -1 has no end. Of packed
-// sequences max_seqlen_q and max_seqlen_k are the longest.
-#define PFA_OWN_ATTRIBUTES(DO) \
-  DO(scale), DO(dropout_rate), DO(seed), DO(window_left), DO(window_right), DO(max_seqlen_q), DO(max_seqlen_k)
+// sequences max_seqlen_q and max_seqlen_k are the longest. Of the heads of a layer that has total_heads, 0 for no
+// others, these are those from first_head on. num_kv_heads is read where key and value are absent; 0: as many as of
+// queries.
+#define PFA_OWN_ATTRIBUTES(DO)                                                                                  \
+  DO(scale), DO(dropout_rate), DO(seed), DO(window_left), DO(window_right), DO(max_seqlen_q), DO(max_seqlen_k), \
+      DO(first_head), DO(total_heads), DO(num_kv_heads)
 
 struct Attention {
   using Params = BareAttentionParams;
@@ -25,16 +31,53 @@ struct Attention {
     int64_t PFA_OWN_ATTRIBUTES(PFA_MEMBER);
 
     bool is_packed() const { return has_input(kCuSeqlensQ); }
+    bool key_behind_query() const { return !has_input(kKey); }
+    bool value_behind_key() const { return !has_input(kValue); }
+    size_t key_axis() const { return has(kKeysByHead) ? 2 : 1; }  // of tokens in a key that is not packed
   };
   static constexpr char kType[] = "custom_attention";
   static constexpr const char* kInputNames[] = {PFA_BARE_ATTENTION_INPUTS(PFA_INPUT_NAME)};
   static constexpr const char* kArgumentNames[] = {PFA_BARE_ATTENTION_INPUTS(PFA_ARGUMENT_NAME)};
-  static constexpr size_t kRequiredCount = 3;
+  static constexpr size_t kRequiredCount = 1;
   static constexpr const char* kAttributeNames[] = {PFA_OWN_ATTRIBUTES(PFA_ATTRIBUTE_NAME)};
   static constexpr const auto& kInputs = bare_attention::kInputs;
   static constexpr bool kReadsOut = true;
   static constexpr int kMaskInput = kAttnMask;
   static constexpr char kOutLike[] = "shape and dtype of query";
+
+  // What the shapes say, which have been checked or belong to a graph. -1: not known.
+  struct Counts {
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t keys;  // of all sequences, where they are packed
+  };
+  static Counts counts_of(const Shape* shapes, const Attributes& attributes) {
+    const Shape query = shapes[kQuery];
+    const auto heads = [&](int input) {
+      const Shape shape = shapes[input];
+      return shape[input != kQuery && attributes.has(kKeysByHead) ? 1 : shape.rank - 2];
+    };
+    const int64_t behind = attributes.value_behind_key() ? 2 : 1;  // heads of keys for each one of them
+    Counts counts{heads(kQuery), 0, 0};
+    if (!attributes.key_behind_query()) {
+      const Shape key = shapes[kKey];
+      counts.num_kv_heads = heads(kKey) < 0 ? -1 : heads(kKey) / behind;
+      counts.keys = attributes.is_packed() ? key[0] : key[attributes.key_axis()];
+      return counts;
+    }
+    counts.keys = query[attributes.is_packed() ? 0 : 1];
+    if (!attributes.value_behind_key()) {
+      counts.num_kv_heads = heads(kValue);
+    } else if (attributes.num_kv_heads) {
+      counts.num_kv_heads = attributes.num_kv_heads;
+    } else {
+      counts.num_kv_heads = counts.num_heads < 0 ? -1 : counts.num_heads / 3;
+    }
+    if (counts.num_heads >= 0) {
+      counts.num_heads = counts.num_kv_heads < 0 ? -1 : counts.num_heads - behind * counts.num_kv_heads;
+    }
+    return counts;
+  }
 
   static void check(const Arguments& arguments, const Attributes& attributes) {
     arguments.check_float(kQuery);
@@ -53,54 +96,105 @@ struct Attention {
                "none");
       }
     }
+    if (attributes.num_kv_heads < 0) {
+      refuse(kType, "ValueError", "num_kv_heads", "0 or more", std::to_string(attributes.num_kv_heads));
+    }
+    if (attributes.has(kKeysByHead) && (attributes.key_behind_query() || attributes.is_packed())) {
+      refuse(kType, "ValueError", "key", "a tensor of its own, and no packed sequences, as it is by head", "another");
+    }
+    const size_t rank = attributes.is_packed() ? 3 : 4;
+    if (arguments.shapes[kQuery].rank != rank) {
+      arguments.refuse_shape(kQuery, attributes.is_packed()
+                                         ? "shape [tokens, num_heads, head_dim], as sequences are packed,"
+                                         : "shape [batch, queries, num_heads, head_dim]");
+    }
+    check_heads(arguments, attributes);
+    check_first_head(arguments, attributes);
     if (attributes.is_packed()) {
-      check_packed(arguments, attributes);
+      check_packed(arguments);
     } else {
       check_dense(arguments, attributes);
     }
   }
 
-  // Of query [.., H, D], key and value [.., Hkv, D]; `tokens` names what comes before, of keys.
-  static void check_heads(const Arguments& arguments, const std::string& tokens) {
+  static void check_heads(const Arguments& arguments, const Attributes& attributes) {
     const Shape query = arguments.shapes[kQuery];
-    const Shape key = arguments.shapes[kKey];
-    const int64_t num_heads = query[query.rank - 2];
+    const size_t rank = query.rank;
     const int64_t head_dim = query.last();
-    if (num_heads == 0 || head_dim == 0) arguments.refuse_shape(kQuery, "num_heads and head_dim of at least 1");
-    const int64_t kv_heads = key.rank == query.rank ? key[key.rank - 2] : 0;
-    const bool divides = kv_heads < 0 || num_heads < 0 || (kv_heads > 0 && num_heads % kv_heads == 0);
-    const bool same_batch = query.rank == 3 || (key.rank == 4 && agree(query[0], key[0]));
-    if (!divides || !same_batch || !agree(head_dim, key.last())) {
-      arguments.refuse_shape(kKey, "shape " + tokens + ", num_kv_heads, head_dim] with num_kv_heads that divides " +
-                                       "num_heads, for query of shape " + text(query));
+    if (query[rank - 2] == 0 || head_dim == 0) arguments.refuse_shape(kQuery, "num_heads and head_dim of at least 1");
+    for (int input : {kKey, kValue}) {
+      if (arguments.has(input) && arguments.shapes[input].rank != rank) refuse_heads(arguments, attributes, input);
     }
-    if (!agree(key, arguments.shapes[kValue])) arguments.check_shape(kValue, key, {kKey});
+    const Counts counts = counts_of(arguments.shapes, attributes);
+    const int64_t num_heads = counts.num_heads, num_kv_heads = counts.num_kv_heads, keys = counts.keys;
+    const bool divides =
+        num_heads < 0 || num_kv_heads < 0 || (num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0);
+    const int64_t behind = attributes.value_behind_key() ? 2 : 1;
+    const auto fits = [&](int input) {  // with key, or value if key lies behind query
+      const Shape shape = arguments.shapes[input];
+      const int64_t heads = num_kv_heads < 0 ? -1 : (input == kKey ? behind : 1) * num_kv_heads;
+      if (!agree(head_dim, shape.last()) || (rank == 4 && !agree(query[0], shape[0]))) return false;
+      return agree(heads, shape[attributes.has(kKeysByHead) ? 1 : rank - 2]) &&
+             agree(keys, shape[attributes.is_packed() ? 0 : attributes.key_axis()]);
+    };
+    if (arguments.has(kKey)) {
+      if (!divides || !fits(kKey)) refuse_heads(arguments, attributes, kKey);
+      if (arguments.has(kValue) && !agree(arguments.shapes[kKey], arguments.shapes[kValue])) {
+        arguments.check_shape(kValue, arguments.shapes[kKey], {kKey});
+      }
+      return;
+    }
+    const bool thirds =
+        !attributes.value_behind_key() || attributes.num_kv_heads || query[rank - 2] < 0 || query[rank - 2] % 3 == 0;
+    if (!divides || !thirds) refuse_heads(arguments, attributes, kQuery);
+    if (arguments.has(kValue) && !fits(kValue)) refuse_heads(arguments, attributes, kValue);
+  }
+
+  // Says what shape the input should have, by whether others lie behind it.
+  [[noreturn]] static void refuse_heads(const Arguments& arguments, const Attributes& attributes, int input) {
+    const bool is_query = input == kQuery;
+    const std::string tokens = attributes.is_packed() ? "tokens" : is_query ? "batch, queries" : "batch, keys";
+    std::string heads = is_query ? "num_heads + num_kv_heads" : "num_kv_heads";
+    if (attributes.value_behind_key() && (is_query || input == kKey)) {
+      heads = is_query ? "num_heads + 2 * num_kv_heads" : "2 * num_kv_heads";
+    }
+    const std::string order = attributes.has(kKeysByHead) ? "batch, " + heads + ", keys" : tokens + ", " + heads;
+    const std::string like = is_query ? "" : ", for query of shape " + text(arguments.shapes[kQuery]);
+    arguments.refuse_shape(input, "shape [" + order + ", head_dim] with num_kv_heads that divides num_heads" + like);
+  }
+
+  static void check_first_head(const Arguments& arguments, const Attributes& attributes) {
+    const int64_t num_heads = counts_of(arguments.shapes, attributes).num_heads;
+    const int64_t first = attributes.first_head, total = attributes.total_heads;
+    if (total ? first < 0 || total < 0 || num_heads > total || first > total - std::max<int64_t>(num_heads, 0)
+              : first != 0) {
+      refuse(kType, "ValueError", "first_head",
+             "one that leaves room for num_heads " + std::to_string(num_heads) + " of total_heads " +
+                 std::to_string(total),
+             std::to_string(first));
+    }
   }
 
   static void check_dense(const Arguments& arguments, const Attributes& attributes) {
     const Shape query = arguments.shapes[kQuery];
-    const Shape key = arguments.shapes[kKey];
-    if (query.rank != 4) arguments.refuse_shape(kQuery, "shape [batch, queries, num_heads, head_dim]");
-    check_heads(arguments, "[batch, keys");
-    check_mask_shape(arguments, kAttnMask, {query[0], query[2], query[1], key[1]}, "[batch, num_heads, queries, keys]");
+    const auto [num_heads, num_kv_heads, keys] = counts_of(arguments.shapes, attributes);
+    check_mask_shape(arguments, kAttnMask, {query[0], num_heads, query[1], keys}, "[batch, num_heads, queries, keys]");
     if (!arguments.has(kStartendRowIndices)) return;
     const Shape ranges = arguments.shapes[kStartendRowIndices];
     const bool causal = attributes.has(kCausal);
-    const bool fits = ranges.rank == 4 && agree(query[0], ranges[0]) && (ranges[1] == 1 || agree(key[2], ranges[1])) &&
-                      agree(key[1], ranges[2]) && (ranges[3] == 2 || agree(causal ? 1 : 4, ranges[3]));
+    const bool fits = ranges.rank == 4 && agree(query[0], ranges[0]) &&
+                      (ranges[1] == 1 || agree(num_kv_heads, ranges[1])) && agree(keys, ranges[2]) &&
+                      (ranges[3] == 2 || agree(causal ? 1 : 4, ranges[3]));
     if (!fits) {
       arguments.refuse_shape(kStartendRowIndices,
                              std::string("shape [batch, num_kv_heads or 1, keys, ") +
                                  (causal ? "1 or 2], as it is causal," : "2 or 4], as it is not causal,") +
-                                 " for key of shape " + text(key));
+                                 (arguments.has(kKey) ? " for key" : " for query") + " of shape " +
+                                 text(arguments.shapes[arguments.has(kKey) ? kKey : kQuery]));
     }
   }
 
-  static void check_packed(const Arguments& arguments, const Attributes&) {
-    if (arguments.shapes[kQuery].rank != 3) {
-      arguments.refuse_shape(kQuery, "shape [tokens, num_heads, head_dim], as sequences are packed,");
-    }
-    check_heads(arguments, "[tokens");
+  static void check_packed(const Arguments& arguments) {
     for (int input : {kAttnMask, kStartendRowIndices}) {
       if (arguments.has(input)) refuse(kType, "ValueError", arguments.names[input], "none with cu_seqlens", "a tensor");
     }
@@ -109,16 +203,31 @@ struct Attention {
     arguments.check_shape(kCuSeqlensK, starts, {kCuSeqlensQ});
   }
 
-  static Sizes out_shape(const Shape* shapes, const Attributes&) { return sizes_of(shapes[kQuery]); }
+  static Sizes out_shape(const Shape* shapes, const Attributes& attributes) {
+    Sizes sizes = sizes_of(shapes[kQuery]);
+    if (attributes.key_behind_query() && sizes.size() >= 3) {
+      sizes[sizes.size() - 2] = counts_of(shapes, attributes).num_heads;
+    }
+    return sizes;
+  }
 
   static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
-    const Shape query = shape_of(*tensors[kQuery]);
-    const Shape key = shape_of(*tensors[kKey]);
+    Shape shapes[bare_attention::kInputCount];
+    for (int input : {kQuery, kKey, kValue}) {
+      if (attributes.has_input(input)) shapes[input] = shape_of(*tensors[input]);
+    }
+    const Shape query = shapes[kQuery];
+    const Counts counts = counts_of(shapes, attributes);
     Params result;
+    result.key_behind_query = attributes.key_behind_query();
+    result.value_behind_key = attributes.value_behind_key();
+    result.keys_by_head = attributes.has(kKeysByHead);
     AttentionParams& p = result.attention;
-    p.num_heads = query[query.rank - 2];
-    p.num_kv_heads = key[key.rank - 2];
+    p.num_heads = counts.num_heads;
+    p.num_kv_heads = counts.num_kv_heads;
     p.head_dim = query.last();
+    p.first_head = attributes.first_head;
+    p.total_heads = attributes.total_heads;
     if (tensors[kQuery]->is_gpu() && p.head_dim > kMaxHeadDimOnGpu) {
       refuse(kType, "ValueError", "query", "head_dim of at most " + std::to_string(kMaxHeadDimOnGpu) + " on a GPU",
              std::to_string(p.head_dim));
@@ -128,13 +237,13 @@ struct Attention {
       p.queries = attributes.max_seqlen_q;
       p.keys = attributes.max_seqlen_k;
       p.packed_queries = query[0];
-      p.packed_keys = key[0];
+      p.packed_keys = counts.keys;
       p.query_starts = starts_of(kType, *tensors[kCuSeqlensQ], "cu_seqlens_q", query[0], "max_seqlen_q", p.queries);
-      p.key_starts = starts_of(kType, *tensors[kCuSeqlensK], "cu_seqlens_k", key[0], "max_seqlen_k", p.keys);
+      p.key_starts = starts_of(kType, *tensors[kCuSeqlensK], "cu_seqlens_k", counts.keys, "max_seqlen_k", p.keys);
     } else {
       p.batch = query[0];
       p.queries = query[1];
-      p.keys = key[1];
+      p.keys = counts.keys;
     }
     p.dtype = core_dtype(tensors[kQuery]->dtype());
     p.scale = scale_of(attributes.scale, p.head_dim);

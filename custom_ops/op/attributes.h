@@ -26,6 +26,7 @@ enum Switch : int64_t {
   kGated = 256,
   kTransposeX = 512,
   kTransposeWeight = 1024,
+  kKeysByHead = 2048,
 };
 
 struct Attributes {

@@ -193,6 +193,11 @@ void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
   if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
     throw py::value_error("num_kv_heads: expected a divisor of num_heads");
   }
+  reader.take("key_behind_query", result.params.key_behind_query);
+  reader.take("value_behind_key", result.params.value_behind_key);
+  reader.take("keys_by_head", result.params.keys_by_head);
+  reader.take("first_head", p.first_head);
+  reader.take("total_heads", p.total_heads);
   reader.take("packed_queries", p.packed_queries);
   reader.take("packed_keys", p.packed_keys);
   std::string dtype;
@@ -292,13 +297,17 @@ std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p
   return arrays(kInputs, [&](int input, ArrayOf<BareAttentionParams>& array) {
     array.dtype = a.dtype;
     if (input == kAttnMask) return;  // has its own
-    array.is_required = true;
+    array.is_required = input == kQuery || (input == kKey ? !p.key_behind_query : !p.value_behind_key);
+    const int64_t keys_heads = (input == kKey && p.value_behind_key ? 2 : 1) * a.num_kv_heads;
     if (input == kQuery) {
       array.shape = result_of(p).shape;
+      if (p.key_behind_query) array.shape[array.shape.size() - 2] += (p.value_behind_key ? 2 : 1) * a.num_kv_heads;
     } else if (a.packed_queries) {
-      array.shape = {a.packed_keys, a.num_kv_heads, a.head_dim};
+      array.shape = {a.packed_keys, keys_heads, a.head_dim};
+    } else if (p.keys_by_head) {
+      array.shape = {a.batch, keys_heads, a.keys, a.head_dim};
     } else {
-      array.shape = {a.batch, a.keys, a.num_kv_heads, a.head_dim};
+      array.shape = {a.batch, a.keys, keys_heads, a.head_dim};
     }
   });
 }

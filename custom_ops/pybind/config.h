@@ -80,7 +80,8 @@ constexpr char kConfigDoc[] =
 "residual_norm" or "linear") and
 dtype ("float32", "float64", "float16" or "bfloat16"); sizes (ints): attention has batch, seq_len, embed_dim,
 num_heads and head_dim, and optionally num_kv_heads, and packed_rows for packed sequences; bare_attention batch,
-queries, keys, num_heads, num_kv_heads and head_dim, and for packed sequences packed_queries and packed_keys;
+queries, keys, num_heads, num_kv_heads and head_dim, for packed sequences packed_queries and packed_keys, and
+optionally first_head, total_heads and the bools key_behind_query, value_behind_key and keys_by_head;
 feed_forward rows, embed_dim, hidden_dim, and
 optionally first_hidden and total_hidden; residual_norm rows and embed_dim; linear rows, in_features and
 out_features. Optional are residual_dtype, of x, out and their gradients (default: dtype; or float32 beside a

@@ -29,14 +29,18 @@ class Attention(NamedTuple):
     ``i + keys - queries`` of its sequence: with `causal` it sees none after that one, and of those before and after it
     at most `window_left` and `window_right`; -1: all.
 
+    A key of None lies behind the query, as further heads of the same tensor, and a value of None behind the key, so
+    that slices of a projection need no copies. With `keys_by_head` key and value are
+    ``[batch, num_kv_heads, keys, head_dim]``.
+
     Only the result of :meth:`checked` is handed on. Code that may be traced makes it by `_make`; see
     :class:`paddle_fused_attention._block.Block`.
     """
 
     # The operator's inputs, in its order.
     query: Any  # [batch, queries, num_heads, head_dim], packed [queries of all, num_heads, head_dim]
-    key: Any  # [batch, keys, num_kv_heads, head_dim], packed [keys of all, num_kv_heads, head_dim]
-    value: Any  # like key
+    key: Any = None  # [batch, keys, num_kv_heads, head_dim], packed [keys of all, num_kv_heads, head_dim]
+    value: Any = None  # like key
     attn_mask: Any = None  # broadcasts to [batch, num_heads, queries, keys]; not if packed
     cu_seqlens_q: Any = None  # [batch + 1] int32: where the packed sequences begin, and where the last one ends
     cu_seqlens_k: Any = None
@@ -47,6 +51,7 @@ class Attention(NamedTuple):
 
     training: bool = True
     causal: bool = False
+    keys_by_head: bool = False
 
     mode: str = MODES[0]
     seed: int | None = None
@@ -54,6 +59,9 @@ class Attention(NamedTuple):
     window_right: int = -1
     max_seqlen_q: int = 0  # of packed sequences; else 0
     max_seqlen_k: int = 0
+    first_head: int = 0  # where heads are spread over processes, these among all; by these dropout counts
+    total_heads: int = 0
+    num_kv_heads: int = 0  # read where key and value are None; 0: as many as of the query
 
     def checked(self) -> Attention:
         """The description with floats for numbers and bools for switches.
@@ -62,7 +70,7 @@ class Attention(NamedTuple):
             TypeError, ValueError: A field is of the wrong type, or a number is out of its range. Whatever computes it
                 checks shapes and dtypes; windows and lengths are checked where they are made.
         """
-        checked = checked_fields(self, 3, _OF_NUMBERS, _OF_SWITCHES)
+        checked = checked_fields(self, 1, _OF_NUMBERS, _OF_SWITCHES)
         if checked.scale == 0.0:
             raise ValueError("scale: expected a number above 0, got 0")
         return checked
@@ -71,13 +79,15 @@ class Attention(NamedTuple):
 _OF_TENSORS = slice(0, Attention._fields.index("scale"))
 _OF_NUMBERS = slice(_OF_TENSORS.stop, Attention._fields.index("training"))
 _OF_SWITCHES = slice(_OF_NUMBERS.stop, Attention._fields.index("mode"))
+_OF_INTEGERS = slice(Attention._fields.index("window_left"), None)
+_INTEGERS = Attention._fields[_OF_INTEGERS]
 
 ATTENTION = _op.Operator(
     "custom_attention",
     Attention._fields[_OF_TENSORS],
     ("Query", "Key", "Value", "AttnMask", "CuSeqlensQ", "CuSeqlensK", "StartendRowIndices"),
     numbers=Attention._fields[_OF_NUMBERS],
-    integers=("seed", "window_left", "window_right", "max_seqlen_q", "max_seqlen_k"),
+    integers=("seed", *_INTEGERS),
     mask="attn_mask",
     differentiable=4,
 )
@@ -88,10 +98,22 @@ def _arguments(description: Attention) -> tuple:
     switches = _op.FIXED_SEED if d.seed is not None else 0
     if d.causal:
         switches |= _op.CAUSAL
+    if d.keys_by_head:
+        switches |= _op.KEYS_BY_HEAD
     if d.mode == MODES[0]:
         switches |= _op.UPSCALE_IN_TRAIN
-    integers = (d.seed or 0, d.window_left, d.window_right, d.max_seqlen_q, d.max_seqlen_k)
+    integers = (d.seed or 0, *fields[_OF_INTEGERS])
     return fields[_OF_TENSORS], d.training, switches, fields[_OF_NUMBERS], integers
+
+
+@paddle.jit.not_to_static
+def attention_with_weights(description: Attention) -> tuple:
+    """The result of a checked description, and the weights of its values after dropout,
+    ``[batch, num_heads, queries, keys]``, both of query's dtype: by ordinary ops, which store the scores and have
+    Paddle's own dropout."""
+    inputs = ATTENTION.checked_inputs(*_arguments(description))
+    out, weights = attention_of_ordinary_ops(Attention._make((*inputs, *description[_OF_TENSORS.stop :])))
+    return out, paddle.cast(weights, inputs[0].dtype)
 
 
 @paddle.jit.not_to_static
@@ -105,6 +127,5 @@ def attention(description: Attention) -> Any:
     if in_dynamic_mode():
         is_auto_parallel(d.query, d.key, d.value)  # raises on Paddle 2; else the operator serves them too
     elif is_exported_to_onnx():
-        inputs = ATTENTION.checked_inputs(*_arguments(d))
-        return attention_of_ordinary_ops(Attention._make((*inputs, *d[_OF_TENSORS.stop :])))
+        return attention_with_weights(d)[0]
     return ATTENTION.call(*_arguments(d))

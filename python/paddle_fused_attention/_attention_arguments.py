@@ -33,12 +33,37 @@ def dense(
     causal: Any,
     seed: Any,
     window: tuple,
+    num_kv_heads: int = 0,
 ) -> Attention:
-    """The description of attention that is not packed."""
+    """The description of attention that is not packed, of all heads."""
     # fmt: off
     return Attention._make((
-        query, key, value, attn_mask, None, None, ranges, scale, dropout, training, causal,
-        MODES[0], seed, *window, 0, 0,
+        query, key, value, attn_mask, None, None, ranges, scale, dropout, training, causal, False,
+        MODES[0], seed, *window, 0, 0, 0, 0, num_kv_heads,
+    ))
+    # fmt: on
+
+
+def packed(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens: tuple,
+    longest: tuple,
+    scale: Any,
+    dropout: Any,
+    training: Any,
+    causal: Any,
+    seed: Any,
+    window: tuple,
+    num_kv_heads: int = 0,
+) -> Attention:
+    """The description of attention of packed sequences, of all heads. `cu_seqlens` and `longest` are those of queries
+    and of keys."""
+    # fmt: off
+    return Attention._make((
+        query, key, value, None, *cu_seqlens, None, scale, dropout, training, causal, False,
+        MODES[0], seed, *window, *longest, 0, 0, num_kv_heads,
     ))
     # fmt: on
 
@@ -126,8 +151,9 @@ def _ranges_from_the_start(query: Any, key: Any) -> Any:
     return paddle.expand(ranges, [batch, -1, -1, -1])
 
 
-def split_packed(qkv: Any, rank: int) -> tuple:
-    """Query, key and value of ``[..., num_heads / num_kv_heads + 2, num_kv_heads, head_dim]``."""
+def heads_of_packed(qkv: Any, rank: int) -> tuple:
+    """``[..., num_heads / num_kv_heads + 2, num_kv_heads, head_dim]`` as ``[..., heads, head_dim]``, the heads of query,
+    key and value in turn, and num_kv_heads."""
     _op.check_tensors(("qkv",), (qkv,))
     shape = list(qkv.shape)
     if len(shape) != rank or not (shape[-3] >= 3 and shape[-2] >= 1):
@@ -135,12 +161,7 @@ def split_packed(qkv: Any, rank: int) -> tuple:
         raise ValueError(
             f"qkv: expected shape [{leading}, num_heads / num_kv_heads + 2, num_kv_heads, head_dim], got {shape}"
         )
-    of_tokens, heads = [0] * (rank - 3), (shape[-3] - 2) * shape[-2]
-    if rank == 5:
-        query, key, value = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    else:
-        query, key, value = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
-    return query.reshape([*of_tokens, heads, shape[-1]]), key, value
+    return qkv.reshape([*[0] * (rank - 3), shape[-3] * shape[-2], shape[-1]]), shape[-2]
 
 
 def check_starts(name: str, starts: Any) -> None:

@@ -1,5 +1,5 @@
-"""The keys and values that a layer is given beside its query. If they are the query, the operator serves, which takes
-one input for all three; otherwise the block is made of ordinary ops."""
+"""The keys and values that a layer is given beside its query. If they are the query, the block's operator serves, which
+takes one input for all three; otherwise the block is composed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import paddle
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
-from ._amp import without_auto_cast
-from ._block import Block
 from ._checks import check_tensor
-from ._dropout_masks import generator_of, kept_output
-from ._ordinary_ops import attention_before_tail, result_dtype
-from ._residual_norm import residual_tail, tail_of
 
 
 def are_query(query: Any, key: Any, value: Any) -> bool:
@@ -85,28 +80,3 @@ def _has_same_contents(query: paddle.Tensor, other: paddle.Tensor) -> bool:
     # In float32 at least, which holds every 16-bit number: Paddle compares 16-bit numbers on some devices only.
     a, b = (t if t.dtype == paddle.float64 else paddle.cast(t, "float32") for t in (query, other))
     return bool(paddle.all((a == b) | (paddle.isnan(a) & paddle.isnan(b))))
-
-
-@paddle.jit.not_to_static
-def attention_to_keys(block: Block, key_value: tuple) -> paddle.Tensor:
-    """Computes a checked block with keys and values of other tensors than x, by ordinary ops, which store the scores.
-
-    `key_value` are a key and a value ``[batch, keys, embed_dim]``; the first layer norm normalises them as it does x.
-    The mask broadcasts to ``[batch, num_heads, seq_len, keys]``. In dygraph dropout drops the same elements as the
-    operator, so that it does not matter which of the two runs. In a graph it is Paddle's own dropout.
-
-    Raises:
-        TypeError, ValueError: A tensor does not fit the others.
-    """
-    draws = in_dynamic_mode() and block.training and (block.dropout_rate > 0.0 or block.attn_dropout_rate > 0.0)
-    state = generator_of(block.x).get_state() if draws else None
-    y = attention_before_tail(block, key_value)
-    dtype = result_dtype(block.x)
-    if 0 in block.x.shape:
-        return paddle.cast(y, dtype)
-    keep = None
-    if draws:
-        generator_of(block.x).set_state(state)  # the operator draws once for both
-        keep = kept_output(block)
-    with without_auto_cast():
-        return residual_tail(tail_of(block, y), dtype, keep)

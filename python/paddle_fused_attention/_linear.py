@@ -52,9 +52,11 @@ def linear(
     try:
         return _linear(x, weight, bias, bool(transpose_x), bool(transpose_weight), activation)
     except (TypeError, ValueError) as error:
-        if names[1] != "weight" and str(error).startswith("weight:"):
-            raise type(error)(f"{names[1]}{str(error)[len('weight') :]}") from None
-        raise
+        called, _, message = str(error).partition(":")
+        name = dict(zip(_TENSORS, names)).get(called, called)
+        if name == called:
+            raise
+        raise type(error)(f"{name}:{message}") from None
 
 
 def _linear(x: Any, weight: Any, bias: Any, transpose_x: bool, transpose_weight: bool, activation: str | None) -> Any:

@@ -40,6 +40,7 @@ NEEDS_GRAD_HOLDS = 128
 GATED = 256
 TRANSPOSE_X = 512
 TRANSPOSE_WEIGHT = 1024
+KEYS_BY_HEAD = 2048
 
 # The scale that stands for head_dim ** -0.5, which is not always known while a graph is built.
 DEFAULT_SCALE = float("nan")
@@ -410,10 +411,12 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     return operator.call(*arguments)
 
 
-def check_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> None:
-    """Refuses shapes and dtypes of a block as the operator does, before there are values."""
+def checked_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Block:
+    """The block with its tensors as auto_cast wants them, checked as by the operator, for what stands in its place."""
     operator, arguments = _attention_call(block, first_head, total_heads)
-    operator.check(*arguments)
+    fields: Any = block
+    inputs = operator.checked_inputs(*arguments)[OF_TENSORS]
+    return Block._make((*inputs, *fields[OF_TENSORS.stop :]))
 
 
 def check_graph(names: Sequence[str], values: Sequence[Any]) -> None:

@@ -1,36 +1,51 @@
-"""Attention by itself of ordinary Paddle ops, which store the scores: for graphs that may hold no operator of ours."""
+"""Attention by itself of ordinary Paddle ops, which store the scores: for graphs that may hold no operator of ours, and
+where the weights of the values are asked for."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import paddle
+import paddle.nn.functional as F
 
 from ._amp import without_auto_cast
-from ._ordinary_ops import masked, softmax
-from ._ordinary_parts import cast_all, compute_dtype, dropout
+from ._ordinary_parts import compute_dtype, dropout
 
 
-def attention_of_ordinary_ops(d: Any) -> Any:
-    """Computes a checked :class:`paddle_fused_attention._attention.Attention`, with Paddle's own dropout."""
+def attention_of_ordinary_ops(d: Any) -> tuple:
+    """Computes a checked :class:`paddle_fused_attention._attention.Attention`, with Paddle's own dropout. Returns the
+    result and, after dropout, the weights ``[batch, num_heads, queries, keys]`` of the values, of packed sequences
+    ``[1, num_heads, queries of all, keys of all]``; in float32 at least."""
     packed = d.cu_seqlens_q is not None
     with without_auto_cast():
-        q, k, v = cast_all((d.query, d.key, d.value), compute_dtype(d.query))
+        q, k, v = (None if t is None else paddle.cast(t, compute_dtype(d.query)) for t in (d.query, d.key, d.value))
         if packed:
-            q, k, v = (tensor.unsqueeze(0) for tensor in (q, k, v))
-        q, k, v = (tensor.transpose([0, 2, 1, 3]) for tensor in (q, k, v))
+            q, k, v = (None if t is None else t.unsqueeze(0) for t in (q, k, v))
+        q, k, v = _by_head(d, q, k, v)
         group = q.shape[1] // k.shape[1]
         k, v = _of_query_heads(k, group), _of_query_heads(v, group)
-        scores = masked(paddle.matmul(q * d.scale, k, transpose_y=True), d.attn_mask)
-        scores = masked(scores, _seen_by_position(d, scores))
+        scores = _masked(paddle.matmul(q * d.scale, k, transpose_y=True), d.attn_mask)
+        scores = _masked(scores, _seen_by_position(d, scores))
         if d.startend_row_indices is not None:
             hidden = paddle.cast(_hidden_by_ranges(d, scores), "int32")  # expand and its like know no bool everywhere
             if hidden.shape[1] != 1:
                 hidden = _of_query_heads(hidden, group)
-            scores = masked(scores, 1 - hidden)
-        o = paddle.matmul(dropout(softmax(scores), d.dropout_rate, d.training, d.mode), v)
-        o = paddle.cast(o.transpose([0, 2, 1, 3]), d.query.dtype)
-        return o.squeeze(0) if packed else o
+            scores = _masked(scores, 1 - hidden)
+        weights = dropout(_softmax(scores), d.dropout_rate, d.training, d.mode)
+        o = paddle.cast(paddle.matmul(weights, v).transpose([0, 2, 1, 3]), d.query.dtype)
+        return (o.squeeze(0) if packed else o), weights
+
+
+def _by_head(d: Any, q: Any, k: Any, v: Any) -> tuple:
+    """Query, key and value as ``[batch, heads, tokens, head_dim]``, each of its own."""
+    q, k, v = (t if t is None or (d.keys_by_head and t is not q) else t.transpose([0, 2, 1, 3]) for t in (q, k, v))
+    if k is None:
+        of_keys = v.shape[1] if v is not None else 2 * (d.num_kv_heads or q.shape[1] // 3)
+        q, k = q[:, :-of_keys], q[:, -of_keys:]
+    if v is None:
+        heads = k.shape[1] // 2
+        k, v = k[:, :heads], k[:, heads:]
+    return q, k, v
 
 
 def _of_query_heads(tensor: Any, group: int) -> Any:
@@ -85,3 +100,23 @@ def _hidden_by_ranges(d: Any, scores: Any) -> Any:
     if len(columns) == 4:
         hidden = paddle.logical_or(hidden, paddle.logical_and(query >= columns[2], query < columns[3]))
     return hidden
+
+
+def _filled_where(condition: Any, value: float, tensor: Any) -> Any:
+    """The tensor with `value` where the condition, which broadcasts to it, holds."""
+    condition.stop_gradient = True  # legacy programs expand no other bool
+    return paddle.where(paddle.expand(condition, paddle.shape(tensor)), paddle.full_like(tensor, value), tensor)
+
+
+def _masked(scores: Any, mask: Any) -> Any:
+    if mask is None:
+        return scores
+    if paddle.is_floating_point(mask):
+        return scores + paddle.cast(mask, scores.dtype)
+    return _filled_where(paddle.logical_not(paddle.cast(mask, "bool")), float("-inf"), scores)
+
+
+def _softmax(scores: Any) -> Any:
+    """The softmax, with zeros, not NaN, for a query that may see no key."""
+    sees_none = scores.max(axis=-1, keepdim=True) == float("-inf")
+    return _filled_where(sees_none, 0.0, F.softmax(_filled_where(sees_none, 0.0, scores)))

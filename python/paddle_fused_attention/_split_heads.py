@@ -11,11 +11,9 @@ from typing import Any, Callable
 import paddle
 
 from . import _op
-from ._amp import without_auto_cast
 from ._block import Block
+from ._composed_attention import Source, composed_before_tail, with_tail
 from ._meshes import first_of_process, mesh_axis_of, sum_over_mesh
-from ._ordinary_ops import attention_before_tail, result_dtype
-from ._ordinary_parts import compute_dtype
 from ._residual_norm import residual_norm, tail_of
 
 
@@ -44,7 +42,7 @@ def attention_over_processes(
 
     `all_reduce` sums over the processes. `sum_gradient`, if given, takes each tensor that all processes use for their
     own heads, and returns it with a gradient that is summed. A seed of the block fixes both dropouts' masks.
-    `key_value` are a key and a value other than x, which the operator does not serve.
+    `key_value` are a key and a value other than x.
     """
     # Bias, dropout, residual and final layer norm come once, after the sum.
     part = block._replace(
@@ -56,10 +54,5 @@ def attention_over_processes(
         )
     if key_value is None:
         return residual_norm(tail_of(block, all_reduce(_op.fused_attention(part, first_head, total_heads))))
-    y = attention_before_tail(
-        part, key_value if sum_gradient is None else tuple(map(sum_gradient, key_value)), first_head, total_heads
-    )
-    dtype = result_dtype(block.x)
-    with without_auto_cast():
-        tail = tail_of(block, all_reduce(y)).cast(compute_dtype(block.x))
-        return paddle.cast(residual_norm(tail), dtype)
+    source = Source(*(key_value if sum_gradient is None else map(sum_gradient, key_value)))
+    return with_tail(block, all_reduce(composed_before_tail(part, source, first_head, total_heads)))

@@ -18,8 +18,8 @@ from ._attention_arguments import (
     check_unserved,
     dense,
     from_the_start,
+    heads_of_packed,
     scale_of,
-    split_packed,
 )
 from ._checks import check_switches, check_window
 
@@ -188,11 +188,11 @@ def flash_attn_qkvpacked(
     """
     check_all(qkv=qkv)
     check_unserved(return_softmax=return_softmax)
-    query, key, value = split_packed(qkv, 5)
+    heads, num_kv_heads = heads_of_packed(qkv, 5)
     window = check_window("window_size", window_size)
-    description = dense(query, key, value, None, None, scale_of(scale, query), dropout, training, causal, seed, window)
-    names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv", "value": "qkv"}
-    return attend(description, names, fixed_seed_offset, rng_name), None
+    scale = scale_of(scale, heads)
+    description = dense(heads, None, None, None, None, scale, dropout, training, causal, seed, window, num_kv_heads)
+    return attend(description, {"dropout_rate": "dropout", "query": "qkv"}, fixed_seed_offset, rng_name), None
 
 
 @paddle.jit.not_to_static

@@ -8,7 +8,7 @@ from paddle.framework import in_dynamic_mode
 from . import _op
 from ._block import Block, scores_of
 from ._checks import check_tensor
-from ._keys import attention_to_keys
+from ._composed_attention import Source, composed_attention
 from ._linear import linear
 from ._meshes import is_auto_parallel
 from ._ordinary_parts import is_exported_to_onnx
@@ -45,7 +45,7 @@ def self_attention(block: Block) -> paddle.Tensor:
         if is_auto_parallel(block.x, block.qkv_weight):
             return attention_over_mesh(block)
     elif is_exported_to_onnx():
-        return attention_to_keys(block, (block.x, block.x))
+        return composed_attention(block, Source()).out
     return _op.fused_attention(block)
 
 

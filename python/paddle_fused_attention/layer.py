@@ -10,9 +10,10 @@ from paddle.base.data_feeder import convert_dtype
 
 from ._block import TENSORS, Block, scores_of
 from ._checks import INFINITY, check_heads, check_number, check_switches
+from ._composed_attention import Source, composed_attention
 from ._descriptions import MODES
 from ._initializers import param_attr_of
-from ._keys import attention_to_keys, other_keys
+from ._keys import other_keys
 from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
 from ._wide_norms import WideNorms
@@ -183,7 +184,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         # fmt: on
 
     def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
-        return self_attention(block) if key_value is None else attention_to_keys(block, key_value)
+        return self_attention(block) if key_value is None else composed_attention(block, Source(*key_value)).out
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments for such a layer, but for its parameters' attributes."""

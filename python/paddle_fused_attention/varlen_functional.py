@@ -10,7 +10,6 @@ import paddle
 from paddle.incubate.nn import attn_bias as biases
 
 from . import _op
-from ._attention import Attention
 from ._attention_arguments import (
     attend,
     check_all,
@@ -18,14 +17,13 @@ from ._attention_arguments import (
     check_unserved,
     dense,
     from_the_start,
-    gather,
     gather_used,
+    heads_of_packed,
+    packed,
     scale_of,
     scatter_like,
-    split_packed,
 )
 from ._checks import check_count, check_switches, check_tensor, check_window
-from ._descriptions import MODES
 
 __all__ = [
     "flash_attn_unpadded",
@@ -79,12 +77,11 @@ def flash_attn_unpadded(
     check_all(query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_unserved(return_softmax=return_softmax)
     longest = check_count("max_seqlen_q", max_seqlen_q), check_count("max_seqlen_k", max_seqlen_k)
-    # fmt: off
-    description = Attention._make((
-        query, key, value, None, cu_seqlens_q, cu_seqlens_k, None, scale_of(scale, query), dropout, training, causal,
-        MODES[0], seed, *check_window("window_size", window_size), *longest,
-    ))
-    # fmt: on
+    window = check_window("window_size", window_size)
+    cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
+    description = packed(
+        query, key, value, cu_seqlens, longest, scale_of(scale, query), dropout, training, causal, seed, window
+    )
     return attend(description, {"dropout_rate": "dropout"}, fixed_seed_offset, rng_name), None
 
 
@@ -127,24 +124,23 @@ def flash_attn_varlen_qkvpacked(
     check_unserved(return_softmax=return_softmax)
     check_switches(varlen_padded=varlen_padded)
     longest = check_count("max_seqlen_q", max_seqlen_q), check_count("max_seqlen_k", max_seqlen_k)
-    query, key, value = padded = split_packed(qkv, 4)
-    tokens = None
+    window = check_window("window_size", window_size)
+    heads, num_kv_heads = heads_of_packed(qkv, 4)
+    query, key, padded = heads, None, None
     if varlen_padded:
         check_starts("cu_seqlens_q", cu_seqlens_q)
         check_starts("cu_seqlens_k", cu_seqlens_k)
-        query, tokens = gather_used("max_seqlen_q", query, cu_seqlens_q, longest[0])
-        key, key_tokens = gather_used("max_seqlen_k", key, cu_seqlens_k, longest[1])
-        value = gather(value, key_tokens)
-    # fmt: off
-    description = Attention._make((
-        query, key, value, None, cu_seqlens_q, cu_seqlens_k, None, scale_of(scale, query), dropout, training, causal,
-        MODES[0], seed, *check_window("window_size", window_size), *longest,
-    ))
-    # fmt: on
-    names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv", "value": "qkv"}
+        padded = heads[:, : -2 * num_kv_heads]
+        query, tokens = gather_used("max_seqlen_q", padded, cu_seqlens_q, longest[0])
+        key, _ = gather_used("max_seqlen_k", heads[:, -2 * num_kv_heads :], cu_seqlens_k, longest[1])
+    cu_seqlens, scale = (cu_seqlens_q, cu_seqlens_k), scale_of(scale, heads)
+    description = packed(
+        query, key, None, cu_seqlens, longest, scale, dropout, training, causal, seed, window, num_kv_heads
+    )
+    names = {"dropout_rate": "dropout", "query": "qkv", "key": "qkv"}
     out = attend(description, names, fixed_seed_offset, rng_name)
-    if tokens is not None:
-        out = scatter_like(padded[0], tokens, out)
+    if padded is not None:
+        out = scatter_like(padded, tokens, out)
     return out, None
 
 
@@ -220,11 +216,10 @@ def _of_blocks(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if len(tensor.shape) != 4 or tensor.shape[0] not in (1, -1):
             raise ValueError(f"{name}: expected shape [1, tokens, heads, head_dim], got {list(tensor.shape)}")
-    # fmt: off
-    description = Attention._make((
-        *(tensor.squeeze(0) for tensor in (query, key, value)), None, bias.q_seqinfo.seqstart, bias.k_seqinfo.seqstart,
-        None, scale_of(scale, query), p, training, causal, MODES[0], seed, *window,
-        max(bias.q_seqinfo.max_seqlen, 1), max(bias.k_seqinfo.max_seqlen, 1),
-    ))
-    # fmt: on
+    query, key, value = (tensor.squeeze(0) for tensor in (query, key, value))
+    cu_seqlens = (bias.q_seqinfo.seqstart, bias.k_seqinfo.seqstart)
+    longest = (max(bias.q_seqinfo.max_seqlen, 1), max(bias.k_seqinfo.max_seqlen, 1))
+    description = packed(
+        query, key, value, cu_seqlens, longest, scale_of(scale, query), p, training, causal, seed, window
+    )
     return attend(description, names).unsqueeze(0)

@@ -5,7 +5,21 @@ import itertools
 import numpy as np
 import paddle
 import pytest
-from attention_cases import DTYPES, FEATURES, FULL, LENGTHS, make_inputs, stored
+from attention_cases import (
+    DTYPES,
+    FEATURES,
+    FORM_CASES,
+    FORMS,
+    FORMS_OF_CASES,
+    FULL,
+    LENGTHS,
+    check,
+    differentiable,
+    in_form,
+    make_inputs,
+    out_of_form,
+    stored,
+)
 from graphs import GRAPHS, call, check_case, run
 
 MIXED = FULL.but(
@@ -75,6 +89,35 @@ def test_zero_sizes(batch, queries, keys, graph, place):
     assert out.shape == arrays["query"].shape and not out.any()
     for name, gradient in gradients.items():
         assert gradient.shape == arrays[name].shape and not gradient.any()
+
+
+@GRAPHS
+@pytest.mark.parametrize("form, name", FORMS_OF_CASES)
+def test_shared_tensors(form, name, graph, place):
+    """Query, key and value in one tensor or two, keys and values by head: no slice is copied."""
+    case = FORM_CASES[name]
+    inputs = make_inputs(case)
+    arrays = in_form(form, stored(case, inputs))
+    more = dict(keys_by_head=FORMS[form], num_kv_heads=case.kv_heads)
+    out, gradients = run(
+        graph,
+        lambda tensors: call(tensors, case.config, case.lengths and case.longest, **more),
+        arrays,
+        [name for name in differentiable(inputs) if name in arrays],
+        place,
+    )
+    check(case, inputs, out, out_of_form(form, gradients, case))
+
+
+@pytest.mark.parametrize("first, count", [(0, 2), (2, 2), (1, 3), (0, 4)])
+def test_heads_of_a_part_of_a_layer(first, count, place):
+    """Dropout is that of the heads' places in the whole layer."""
+    case = FULL.but(queries=20, keys=20, heads=4, kv_heads=4, dropout_rate=0.4, seed=3, dtype="float32")
+    arrays = {n: paddle.to_tensor(a, place=place) for n, a in stored(case, make_inputs(case)).items() if n != "d_out"}
+    whole = call(arrays, case.config).numpy()
+    part = {name: tensor[:, :, first : first + count] for name, tensor in arrays.items()}
+    found = call(part, case.config, first_head=first, total_heads=4).numpy()
+    np.testing.assert_array_equal(found, whole[:, :, first : first + count])
 
 
 @pytest.mark.usefixtures("needs_paddle")

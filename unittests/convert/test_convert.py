@@ -226,10 +226,10 @@ def test_outputs_and_caches_step_by_step(normalize_before, dtype):
     for actual, wanted in zip(new_cache, expected_cache):
         check("cache", actual, wanted, dtype)
     static = nn.MultiHeadAttention.StaticCache(*cache[0])
-    with pytest.raises(
-        NotImplementedError, match="cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got StaticCache"
-    ):
-        model.layers[0](x, None, static)
+    out, same = model.layers[0](x, None, static)
+    assert same.k is static.k and same.v is static.v
+    revert(model)
+    check("static", out.numpy(), model.layers[0](x, None, static)[0].numpy(), dtype)
 
 
 class Nested(nn.Layer):
@@ -539,10 +539,11 @@ def test_inputs_and_caches_that_do_not_fit():
     cache = layer.gen_cache(make_x())
     for arguments, error, start in (
         ((np.ones((BATCH, SEQ, EMBED)),), TypeError, "src:"),
-        ((make_x(), None, cache._replace(k=cache.k[:, :1])), ValueError, "cache:"),
-        ((make_x(), None, cache._replace(v=paddle.zeros([BATCH, HEADS, 1, EMBED // HEADS]))), ValueError, "cache:"),
-        ((make_x(), None, cache._replace(k=cache.k.astype("float64"))), TypeError, "cache:"),
+        ((make_x(), None, cache._replace(k=cache.k[:, :1])), ValueError, "cache.k:"),
+        ((make_x(), None, cache._replace(v=paddle.zeros([BATCH, HEADS, 1, EMBED // HEADS]))), ValueError, "cache.v:"),
+        ((make_x(), None, cache._replace(k=cache.k.astype("float64"))), TypeError, "cache.k:"),
         ((make_x(), None, cache._replace(v=None)), TypeError, "cache.v:"),
+        ((make_x(), None, tuple(cache)), TypeError, "cache:"),
     ):
         with pytest.raises(error) as raised:
             layer(*arguments)

@@ -3,7 +3,19 @@
 import attention_cases
 import numpy as np
 import pytest
-from attention_cases import DTYPES, FEATURES, FULL, LENGTHS, make_inputs, stored
+from attention_cases import (
+    DTYPES,
+    FEATURES,
+    FORM_CASES,
+    FORMS,
+    FORMS_OF_CASES,
+    FULL,
+    LENGTHS,
+    in_form,
+    make_inputs,
+    out_of_form,
+    stored,
+)
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -77,3 +89,23 @@ def test_bad_configurations():
     out, saved = pfa_core.forward(arrays, config)
     with pytest.raises(TypeError, match="out"):
         pfa_core.backward(arrays, config, d_out, saved, ["query"])
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("form, name", FORMS_OF_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_tensors(dtype, form, name, isa):
+    case = FORM_CASES[name].but(dtype=dtype)
+    inputs = make_inputs(case)
+    arrays = in_form(form, stored(case, inputs))
+    d_out = arrays.pop("d_out")
+    config, seed = config_of(case), case.config.seed % 2**64
+    config.update(
+        key_behind_query="key" not in arrays, value_behind_key="value" not in arrays, keys_by_head=FORMS[form]
+    )
+    if arrays.get("attn_mask", d_out).dtype == np.uint16:
+        pytest.skip("NumPy has no bfloat16 masks")
+    out, saved = pfa_core.forward(arrays, config, seed, case.config.offset, isa=isa)
+    wanted = [name for name in attention_cases.differentiable(inputs) if name in arrays]
+    gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
+    attention_cases.check(case, inputs, out, out_of_form(form, gradients, case))

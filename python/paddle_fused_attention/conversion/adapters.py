@@ -14,7 +14,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 from .._keys import are_query
-from .._ordinary_ops import additive_mask
+from .._masks import additive_mask
 from .activations import activation_name
 
 

@@ -14,11 +14,13 @@ import paddle
 from paddle import nn
 
 from .._block import UNPACKED, Block
+from .._caches import attention_with_cache
 from .._checks import check_tensor
+from .._composed_attention import Source
 from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
 from .._loading import OwnEntries
-from .._ordinary_ops import additive_mask, attention_with_cache
+from .._masks import additive_mask
 from .._parts import is_plain, is_plain_dropout, origin_of_forward, parameters_of, reason_against_class
 from ..functional import self_attention
 from ..state_dicts import with_old_names
@@ -139,14 +141,8 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
 
     @paddle.jit.not_to_static
     def _attend_with_cache(self, src: Any, mask: Any, cache: Any) -> tuple:
-        if not isinstance(cache, nn.MultiHeadAttention.Cache):
-            raise NotImplementedError(
-                f"cache: expected None or a paddle.nn.MultiHeadAttention.Cache, got {type(cache).__name__}"
-            )
-        for name in ("k", "v"):
-            check_tensor(f"cache.{name}", getattr(cache, name), required=True)
-        out, k, v = attention_with_cache(self._block(src, mask), cache.k, cache.v)
-        return out, nn.MultiHeadAttention.Cache(k, v)
+        out, _, new_cache = attention_with_cache(self._block(src, mask), Source(), cache)
+        return out, new_cache
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
         return with_old_names(state, prefix)

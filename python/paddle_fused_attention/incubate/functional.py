@@ -10,10 +10,10 @@ import paddle
 from .. import feed_forward, functional
 from .._block import UNPACKED, Block
 from .._checks import check_switches, check_tensor
+from .._composed_attention import Source, check_like, composed_attention
 from .._groups import group_of_ring
 from .._linear import linear
 from .._op import check_tensors
-from .._ordinary_ops import attention_with_cache
 from ..functional import self_attention
 from ..parallel import parallel_attention
 from ..weights import pack_projections
@@ -96,7 +96,7 @@ def fused_multi_head_attention(
         qkv_bias: ``[3, num_heads, head_dim]``, with ``transpose_qkv_wb`` ``[3 * embed_dim]``, or None.
         linear_bias: ``[embed_dim]`` or None.
         cache_kv: ``[2, batch, num_heads, cached_len, head_dim]``, dtype of x: keys and values that come before those of
-            x. For inference; ordinary ops compute it.
+            x.
         attn_mask: Broadcasts to ``[batch, num_heads, seq_len, cached_len + seq_len]``; float masks are added, True or a
             nonzero integer keeps a key.
         dropout_rate, attn_dropout_rate: The probability of dropping an element of the output projection and of the
@@ -152,12 +152,10 @@ def fused_multi_head_attention(
         return parallel_attention(block, group)
     if cache_kv is None:
         return self_attention(block)
-    if len(cache_kv.shape) != 5 or cache_kv.shape[0] != 2:
-        raise ValueError(
-            f"cache_kv: expected shape [2, batch, num_heads, cached_len, head_dim], got {list(cache_kv.shape)}"
-        )
-    out, k, v = attention_with_cache(block, *paddle.unbind(cache_kv), cache_name="cache_kv[0]")
-    return out, paddle.stack([k, v])
+    heads, head_dim = (-1, -1) if len(qkv_weight.shape) != 4 else qkv_weight.shape[1:3]
+    check_like("cache_kv", cache_kv, [2, x.shape[0], heads, "cached_len", head_dim], x)
+    out, _, cache = composed_attention(block, Source(cache=cache_kv))
+    return out, cache
 
 
 @paddle.jit.not_to_static

@@ -9,11 +9,12 @@ from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._block import UNPACKED, Block
 from .._checks import INFINITY, check_heads, check_number, check_switches, check_tensor
+from .._composed_attention import Source, composed_attention
 from .._descriptions import MODES
 from .._groups import group_of_ring
-from .._keys import attention_to_keys, other_keys
+from .._keys import other_keys
 from .._loading import LoadsAnyFloat
-from .._ordinary_ops import additive_mask
+from .._masks import additive_mask
 from ..parallel import parallel_attention
 from .functional import fused_multi_head_attention, pack_transposed, seed_of_program
 
@@ -193,4 +194,6 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             before, self.training, not before, True, False, MODES[0], seed_of_program(), *UNPACKED,
         )).checked()
         # fmt: on
-        return attention_to_keys(block, key_value) if group is None else parallel_attention(block, group, key_value)
+        if group is None:
+            return composed_attention(block, Source(*key_value)).out
+        return parallel_attention(block, group, key_value)

@@ -1,0 +1,241 @@
+"""The attention block composed of the smaller operators, where the one that computes it whole does not serve: keys and
+values of other tensors than x, caches, attention weights that are asked for, and graphs for ONNX.
+
+Layer norm, projections, attention, the output projection and what follows it are an operator each, so that scores are
+stored only where the weights are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import paddle
+from paddle.base import core
+from paddle.base.framework import _dygraph_tracer
+from paddle.framework import in_dynamic_mode
+
+from . import _amp, _op
+from ._amp import without_auto_cast
+from ._attention import Attention, attention, attention_with_weights
+from ._block import Block
+from ._checks import dtype_name
+from ._descriptions import MODES
+from ._linear import linear
+from ._residual_norm import ResidualNorm, residual_norm, tail_of
+
+
+class Source(NamedTuple):
+    """What the queries attend to, and what is wanted beside the result."""
+
+    key: Any = None  # [batch, keys, kdim]; None: x
+    value: Any = None  # [batch, keys, vdim]; None: x
+    # Of query [num_heads, head_dim, embed_dim], key [num_kv_heads, head_dim, kdim] and value; None: those in qkv_weight
+    weights: tuple | None = None
+    normalises: bool = True  # whether the first layer norm is applied to key and value as well
+    # Keys and values [batch, num_kv_heads, cached, head_dim] that are there already, as a pair or one tensor [2, ...]
+    cache: Any = None
+    is_static: bool = False  # whether they are all that there is: key and value are not read
+    needs_weights: bool = False
+
+
+class Composed(NamedTuple):
+    """`cache` is the source's with the keys and values of this call after its own, or None."""
+
+    out: Any  # like x
+    weights: Any  # [batch, num_heads, queries, keys], after dropout, or None
+    cache: Any
+
+
+def generator_of(x: paddle.Tensor) -> Any:
+    """Paddle's generator of a tensor's device, which operators draw from."""
+    return (
+        core.default_cpu_generator() if x.place.is_cpu_place() else core.default_cuda_generator(x.place.gpu_device_id())
+    )
+
+
+@paddle.jit.not_to_static
+def composed_attention(block: Block, source: Source) -> Composed:
+    """Computes a checked block with other keys and values, or what else the source says.
+
+    The mask broadcasts to ``[batch, num_heads, queries, keys]``, keys of the cache included. In dygraph dropout drops
+    the same elements as the block's operator, unless weights are asked for, so that it does not matter which of the two
+    runs. In a graph, and beside weights, others.
+
+    Raises:
+        TypeError, ValueError: A tensor does not fit the others.
+        NotImplementedError: Packed sequences attend to other keys.
+    """
+    draws_once = (
+        in_dynamic_mode()
+        and block.training
+        and block.seed is None
+        and block.dropout_rate > 0.0
+        and block.attn_dropout_rate > 0.0
+        and not source.needs_weights
+    )
+    state = generator_of(block.x).get_state() if draws_once else None
+    block, y, weights, cache = _before_tail(block, source, 0, 0)
+    if draws_once:
+        generator_of(block.x).set_state(state)
+    return Composed(with_tail(block, y), weights, cache)
+
+
+@paddle.jit.not_to_static
+def composed_before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> Any:
+    """The output projection, without its bias, of a checked block with the heads from `first_head` on of
+    `total_heads`."""
+    return _before_tail(block, source, first_head, total_heads)[1]
+
+
+def with_tail(block: Block, y: Any) -> Any:
+    """What follows the output projection y, which may be of 16 bits beside a float32 x."""
+    return residual_norm(tail_of(block, _like(y, block.x)))
+
+
+def _before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> tuple:
+    """The block with its tensors as auto_cast wants them, the output projection, the weights and the cache."""
+    mask, auto_cast = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
+    if source.weights is None:
+        block = _op.checked_block(block._replace(attn_mask=None), first_head, total_heads)
+    _check_source(block, source, auto_cast)
+    with without_auto_cast():
+        description, cache = _describe(block, source)
+        description = description._replace(attn_mask=mask, first_head=first_head, total_heads=total_heads)
+        weights = None
+        if source.needs_weights:
+            o, weights = attention_with_weights(description)
+        else:
+            o = attention(description)
+        o = _reshaped(o, 2, o.shape[-2] * o.shape[-1])
+        return block, linear(o, block.linear_weight, None, False, False), weights, cache
+
+
+def _check_source(block: Block, source: Source, auto_cast: bool) -> None:
+    x = block.x
+    for name, tensor in (("key", source.key), ("value", source.value)):
+        if tensor is not None and block.cu_seqlens is not None:
+            raise NotImplementedError(f"{name}: expected the query itself with cu_seqlens, got other keys or values")
+    if source.key is None or source.is_static:
+        return
+    of_key, of_value = (x.shape[2], x.shape[2]) if source.weights is None else (w.shape[2] for w in source.weights[1:])
+    check_like("key", source.key, [x.shape[0], "keys", of_key], x, "query", auto_cast)
+    check_like("value", source.value, [x.shape[0], source.key.shape[1], of_value], source.key, "key", auto_cast)
+
+
+def check_like(
+    name: str, tensor: Any, expected: list, other: Any, other_name: str = "x", any_float: bool = False
+) -> None:
+    """Refuses a tensor of another shape, in which a name stands for any size, or of another dtype than `other`."""
+    shape = list(tensor.shape)
+    if len(shape) != len(expected) or not all(
+        isinstance(wanted, str) or wanted == size or -1 in (wanted, size) for wanted, size in zip(expected, shape)
+    ):
+        raise ValueError(
+            f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, "
+            f"got {shape}"
+        )
+    if tensor.dtype != other.dtype and not (
+        any_float and {dtype_name(tensor), dtype_name(other)} <= {"float32", "float16", "bfloat16"}
+    ):
+        raise TypeError(f"{name}: expected {other_name}'s dtype {dtype_name(other)}, got {dtype_name(tensor)}")
+
+
+def _describe(block: Block, source: Source) -> tuple:
+    """Attention of the projections, but for the mask and the heads' places, and the new cache."""
+    weights, counts = weights_of(block, source)
+    key, value = (block.x if tensor is None else tensor for tensor in (source.key, source.value))
+    h = _normalised(block, block.x)
+    if source.is_static:
+        query, (key, value), cache = _projections(block, (h,), weights, counts)[0], source.cache, source.cache
+    else:
+        k = h if key is block.x else _normalised(block, key) if source.normalises else key
+        v = h if value is block.x else k if value is key else _normalised(block, value) if source.normalises else value
+        query, key, value = _projections(block, (h, k, v), weights, counts)
+        cache = None
+        if source.cache is not None:
+            query, key, value = _separate(query, key, value, counts)
+            cache = _extended(source.cache, key, value)
+            key, value = cache
+    if cache is not None:
+        key, value = (_like(tensor, query) for tensor in (key, value))
+    scale, window, longest = block.scores
+    # fmt: off
+    description = Attention._make((
+        query, key, value, None, block.cu_seqlens, block.cu_seqlens, None,
+        weights[0].shape[1] ** -0.5 if scale is None else scale, block.attn_dropout_rate,
+        block.training, block.causal, cache is not None, block.mode, block.seed, *window, longest or 0, longest or 0,
+        0, 0, counts[1],
+    ))
+    # fmt: on
+    return description, cache
+
+
+def weights_of(block: Block, source: Source) -> tuple:
+    """The weights of query, key and value, or the packed one, as [heads, head_dim, width], and the heads of each of the
+    three."""
+    if source.weights is not None:
+        return source.weights, tuple(weight.shape[0] for weight in source.weights)
+    weight = block.qkv_weight
+    if len(weight.shape) == 4:
+        return (weight.flatten(0, 1),), (weight.shape[1],) * 3
+    num_heads = block.x.shape[-1] // weight.shape[1]
+    return (weight,), (num_heads, *[(weight.shape[0] - num_heads) // 2] * 2)
+
+
+def _projections(block: Block, tensors: tuple, weights: tuple, counts: tuple) -> list:
+    """The heads of query, key and value, [..., heads, head_dim], of one tensor each. A tensor that stands for several
+    of them, one after another, is multiplied once, and the first of them has the heads of all: the others are None."""
+    head_dim = weights[0].shape[1]
+    bias = None if block.qkv_bias is None else block.qkv_bias.reshape([-1])
+    result: list = [None] * len(tensors)
+    first = 0
+    for i, tensor in enumerate(tensors):
+        if len(weights) == 1 and i + 1 < len(tensors) and tensors[i + 1] is tensor:
+            continue
+        begin, stop = sum(counts[:first]), sum(counts[: i + 1])
+        weight = weights[i] if len(weights) == 3 else weights[0][begin:stop]
+        name = ("q_weight", "k_weight", "v_weight")[i] if len(weights) == 3 else "qkv_weight"
+        part = None if bias is None else bias[begin * head_dim : stop * head_dim]
+        out = linear(_like(tensor, weight), weight.flatten(0, 1), part, False, True, None, ("query", name, "qkv_bias"))
+        result[first] = _reshaped(out, 1, stop - begin, head_dim)
+        first = i + 1
+    return result
+
+
+def _separate(query: Any, key: Any, value: Any, counts: tuple) -> tuple:
+    """The three, each by itself."""
+    if key is None:
+        query, key = query[:, :, : counts[0]], query[:, :, counts[0] :]
+    if value is None:
+        key, value = key[:, :, : counts[1]], key[:, :, counts[1] :]
+    return query, key, value
+
+
+def _extended(cache: Any, key: Any, value: Any) -> Any:
+    """The cache with further keys and values, [batch, tokens, num_kv_heads, head_dim], as a pair or one tensor as it
+    was."""
+    key, value = (tensor.transpose([0, 2, 1, 3]) for tensor in (key, value))
+    if isinstance(cache, tuple):
+        return tuple(paddle.concat([old, _like(new, old)], axis=2) for old, new in zip(cache, (key, value)))
+    return paddle.concat([cache, _like(paddle.stack([key, value]), cache)], axis=3)
+
+
+def _reshaped(tensor: Any, count: int, *sizes: int) -> Any:
+    """The tensor with other last sizes in place of its `count`."""
+    # A 0 copies an unknown size, but not that of an empty tensor.
+    return tensor.reshape([*(max(size, 0) for size in tensor.shape[:-count]), *sizes])
+
+
+def _like(tensor: Any, other: Any) -> Any:
+    return tensor if tensor.dtype == other.dtype else paddle.cast(tensor, other.dtype)
+
+
+def _normalised(block: Block, tensor: Any) -> Any:
+    if not block.pre_layer_norm:
+        return tensor
+    # fmt: off
+    return residual_norm(ResidualNorm._make((
+        tensor, None, None, block.pre_ln_scale, block.pre_ln_bias, block.pre_ln_epsilon, 0.0, False, True, MODES[0],
+        None,
+    )))
+    # fmt: on
