@@ -152,8 +152,8 @@ def _ranges_from_the_start(query: Any, key: Any) -> Any:
 
 
 def heads_of_packed(qkv: Any, rank: int) -> tuple:
-    """``[..., num_heads / num_kv_heads + 2, num_kv_heads, head_dim]`` as ``[..., heads, head_dim]``, the heads of query,
-    key and value in turn, and num_kv_heads."""
+    """``[..., num_heads / num_kv_heads + 2, num_kv_heads, head_dim]`` as ``[..., heads, head_dim]``, with the heads of
+    query, key and value in turn; and num_kv_heads."""
     _op.check_tensors(("qkv",), (qkv,))
     shape = list(qkv.shape)
     if len(shape) != rank or not (shape[-3] >= 3 and shape[-2] >= 1):

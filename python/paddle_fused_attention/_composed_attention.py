@@ -17,7 +17,7 @@ from paddle.framework import in_dynamic_mode
 from . import _amp, _op
 from ._amp import without_auto_cast
 from ._attention import Attention, attention, attention_with_weights
-from ._block import Block
+from ._block import TENSORS, Block
 from ._checks import dtype_name
 from ._descriptions import MODES
 from ._linear import linear
@@ -94,10 +94,12 @@ def with_tail(block: Block, y: Any) -> Any:
 
 def _before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> tuple:
     """The block with its tensors as auto_cast wants them, the output projection, the weights and the cache."""
-    mask, auto_cast = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
+    mask, amp_dtype = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer())
     if source.weights is None:
         block = _op.checked_block(block._replace(attn_mask=None), first_head, total_heads)
-    _check_source(block, source, auto_cast)
+    else:
+        block, source = _checked_with_weights(block, source, amp_dtype)
+    _check_source(block, source, amp_dtype is not None)
     with without_auto_cast():
         description, cache = _describe(block, source)
         description = description._replace(attn_mask=mask, first_head=first_head, total_heads=total_heads)
@@ -110,16 +112,57 @@ def _before_tail(block: Block, source: Source, first_head: int, total_heads: int
         return block, linear(o, block.linear_weight, None, False, False), weights, cache
 
 
-def _check_source(block: Block, source: Source, auto_cast: bool) -> None:
+_WEIGHTS = ("q_weight", "k_weight", "v_weight")
+_OTHERS = tuple(name for name in TENSORS if name not in ("qkv_weight", "attn_mask"))
+
+
+def _checked_with_weights(block: Block, source: Source, amp_dtype: Any) -> tuple:
+    """The block and its source, which has weights, with their tensors as auto_cast wants them."""
+    names = (*_OTHERS, *_WEIGHTS)
+    weights: Any = source.weights
+    inputs: Any = (*(getattr(block, name) for name in _OTHERS), *weights)
+    _op.check_tensors(names, inputs)
+    if amp_dtype is not None:
+        norms = [i for i, name in enumerate(names) if "ln_" in name]
+        inputs = _amp.cast_inputs(inputs, norms, (0,), (), None, amp_dtype)
+    others, weights = inputs[: len(_OTHERS)], tuple(inputs[len(_OTHERS) :])
+    _check_width("query", inputs[0], weights[0])
+    return block._replace(**dict(zip(_OTHERS, others)), attn_mask=None), source._replace(weights=weights)
+
+
+def _check_width(name: str, tensor: Any, weight: Any, any_float: bool = False) -> None:
+    """Refuses what is not [batch, tokens, width] for a weight [heads, head_dim, width], or of a dtype that does not go
+    with it."""
+    shape = list(tensor.shape)
+    if len(shape) != 3 or shape[2] not in (weight.shape[2], -1):
+        raise ValueError(f"{name}: expected shape [batch, tokens, {weight.shape[2]}], got {shape}")
+    found, wanted = dtype_name(tensor), dtype_name(weight)
+    narrow = wanted in ("float16", "bfloat16")
+    if found != wanted and not (narrow and found == "float32") and not (any_float and {found, wanted} <= _CASTABLE):
+        raise TypeError(f"{name}: expected {'float32 or ' if narrow else ''}{wanted}, as its weight has, got {found}")
+
+
+def _check_source(block: Block, source: Source, any_float: bool) -> None:
     x = block.x
     for name, tensor in (("key", source.key), ("value", source.value)):
         if tensor is not None and block.cu_seqlens is not None:
-            raise NotImplementedError(f"{name}: expected the query itself with cu_seqlens, got other keys or values")
-    if source.key is None or source.is_static:
+            raise NotImplementedError(f"{name}: expected the query itself with cu_seqlens, got another tensor")
+    if source.is_static:
         return
-    of_key, of_value = (x.shape[2], x.shape[2]) if source.weights is None else (w.shape[2] for w in source.weights[1:])
-    check_like("key", source.key, [x.shape[0], "keys", of_key], x, "query", auto_cast)
-    check_like("value", source.value, [x.shape[0], source.key.shape[1], of_value], source.key, "key", auto_cast)
+    key, value = (x if tensor is None else tensor for tensor in (source.key, source.value))
+    if source.weights is not None:
+        _check_width("key", key, source.weights[1], any_float)
+        _check_width("value", value, source.weights[2], any_float)
+    if key is value is x:
+        return
+    check_like(
+        "key", key, [x.shape[0], "keys", key.shape[-1] if source.weights else x.shape[-1]], x, "query", any_float
+    )
+    width = value.shape[-1] if source.weights else x.shape[-1]
+    check_like("value", value, [x.shape[0], key.shape[1], width], key, "key", any_float)
+
+
+_CASTABLE = {"float32", "float16", "bfloat16"}
 
 
 def check_like(
@@ -134,23 +177,19 @@ def check_like(
             f"{name}: expected shape [{', '.join(map(str, expected))}] for {other_name} of shape {list(other.shape)}, "
             f"got {shape}"
         )
-    if tensor.dtype != other.dtype and not (
-        any_float and {dtype_name(tensor), dtype_name(other)} <= {"float32", "float16", "bfloat16"}
-    ):
+    if tensor.dtype != other.dtype and not (any_float and {dtype_name(tensor), dtype_name(other)} <= _CASTABLE):
         raise TypeError(f"{name}: expected {other_name}'s dtype {dtype_name(other)}, got {dtype_name(tensor)}")
 
 
 def _describe(block: Block, source: Source) -> tuple:
     """Attention of the projections, but for the mask and the heads' places, and the new cache."""
     weights, counts = weights_of(block, source)
-    key, value = (block.x if tensor is None else tensor for tensor in (source.key, source.value))
     h = _normalised(block, block.x)
     if source.is_static:
-        query, (key, value), cache = _projections(block, (h,), weights, counts)[0], source.cache, source.cache
+        cache = source.cache
+        (query,), (key, value) = _projections(block, (h,), weights, counts), cache
     else:
-        k = h if key is block.x else _normalised(block, key) if source.normalises else key
-        v = h if value is block.x else k if value is key else _normalised(block, value) if source.normalises else value
-        query, key, value = _projections(block, (h, k, v), weights, counts)
+        query, key, value = _projections(block, (h, *_keys_normalised(block, source, h)), weights, counts)
         cache = None
         if source.cache is not None:
             query, key, value = _separate(query, key, value, counts)
@@ -170,6 +209,32 @@ def _describe(block: Block, source: Source) -> tuple:
     return description, cache
 
 
+def _keys_normalised(block: Block, source: Source, h: Any) -> tuple:
+    """Key and value as they are projected, the same object where they are the same; h is x normalised."""
+    x = block.x
+    key, value = (x if tensor is None else tensor for tensor in (source.key, source.value))
+    if not source.normalises:
+        return h if key is x else key, h if value is x else value
+    k = h if key is x else _normalised(block, key)
+    return k, h if value is x else k if value is key else _normalised(block, value)
+
+
+@paddle.jit.not_to_static
+def projected_keys(block: Block, source: Source) -> tuple:
+    """The keys and values of the source, which has both, as a cache holds them. Of the block only parameters are
+    read."""
+    weights, counts = weights_of(block, source)
+    any_float = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
+    _op.check_tensors(("key", "value"), (source.key, source.value))
+    for i, (name, tensor) in enumerate((("key", source.key), ("value", source.value)), 1):
+        _check_width(name, tensor, weights[i] if len(weights) == 3 else weights[0], any_float)
+    check_like("value", source.value, [*source.key.shape[:2], source.value.shape[2]], source.key, "key", any_float)
+    tensors = _keys_normalised(block._replace(x=None), source, None)
+    key, value = _projections(block, tensors, weights, counts, 1)
+    _, key, value = _separate(None, key, value, counts)
+    return key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+
+
 def weights_of(block: Block, source: Source) -> tuple:
     """The weights of query, key and value, or the packed one, as [heads, head_dim, width], and the heads of each of the
     three."""
@@ -178,33 +243,35 @@ def weights_of(block: Block, source: Source) -> tuple:
     weight = block.qkv_weight
     if len(weight.shape) == 4:
         return (weight.flatten(0, 1),), (weight.shape[1],) * 3
-    num_heads = block.x.shape[-1] // weight.shape[1]
+    num_heads = block.linear_weight.shape[0] // weight.shape[1]
     return (weight,), (num_heads, *[(weight.shape[0] - num_heads) // 2] * 2)
 
 
-def _projections(block: Block, tensors: tuple, weights: tuple, counts: tuple) -> list:
-    """The heads of query, key and value, [..., heads, head_dim], of one tensor each. A tensor that stands for several
-    of them, one after another, is multiplied once, and the first of them has the heads of all: the others are None."""
+def _projections(block: Block, tensors: tuple, weights: tuple, counts: tuple, first: int = 0) -> list:
+    """The heads, [..., heads, head_dim], of those of query, key and value from `first` on, of one tensor each. A tensor
+    that stands for several of them, one after another, is multiplied once, and the first of them has the heads of all:
+    the others are None."""
     head_dim = weights[0].shape[1]
     bias = None if block.qkv_bias is None else block.qkv_bias.reshape([-1])
     result: list = [None] * len(tensors)
-    first = 0
+    begun = 0  # the first of the tensors that wait for their product
     for i, tensor in enumerate(tensors):
+        part = first + i
         if len(weights) == 1 and i + 1 < len(tensors) and tensors[i + 1] is tensor:
             continue
-        begin, stop = sum(counts[:first]), sum(counts[: i + 1])
-        weight = weights[i] if len(weights) == 3 else weights[0][begin:stop]
-        name = ("q_weight", "k_weight", "v_weight")[i] if len(weights) == 3 else "qkv_weight"
-        part = None if bias is None else bias[begin * head_dim : stop * head_dim]
-        out = linear(_like(tensor, weight), weight.flatten(0, 1), part, False, True, None, ("query", name, "qkv_bias"))
-        result[first] = _reshaped(out, 1, stop - begin, head_dim)
-        first = i + 1
+        begin, end = sum(counts[: first + begun]), sum(counts[: part + 1])
+        weight = weights[part] if len(weights) == 3 else weights[0][begin:end]
+        own_bias = None if bias is None else bias[begin * head_dim : end * head_dim]
+        names = (("query", "key", "value")[part], _WEIGHTS[part] if len(weights) == 3 else "qkv_weight", "qkv_bias")
+        out = linear(_like(tensor, weight), weight.flatten(0, 1), own_bias, False, True, None, names)
+        result[begun] = _reshaped(out, 1, end - begin, head_dim)
+        begun = i + 1
     return result
 
 
 def _separate(query: Any, key: Any, value: Any, counts: tuple) -> tuple:
     """The three, each by itself."""
-    if key is None:
+    if key is None and query is not None:
         query, key = query[:, :, : counts[0]], query[:, :, counts[0] :]
     if value is None:
         key, value = key[:, :, : counts[1]], key[:, :, counts[1] :]

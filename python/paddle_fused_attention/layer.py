@@ -9,8 +9,9 @@ from paddle import nn
 from paddle.base.data_feeder import convert_dtype
 
 from ._block import TENSORS, Block, scores_of
-from ._checks import INFINITY, check_heads, check_number, check_switches
-from ._composed_attention import Source, composed_attention
+from ._caches import Cache, StaticCache, attention_with_cache
+from ._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_tensor, check_window
+from ._composed_attention import Source, projected_keys
 from ._descriptions import MODES
 from ._initializers import param_attr_of
 from ._keys import other_keys
@@ -18,42 +19,54 @@ from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
 from ._wide_norms import WideNorms
 from .functional import self_attention
-from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
+from .weights import pack_qkv_bias, pack_qkv_weight, pack_rows, unpack_qkv_bias, unpack_qkv_weight
 
 _PARAMETERS = TENSORS[1:-1]  # all but x and the mask
+_OWN_WEIGHTS = ("q_weight", "k_weight", "v_weight")  # in the place of qkv_weight
 
 
 class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
-    """Self-attention with layer norm, projections, dropout and residual as one operator: see
+    """Attention with layer norm, projections, dropout and residual, self-attention as one operator: see
     :func:`fused_multi_head_attention` for the meaning.
 
-    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim], ``qkv_bias``
-    [3, num_heads, head_dim], ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim]; with
-    ``normalize_before`` also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also
-    ``ln_scale`` and ``ln_bias`` [embed_dim].
+    Parameters, None where they are absent: ``qkv_weight`` [3, num_heads, head_dim, embed_dim] and ``qkv_bias``
+    [3, num_heads, head_dim], with fewer ``num_kv_heads`` [num_heads + 2 * num_kv_heads, head_dim, embed_dim] and
+    [num_heads + 2 * num_kv_heads, head_dim]; ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim];
+    with ``normalize_before`` also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also
+    ``ln_scale`` and ``ln_bias`` [embed_dim]. If kdim or vdim is another than embed_dim, ``q_weight`` [num_heads,
+    head_dim, embed_dim], ``k_weight`` [num_kv_heads, head_dim, kdim] and ``v_weight`` [num_kv_heads, head_dim, vdim]
+    take the place of ``qkv_weight``.
 
     Args:
         embed_dim: Width of the input and the output.
         num_heads: A divisor of embed_dim.
         dropout_rate: The probability of dropping an element of the output projection, in [0, 1].
         attn_dropout_rate: The probability of dropping an element of the attention, in [0, 1].
-        kdim, vdim: None or embed_dim: only self-attention is fused.
+        kdim, vdim: Widths of keys and values; None: embed_dim.
         normalize_before: Whether the input is layer-normalised before the QKV projection.
-        need_weights: Must be False: the attention weights are never stored.
-        weight_attr: ParamAttr of ``qkv_weight`` and ``linear_weight``; by default Xavier's uniform initialisation. An
-            initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to three weights
-            [embed_dim, embed_dim] (in, out), which are packed to ``qkv_weight``. Layer-norm scales always begin at one.
+        need_weights: Whether calls return the attention's weights as well. They are then computed by ordinary ops,
+            which store the scores, with Paddle's own dropout.
+        weight_attr: ParamAttr of all weights but the layer norms'; by default Xavier's uniform initialisation. An
+            initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to the separate
+            weights of query, key and value, [embed_dim, embed_dim] (in, out), which are then packed. Layer-norm scales
+            always begin at one.
         bias_attr: ParamAttr of every bias, those of the layer norms included, read likewise; False: no biases.
         name: Prefix of the parameters' names.
         epsilon: Of both layer norms.
         final_layer_norm: Whether the sum with the residual is layer-normalised.
         causal: Whether query i sees the keys up to i only.
         add_residual: Whether the input is added to the output.
+        num_kv_heads: The heads of keys and values, a divisor of num_heads; None: num_heads. Query head h reads head
+            ``h // (num_heads // num_kv_heads)`` of them.
+        window_size, scale: As in :func:`fused_multi_head_attention`.
 
     Raises:
-        TypeError, ValueError: An argument is of the wrong type, or does not fit.
-        NotImplementedError: ``need_weights``, or ``kdim`` or ``vdim`` other than embed_dim.
+        TypeError, ValueError: An argument is of the wrong type, or does not fit: ``normalize_before`` needs keys and
+            values as wide as the query.
     """
+
+    Cache = Cache
+    StaticCache = StaticCache
 
     _norm_parameters = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 
@@ -75,6 +88,9 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         final_layer_norm: bool = True,
         causal: bool = False,
         add_residual: bool = True,
+        num_kv_heads: int | None = None,
+        window_size: int | tuple[int, int] | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__(name_scope=name)
         embed_dim, num_heads = self.embed_dim, self.num_heads = check_heads(embed_dim, num_heads)
@@ -86,15 +102,22 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             causal=causal,
             add_residual=add_residual,
         )
-        for argument, value in (("kdim", kdim), ("vdim", vdim)):
-            if value is not None and value != embed_dim:
-                raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
-        if need_weights:
-            raise NotImplementedError(
-                "need_weights: expected False, since the attention weights are never stored, got True"
+        self.kdim, self.vdim = (
+            embed_dim if width is None else check_count(argument, width)
+            for argument, width in (("kdim", kdim), ("vdim", vdim))
+        )
+        is_narrow = self.kdim == self.vdim == embed_dim
+        if normalize_before and not is_narrow:
+            raise ValueError(
+                f"normalize_before: expected False with kdim {self.kdim} and vdim {self.vdim}, since the layer norm is "
+                f"over embed_dim {embed_dim}, got True"
             )
-        self.kdim = self.vdim = embed_dim
-        self.need_weights = False
+        self.num_kv_heads = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads)
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {self.num_kv_heads}")
+        self.window_size = None if window_size is None else check_window("window_size", window_size)
+        self.scale = None if scale is None else check_number("scale", scale, -INFINITY, INFINITY)
+        self.need_weights = bool(need_weights)
         self.dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
         self.attn_dropout_rate = check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
         self.normalize_before = bool(normalize_before)
@@ -103,30 +126,38 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         self.causal = bool(causal)
         self.add_residual = bool(add_residual)
 
-        # The fans of three projections [embed_dim, embed_dim]; the packed weight's own shape would give others.
-        xavier = nn.initializer.XavierUniform(fan_in=embed_dim, fan_out=embed_dim)
-        shape = [3, num_heads, self.head_dim, embed_dim]
+        head_dim, kv_heads = self.head_dim, self.num_kv_heads
+        columns = [num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        heads = [3, num_heads] if kv_heads == num_heads else [num_heads + 2 * kv_heads]
+        xavier = nn.initializer.XavierUniform()
 
-        def weight(parameter_name: str, shape: list[int]) -> Any:
-            attr = param_attr_of("weight_attr", weight_attr, parameter_name, shape)
-            return self.create_parameter(shape, attr, default_initializer=xavier)
+        def weight(parameter_name: str, shape: list[int], columns: list[int] | None = None) -> Any:
+            attr = param_attr_of("weight_attr", weight_attr, parameter_name, shape, False, columns, xavier)
+            return self.create_parameter(shape, attr)
 
-        def bias(parameter_name: str, shape: list[int]) -> Any:
-            attr = param_attr_of("bias_attr", bias_attr, parameter_name, shape, is_bias=True)
+        def bias(parameter_name: str, shape: list[int], columns: list[int] | None = None) -> Any:
+            attr = param_attr_of("bias_attr", bias_attr, parameter_name, shape, True, columns)
             return None if attr is False else self.create_parameter(shape, attr, is_bias=True)
 
-        def scale() -> Any:
+        def norm_scale() -> Any:
             # As an attribute, since a global initializer replaces a default.
             ones = paddle.ParamAttr(initializer=nn.initializer.Constant(1.0))
             return self.create_parameter([embed_dim], ones)
 
-        self.qkv_weight = weight("qkv_weight", shape)
-        self.qkv_bias = bias("qkv_bias", shape[:3])
+        if is_narrow:
+            self.qkv_weight = weight("qkv_weight", [*heads, head_dim, embed_dim], columns)
+            self.q_weight = self.k_weight = self.v_weight = None
+        else:
+            self.qkv_weight = None
+            self.q_weight = weight("q_weight", [num_heads, head_dim, embed_dim], columns[:1])
+            self.k_weight = weight("k_weight", [kv_heads, head_dim, self.kdim], columns[1:2])
+            self.v_weight = weight("v_weight", [kv_heads, head_dim, self.vdim], columns[2:])
+        self.qkv_bias = bias("qkv_bias", [*heads, head_dim], columns)
         self.linear_weight = weight("linear_weight", [embed_dim, embed_dim])
         self.linear_bias = bias("linear_bias", [embed_dim])
-        self.pre_ln_scale = scale() if self.normalize_before else None
+        self.pre_ln_scale = norm_scale() if self.normalize_before else None
         self.pre_ln_bias = bias("pre_ln_bias", [embed_dim]) if self.normalize_before else None
-        self.ln_scale = scale() if self.final_layer_norm else None
+        self.ln_scale = norm_scale() if self.final_layer_norm else None
         self.ln_bias = bias("ln_bias", [embed_dim]) if self.final_layer_norm else None
 
     def forward(
@@ -135,35 +166,69 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         key: paddle.Tensor | None = None,
         value: paddle.Tensor | None = None,
         attn_mask: paddle.Tensor | None = None,
-        cache: None = None,
+        cache: Any = None,
         cu_seqlens: paddle.Tensor | None = None,
         max_seqlen: int | None = None,
-    ) -> paddle.Tensor:
+    ) -> Any:
         """Applies the block to ``query``.
 
         Args:
             query: ``[batch, seq_len, embed_dim]``, in the parameters' dtype, or float32 beside 16-bit projections; with
                 ``cu_seqlens`` ``[tokens, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``, in query's dtype; None: the query. The operator runs if both are
-                the query: the same tensor or, in dygraph if the three want no gradient, one of the same contents.
-                Ordinary ops, which store the scores, compute others with the same meaning, gradients and, in dygraph,
-                dropout. ``causal`` is then aligned at the end, and ``normalize_before`` normalises all three.
-            attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``.
-            cache: Must be None.
+            key, value: ``[batch, keys, kdim]`` and ``[batch, keys, vdim]``, in query's dtype; None: the query. One
+                operator computes all if both are the query: the same tensor or, in dygraph if the three want no
+                gradient, one of the same contents. Otherwise projections, attention and the rest are an operator each,
+                with the same meaning, gradients and, in dygraph, dropout. ``causal`` is then aligned at the end, and
+                ``normalize_before`` normalises all three. What is the same tensor is projected by one product.
+            attn_mask: As in :func:`fused_multi_head_attention`, for ``[batch, num_heads, seq_len, keys]``, where keys
+                are those of a Cache too.
+            cache: A ``paddle.nn.MultiHeadAttention.Cache``, whose keys and values come before those of this call, or
+                StaticCache, which holds them all, so that key and value are not read; see :meth:`gen_cache`.
             cu_seqlens, max_seqlen: Of packed sequences, as in :func:`fused_multi_head_attention`.
 
         Returns:
-            The shape of query.
+            The shape of query. With ``need_weights`` or a cache a tuple of that, the weights
+            ``[batch, num_heads, seq_len, keys]`` after dropout if they are needed, and the new cache if there is one.
 
         Raises:
-            NotImplementedError: There is a cache, other keys are auto-parallel tensors, or packed sequences have other
-                keys.
-            TypeError, ValueError: See :func:`fused_multi_head_attention`.
+            NotImplementedError: Other keys are auto-parallel tensors, or packed sequences have other keys.
+            TypeError, ValueError: See :func:`fused_multi_head_attention`; or a cache does not fit.
         """
-        if cache is not None:
-            raise NotImplementedError(f"cache: expected None, got {type(cache).__name__}")
-        key_value = other_keys(query, key, value)
-        return self._run(self._block(query, attn_mask, cu_seqlens, max_seqlen), key_value)
+        key_value = None if isinstance(cache, StaticCache) else other_keys(query, key, value)
+        block = self._block(query, attn_mask, cu_seqlens, max_seqlen)
+        if key_value is None and cache is None and not self.need_weights and self.qkv_weight is not None:
+            return self._run(block)
+        return self._run_composed(block, self._source(*(key_value or (None, None))), cache)
+
+    def gen_cache(self, key: paddle.Tensor, value: paddle.Tensor | None = None, type: Any = Cache) -> Any:
+        """Makes a cache for :meth:`forward`, as ``paddle.nn.MultiHeadAttention.gen_cache`` does.
+
+        Args:
+            key, value: For a StaticCache ``[batch, keys, kdim]`` and ``[batch, keys, vdim]``, None for the key: the
+                cache holds their projections. For a Cache the ``[batch, num_kv_heads, length, head_dim]`` that it
+                holds; without a value it is empty, for the batch of key.
+            type: ``paddle.nn.MultiHeadAttention.Cache`` or ``StaticCache``.
+
+        Raises:
+            TypeError, ValueError: An argument is of the wrong type, or does not fit.
+        """
+        check_tensor("key", key, required=True)
+        check_tensor("value", value)
+        if type is StaticCache:
+            block = self._block(key, None, None, None)
+            return StaticCache(*projected_keys(block, self._source(key, key if value is None else value)))
+        if type is not Cache:
+            raise TypeError(f"type: expected paddle.nn.MultiHeadAttention.Cache or StaticCache, got {type!r}")
+        if value is not None:
+            return Cache(key, value)
+        batch = key.shape[0] if key.shape[0] >= 0 else paddle.shape(key)[0]
+        weight = self.linear_weight
+        empty = paddle.zeros([batch, self.num_kv_heads, 0, self.head_dim], weight.dtype)
+        return Cache(empty, empty)
+
+    def _source(self, key: Any, value: Any) -> Source:
+        weights = None if self.qkv_weight is not None else tuple(parameters_of(self, _OWN_WEIGHTS))
+        return Source(key, value, weights, needs_weights=self.need_weights)
 
     @paddle.jit.not_to_static
     def _block(
@@ -174,17 +239,25 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         max_seqlen: int | None,
     ) -> Block:
         epsilon = self.epsilon
+        qkv_weight, *others = parameters_of(self, _PARAMETERS)
+        if qkv_weight is None:  # the source has the weights
+            (qkv_weight,) = parameters_of(self, _OWN_WEIGHTS[:1])
         # fmt: off
         return Block._make((
-            query, *parameters_of(self, _PARAMETERS), attn_mask,
+            query, qkv_weight, *others, attn_mask,
             epsilon, epsilon, self.dropout_rate, self.attn_dropout_rate,
             self.normalize_before, self.training, self.final_layer_norm, self.add_residual, self.causal, MODES[0], None,
-            cu_seqlens, scores_of(None, None, max_seqlen, cu_seqlens),
+            cu_seqlens, scores_of(self.scale, self.window_size, max_seqlen, cu_seqlens),
         )).checked()
         # fmt: on
 
-    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
-        return self_attention(block) if key_value is None else composed_attention(block, Source(*key_value)).out
+    def _run(self, block: Block) -> paddle.Tensor:
+        return self_attention(block)
+
+    def _run_composed(self, block: Block, source: Source, cache: Any) -> Any:
+        composed = attention_with_cache(block, source, cache)
+        results = tuple(result for result in composed if result is not None)
+        return results[0] if len(results) == 1 else results
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments for such a layer, but for its parameters' attributes."""
@@ -198,6 +271,18 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             "final_layer_norm": self.final_layer_norm,
             "causal": self.causal,
             "add_residual": self.add_residual,
+            **{name: value for name, value in self._further_settings().items() if value is not None},
+        }
+
+    def _further_settings(self) -> dict[str, Any]:
+        """Those that most layers leave out, None where they do."""
+        return {
+            "kdim": None if self.kdim == self.embed_dim else self.kdim,
+            "vdim": None if self.vdim == self.embed_dim else self.vdim,
+            "need_weights": self.need_weights or None,
+            "num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+            "window_size": self.window_size,
+            "scale": self.scale,
         }
 
     def extra_repr(self) -> str:
@@ -221,8 +306,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         ``x + dropout(mha(norm(x)))``; where ``norm`` is None there is no layer norm.
 
         Args:
-            mha: A self-attention layer (kdim and vdim equal to embed_dim, need_weights False), with or without biases.
-                Its dropout becomes ``attn_dropout_rate``.
+            mha: With or without biases. Its dropout becomes ``attn_dropout_rate``.
             norm: A LayerNorm over embed_dim, with or without scale and bias, or None.
             normalize_before: Where the layer norm stands.
             dropout_rate: Of the output projection.
@@ -232,8 +316,8 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             TypeError: mha or norm is not of exactly its class, since a subclass may compute something else, or a
                 projection is no ``paddle.nn.Linear``.
             ValueError: The layer norm is over another shape, only some projections have biases, or a layer has hooks, a
-                forward of its own or, as under weight_norm, parameters beside its weight and bias.
-            NotImplementedError: See the constructor.
+                forward of its own or, as under weight_norm, parameters beside its weight and bias; or see the
+                constructor.
         """
         if type(mha) is not nn.MultiHeadAttention:
             raise TypeError(f"mha: expected a paddle.nn.MultiHeadAttention, got {type(mha).__name__}")
@@ -283,22 +367,23 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             causal=causal,
             add_residual=add_residual,
         )
+        weights = [projection.weight for projection in projections[:3]]
+        parameters = {"linear_weight": mha.out_proj.weight, "linear_bias": mha.out_proj.bias}
+        origins: dict[str, Any] = {"qkv_weight": weights, "qkv_bias": biases[:3]}
         with paddle.no_grad():
-            wq, wk, wv = (projection.weight for projection in projections[:3])
-            qkv_weight = pack_qkv_weight(wq, wk, wv, mha.num_heads)
             bq, bk, bv = biases[:3]
-            qkv_bias = None if bq is None else pack_qkv_bias(bq, bk, bv, mha.num_heads)
-        parameters = {
-            "qkv_weight": qkv_weight,
-            "qkv_bias": qkv_bias,
-            "linear_weight": mha.out_proj.weight,
-            "linear_bias": mha.out_proj.bias,
-        }
+            parameters["qkv_bias"] = None if bq is None else pack_qkv_bias(bq, bk, bv, mha.num_heads)
+            if layer.qkv_weight is not None:
+                wq, wk, wv = weights
+                parameters["qkv_weight"] = pack_qkv_weight(wq, wk, wv, mha.num_heads)
+            else:
+                for name, weight in zip(_OWN_WEIGHTS, weights):
+                    parameters[name] = pack_rows([weight], getattr(layer, name).shape)
+                    origins[name] = [weight]
         if norm is not None:
             prefix = "pre_ln" if normalize_before else "ln"
             parameters.update({f"{prefix}_scale": norm.weight, f"{prefix}_bias": norm.bias})
-        weights = [projection.weight for projection in projections[:3]]
-        layer._assign_parameters(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
+        layer._assign_parameters(parameters, origins)
         layer.training = mha.training
         return layer
 
@@ -307,8 +392,16 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         the parameters.
 
         Raises:
-            ValueError: The layer has two layer norms, which no single LayerNorm can stand for.
+            ValueError: The layer has two layer norms, which no single LayerNorm can stand for, or other than
+                MultiHeadAttention fewer heads of keys, a window or a scale.
         """
+        for name in ("num_kv_heads", "window_size", "scale"):
+            value = self._further_settings()[name]
+            if value is not None:
+                raise ValueError(
+                    f"to_multi_head_attention: expected a layer without {name}, which paddle.nn.MultiHeadAttention "
+                    f"does not have, got {value}"
+                )
         if self.normalize_before and self.final_layer_norm:
             raise ValueError(
                 "to_multi_head_attention: expected a layer with at most one layer norm, got normalize_before=True and "
@@ -316,14 +409,25 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             )
         has_bias = self.linear_bias is not None
         mha = nn.MultiHeadAttention(
-            self.embed_dim, self.num_heads, self.attn_dropout_rate, bias_attr=None if has_bias else False
+            self.embed_dim,
+            self.num_heads,
+            self.attn_dropout_rate,
+            self.kdim,
+            self.vdim,
+            self.need_weights,
+            bias_attr=None if has_bias else False,
         )
         projections = (mha.q_proj, mha.k_proj, mha.v_proj)
         with paddle.no_grad():
-            weights = unpack_qkv_weight(self.qkv_weight)
+            packed = [self.qkv_weight] * 3
+            if self.qkv_weight is not None:
+                weights = unpack_qkv_weight(self.qkv_weight)
+            else:
+                packed = parameters_of(self, _OWN_WEIGHTS)
+                weights = tuple(weight.flatten(0, 1).transpose([1, 0]).clone() for weight in packed)
             biases = unpack_qkv_bias(self.qkv_bias) if has_bias else (None, None, None)
-        for projection, weight, bias in zip(projections, weights, biases):
-            _copy_parameter(projection, "weight", weight, [self.qkv_weight])
+        for projection, weight, bias, origin in zip(projections, weights, biases, packed):
+            _copy_parameter(projection, "weight", weight, [origin])
             _copy_parameter(projection, "bias", bias, [self.qkv_bias])
         _copy_parameter(mha.out_proj, "weight", self.linear_weight)
         _copy_parameter(mha.out_proj, "bias", self.linear_bias)

@@ -20,6 +20,7 @@ from paddle.framework import in_dynamic_mode
 
 from ._block import TENSORS, Block
 from ._checks import INFINITY, check_count, check_model, check_number, check_switches
+from ._composed_attention import Source
 from ._descriptions import MODES
 from ._feed_forward import FEED_FORWARD, FeedForward, check_activation, feed_forward_over_processes
 from ._groups import check_dygraph, check_seeds, resolve_group, sums_over
@@ -53,7 +54,7 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
     [3, num_heads / n, head_dim] and ``linear_weight`` [num_heads / n * head_dim, embed_dim]; all else is whole and the
     same on every process, ``attn_mask`` included. The process belongs to `group`; None: no communication. A seed of
     the block fixes both dropouts' masks. `key_value` are a key and a value other than x, as for
-    :func:`attention_to_keys`.
+    :class:`paddle_fused_attention._composed_attention.Source`.
     """
     check_dygraph(group, TENSORS, block.tensors)
     qkv_weight = block.qkv_weight
@@ -222,9 +223,17 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         final_layer_norm: bool = True,
         causal: bool = False,
         add_residual: bool = True,
+        window_size: int | tuple[int, int] | None = None,
+        scale: float | None = None,
         group: Any = None,
     ) -> None:
         group = resolve_group(group)
+        for argument, value in (("kdim", kdim), ("vdim", vdim)):
+            if value is not None and value != embed_dim:
+                raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
+        check_switches(need_weights=need_weights)
+        if need_weights:
+            raise NotImplementedError("need_weights: expected False where heads are spread over processes, got True")
         super().__init__(
             embed_dim,
             num_heads,
@@ -241,6 +250,8 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
             final_layer_norm=final_layer_norm,
             causal=causal,
             add_residual=add_residual,
+            window_size=window_size,
+            scale=scale,
         )
         self._spread(group, "num_heads", num_heads)
 
@@ -251,8 +262,15 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         shares = {name: None if value is None else self._share_of(name, value) for name, value in parameters.items()}
         super()._assign_parameters(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
-    def _run(self, block: Block, key_value: tuple | None) -> paddle.Tensor:
-        return parallel_attention(block, self.group, key_value)
+    def _run(self, block: Block) -> paddle.Tensor:
+        return parallel_attention(block, self.group)
+
+    def _run_composed(self, block: Block, source: Source, cache: Any) -> Any:
+        if cache is not None:
+            raise NotImplementedError(
+                f"cache: expected None where heads are spread over processes, got {type(cache).__name__}"
+            )
+        return parallel_attention(block, self.group, (source.key, source.value))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
@@ -265,9 +283,14 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         Raises:
             TypeError: `layer` is not a FusedMultiHeadAttention, or is split itself.
             ValueError: See the constructor.
+            NotImplementedError: The layer has kdim, vdim, need_weights or fewer heads of keys.
         """
         if not isinstance(layer, FusedMultiHeadAttention) or getattr(layer, "degree", 1) > 1:
             raise TypeError(f"layer: expected a FusedMultiHeadAttention with all heads, got {type(layer).__name__}")
+        if layer.num_kv_heads != layer.num_heads:
+            raise NotImplementedError(
+                f"layer: expected as many heads of keys as of queries, {layer.num_heads}, got {layer.num_kv_heads}"
+            )
         return _copy_of(layer, cls, group=group)
 
     def to_full(self) -> FusedMultiHeadAttention:

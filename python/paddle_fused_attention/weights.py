@@ -26,23 +26,30 @@ def pack_projections(parameters: Sequence[Any], num_heads: int, interleaved: boo
     Returns:
         ``[3, num_heads, head_dim, embed_dim]`` or ``[3, num_heads, head_dim]``.
     """
+    columns = sum(parameter.shape[-1] for parameter in parameters)
+    sizes = [num_heads, columns // (3 * num_heads), *parameters[0].shape[:-1]]
+    if len(parameters) == 1 and interleaved:
+        return _with_first_axes_swapped(pack_rows(parameters, [sizes[0], 3, *sizes[1:]]))
+    return pack_rows(parameters, [3, *sizes])
+
+
+def pack_rows(parameters: Sequence[Any], shape: Sequence[int]) -> Any:
+    """The transposed weights ``[width, columns]``, or the biases ``[columns]``, one after another, in another shape."""
     rows = [_transposed(parameter) for parameter in parameters]
-    columns, rest = rows[0].shape[0], list(rows[0].shape[1:])
-    if len(rows) == 3:
-        heads = [part.reshape([num_heads, columns // num_heads, *rest]) for part in rows]
-        # np.stack keeps the order in memory of its transposed parts.
-        return np.ascontiguousarray(np.stack(heads)) if isinstance(heads[0], np.ndarray) else paddle.stack(heads)
-    head_dim = columns // (3 * num_heads)
-    if interleaved:
-        return _with_first_axes_swapped(rows[0].reshape([num_heads, 3, head_dim, *rest]))
-    return rows[0].reshape([3, num_heads, head_dim, *rest])
+    if len(rows) == 1:
+        return rows[0].reshape(shape)
+    # np.concatenate keeps the order in memory of its transposed parts.
+    joined = (
+        np.ascontiguousarray(np.concatenate(rows)) if isinstance(rows[0], np.ndarray) else paddle.concat(rows, axis=0)
+    )
+    return joined.reshape(shape)
 
 
 def separate_projections(packed: Any, count: int, interleaved: bool = False) -> list:
     """The inverse of :func:`pack_projections` for three parameters or one, as copies that are dense in memory."""
-    parts: Sequence[int | None] = range(3) if count == 3 else (None,)
-    parameters = [_transposed(projection_rows(packed, part, interleaved)) for part in parts]
-    return [np.array(p, order="C") if isinstance(p, np.ndarray) else p.clone() for p in parameters]
+    if count == 3:
+        return list(_unpack(packed, packed.shape[1], packed.shape[1]))
+    return [_dense_copy(_transposed(projection_rows(packed, None, interleaved)))]
 
 
 def projection_rows(packed: Any, part: int | None = None, interleaved: bool = False) -> Any:
@@ -72,8 +79,9 @@ def _with_first_axes_swapped(packed: Any) -> Any:
     return packed.transpose([1, 0, *range(2, len(packed.shape))])
 
 
-def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: str) -> int:
-    """Checks three arrays of one kind, dtype and shape, [embed_dim] or [embed_dim, embed_dim]; returns embed_dim."""
+def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: str, num_heads: Any) -> tuple:
+    """Checks three arrays of one kind and dtype, weights [embed_dim, columns] or biases [columns], with embed_dim
+    columns for queries and as many for keys as for values; returns the heads of queries and of keys."""
     kind = np.ndarray if isinstance(arrays[0], np.ndarray) else paddle.Tensor
     for name, array in zip(names, arrays):
         if not isinstance(array, kind):
@@ -85,15 +93,27 @@ def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: st
     expected = list(arrays[0].shape)
     if len(expected) != rank or expected[0] != expected[-1]:
         raise ValueError(f"{names[0]}: expected shape {form}, got {expected}")
+    embed_dim = expected[0]
+    num_heads = _checked_heads(embed_dim, num_heads)
+    found = list(arrays[1].shape)
+    if found != expected:
+        columns = found[-1] if len(found) == rank and found[:-1] == expected[:-1] else 0
+        head_dim = embed_dim // num_heads
+        if not columns or columns % head_dim or num_heads % (columns // head_dim):
+            raise ValueError(
+                f"{names[1]}: expected shape {expected}, or fewer columns, of heads of {head_dim} whose number divides "
+                f"num_heads {num_heads}, got {found}"
+            )
+        expected = found
     for name, array in zip(names, arrays):
-        if list(array.shape) != expected:
+        if name == names[2] and list(array.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {list(array.shape)}")
         if array.dtype != arrays[0].dtype:
             raise TypeError(f"{name}: expected {arrays[0].dtype} like {names[0]}, got {array.dtype}")
-    return expected[0]
+    return num_heads, expected[-1] * num_heads // embed_dim
 
 
-def _checked_heads(embed_dim: int, num_heads: int) -> int:
+def _checked_heads(embed_dim: int, num_heads: Any) -> int:
     if isinstance(num_heads, bool) or not isinstance(num_heads, (int, np.integer)):
         raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
     if num_heads < 1 or embed_dim % num_heads:
@@ -101,54 +121,89 @@ def _checked_heads(embed_dim: int, num_heads: int) -> int:
     return int(num_heads)
 
 
-def _check_packed(name: str, array: Array, rank: int, form: str) -> None:
+def _pack(arrays: tuple, heads: tuple) -> Any:
+    num_heads, num_kv_heads = heads
+    head_dim, width = arrays[0].shape[-1] // num_heads, list(arrays[0].shape[:-1])
+    counts = [3, num_heads] if num_kv_heads == num_heads else [num_heads + 2 * num_kv_heads]
+    return pack_rows(arrays, [*counts, head_dim, *width])
+
+
+def _unpack(packed: Any, num_heads: int, num_kv_heads: int) -> tuple:
+    """The inverse of :func:`_pack`, as copies that are dense in memory."""
+    head_dim, *width = packed.shape[2 if num_heads == num_kv_heads else 1 :]
+    rows = packed.reshape([(num_heads + 2 * num_kv_heads) * head_dim, *width])
+    ends = [heads * head_dim for heads in (num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads)]
+    return tuple(_dense_copy(_transposed(rows[begin:end])) for begin, end in zip((0, *ends), ends))
+
+
+def _dense_copy(array: Any) -> Any:
+    return np.array(array, order="C") if isinstance(array, np.ndarray) else array.clone()
+
+
+def _heads_of(name: str, array: Any, ranks: tuple[int, int], form: str, num_heads: Any) -> tuple:
+    """The heads of queries and of keys of a packed weight or bias, of one of two ranks: with as many of both, or
+    fewer of keys. num_heads is None or said by the caller."""
     if not isinstance(array, (np.ndarray, paddle.Tensor)):
         raise TypeError(f"{name}: expected a Tensor or NumPy array, got {type(array).__name__}")
-    shape = list(array.shape)
-    if len(shape) == rank == 4 and shape[0] == 3:
+    shape, (equal, grouped) = list(array.shape), ranks
+    is_weight = equal == 4
+    if len(shape) == equal and shape[0] == 3:
+        if not is_weight or shape[1] * shape[2] == shape[3]:
+            return shape[1], shape[1]
         form = str([3, shape[1], shape[2], shape[1] * shape[2]])
-    if len(shape) != rank or shape[0] != 3 or (rank == 4 and shape[1] * shape[2] != shape[3]):
-        raise ValueError(f"{name}: expected shape {form}, got {shape}")
+    elif len(shape) == grouped and shape[1] > 0:
+        if is_weight:
+            num_heads = shape[2] // shape[1]
+        elif num_heads is None:
+            raise ValueError(f"num_heads: expected an int for a {name} of shape {shape}, got None")
+        num_heads = _checked_heads(num_heads * shape[1] if not is_weight else shape[2], num_heads)
+        num_kv_heads, odd = divmod(shape[0] - num_heads, 2)
+        if num_kv_heads > 0 and not odd and num_heads % num_kv_heads == 0:
+            return num_heads, num_kv_heads
+    raise ValueError(f"{name}: expected shape {form}, got {shape}")
 
 
 def pack_qkv_weight(wq: Array, wk: Array, wv: Array, num_heads: int) -> Array:
     """Packs three projection weights for :func:`fused_multi_head_attention`.
 
     Args:
-        wq, wk, wv: Weights of ``paddle.nn.Linear``, ``[embed_dim, embed_dim]`` (in, out), all Tensors or all NumPy
-            arrays, of one dtype. A weight in (out, in) layout, as PyTorch holds it, is transposed first.
-        num_heads: A divisor of embed_dim.
+        wq: Weight of ``paddle.nn.Linear``, ``[embed_dim, embed_dim]`` (in, out), a Tensor or a NumPy array. A weight in
+            (out, in) layout, as PyTorch holds it, is transposed first.
+        wk, wv: The same; with fewer heads, num_kv_heads, ``[embed_dim, num_kv_heads * head_dim]``.
+        num_heads: Of the queries: a divisor of embed_dim.
 
     Returns:
-        ``[3, num_heads, head_dim, embed_dim]`` of the same kind and dtype.
+        ``[3, num_heads, head_dim, embed_dim]``, with fewer heads of keys and values
+        ``[num_heads + 2 * num_kv_heads, head_dim, embed_dim]``, of the same kind and dtype.
 
     Raises:
         TypeError, ValueError: Kinds, dtypes or shapes do not fit.
     """
-    embed_dim = _check_three(("wq", "wk", "wv"), (wq, wk, wv), 2, "[embed_dim, embed_dim]")
-    return pack_projections((wq, wk, wv), _checked_heads(embed_dim, num_heads))
+    arrays = (wq, wk, wv)
+    return _pack(arrays, _check_three(("wq", "wk", "wv"), arrays, 2, "[embed_dim, embed_dim]", num_heads))
 
 
 def unpack_qkv_weight(qkv_weight: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_weight`: ``[3, num_heads, head_dim, embed_dim]`` to three
-    ``[embed_dim, embed_dim]``, contiguous copies."""
-    _check_packed("qkv_weight", qkv_weight, 4, "[3, num_heads, head_dim, num_heads * head_dim]")
-    wq, wk, wv = separate_projections(qkv_weight, 3)
+    """The inverse of :func:`pack_qkv_weight`, as contiguous copies."""
+    form = "[3, num_heads, head_dim, num_heads * head_dim] or [num_heads + 2 * num_kv_heads, head_dim, embed_dim]"
+    wq, wk, wv = _unpack(qkv_weight, *_heads_of("qkv_weight", qkv_weight, (4, 3), form, None))
     return wq, wk, wv
 
 
 def pack_qkv_bias(bq: Array, bk: Array, bv: Array, num_heads: int) -> Array:
-    """Packs three projection biases ``[embed_dim]``, all Tensors or all NumPy arrays, to ``[3, num_heads, head_dim]``.
+    """Packs three projection biases, those of :func:`pack_qkv_weight`'s columns, to ``[3, num_heads, head_dim]`` or
+    ``[num_heads + 2 * num_kv_heads, head_dim]``.
 
     Raises:
         TypeError, ValueError: Kinds, dtypes or shapes do not fit.
     """
-    embed_dim = _check_three(("bq", "bk", "bv"), (bq, bk, bv), 1, "[embed_dim]")
-    return pack_projections((bq, bk, bv), _checked_heads(embed_dim, num_heads))
+    arrays = (bq, bk, bv)
+    return _pack(arrays, _check_three(("bq", "bk", "bv"), arrays, 1, "[embed_dim]", num_heads))
 
 
-def unpack_qkv_bias(qkv_bias: Array) -> tuple[Array, Array, Array]:
-    """The inverse of :func:`pack_qkv_bias`: ``[3, num_heads, head_dim]`` to three ``[embed_dim]``, copies."""
-    _check_packed("qkv_bias", qkv_bias, 3, "[3, num_heads, head_dim]")
-    bq, bk, bv = separate_projections(qkv_bias, 3)
+def unpack_qkv_bias(qkv_bias: Array, num_heads: int | None = None) -> tuple[Array, Array, Array]:
+    """The inverse of :func:`pack_qkv_bias`, as copies. `num_heads` must be given where there are fewer heads of keys
+    and values, which a bias does not tell."""
+    form = "[3, num_heads, head_dim] or [num_heads + 2 * num_kv_heads, head_dim]"
+    bq, bk, bv = _unpack(qkv_bias, *_heads_of("qkv_bias", qkv_bias, (3, 2), form, num_heads))
     return bq, bk, bv

@@ -7,6 +7,7 @@ stay float32 then.
 
 import sys
 
+import common
 import numpy as np
 import paddle
 import pytest
@@ -325,6 +326,30 @@ def test_recompute_of_key_and_value_under_auto_cast(amp, dtype):
         assert found[0] == results[0][0]
         for result, wanted in zip(found[1:], results[0][1:]):
             assert np.abs(result - wanted).max() < (0.01 if dtype == "float16" else 0.06) * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kdim, vdim", [(24, 24), (16, 10)])
+def test_auto_cast_of_other_keys(amp, kdim, vdim, dtype):
+    """float32 tensors go through 16-bit products, whatever float dtype each is of, and the result stays float32 as the
+    residual is. A black list keeps all in float32."""
+    layer = FusedMultiHeadAttention(24, 4, 0.0, 0.0, kdim, vdim)
+    rng = np.random.default_rng(0)
+    x, key, value = (
+        paddle.to_tensor(rng.standard_normal(shape).astype("float32"), stop_gradient=False)
+        for shape in ((2, 5, 24), (2, 9, kdim), (2, 9, vdim))
+    )
+    expected = layer(x, key, value)
+    with paddle.amp.auto_cast(dtype=dtype):
+        found = [layer(x, key, value), layer(x, key.astype(dtype), value)]
+    with paddle.amp.auto_cast(dtype=dtype, custom_black_list={"custom_fused_attention"}):
+        black = layer(x, key, value)
+    assert np.array_equal(black.numpy(), expected.numpy())
+    for out in found:
+        assert out.dtype == paddle.float32
+        assert 0 < float((out - expected).abs().max()) <= 8 * common.UNIT_ROUNDOFF[dtype] * float(expected.abs().max())
+    found[0].sum().backward()
+    assert all(t.grad.dtype == paddle.float32 for t in (x, key, value, *layer.parameters()))
 
 
 def blocks_under_auto_cast(dtype):

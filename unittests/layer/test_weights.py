@@ -49,6 +49,22 @@ def test_pack_bias(wrap):
         assert type(back) is type(packed) and np.array_equal(np.asarray(back), b)
 
 
+@pytest.mark.parametrize("wrap", [lambda a: a, paddle.to_tensor], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_fewer_heads_of_keys(kv_heads, wrap):
+    """Row h*D + d of the packed heads is column h*D + d of wq, wk and wv in turn."""
+    width = kv_heads * DIM
+    weights = [*matrices(1, (EMBED, EMBED)), *matrices(2, (EMBED, width), seed=1)]
+    biases = [*matrices(1, (EMBED,)), *matrices(2, (width,), seed=1)]
+    packed = pack_qkv_weight(*map(wrap, weights), HEADS)
+    assert np.array_equal(np.asarray(packed), np.hstack(weights).T.reshape(HEADS + 2 * kv_heads, DIM, EMBED))
+    packed_bias = pack_qkv_bias(*map(wrap, biases), HEADS)
+    assert np.array_equal(np.asarray(packed_bias), np.hstack(biases).reshape(HEADS + 2 * kv_heads, DIM))
+    for found, wanted in ((unpack_qkv_weight(packed), weights), (unpack_qkv_bias(packed_bias, HEADS), biases)):
+        for back, original in zip(found, wanted):
+            assert type(back) is type(packed) and np.array_equal(np.asarray(back), original)
+
+
 def test_unpack_then_pack():
     (weight,) = matrices(1, (3, HEADS, DIM, EMBED))
     (bias,) = matrices(1, (3, HEADS, DIM))
@@ -116,6 +132,13 @@ BAD_SHAPES = [
     (pack_qkv_bias, (square(24), square(24), square(25), 4), ValueError, ["bv", "[24]", "[25]"]),
     (pack_qkv_bias, (square(2, 12), square(24), square(24), 4), ValueError, ["bq", "[2, 12]"]),
     (pack_qkv_bias, (square(24),) * 3 + (5,), ValueError, ["num_heads", "24", "5"]),
+    (pack_qkv_weight, (square(24, 24), square(24, 18), square(24, 18), 4), ValueError, ["wk", "6", "[24, 18]"]),
+    (pack_qkv_weight, (square(24, 24), square(24, 12), square(24, 24), 4), ValueError, ["wv", "[24, 12]", "[24, 24]"]),
+    (pack_qkv_weight, (square(24, 24), square(20, 12), square(20, 12), 4), ValueError, ["wk", "[20, 12]"]),
+    (unpack_qkv_weight, (square(7, 6, 24),), ValueError, ["qkv_weight", "[7, 6, 24]"]),
+    (unpack_qkv_weight, (square(10, 6, 24),), ValueError, ["qkv_weight", "[10, 6, 24]"]),
+    (unpack_qkv_bias, (square(8, 6),), ValueError, ["num_heads", "[8, 6]", "None"]),
+    (unpack_qkv_bias, (square(8, 6), 3), ValueError, ["qkv_bias", "[8, 6]"]),
     (unpack_qkv_weight, (square(3, 4, 6, 23),), ValueError, ["qkv_weight", "[3, 4, 6, 24]", "[3, 4, 6, 23]"]),
     (unpack_qkv_weight, (square(2, 4, 6, 24),), ValueError, ["qkv_weight", "[2, 4, 6, 24]"]),
     (unpack_qkv_weight, (square(72, 24),), ValueError, ["qkv_weight", "[72, 24]"]),
@@ -204,8 +227,8 @@ def test_from_multi_head_attention_copies():
 
 def test_from_multi_head_attention_refuses():
     other = paddle.nn.MultiHeadAttention(EMBED, HEADS, kdim=12, vdim=12)
-    with pytest.raises((ValueError, NotImplementedError)) as raised:
-        FusedMultiHeadAttention.from_multi_head_attention(other)
+    with pytest.raises(ValueError) as raised:
+        FusedMultiHeadAttention.from_multi_head_attention(other, paddle.nn.LayerNorm(EMBED), normalize_before=True)
     assert "kdim" in str(raised.value)
     with pytest.raises(TypeError) as raised:
         FusedMultiHeadAttention.from_multi_head_attention(paddle.nn.Linear(3, 3))
