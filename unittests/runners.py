@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 import reference
 from paddle_fused_attention import (
+    _attention,
     _feed_forward,
     _op,
     fused_bias_dropout_residual_layer_norm,
@@ -157,6 +158,22 @@ def operator_calls():
         yield calls
     finally:
         _op.fused_attention = call
+
+
+@contextlib.contextmanager
+def attention_calls():
+    """Collects the descriptions of attention by itself that its operator is called for."""
+    calls, arguments_of = [], _attention._arguments
+
+    def remembered(description):
+        calls.append(description)
+        return arguments_of(description)
+
+    _attention._arguments = remembered
+    try:
+        yield calls
+    finally:
+        _attention._arguments = arguments_of
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import paddle
 
 from . import _op
 from ._attention import Attention, attention
-from ._checks import check_switches, check_tensor, dtype_name
+from ._checks import check_switches, check_tensor, dtype_name, renamed
 from ._descriptions import MODES
 from ._ordinary_parts import compute_dtype
 
@@ -90,10 +90,7 @@ def attend(description: Attention, names: dict[str, str], fixed_seed_offset: Any
                 )
         return attention(checked)
     except (TypeError, ValueError, NotImplementedError) as error:
-        field, _, message = str(error).partition(":")
-        if field not in names:
-            raise
-        raise type(error)(f"{names[field]}:{message}") from None
+        raise renamed(error, names) from None
 
 
 def check_unserved(**switches: Any) -> None:

@@ -95,6 +95,12 @@ def check_seed(name: str, value: Any) -> int:
     return int(value)
 
 
+def renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """The error with another name for the argument that it begins with, if `names` has one."""
+    name, _, message = str(error).partition(":")
+    return type(error)(f"{names[name]}:{message}") if name in names else error
+
+
 def check_window(name: str, value: Any) -> tuple[int, int]:
     """How many keys before and after a query sees, of None, an int for both, or one for each; -1: all."""
     if value is None:

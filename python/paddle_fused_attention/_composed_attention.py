@@ -32,7 +32,8 @@ class Source(NamedTuple):
     # Of query [num_heads, head_dim, embed_dim], key [num_kv_heads, head_dim, kdim] and value; None: those in qkv_weight
     weights: tuple | None = None
     normalises: bool = True  # whether the first layer norm is applied to key and value as well
-    # Keys and values [batch, num_kv_heads, cached, head_dim] that are there already, as a pair or one tensor [2, ...]
+    # Keys and values [batch, num_kv_heads, length, head_dim] that are there already, as a pair, which errors call
+    # cache.k and cache.v, or as one tensor [2, ...], cache_kv
     cache: Any = None
     is_static: bool = False  # whether they are all that there is: key and value are not read
     needs_weights: bool = False
@@ -42,8 +43,13 @@ class Composed(NamedTuple):
     """`cache` is the source's with the keys and values of this call after its own, or None."""
 
     out: Any  # like x
-    weights: Any  # [batch, num_heads, queries, keys], after dropout, or None
-    cache: Any
+    weights: Any = None  # [batch, num_heads, queries, keys], after dropout, or None
+    cache: Any = None
+
+    def results(self) -> Any:
+        """Those that there are, as a layer returns them: one alone, or a tuple."""
+        found = tuple(result for result in self if result is not None)
+        return found[0] if len(found) == 1 else found
 
 
 def generator_of(x: paddle.Tensor) -> Any:
@@ -147,6 +153,8 @@ def _check_source(block: Block, source: Source, any_float: bool) -> None:
     for name, tensor in (("key", source.key), ("value", source.value)):
         if tensor is not None and block.cu_seqlens is not None:
             raise NotImplementedError(f"{name}: expected the query itself with cu_seqlens, got another tensor")
+    if source.cache is not None:
+        _check_cache(block, source, any_float)
     if source.is_static:
         return
     key, value = (x if tensor is None else tensor for tensor in (source.key, source.value))
@@ -160,6 +168,20 @@ def _check_source(block: Block, source: Source, any_float: bool) -> None:
     )
     width = value.shape[-1] if source.weights else x.shape[-1]
     check_like("value", value, [x.shape[0], key.shape[1], width], key, "key", any_float)
+
+
+def _check_cache(block: Block, source: Source, any_float: bool) -> None:
+    x, cache = block.x, source.cache
+    weights, counts = weights_of(block, source)
+    expected = [x.shape[0], counts[1], "length", weights[0].shape[1]]
+    is_pair = isinstance(cache, tuple)
+    # Beside 16-bit projections of a float32 x it is of 16 bits too.
+    any_float = any_float or (cache[0] if is_pair else cache).dtype == weights[0].dtype
+    if is_pair:
+        check_like("cache.k", cache[0], expected, x, any_float=any_float)
+        check_like("cache.v", cache[1], list(cache[0].shape), cache[0], "cache.k")
+    else:
+        check_like("cache_kv", cache, [2, *expected], x, any_float=any_float)
 
 
 _CASTABLE = {"float32", "float16", "bfloat16"}
@@ -232,7 +254,9 @@ def projected_keys(block: Block, source: Source) -> tuple:
     tensors = _keys_normalised(block._replace(x=None), source, None)
     key, value = _projections(block, tensors, weights, counts, 1)
     _, key, value = _separate(None, key, value, counts)
-    return key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+    by_head = (tensor.transpose([0, 2, 1, 3]) for tensor in (key, value))
+    # Not views, which every later call would copy.
+    return tuple(tensor.contiguous() if in_dynamic_mode() else tensor for tensor in by_head)
 
 
 def weights_of(block: Block, source: Source) -> tuple:

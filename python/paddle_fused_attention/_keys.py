@@ -18,11 +18,9 @@ def are_query(query: Any, key: Any, value: Any) -> bool:
 
 
 @paddle.jit.not_to_static
-def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
-    """The key and the value, each the query where it is None; None if both are the query itself.
-
-    In dygraph a tensor of the same memory or contents is the query too, but only where no gradient is wanted: two
-    tensors of equal contents have a gradient each. While a graph is built, only the name of a value is known.
+def given_keys(query: Any, key: Any, value: Any) -> tuple | None:
+    """The key and the value, each the query where it is None; None if both are the same object as the query, or the
+    same value of a graph.
 
     Raises:
         TypeError: key or value is no Tensor.
@@ -43,7 +41,8 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
     if all(_is_same(query, tensor) for tensor in key_value):
         return None
     if not dygraph:
-        return key_value
+        # Python may have several objects of one value in a graph.
+        return tuple(query if _is_same(query, tensor) else tensor for tensor in key_value)
     for name, tensor in given.items():
         if tensor.is_dist():
             raise NotImplementedError(
@@ -51,6 +50,16 @@ def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
             )
         if not tensor.is_dense() or (tensor.size > 0 and not tensor._is_initialized()):
             raise TypeError(f"{name}: expected a dense Tensor with memory, got one that is sparse or has none")
+    return key_value
+
+
+@paddle.jit.not_to_static
+def other_keys(query: Any, key: Any, value: Any) -> tuple | None:
+    """As :func:`given_keys`. But in dygraph a tensor of the same memory or contents is the query too, where no gradient
+    is wanted: two tensors of equal contents have a gradient each."""
+    key_value = given_keys(query, key, value)
+    if key_value is None or not in_dynamic_mode():
+        return key_value
     wants_gradient = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, *key_value))
     if not wants_gradient and all(_has_same_contents(query, tensor) for tensor in key_value):
         return None
@@ -62,7 +71,6 @@ def _is_same(query: Any, other: Any) -> bool:
         return True
     if in_dynamic_mode():
         return False
-    # Python may have several objects of one value in a graph.
     if hasattr(query, "is_same"):
         return query.is_same(other)
     return query.name == other.name and query.block is other.block

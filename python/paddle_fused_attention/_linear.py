@@ -9,7 +9,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
-from ._checks import check_switches, check_tensor
+from ._checks import check_switches, check_tensor, renamed
 from ._descriptions import USUAL_TYPES
 from ._feed_forward import ACTIVATIONS, activate, check_activation
 from ._meshes import is_auto_parallel
@@ -52,11 +52,7 @@ def linear(
     try:
         return _linear(x, weight, bias, bool(transpose_x), bool(transpose_weight), activation)
     except (TypeError, ValueError) as error:
-        called, _, message = str(error).partition(":")
-        name = dict(zip(_TENSORS, names)).get(called, called)
-        if name == called:
-            raise
-        raise type(error)(f"{name}:{message}") from None
+        raise renamed(error, dict(zip(_TENSORS, names))) from None
 
 
 def _linear(x: Any, weight: Any, bias: Any, transpose_x: bool, transpose_weight: bool, activation: str | None) -> Any:

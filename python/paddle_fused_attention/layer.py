@@ -255,9 +255,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         return self_attention(block)
 
     def _run_composed(self, block: Block, source: Source, cache: Any) -> Any:
-        composed = attention_with_cache(block, source, cache)
-        results = tuple(result for result in composed if result is not None)
-        return results[0] if len(results) == 1 else results
+        return attention_with_cache(block, source, cache).results()
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments for such a layer, but for its parameters' attributes."""

@@ -474,21 +474,6 @@ def test_shared_parts_are_left_alone():
     assert "shares its Linear" in report.left_alone["0"]
 
 
-def test_decoders_are_left_alone():
-    model = nn.Transformer(EMBED, HEADS, 1, 2, 24, 0.0)
-    x, y = make_x(), make_x(seq_len=4, seed=2)
-    expected = model(x, y).numpy()
-    model, report = convert(model, return_report=True)
-    assert list(report.converted) == ["encoder.layers.0"]
-    names = [f"decoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "cross_attn")]
-    assert list(report.left_alone) == names
-    assert (
-        str(report).splitlines()[1]
-        == "decoder.layers.0.self_attn: left alone, not part of a paddle.nn.TransformerEncoderLayer"
-    )
-    check("out", model(x, y).numpy(), expected, "float32")
-
-
 def test_only_a_model_without_attention_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

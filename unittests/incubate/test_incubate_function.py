@@ -198,12 +198,12 @@ ERRORS = [
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 4])),
         ValueError,
-        r"cache_kv: expected shape \[2, 2, 3, cached_len, 4\] .* got \[2, 2, 3, 4\]",
+        r"cache_kv: expected shape \[2, 2, 3, length, 4\] .* got \[2, 2, 3, 4\]",
     ),
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM + 1])),
         ValueError,
-        r"cache_kv: expected shape \[2, 2, 3, cached_len, 4\] .* got \[2, 2, 3, 1, 5\]",
+        r"cache_kv: expected shape \[2, 2, 3, length, 4\] .* got \[2, 2, 3, 1, 5\]",
     ),
     (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 1, HEAD_DIM], "float32")),

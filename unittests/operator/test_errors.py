@@ -415,13 +415,13 @@ def test_the_same_from_layers(kind):
         ("x", lambda: pfa.FusedMultiHeadAttention(E, H)(make(x))),
         ("x", lambda: pfa.ParallelFusedMultiHeadAttention(E, H)(make(x))),
         ("x", lambda: incubate(make(x))),
-        ("x", lambda: encoder(make(x))),
+        ("src", lambda: encoder(make(x))),
         ("attn_mask", lambda: incubate(x, attn_mask=make(keep))),
         ("src_mask", lambda: encoder(x, make(keep))),
         ("qkv_weight", lambda: transposed(make(weight), bias)),
         ("qkv_bias", lambda: transposed(weight, make(bias))),
         ("cache_kv", lambda: incubate(x, cache=make(cache))),
-        ("cache", lambda: encoder(x, None, paddle.nn.MultiHeadAttention.Cache(make(cache[0]), cache[1]))),
+        ("cache.k", lambda: encoder(x, None, paddle.nn.MultiHeadAttention.Cache(make(cache[0]), cache[1]))),
     ]
     for argument, run in calls:
         with pytest.raises(error) as raised:

@@ -11,10 +11,8 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.framework import in_dynamic_mode
 
 from .._keys import are_query
-from .._masks import additive_mask
 from .activations import activation_name
 
 
@@ -90,30 +88,14 @@ class AttentionAdapter:
         return [name for name in (self.attn_dropout, self.dropout) if name is not None]
 
 
-def wants_gradient(mask: Any) -> bool:
-    """Whether a mask wants the gradient that the operator does not give."""
-    return (
-        in_dynamic_mode()
-        and mask is not None
-        and not mask.stop_gradient
-        and paddle.is_grad_enabled()
-        and paddle.is_floating_point(mask)
-    )
-
-
 class PaddleAdapter(AttentionAdapter):
-    """``paddle.nn.MultiHeadAttention`` as self-attention."""
+    """``paddle.nn.MultiHeadAttention``, whose calls PackedMultiHeadAttention understands."""
 
     def attn_dropout_rate(self, attention: nn.Layer) -> float:
         return (attention.dropout or 0.0) if attention.training else 0.0
 
-    def inputs(
-        self, attention: Any, query: Any, key: Any = None, value: Any = None, attn_mask: Any = None, cache: Any = None
-    ) -> tuple[Any, Any, bool] | None:
-        served = are_query(query, key, value) and cache is None and not attention.need_weights
-        if not served or wants_gradient(attn_mask):
-            return None
-        return query, additive_mask("attn_mask", attn_mask, query), False
+
+PADDLE_ADAPTER = PaddleAdapter()
 
 
 class VisionTransformerAdapter(AttentionAdapter):
@@ -167,8 +149,7 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
         output_attentions: bool = False,
     ) -> tuple[Any, Any, bool] | None:
         with_cache = use_cache or past_key_value is not None
-        served = are_query(query, key, value) and not with_cache and not output_attentions
-        if not served or wants_gradient(attention_mask):
+        if not are_query(query, key, value) or with_cache or output_attentions:
             return None
         # PaddleNLP adds masks as numbers, whatever their dtype. They hide later keys themselves.
         mask = attention_mask

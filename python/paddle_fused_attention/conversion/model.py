@@ -14,19 +14,19 @@ from paddle import nn
 from .._checks import check_model
 from ..report import Report
 from .adapters import AttentionAdapter
-from .encoder_layer import (
-    ConvertedEncoderLayer,
-    fuse,
-    reason_against_attention,
-    reason_against_encoder_layer,
-    reason_against_second_half,
-    unfuse,
-)
+from .decoder_layer import ConvertedDecoderLayer
+from .encoder_layer import ConvertedEncoderLayer
 from .feed_forward import FusedFeedForward, fuse_feed_forward, unfuse_feed_forward
+from .multi_head_attention import reason_against_bare
 from .packed import PackedAttention, pack, separate
 from .registry import adapter_for, full_name, reason_against_adapted
+from .transformer_layer import TransformerLayer, fuse, reason_against_layer, reasons_against_parts, unfuse
 
 _OUR_MODULES = __package__.rpartition(".")[0] + "."
+_TRANSFORMER_LAYERS: dict[type[Any], type[Any]] = {
+    nn.TransformerEncoderLayer: ConvertedEncoderLayer,
+    nn.TransformerDecoderLayer: ConvertedDecoderLayer,
+}
 # An attention is known by the name of its class or by the names of sublayers.
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _PROJECTIONS = (
@@ -41,30 +41,31 @@ _PROJECTIONS = (
 
 
 def convert(model: nn.Layer, return_report: bool = False) -> Any:
-    """Makes a model run the operators for every attention and feed-forward that they can serve. These are both halves
-    of each ``paddle.nn.TransformerEncoderLayer``, of either norm order, with their layer norm, dropout and residual,
-    and each layer whose class has an adapter (:func:`register_adapter`). Outputs and gradients are the same, up to
-    rounding; dropout draws other masks.
+    """Makes a model run the operators for every attention and feed-forward that they can serve. These are all parts of
+    each ``paddle.nn.TransformerEncoderLayer`` and ``TransformerDecoderLayer``, of either norm order, with their layer
+    norm, dropout and residual, each other ``paddle.nn.MultiHeadAttention``, and each layer whose class has an adapter
+    (:func:`register_adapter`). Other keys and values, caches and attention weights are served as well. Outputs and
+    gradients are the same, up to rounding; dropout draws other masks.
 
     The model is changed in place (``copy.deepcopy`` it first to keep it). The parameters of the query, key and value
     projections become ``qkv_weight`` and ``qkv_bias`` of their attention, new parameters that are trained as those
     were. Everything else stays the same object: other parameters, all those of a feed-forward among them, sublayers,
     modes, hooks. Later changes take effect: dropout rates, modes, hooks, replaced sublayers and activations, attention
-    weights that are asked for. If an operator does not serve such a call, the class's own forward runs, of an encoder
-    layer that of the half. The packed projections stay as sublayers without ``weight`` and ``bias``. Gradient hooks
-    (``Tensor.register_hook``) of their parameters are lost, since Paddle does not tell of them.
+    weights that are asked for. If an operator does not serve such a call, the class's own forward runs, of a
+    transformer layer that of the part. The packed projections stay as sublayers without ``weight`` and ``bias``.
+    Gradient hooks (``Tensor.register_hook``) of their parameters are lost, since Paddle does not tell of them.
 
     Convert first, then make the optimizer, and only then ``paddle.DataParallel``, fleet's wrappers and
     ``paddle.jit.to_static``. Checkpoints of either naming load; :func:`separate_state_dict` gives one under the names
     from before.
 
-    ``bool`` and ``int`` masks of encoder layers are read as Paddle does: a query that may see no key attends to all
+    ``bool`` and ``int`` masks of Paddle's layers are read as Paddle does: a query that may see no key attends to all
     alike.
 
-    What an operator can't serve is left alone, of an encoder layer only that half: attention of other classes,
-    subclasses, ``kdim``, ``vdim``, ``need_weights``; activations other than relu, gelu and silu; parts that were
-    replaced, have hooks or a forward of their own, or whose packed parameters others share; classes whose forward was
-    replaced by anything but PaddleNLP and PaddleFormers.
+    What an operator can't serve is left alone, of a transformer layer only that part: attention of other classes,
+    subclasses, ``kdim``, ``vdim``; ``need_weights`` in a transformer layer, with which Paddle's own forward fails;
+    activations other than relu, gelu and silu; parts that were replaced, have hooks or a forward of their own, or whose
+    packed parameters others share; classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
 
     Args:
         model: A layer in dygraph. A sublayer that is used several times is converted once.
@@ -73,7 +74,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
 
     Returns:
         The model; with ``return_report`` a tuple of the model and a Report with ``converted`` and ``left_alone``, dicts
-            by layer name. An encoder layer of which one half was converted is in both, with the names of the halves.
+            by layer name. A transformer layer of which a part was converted is in both, with the names of the parts.
 
     Raises:
         TypeError: ``model`` is not a layer.
@@ -83,12 +84,17 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     _check_model("convert", model)
     report = Report()
     found = _find(model, report)
-    packed = [layer.self_attn for layer, halves in found.encoder_layers if "attention" in halves]
+    packed = [
+        getattr(layer, part.attention)
+        for layer, served in found.transformer_layers
+        for name, part in _TRANSFORMER_LAYERS[type(layer)]._attentions.items()
+        if name in served
+    ]
     packed += found.attentions
-    changed = [*(layer for layer, _ in found.encoder_layers), *found.attentions, *found.feed_forwards]
+    changed = [*(layer for layer, _ in found.transformer_layers), *found.attentions, *found.feed_forwards]
     _check_not_in_use("convert", changed, _separate_parameters(packed))
-    for layer, halves in found.encoder_layers:
-        fuse(layer, "attention" in halves, "feed-forward" in halves)
+    for layer, served in found.transformer_layers:
+        fuse(layer, _TRANSFORMER_LAYERS[type(layer)], served)
     for layer in found.attentions:
         pack(layer, adapter_for(type(layer)))
     for layer in found.feed_forwards:
@@ -113,15 +119,17 @@ def revert(model: nn.Layer) -> nn.Layer:
     """
     _check_model("revert", model)
     layers = model.sublayers(include_self=True)
-    encoder_layers = [layer for layer in layers if isinstance(layer, ConvertedEncoderLayer)]
-    inside = {id(layer._sub_layers.get("self_attn")) for layer in encoder_layers}
+    transformer_layers = [layer for layer in layers if isinstance(layer, TransformerLayer)]
+    inside = {
+        id(layer._sub_layers.get(part.attention)) for layer in transformer_layers for part in layer._attentions.values()
+    }
     attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
     feed_forwards = [layer for layer in layers if isinstance(layer, FusedFeedForward)]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
     parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
-    _check_not_in_use("revert", [*encoder_layers, *attentions, *feed_forwards], parameters)
-    for layer in encoder_layers:
-        unfuse(layer)
+    _check_not_in_use("revert", [*transformer_layers, *attentions, *feed_forwards], parameters)
+    for layer in transformer_layers:
+        unfuse(layer, next(kind for kind, converted in _TRANSFORMER_LAYERS.items() if type(layer) is converted))
     for layer in attentions:
         separate(layer)
     for layer in feed_forwards:
@@ -142,10 +150,10 @@ class _Found:
     """The layers to convert.
 
     Attributes:
-        encoder_layers: Each with the halves that are served, "attention" and "feed-forward".
+        transformer_layers: Each with the names of the parts that are served.
     """
 
-    encoder_layers: list = field(default_factory=list)
+    transformer_layers: list = field(default_factory=list)
     attentions: list = field(default_factory=list)
     feed_forwards: list = field(default_factory=list)
 
@@ -162,15 +170,18 @@ def _find(model: nn.Layer, report: Report) -> _Found:
         if _is_ours(layer):
             settled.update(map(id, layer.sublayers()))
             continue
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            _look_at_encoder_layer(name, layer, uses, found, report)
+        if isinstance(layer, tuple(_TRANSFORMER_LAYERS)):
+            _look_at_transformer_layer(name, layer, uses, found, report)
             settled.update(map(id, layer.sublayers()))
             continue
-        adapter = None if type(layer) is nn.MultiHeadAttention else adapter_for(type(layer))
+        adapter = adapter_for(type(layer))
         if adapter is None and not _is_attention(layer):
             continue
         settled.update(map(id, layer.sublayers()))
-        reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
+        if type(layer) is nn.MultiHeadAttention:
+            reason = reason_against_bare(layer, uses)
+        else:
+            reason = _reason_without_adapter(layer) if adapter is None else reason_against_adapted(layer, adapter, uses)
         if reason is not None:
             report.left_alone[name] = reason
             continue
@@ -179,26 +190,29 @@ def _find(model: nn.Layer, report: Report) -> _Found:
     return found
 
 
-def _look_at_encoder_layer(name: str, layer: Any, uses: dict, found: _Found, report: Report) -> None:
-    reason = reason_against_encoder_layer(layer)
+def _look_at_transformer_layer(name: str, layer: Any, uses: dict, found: _Found, report: Report) -> None:
+    kind = next(kind for kind in _TRANSFORMER_LAYERS if isinstance(layer, kind))
+    converted = _TRANSFORMER_LAYERS[kind]
+    reason = reason_against_layer(layer, kind, converted._attentions)
     if reason is not None:
         report.left_alone[name] = reason
         return
-    reasons = {"attention": reason_against_attention(layer, uses), "feed-forward": reason_against_second_half(layer)}
-    served = [half for half, reason in reasons.items() if reason is None]
+    reasons = reasons_against_parts(layer, converted, uses)
+    served = [part for part, reason in reasons.items() if reason is None]
     if served:
-        order = "pre" if layer.normalize_before else "post"
-        report.converted[name] = f"{order}-layer-norm encoder layer, {' and '.join(served)}"
-        found.encoder_layers.append((layer, served))
-    against = {half: reason for half, reason in reasons.items() if reason is not None}
+        order, what = "pre" if layer.normalize_before else "post", kind.__name__[len("Transformer") : -len("Layer")]
+        parts = ", ".join(served[:-1]) + " and " + served[-1] if len(served) > 1 else served[0]
+        report.converted[name] = f"{order}-layer-norm {what.lower()} layer, {parts}"
+        found.transformer_layers.append((layer, served))
+    against = {part: reason for part, reason in reasons.items() if reason is not None}
     if len(set(against.values())) == 1 and not served:
-        report.left_alone[name] = against["attention"]
+        report.left_alone[name] = next(iter(against.values()))
     elif against:
-        report.left_alone[name] = "; ".join(f"{half}: {reason}" for half, reason in against.items())
+        report.left_alone[name] = "; ".join(f"{part}: {reason}" for part, reason in against.items())
 
 
 def _is_ours(layer: nn.Layer) -> bool:
-    return isinstance(layer, (ConvertedEncoderLayer, PackedAttention, FusedFeedForward)) or type(
+    return isinstance(layer, (TransformerLayer, PackedAttention, FusedFeedForward)) or type(
         layer
     ).__module__.startswith(_OUR_MODULES)
 
@@ -206,13 +220,11 @@ def _is_ours(layer: nn.Layer) -> bool:
 def _is_attention(layer: nn.Layer) -> bool:
     """Whether a layer without an adapter seems to be an attention."""
     kind = type(layer)
-    if kind is nn.MultiHeadAttention:
-        return True
     if not layer._parameters and not layer._sub_layers:
         return False
     # A whole model may have such a name itself; then its parts count.
     if any(
-        _is_ours(part) or isinstance(part, nn.TransformerEncoderLayer) or adapter_for(type(part)) is not None
+        _is_ours(part) or isinstance(part, tuple(_TRANSFORMER_LAYERS)) or adapter_for(type(part)) is not None
         for part in layer.sublayers()
     ):
         return False
@@ -222,8 +234,6 @@ def _is_attention(layer: nn.Layer) -> bool:
 
 
 def _reason_without_adapter(layer: nn.Layer) -> str:
-    if type(layer) is nn.MultiHeadAttention:
-        return "not part of a paddle.nn.TransformerEncoderLayer"
     if type(layer).__module__.startswith("paddle.incubate.nn"):
         return f"a paddle.incubate.nn.{type(layer).__name__}, which paddle_fused_attention.patch() serves"
     return f"a {full_name(type(layer))}, for which there is no adapter"

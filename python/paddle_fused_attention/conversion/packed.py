@@ -197,6 +197,11 @@ def derived_class(base: type, original: type, adapter: Any, prefix: str, what: s
     return known
 
 
+def register_class(original: type, known: type) -> None:
+    """Makes a written class the one of a class's converted layers."""
+    _classes[original] = known
+
+
 def packed_class(original: type, adapter: AttentionAdapter) -> type[Any]:
     return derived_class(PackedAttention, original, adapter, "Packed", "with packed projections")
 

@@ -12,9 +12,9 @@ from paddle import nn
 
 from .._parts import is_plain, is_plain_dropout, reason_against_class, reason_against_linear
 from .adapters import (
+    PADDLE_ADAPTER,
     AttentionAdapter,
     FeedForwardAdapter,
-    PaddleAdapter,
     PaddleNLPFusedLlamaAdapter,
     PaddleNLPGPTAdapter,
     PaddleNLPReluAdapter,
@@ -24,8 +24,6 @@ from .adapters import (
 )
 from .feed_forward import fuse_feed_forward, reason_against_feed_forward, unfuse_feed_forward
 from .packed import pack, training_attributes
-
-PADDLE_ADAPTER = PaddleAdapter()
 
 _OF_PADDLENLP: dict[str, Any] = {
     "blip.modeling.BlipMLP": adapter_of_names("fc1", "fc2", "activation_fn"),
@@ -86,7 +84,7 @@ def register_adapter(layer_class: type | str, adapter: AttentionAdapter | FeedFo
             )
     elif not isinstance(layer_class, type) or not issubclass(layer_class, nn.Layer):
         raise TypeError(f"layer_class: expected a subclass of paddle.nn.Layer or its full name, got {layer_class!r}")
-    for known in (nn.MultiHeadAttention, nn.TransformerEncoderLayer):
+    for known in (nn.MultiHeadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         if layer_class is known or layer_class == full_name(known):
             raise ValueError(
                 f"layer_class: expected a class of your own or of another library, got paddle.nn.{known.__name__}"

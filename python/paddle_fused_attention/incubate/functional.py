@@ -10,7 +10,7 @@ import paddle
 from .. import feed_forward, functional
 from .._block import UNPACKED, Block
 from .._checks import check_switches, check_tensor
-from .._composed_attention import Source, check_like, composed_attention
+from .._composed_attention import Source, composed_attention
 from .._groups import group_of_ring
 from .._linear import linear
 from .._op import check_tensors
@@ -152,8 +152,6 @@ def fused_multi_head_attention(
         return parallel_attention(block, group)
     if cache_kv is None:
         return self_attention(block)
-    heads, head_dim = (-1, -1) if len(qkv_weight.shape) != 4 else qkv_weight.shape[1:3]
-    check_like("cache_kv", cache_kv, [2, x.shape[0], heads, "cached_len", head_dim], x)
     out, _, cache = composed_attention(block, Source(cache=cache_kv))
     return out, cache
 
