@@ -113,9 +113,9 @@ def test_shared_tensors(form, name, graph, place):
 def test_heads_of_a_part_of_a_layer(first, count, place):
     """Dropout is that of the heads' places in the whole layer."""
     case = FULL.but(queries=20, keys=20, heads=4, kv_heads=4, dropout_rate=0.4, seed=3, dtype="float32")
-    arrays = {n: paddle.to_tensor(a, place=place) for n, a in stored(case, make_inputs(case)).items() if n != "d_out"}
-    whole = call(arrays, case.config).numpy()
-    part = {name: tensor[:, :, first : first + count] for name, tensor in arrays.items()}
+    arrays = {name: a for name, a in stored(case, make_inputs(case)).items() if name != "d_out"}
+    whole = call({name: paddle.to_tensor(a, place=place) for name, a in arrays.items()}, case.config).numpy()
+    part = {name: paddle.to_tensor(a[:, :, first : first + count], place=place) for name, a in arrays.items()}
     found = call(part, case.config, first_head=first, total_heads=4).numpy()
     np.testing.assert_array_equal(found, whole[:, :, first : first + count])
 

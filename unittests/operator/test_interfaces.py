@@ -29,7 +29,8 @@ OPERATORS = {
     ),
     "custom_attention": (
         "Query Key Value AttnMask CuSeqlensQ CuSeqlensK StartendRowIndices",
-        "scale dropout_rate seed window_left window_right max_seqlen_q max_seqlen_k",
+        "scale dropout_rate seed window_left window_right max_seqlen_q max_seqlen_k first_head total_heads "
+        "num_kv_heads",
     ),
     "custom_fused_feedforward": (
         "X Linear1Weight Linear2Weight Ln1Scale Ln1Bias Ln2Scale Ln2Bias Linear1Bias Linear2Bias",
@@ -43,7 +44,7 @@ ATTRIBUTES = {op: (*COMMON, *attributes.split()) for op, (_, attributes) in OPER
 REQUIRED = {
     "custom_fused_attention": 3,
     "custom_fused_attention_general": 3,
-    "custom_attention": 3,
+    "custom_attention": 1,  # key and value may lie behind query
     "custom_fused_feedforward": 3,
     "custom_residual_norm": 1,
     "custom_fused_linear": 2,
@@ -117,6 +118,45 @@ def test_names_and_order_stay(op):
     assert [entry.name for entry in proto.inputs] == INPUTS[op]
     assert [entry.name for entry in proto.outputs] == ["Out", "Saved"]
     assert tuple(entry.name for entry in proto.attrs)[: len(ATTRIBUTES[op])] == ATTRIBUTES[op]
+
+
+KEYS_BY_HEAD = 2048
+SHARED = [  # shapes of query, key and value, and what the message must hold
+    (((2, 5, 7, 4), None, None), {}, "num_heads + 2 * num_kv_heads"),
+    (((2, 5, 6, 4), None, None), {"num_kv_heads": 3}, "num_heads + 2 * num_kv_heads"),
+    (((2, 5, 7, 4), None, None), {"num_kv_heads": 2}, "num_heads + 2 * num_kv_heads"),
+    (((2, 5, 6, 4), None, None), {"num_kv_heads": -1}, "num_kv_heads: expected 0 or more"),
+    (((2, 5, 4, 4), None, (2, 5, 3, 4)), {}, "num_heads + num_kv_heads"),
+    (((2, 5, 4, 4), None, (2, 6, 2, 4)), {}, "value: expected shape [batch, keys, num_kv_heads, head_dim]"),
+    (((2, 5, 4, 4), (2, 6, 3, 4), None), {}, "key: expected shape [batch, keys, 2 * num_kv_heads, head_dim]"),
+    (((2, 5, 4, 4), (2, 3, 6, 4), (2, 3, 6, 4)), {"switches": KEYS_BY_HEAD}, "[batch, num_kv_heads, keys, head_dim]"),
+    (((2, 5, 6, 4), None, None), {"switches": KEYS_BY_HEAD}, "key: expected a tensor of its own"),
+    (((2, 5, 4, 4), (2, 6, 2, 4), (2, 6, 2, 4)), {"first_head": 2}, "first_head"),
+    (((2, 5, 4, 4), (2, 6, 2, 4), (2, 6, 2, 4)), {"first_head": 2, "total_heads": 5}, "first_head"),
+    (((2, 5, 4, 4), (2, 6, 2, 4), (2, 6, 2, 4)), {"first_head": 2**62, "total_heads": 2**62}, "first_head"),
+]
+
+
+@pytest.mark.parametrize("shapes, values, words", SHARED, ids=str)
+def test_tensors_that_cannot_be_shared_out(shapes, values, words):
+    assert words in refusal("custom_attention", [*shapes, *[None] * 4], **values)
+
+
+@pytest.mark.parametrize(
+    "shapes, values",
+    [
+        (((2, 5, 9, 4), None, None), {}),
+        (((-1, -1, 9, 4), None, None), {}),
+        (((2, 5, 10, 4), None, None), {"num_kv_heads": 1}),
+        (((2, 5, 6, 4), None, (2, 5, 2, 4)), {}),
+        (((2, -1, 4, 4), (2, -1, 4, 4), None), {}),
+        (((2, 5, 4, 4), (2, 2, 6, 4), (2, 2, 6, 4)), {"switches": KEYS_BY_HEAD}),
+        (((2, 5, 4, 4), (2, 6, 2, 4), (2, 6, 2, 4)), {"first_head": 4, "total_heads": 8}),
+    ],
+    ids=str,
+)
+def test_tensors_that_are_shared_out(shapes, values):
+    assert refusal("custom_attention", [*shapes, *[None] * 4], **values) is None
 
 
 @pytest.mark.parametrize(("op", "i"), [(op, i) for op, count in REQUIRED.items() for i in range(count)])
