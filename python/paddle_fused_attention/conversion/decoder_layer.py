@@ -12,14 +12,7 @@ from .._checks import check_tensor
 from .._composed_attention import Source
 from .._masks import additive_mask
 from .adapters import adapter_of_names
-from .transformer_layer import (
-    AttentionPart,
-    FeedForwardPart,
-    TransformerLayer,
-    fuse,
-    is_of_library,
-    reasons_against_parts,
-)
+from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer, is_of_library
 
 
 class ConvertedDecoderLayer(TransformerLayer, nn.TransformerDecoderLayer):
@@ -40,11 +33,6 @@ class ConvertedDecoderLayer(TransformerLayer, nn.TransformerDecoderLayer):
     _feed_forward_part = FeedForwardPart(
         adapter_of_names("linear1", "linear2", "activation", "dropout", "dropout3"), "norm3"
     )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        reasons = reasons_against_parts(self, ConvertedDecoderLayer, {})
-        fuse(self, ConvertedDecoderLayer, [name for name, reason in reasons.items() if reason is None])
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from .._loading import OwnEntries
 from .._masks import additive_mask
 from ..state_dicts import with_old_names
 from .adapters import adapter_of_names
-from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer, fuse, reasons_against_parts
+from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer
 
 
 class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderLayer):
@@ -26,11 +26,6 @@ class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderL
     _feed_forward_part = FeedForwardPart(
         adapter_of_names("linear1", "linear2", "activation", "dropout", "dropout2"), "norm2"
     )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        reasons = reasons_against_parts(self, ConvertedEncoderLayer, {})
-        fuse(self, ConvertedEncoderLayer, [name for name, reason in reasons.items() if reason is None])
 
     def forward(
         self,

@@ -56,6 +56,11 @@ class TransformerLayer(nn.Layer):
     _serves_feed_forward = True  # as it was found at the conversion
     normalize_before: bool
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        reasons = reasons_against_parts(self, type(self), {})
+        fuse(self, type(self), [name for name, reason in reasons.items() if reason is None])
+
     def _attend(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> Composed:
         """x after an attention to the source, of which keys are not normalised, and what else is wanted."""
         if not self._is_untouched(part):
