@@ -13,7 +13,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .._block import UNPACKED, Block
+from .._block import Block, scores_of
 from .._checks import check_tensor
 from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
@@ -38,7 +38,12 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
     """A ``paddle.nn.TransformerEncoderLayer`` that runs the operators. Arguments and results are those of the base
     class, and of PaddleNLP's and PaddleFormers' own forward: with ``output_attentions`` or ``self_attn.need_weights``
     attention is made of ordinary ops, and the result is a tuple that ends with the attention's weights
-    ``[batch, num_heads, seq_len, keys]``."""
+    ``[batch, num_heads, seq_len, keys]``.
+
+    With ``cu_seqlens`` and ``max_seqlen``, as in :func:`fused_multi_head_attention`, ``src`` and the result are packed
+    sequences ``[tokens, embed_dim]``. Both halves must then run their operators, since the layer's parts know no
+    borders between sequences: else there is a NotImplementedError, as there is with a mask, a cache or
+    ``output_attentions``."""
 
     _serves_feed_forward = True  # as it was found at the conversion
 
@@ -52,8 +57,12 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         src_mask: paddle.Tensor | None = None,
         cache: Any = None,
         output_attentions: bool = False,
+        cu_seqlens: paddle.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Any:
         check_tensor("src", src, required=True)
+        if cu_seqlens is not None or max_seqlen is not None:
+            return self._run_packed(src, src_mask, cache, output_attentions, cu_seqlens, max_seqlen)
         src_mask = additive_mask("src_mask", src_mask, src)
         if output_attentions or not self._is_untouched(src_mask):
             attended, more = self._attend_by_parts(src, src_mask, cache, output_attentions)
@@ -63,6 +72,23 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
             attended, *more = self._attend_with_cache(src, src_mask, cache)
         out = self._feed_forward(attended)
         return (out, *more) if more else out
+
+    @paddle.jit.not_to_static
+    def _run_packed(
+        self, src: Any, mask: Any, cache: Any, output_attentions: bool, cu_seqlens: Any, max_seqlen: Any
+    ) -> paddle.Tensor:
+        for name, value in (("src_mask", mask), ("cache", cache), ("output_attentions", output_attentions or None)):
+            if value is not None:
+                raise NotImplementedError(f"{name}: expected none beside cu_seqlens, got {type(value).__name__}")
+        description = self._describe_feed_forward(src)
+        if description is None or not self._is_untouched(None):
+            half = "attention" if description is not None else "feed-forward"
+            raise NotImplementedError(
+                f"cu_seqlens: expected a layer both halves of which run their operators, got one whose {half} was not "
+                "converted, or has a part that was changed since"
+            )
+        attended = self_attention(self._block(src, None, cu_seqlens, max_seqlen))
+        return feed_forward(description._replace(x=attended))
 
     def _feed_forward(self, src: paddle.Tensor) -> paddle.Tensor:
         description = self._describe_feed_forward(src)
@@ -121,7 +147,7 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return (hidden if self.normalize_before else self.norm1(hidden)), tuple(reversed(more))
 
     @paddle.jit.not_to_static
-    def _block(self, src: Any, mask: Any) -> Block:
+    def _block(self, src: Any, mask: Any, cu_seqlens: Any = None, max_seqlen: int | None = None) -> Block:
         parts = self._sub_layers
         attention, norm, dropout = parts["self_attn"], parts["norm1"], parts["dropout1"]
         before = bool(self.normalize_before)
@@ -133,7 +159,8 @@ class ConvertedEncoderLayer(OwnEntries, nn.TransformerEncoderLayer):
         return Block._make((
             src, qkv_weight, linear_weight, *norms, qkv_bias, linear_bias, mask,
             norm._epsilon, norm._epsilon, active_rate(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
-            before, attention.training or dropout.training, not before, True, False, MODES[0], None, *UNPACKED,
+            before, attention.training or dropout.training, not before, True, False, MODES[0], None,
+            cu_seqlens, scores_of(None, None, max_seqlen, cu_seqlens),
         )).checked()
         # fmt: on
 
