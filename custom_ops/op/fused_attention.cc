@@ -74,7 +74,7 @@ struct GeneralAttention : BlockOperator {
   static void check_shapes(const Arguments& arguments, const Attributes& attributes) {
     const Shape x = arguments.shapes[kX];
     const bool is_packed = attributes.is_packed();
-    if (is_packed && x.rank != 2) arguments.refuse_shape(kX, "shape [tokens, embed_dim], as sequences are packed,");
+    if (is_packed && x.rank != 2) arguments.refuse_shape(kX, "shape [tokens, embed_dim] of packed sequences");
     if (!is_packed && x.rank != 3) arguments.refuse_shape(kX, "shape [batch, seq_len, embed_dim]");
     const int64_t embed_dim = x.last();
     if (embed_dim == 0) arguments.refuse_shape(kX, "embed_dim of at least 1");

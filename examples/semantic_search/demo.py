@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 
 from .corpus import Entry, load_corpus
-from .embedding import Encode, dygraph_encode, embed, make_batches, nearest
+from .embedding import Encode, dygraph_encode, embed, make_batches, nearest, without_padding
 from .encoder import State, fused_encoder, paddle_state, plain_encoder
 from .model_files import EncoderConfig, find_model_directory, load_config, load_tokenizer, load_weights
 from .static_encoder import StaticEncoder
@@ -49,7 +49,7 @@ def run(queries: Sequence[str], top: int) -> None:
     directory = find_model_directory()
     config, weights, tokenizer = load_config(directory), load_weights(directory), load_tokenizer(directory)
     state = paddle_state(weights, config)
-    fused = dygraph_encode(fused_encoder(config, state))
+    fused = without_padding(dygraph_encode(fused_encoder(config, state)))
     static = StaticEncoder(fused_encoder(config, state))
 
     batches = make_batches(tokenizer, [entry.text for entry in corpus])
@@ -57,7 +57,7 @@ def run(queries: Sequence[str], top: int) -> None:
     print(f"Paddle {paddle.__version__} on {paddle.get_device()}: {len(corpus)} texts, {tokens} tokens\n", flush=True)
     encoders: dict[str, Encode] = {
         FUSED: fused,
-        f"the same, static program ({static.kind})": static,
+        f"the same, static program ({static.kind})": without_padding(static),
         "plain Paddle layers": dygraph_encode(plain_encoder(config, state)),
         **other_libraries(config, state),
     }

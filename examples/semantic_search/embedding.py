@@ -51,13 +51,23 @@ def make_batches(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = B
 
 
 def dygraph_encode(encoder: SentenceEncoder) -> Encode:
-    """A function from arrays to arrays that runs an encoder in dygraph."""
+    """A function from arrays to arrays that runs an encoder in dygraph, on what its `forward` takes."""
 
-    def encode(token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    def encode(*arrays: np.ndarray) -> np.ndarray:
         with paddle.no_grad():
-            return encoder(paddle.to_tensor(token_ids), paddle.to_tensor(keep)).numpy()
+            return encoder(*map(paddle.to_tensor, arrays)).numpy()
 
     return encode
+
+
+def without_padding(encode: Encode) -> Encode:
+    """What packs a batch for an encoder that takes token ids [T] int64 and cu_seqlens [B + 1] int32: see
+    `PackedSentenceEncoder`."""
+
+    def encode_batch(token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        return encode(token_ids[keep], np.cumsum([0, *keep.sum(axis=1)], dtype=np.int32))
+
+    return encode_batch
 
 
 def embed(encode: Encode, batches: Sequence[Batch], label: str | None = None) -> tuple[np.ndarray, float]:

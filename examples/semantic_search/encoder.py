@@ -1,13 +1,15 @@
-"""A BERT sentence encoder of Paddle's layers, and the same one converted to fused operators.
+"""A BERT sentence encoder of Paddle's layers, and the same one converted to fused operators, which compute no padding.
 
-h        = layer_norm(word[token] + position[0..S-1] + token_type[0])
-h        = encoder(h, keep)                     paddle.nn.TransformerEncoder; keys where keep is False are unseen
-sentence = mean of h over the kept positions, divided by its 2-norm
+h        = layer_norm(word[token] + position[0, 1, ... of each text] + token_type[0])
+h        = encoder(h)                           paddle.nn.TransformerEncoder; a token sees those of its own text
+sentence = mean of h over a text's tokens, divided by its 2-norm
+
+Paddle's layers take texts padded to [B, S]; the converted ones take the tokens of all texts one after another, [T].
 """
 
 from __future__ import annotations
 
-from typing import Dict, Mapping
+from typing import Dict, Mapping, TypeVar
 
 import numpy as np
 import paddle
@@ -19,6 +21,7 @@ from .model_files import EncoderConfig
 
 Weights = Mapping[str, np.ndarray]
 State = Dict[str, np.ndarray]
+Encoder = TypeVar("Encoder", bound="SentenceEncoder")
 
 
 class SentenceEncoder(nn.Layer):
@@ -59,12 +62,44 @@ class SentenceEncoder(nn.Layer):
         Returns:
             [B, hidden_size] float32, each row of length 1.
         """
-        position = self.position.weight[: paddle.shape(token_ids)[1]]
-        x = self.word(token_ids) + position + self.token_type.weight[0]
-        x = self.dropout(self.norm(x))
+        x = self._embed(token_ids, self.position.weight[: paddle.shape(token_ids)[1]])
         x = self.encoder(x, keep.unsqueeze([1, 2]))
         kept = keep.astype(x.dtype).unsqueeze(-1)
         return F.normalize((x * kept).sum(axis=1) / kept.sum(axis=1), axis=-1)
+
+    def _embed(self, token_ids: paddle.Tensor, position: paddle.Tensor) -> paddle.Tensor:
+        return self.dropout(self.norm(self.word(token_ids) + position + self.token_type.weight[0]))
+
+
+class PackedSentenceEncoder(SentenceEncoder):
+    """The same on texts without padding, once its layers are converted.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        # The operator wants a bound on the lengths, an attribute of a static program. What a shorter text has less than
+        # it costs nothing, and no text can be longer, so that one program serves all.
+        self.longest = config.max_position_embeddings
+
+    def forward(self, token_ids: paddle.Tensor, cu_seqlens: paddle.Tensor) -> paddle.Tensor:
+        """Embed texts that stand one after another.
+
+        Args:
+            token_ids: [T] int64, the tokens of all texts.
+            cu_seqlens: [B + 1] int32, where each text begins, and where the last one ends. None is empty.
+
+        Returns:
+            [B, hidden_size] float32, each row of length 1.
+        """
+        token = paddle.arange(0, paddle.shape(token_ids)[0], dtype="int32")
+        text = paddle.searchsorted(cu_seqlens[1:], token, right=True)  # [T] int64, which one a token belongs to
+        x = self._embed(token_ids, self.position(token - paddle.gather(cu_seqlens, text)))
+        for layer in self.encoder.layers:
+            x = layer(x, cu_seqlens=cu_seqlens, max_seqlen=self.longest)
+        return F.normalize(paddle.geometric.segment_mean(x, text), axis=-1)
 
 
 def plain_encoder(config: EncoderConfig, state: State) -> SentenceEncoder:
@@ -74,7 +109,20 @@ def plain_encoder(config: EncoderConfig, state: State) -> SentenceEncoder:
         KeyError: the names in `state` are not those of the encoder's parameters.
         ValueError: an array has another shape than its parameter.
     """
-    encoder = SentenceEncoder(config)
+    return _with_state(SentenceEncoder(config), state)
+
+
+def fused_encoder(config: EncoderConfig, state: State) -> PackedSentenceEncoder:
+    """The same after `paddle_fused_attention.convert`: its layers run on fused operators, without padding.
+
+    Raises:
+        KeyError, ValueError: see `plain_encoder`.
+    """
+    return convert(_with_state(PackedSentenceEncoder(config), state))
+
+
+def _with_state(encoder: Encoder, state: State) -> Encoder:
+    """An encoder in eval mode with the weights of `state`."""
     encoder.eval()
     parameters = encoder.state_dict()
     if set(parameters) != set(state):
@@ -85,11 +133,6 @@ def plain_encoder(config: EncoderConfig, state: State) -> SentenceEncoder:
             raise ValueError(f"state: {name}: expected shape {list(parameters[name].shape)}, got {list(array.shape)}")
     encoder.set_state_dict(state)
     return encoder
-
-
-def fused_encoder(config: EncoderConfig, state: State) -> SentenceEncoder:
-    """The same after `paddle_fused_attention.convert`: its layers run on fused operators."""
-    return convert(plain_encoder(config, state))
 
 
 def paddle_state(weights: Weights, config: EncoderConfig) -> State:

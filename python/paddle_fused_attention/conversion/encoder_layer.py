@@ -20,7 +20,12 @@ from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer
 class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderLayer):
     """A ``paddle.nn.TransformerEncoderLayer`` that runs the operators. Arguments and results are those of the base
     class, and of PaddleNLP's and PaddleFormers' own forward: with ``output_attentions`` or ``self_attn.need_weights``
-    the result is a tuple that ends with the attention's weights ``[batch, num_heads, seq_len, keys]``."""
+    the result is a tuple that ends with the attention's weights ``[batch, num_heads, seq_len, keys]``.
+
+    With ``cu_seqlens`` and ``max_seqlen``, as in :func:`fused_multi_head_attention`, ``src`` and the result are packed
+    sequences ``[tokens, embed_dim]``. Both halves must then run their operators, since the layer's parts know no
+    borders between sequences: else there is a NotImplementedError, as there is with a mask, a cache or attention
+    weights."""
 
     _attentions = {"attention": AttentionPart("self_attn", "norm1", "dropout1", {"x": "src", "attn_mask": "src_mask"})}
     _feed_forward_part = FeedForwardPart(
@@ -33,11 +38,19 @@ class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderL
         src_mask: paddle.Tensor | None = None,
         cache: Any = None,
         output_attentions: bool = False,
+        cu_seqlens: paddle.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Any:
         check_tensor("src", src, required=True)
+        part = self._attentions["attention"]
+        needs_weights = output_attentions or getattr(self.self_attn, "need_weights", False)
+        if cu_seqlens is not None or max_seqlen is not None:
+            for name, value in (("src_mask", src_mask), ("cache", cache), ("need_weights", needs_weights or None)):
+                if value is not None:
+                    raise NotImplementedError(f"{name}: expected none beside cu_seqlens, got {type(value).__name__}")
+            return self._feed_forward(self._attend_packed(part, src, cu_seqlens, max_seqlen))
         src_mask = additive_mask("src_mask", src_mask, src)
-        source = Source(needs_weights=output_attentions or getattr(self.self_attn, "need_weights", False))
-        attended = self._attend(self._attentions["attention"], src, src_mask, source, cache)
+        attended = self._attend(part, src, src_mask, Source(needs_weights=needs_weights), cache)
         return attended._replace(
             out=self._feed_forward(attended.out), weights=attended.cache, cache=attended.weights
         ).results()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import paddle
 from paddle import nn
 
-from .._block import UNPACKED, Block
+from .._block import Block, scores_of
 from .._caches import attention_with_cache
 from .._checks import renamed
 from .._composed_attention import Composed, Source
@@ -66,6 +66,26 @@ class TransformerLayer(nn.Layer):
         if not self._is_untouched(part):
             return self._attend_by_parts(part, x, mask, source, cache)
         return self._attend_at_once(part, x, mask, source, cache)
+
+    @paddle.jit.not_to_static
+    def _attend_packed(self, part: AttentionPart, x: Any, cu_seqlens: Any, max_seqlen: int | None) -> Any:
+        """x, of packed sequences, after an attention to itself.
+
+        Raises:
+            NotImplementedError: An operator may not compute a part of the layer. The layers in it know no borders
+                between sequences.
+        """
+        is_untouched = self._is_untouched(part)
+        if not is_untouched or self._describe_feed_forward(x) is None:
+            raise NotImplementedError(
+                "cu_seqlens: expected a layer all parts of which run their operators, got one whose "
+                f"{'feed-forward' if is_untouched else 'attention'} was not converted, or has a part that was changed "
+                "since"
+            )
+        try:
+            return self_attention(self._block(part, x, None, cu_seqlens, max_seqlen))
+        except (TypeError, ValueError) as error:
+            raise renamed(error, part.arguments) from None
 
     @paddle.jit.not_to_static
     def _attend_at_once(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> Composed:
@@ -130,7 +150,9 @@ class TransformerLayer(nn.Layer):
         )
 
     @paddle.jit.not_to_static
-    def _block(self, part: AttentionPart, x: Any, mask: Any) -> Block:
+    def _block(
+        self, part: AttentionPart, x: Any, mask: Any, cu_seqlens: Any = None, max_seqlen: int | None = None
+    ) -> Block:
         parts = self._sub_layers
         attention, norm, dropout = parts[part.attention], parts[part.norm], parts[part.dropout]
         before = bool(self.normalize_before)
@@ -140,7 +162,8 @@ class TransformerLayer(nn.Layer):
         return Block._make((
             x, qkv_weight, linear_weight, *_norms(norm, before), qkv_bias, linear_bias, mask,
             norm._epsilon, norm._epsilon, active_rate(dropout), PADDLE_ADAPTER.attn_dropout_rate(attention),
-            before, attention.training or dropout.training, not before, True, False, MODES[0], None, *UNPACKED,
+            before, attention.training or dropout.training, not before, True, False, MODES[0], None,
+            cu_seqlens, scores_of(None, None, max_seqlen, cu_seqlens),
         )).checked()
         # fmt: on
 
