@@ -104,9 +104,8 @@ struct Attention {
     }
     const size_t rank = attributes.is_packed() ? 3 : 4;
     if (arguments.shapes[kQuery].rank != rank) {
-      arguments.refuse_shape(kQuery, attributes.is_packed()
-                                         ? "shape [tokens, num_heads, head_dim] of packed sequences"
-                                         : "shape [batch, queries, num_heads, head_dim]");
+      arguments.refuse_shape(kQuery, attributes.is_packed() ? "shape [tokens, num_heads, head_dim] of packed sequences"
+                                                            : "shape [batch, queries, num_heads, head_dim]");
     }
     check_heads(arguments, attributes);
     check_first_head(arguments, attributes);
