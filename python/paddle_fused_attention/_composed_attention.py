@@ -24,13 +24,31 @@ from ._linear import linear
 from ._residual_norm import ResidualNorm, residual_norm, tail_of
 
 
+class Projections(NamedTuple):
+    """Projections of query, key and value that are not packed, as ``paddle.nn.Linear`` holds them."""
+
+    q_weight: Any  # [embed_dim, num_heads * head_dim]
+    k_weight: Any  # [kdim, num_kv_heads * head_dim]
+    v_weight: Any  # [vdim, num_kv_heads * head_dim]
+    q_bias: Any = None  # [num_heads * head_dim] or None
+    k_bias: Any = None
+    v_bias: Any = None
+    num_heads: int = 1
+
+    @property
+    def weights(self) -> tuple:
+        return self.q_weight, self.k_weight, self.v_weight
+
+
+_OF_PROJECTIONS = Projections._fields[:-1]  # its tensors
+
+
 class Source(NamedTuple):
     """What the queries attend to, and what is wanted beside the result."""
 
     key: Any = None  # [batch, keys, kdim]; None: x
     value: Any = None  # [batch, keys, vdim]; None: x
-    # Of query [num_heads, head_dim, embed_dim], key [num_kv_heads, head_dim, kdim] and value; None: those in qkv_weight
-    weights: tuple | None = None
+    projections: Projections | None = None  # None: those packed in the block's qkv_weight
     normalises: bool = True  # whether the first layer norm is applied to key and value as well
     # Keys and values [batch, num_kv_heads, length, head_dim] that are there already, as a pair, which errors call
     # cache.k and cache.v, or as one tensor [2, ...], cache_kv
@@ -101,10 +119,10 @@ def with_tail(block: Block, y: Any) -> Any:
 def _before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> tuple:
     """The block with its tensors as auto_cast wants them, the output projection, the weights and the cache."""
     mask, amp_dtype = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer())
-    if source.weights is None:
+    if source.projections is None:
         block = _op.checked_block(block._replace(attn_mask=None), first_head, total_heads)
     else:
-        block, source = _checked_with_weights(block, source, amp_dtype)
+        block, source = _checked_unpacked(block, source, amp_dtype)
     _check_source(block, source, amp_dtype is not None)
     with without_auto_cast():
         description, cache = _describe(block, source)
@@ -118,30 +136,31 @@ def _before_tail(block: Block, source: Source, first_head: int, total_heads: int
         return block, linear(o, block.linear_weight, None, False, False), weights, cache
 
 
-_WEIGHTS = ("q_weight", "k_weight", "v_weight")
-_OTHERS = tuple(name for name in TENSORS if name not in ("qkv_weight", "attn_mask"))
+_OF_BLOCK = tuple(name for name in TENSORS if name not in ("qkv_weight", "qkv_bias", "attn_mask"))
 
 
-def _checked_with_weights(block: Block, source: Source, amp_dtype: Any) -> tuple:
-    """The block and its source, which has weights, with their tensors as auto_cast wants them."""
-    names = (*_OTHERS, *_WEIGHTS)
-    weights: Any = source.weights
-    inputs: Any = (*(getattr(block, name) for name in _OTHERS), *weights)
+def _checked_unpacked(block: Block, source: Source, amp_dtype: Any) -> tuple:
+    """The block and its source, whose projections are not packed, with their tensors as auto_cast wants them."""
+    names = (*_OF_BLOCK, *_OF_PROJECTIONS)
+    projections: Any = source.projections
+    inputs: Any = [*(getattr(block, name) for name in _OF_BLOCK), *projections[:-1]]
     _op.check_tensors(names, inputs)
     if amp_dtype is not None:
         norms = [i for i, name in enumerate(names) if "ln_" in name]
         inputs = _amp.cast_inputs(inputs, norms, (0,), (), None, amp_dtype)
-    others, weights = inputs[: len(_OTHERS)], tuple(inputs[len(_OTHERS) :])
-    _check_width("query", inputs[0], weights[0])
-    return block._replace(**dict(zip(_OTHERS, others)), attn_mask=None), source._replace(weights=weights)
+    count = len(_OF_BLOCK)
+    projections = Projections._make((*inputs[count:], projections.num_heads))
+    _check_width("query", inputs[0], projections.q_weight)
+    block = block._replace(**dict(zip(_OF_BLOCK, inputs[:count])), attn_mask=None)
+    return block, source._replace(projections=projections)
 
 
 def _check_width(name: str, tensor: Any, weight: Any, any_float: bool = False) -> None:
-    """Refuses what is not [batch, tokens, width] for a weight [heads, head_dim, width], or of a dtype that does not go
-    with it."""
+    """Refuses what is not [batch, tokens, width] for a weight [width, columns], or of a dtype that does not go with
+    it."""
     shape = list(tensor.shape)
-    if len(shape) != 3 or shape[2] not in (weight.shape[2], -1):
-        raise ValueError(f"{name}: expected shape [batch, tokens, {weight.shape[2]}], got {shape}")
+    if len(shape) != 3 or shape[2] not in (weight.shape[0], -1):
+        raise ValueError(f"{name}: expected shape [batch, tokens, {weight.shape[0]}], got {shape}")
     found, wanted = dtype_name(tensor), dtype_name(weight)
     narrow = wanted in ("float16", "bfloat16")
     if found != wanted and not (narrow and found == "float32") and not (any_float and {found, wanted} <= _CASTABLE):
@@ -158,25 +177,24 @@ def _check_source(block: Block, source: Source, any_float: bool) -> None:
     if source.is_static:
         return
     key, value = (x if tensor is None else tensor for tensor in (source.key, source.value))
-    if source.weights is not None:
-        _check_width("key", key, source.weights[1], any_float)
-        _check_width("value", value, source.weights[2], any_float)
+    if source.projections is not None:
+        _, of_key, of_value = source.projections.weights
+        _check_width("key", key, of_key, any_float)
+        _check_width("value", value, of_value, any_float)
     if key is value is x:
         return
-    check_like(
-        "key", key, [x.shape[0], "keys", key.shape[-1] if source.weights else x.shape[-1]], x, "query", any_float
-    )
-    width = value.shape[-1] if source.weights else x.shape[-1]
-    check_like("value", value, [x.shape[0], key.shape[1], width], key, "key", any_float)
+    of_key, of_value = (t.shape[-1] if source.projections is not None else x.shape[-1] for t in (key, value))
+    check_like("key", key, [x.shape[0], "keys", of_key], x, "query", any_float)
+    check_like("value", value, [x.shape[0], key.shape[1], of_value], key, "key", any_float)
 
 
 def _check_cache(block: Block, source: Source, any_float: bool) -> None:
     x, cache = block.x, source.cache
-    weights, counts = weights_of(block, source)
-    expected = [x.shape[0], counts[1], "length", weights[0].shape[1]]
+    _, num_kv_heads, head_dim = _heads_of(block, source)
+    expected = [x.shape[0], num_kv_heads, "length", head_dim]
     is_pair = isinstance(cache, tuple)
     # Beside 16-bit projections of a float32 x it is of 16 bits too.
-    any_float = any_float or (cache[0] if is_pair else cache).dtype == weights[0].dtype
+    any_float = any_float or (cache[0] if is_pair else cache).dtype == block.linear_weight.dtype
     if is_pair:
         check_like("cache.k", cache[0], expected, x, any_float=any_float)
         check_like("cache.v", cache[1], list(cache[0].shape), cache[0], "cache.k")
@@ -205,16 +223,16 @@ def check_like(
 
 def _describe(block: Block, source: Source) -> tuple:
     """Attention of the projections, but for the mask and the heads' places, and the new cache."""
-    weights, counts = weights_of(block, source)
+    num_heads, num_kv_heads, head_dim = _heads_of(block, source)
     h = _normalised(block, block.x)
     if source.is_static:
         cache = source.cache
-        (query,), (key, value) = _projections(block, (h,), weights, counts), cache
+        (query,), (key, value) = _project(block, source, (h,)), cache
     else:
-        query, key, value = _projections(block, (h, *_keys_normalised(block, source, h)), weights, counts)
+        query, key, value = _project(block, source, (h, *_keys_normalised(block, source, h)))
         cache = None
         if source.cache is not None:
-            query, key, value = _separate(query, key, value, counts)
+            query, key, value = _separate(query, key, value, num_heads, num_kv_heads)
             cache = _extended(source.cache, key, value)
             key, value = cache
     if cache is not None:
@@ -223,9 +241,9 @@ def _describe(block: Block, source: Source) -> tuple:
     # fmt: off
     description = Attention._make((
         query, key, value, None, block.cu_seqlens, block.cu_seqlens, None,
-        weights[0].shape[1] ** -0.5 if scale is None else scale, block.attn_dropout_rate,
+        head_dim**-0.5 if scale is None else scale, block.attn_dropout_rate,
         block.training, block.causal, cache is not None, block.mode, block.seed, *window, longest or 0, longest or 0,
-        0, 0, counts[1],
+        0, 0, num_kv_heads,
     ))
     # fmt: on
     return description, cache
@@ -245,60 +263,72 @@ def _keys_normalised(block: Block, source: Source, h: Any) -> tuple:
 def projected_keys(block: Block, source: Source) -> tuple:
     """The keys and values of the source, which has both, as a cache holds them. Of the block only parameters are
     read."""
-    weights, counts = weights_of(block, source)
     any_float = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
     _op.check_tensors(("key", "value"), (source.key, source.value))
-    for i, (name, tensor) in enumerate((("key", source.key), ("value", source.value)), 1):
-        _check_width(name, tensor, weights[i] if len(weights) == 3 else weights[0], any_float)
+    weights = (None, block.linear_weight, block.linear_weight)  # [embed_dim, embed_dim]
+    if source.projections is not None:
+        weights = source.projections.weights
+    _check_width("key", source.key, weights[1], any_float)
+    _check_width("value", source.value, weights[2], any_float)
     check_like("value", source.value, [*source.key.shape[:2], source.value.shape[2]], source.key, "key", any_float)
-    tensors = _keys_normalised(block._replace(x=None), source, None)
-    key, value = _projections(block, tensors, weights, counts, 1)
-    _, key, value = _separate(None, key, value, counts)
+    key, value = _project(block, source, _keys_normalised(block._replace(x=None), source, None), 1)
+    num_heads, num_kv_heads, _ = _heads_of(block, source)
+    _, key, value = _separate(None, key, value, num_heads, num_kv_heads)
     by_head = (tensor.transpose([0, 2, 1, 3]) for tensor in (key, value))
     # Not views, which every later call would copy.
     return tuple(tensor.contiguous() if in_dynamic_mode() else tensor for tensor in by_head)
 
 
-def weights_of(block: Block, source: Source) -> tuple:
-    """The weights of query, key and value, or the packed one, as [heads, head_dim, width], and the heads of each of the
-    three."""
-    if source.weights is not None:
-        return source.weights, tuple(weight.shape[0] for weight in source.weights)
-    weight = block.qkv_weight
+def _heads_of(block: Block, source: Source) -> tuple[int, int, int]:
+    """The heads of queries, those of keys, and head_dim."""
+    weight, projections = block.qkv_weight, source.projections
+    if projections is not None:
+        head_dim = projections.q_weight.shape[1] // projections.num_heads
+        return projections.num_heads, projections.k_weight.shape[1] // head_dim, head_dim
     if len(weight.shape) == 4:
-        return (weight.flatten(0, 1),), (weight.shape[1],) * 3
-    num_heads = block.linear_weight.shape[0] // weight.shape[1]
-    return (weight,), (num_heads, *[(weight.shape[0] - num_heads) // 2] * 2)
+        return weight.shape[1], weight.shape[1], weight.shape[2]
+    head_dim = weight.shape[1]
+    num_heads = block.linear_weight.shape[0] // head_dim
+    return num_heads, (weight.shape[0] - num_heads) // 2, head_dim
 
 
-def _projections(block: Block, tensors: tuple, weights: tuple, counts: tuple, first: int = 0) -> list:
-    """The heads, [..., heads, head_dim], of those of query, key and value from `first` on, of one tensor each. A tensor
-    that stands for several of them, one after another, is multiplied once, and the first of them has the heads of all:
-    the others are None."""
-    head_dim = weights[0].shape[1]
-    bias = None if block.qkv_bias is None else block.qkv_bias.reshape([-1])
+def _project(block: Block, source: Source, tensors: tuple, first: int = 0) -> list:
+    """The heads, [..., heads, head_dim], of those of query, key and value from `first` on, of one tensor each. Packed
+    projections of one tensor, of several of the three that follow each other, are one product, and the first of them
+    has the heads of all: the others are None."""
+    num_heads, num_kv_heads, head_dim = _heads_of(block, source)
+    counts, projections = (num_heads, num_kv_heads, num_kv_heads), source.projections
+    if projections is None:
+        rows = block.qkv_weight.reshape([sum(counts) * head_dim, -1])
+        bias = None if block.qkv_bias is None else block.qkv_bias.reshape([-1])
     result: list = [None] * len(tensors)
     begun = 0  # the first of the tensors that wait for their product
     for i, tensor in enumerate(tensors):
         part = first + i
-        if len(weights) == 1 and i + 1 < len(tensors) and tensors[i + 1] is tensor:
-            continue
-        begin, end = sum(counts[: first + begun]), sum(counts[: part + 1])
-        weight = weights[part] if len(weights) == 3 else weights[0][begin:end]
-        own_bias = None if bias is None else bias[begin * head_dim : end * head_dim]
-        names = (("query", "key", "value")[part], _WEIGHTS[part] if len(weights) == 3 else "qkv_weight", "qkv_bias")
-        out = linear(_like(tensor, weight), weight.flatten(0, 1), own_bias, False, True, None, names)
-        result[begun] = _reshaped(out, 1, end - begin, head_dim)
+        if projections is None:
+            if i + 1 < len(tensors) and tensors[i + 1] is tensor:
+                continue
+            heads = counts[first + begun : part + 1]
+            stop = sum(counts[: part + 1]) * head_dim
+            of_heads = slice(stop - sum(heads) * head_dim, stop)
+            weight, own_bias = rows[of_heads], None if bias is None else bias[of_heads]
+            names = ("qkv_weight", "qkv_bias")
+        else:
+            heads, weight, own_bias = counts[part : part + 1], projections[part], projections[3 + part]
+            names = (_OF_PROJECTIONS[part], _OF_PROJECTIONS[3 + part])
+        tensor, called = _like(tensor, weight), ("query", "key", "value")[part]
+        out = linear(tensor, weight, own_bias, False, projections is None, None, (called, *names))
+        result[begun] = _reshaped(out, 1, sum(heads), head_dim)
         begun = i + 1
     return result
 
 
-def _separate(query: Any, key: Any, value: Any, counts: tuple) -> tuple:
+def _separate(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: int) -> tuple:
     """The three, each by itself."""
     if key is None and query is not None:
-        query, key = query[:, :, : counts[0]], query[:, :, counts[0] :]
+        query, key = query[:, :, :num_heads], query[:, :, num_heads:]
     if value is None:
-        key, value = key[:, :, : counts[1]], key[:, :, counts[1] :]
+        key, value = key[:, :, :num_kv_heads], key[:, :, num_kv_heads:]
     return query, key, value
 
 

@@ -11,7 +11,7 @@ from paddle.base.data_feeder import convert_dtype
 from ._block import TENSORS, Block, scores_of
 from ._caches import Cache, StaticCache, attention_with_cache
 from ._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_tensor, check_window
-from ._composed_attention import Source, projected_keys
+from ._composed_attention import Projections, Source, projected_keys
 from ._descriptions import MODES
 from ._initializers import param_attr_of
 from ._keys import other_keys
@@ -19,10 +19,10 @@ from ._loading import LoadsAnyFloat
 from ._parts import is_plain, origin_of_forward, parameters_of, reason_against_linear
 from ._wide_norms import WideNorms
 from .functional import self_attention
-from .weights import pack_qkv_bias, pack_qkv_weight, pack_rows, unpack_qkv_bias, unpack_qkv_weight
+from .weights import pack_qkv_bias, pack_qkv_weight, unpack_qkv_bias, unpack_qkv_weight
 
 _PARAMETERS = TENSORS[1:-1]  # all but x and the mask
-_OWN_WEIGHTS = ("q_weight", "k_weight", "v_weight")  # in the place of qkv_weight
+_UNPACKED = Projections._fields[:-1]  # in the place of qkv_weight and qkv_bias
 
 
 class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
@@ -33,9 +33,10 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
     [3, num_heads, head_dim], with fewer ``num_kv_heads`` [num_heads + 2 * num_kv_heads, head_dim, embed_dim] and
     [num_heads + 2 * num_kv_heads, head_dim]; ``linear_weight`` [embed_dim, embed_dim], ``linear_bias`` [embed_dim];
     with ``normalize_before`` also ``pre_ln_scale`` and ``pre_ln_bias`` [embed_dim], with ``final_layer_norm`` also
-    ``ln_scale`` and ``ln_bias`` [embed_dim]. If kdim or vdim is another than embed_dim, ``q_weight`` [num_heads,
-    head_dim, embed_dim], ``k_weight`` [num_kv_heads, head_dim, kdim] and ``v_weight`` [num_kv_heads, head_dim, vdim]
-    take the place of ``qkv_weight``.
+    ``ln_scale`` and ``ln_bias`` [embed_dim]. If kdim or vdim is another than embed_dim, ``q_weight`` [embed_dim,
+    embed_dim], ``k_weight`` [kdim, num_kv_heads * head_dim] and ``v_weight`` [vdim, num_kv_heads * head_dim], in
+    ``paddle.nn.Linear``'s layout, and ``q_bias``, ``k_bias`` and ``v_bias`` take the place of ``qkv_weight`` and
+    ``qkv_bias``.
 
     Args:
         embed_dim: Width of the input and the output.
@@ -146,13 +147,12 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
 
         if is_narrow:
             self.qkv_weight = weight("qkv_weight", [*heads, head_dim, embed_dim], columns)
-            self.q_weight = self.k_weight = self.v_weight = None
+            self.qkv_bias = bias("qkv_bias", [*heads, head_dim], columns)
         else:
-            self.qkv_weight = None
-            self.q_weight = weight("q_weight", [num_heads, head_dim, embed_dim], columns[:1])
-            self.k_weight = weight("k_weight", [kv_heads, head_dim, self.kdim], columns[1:2])
-            self.v_weight = weight("v_weight", [kv_heads, head_dim, self.vdim], columns[2:])
-        self.qkv_bias = bias("qkv_bias", [*heads, head_dim], columns)
+            self.qkv_weight = self.qkv_bias = None
+        for name, width, count in zip("qkv", (embed_dim, self.kdim, self.vdim), columns):
+            setattr(self, f"{name}_weight", None if is_narrow else weight(f"{name}_weight", [width, count]))
+            setattr(self, f"{name}_bias", None if is_narrow else bias(f"{name}_bias", [count]))
         self.linear_weight = weight("linear_weight", [embed_dim, embed_dim])
         self.linear_bias = bias("linear_bias", [embed_dim])
         self.pre_ln_scale = norm_scale() if self.normalize_before else None
@@ -227,8 +227,10 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         return Cache(empty, empty)
 
     def _source(self, key: Any, value: Any) -> Source:
-        weights = None if self.qkv_weight is not None else tuple(parameters_of(self, _OWN_WEIGHTS))
-        return Source(key, value, weights, needs_weights=self.need_weights)
+        projections = None
+        if self.qkv_weight is None:
+            projections = Projections._make((*parameters_of(self, _UNPACKED), self.num_heads))
+        return Source(key, value, projections, needs_weights=self.need_weights)
 
     @paddle.jit.not_to_static
     def _block(
@@ -240,8 +242,8 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
     ) -> Block:
         epsilon = self.epsilon
         qkv_weight, *others = parameters_of(self, _PARAMETERS)
-        if qkv_weight is None:  # the source has the weights
-            (qkv_weight,) = parameters_of(self, _OWN_WEIGHTS[:1])
+        if qkv_weight is None:  # the source has the projections
+            (qkv_weight,) = parameters_of(self, _UNPACKED[:1])
         # fmt: off
         return Block._make((
             query, qkv_weight, *others, attn_mask,
@@ -366,22 +368,19 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             add_residual=add_residual,
         )
         weights = [projection.weight for projection in projections[:3]]
+        bq, bk, bv = biases[:3]
         parameters = {"linear_weight": mha.out_proj.weight, "linear_bias": mha.out_proj.bias}
-        origins: dict[str, Any] = {"qkv_weight": weights, "qkv_bias": biases[:3]}
-        with paddle.no_grad():
-            bq, bk, bv = biases[:3]
-            parameters["qkv_bias"] = None if bq is None else pack_qkv_bias(bq, bk, bv, mha.num_heads)
-            if layer.qkv_weight is not None:
+        if layer.qkv_weight is None:
+            parameters.update(zip(_UNPACKED, (*weights, bq, bk, bv)))
+        else:
+            with paddle.no_grad():
                 wq, wk, wv = weights
                 parameters["qkv_weight"] = pack_qkv_weight(wq, wk, wv, mha.num_heads)
-            else:
-                for name, weight in zip(_OWN_WEIGHTS, weights):
-                    parameters[name] = pack_rows([weight], getattr(layer, name).shape)
-                    origins[name] = [weight]
+                parameters["qkv_bias"] = None if bq is None else pack_qkv_bias(bq, bk, bv, mha.num_heads)
         if norm is not None:
             prefix = "pre_ln" if normalize_before else "ln"
             parameters.update({f"{prefix}_scale": norm.weight, f"{prefix}_bias": norm.bias})
-        layer._assign_parameters(parameters, origins)
+        layer._assign_parameters(parameters, {"qkv_weight": weights, "qkv_bias": biases[:3]})
         layer.training = mha.training
         return layer
 
@@ -416,17 +415,16 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             bias_attr=None if has_bias else False,
         )
         projections = (mha.q_proj, mha.k_proj, mha.v_proj)
-        with paddle.no_grad():
-            packed = [self.qkv_weight] * 3
-            if self.qkv_weight is not None:
-                weights = unpack_qkv_weight(self.qkv_weight)
-            else:
-                packed = parameters_of(self, _OWN_WEIGHTS)
-                weights = tuple(weight.flatten(0, 1).transpose([1, 0]).clone() for weight in packed)
-            biases = unpack_qkv_bias(self.qkv_bias) if has_bias else (None, None, None)
-        for projection, weight, bias, origin in zip(projections, weights, biases, packed):
-            _copy_parameter(projection, "weight", weight, [origin])
-            _copy_parameter(projection, "bias", bias, [self.qkv_bias])
+        if self.qkv_weight is None:
+            found = parameters_of(self, _UNPACKED)
+            weights, biases = found[:3], found[3:]
+        else:
+            with paddle.no_grad():
+                weights = list(unpack_qkv_weight(self.qkv_weight))
+                biases = list(unpack_qkv_bias(self.qkv_bias)) if has_bias else [None] * 3
+        for projection, weight, bias in zip(projections, weights, biases):
+            _copy_parameter(projection, "weight", weight, None if self.qkv_weight is None else [self.qkv_weight])
+            _copy_parameter(projection, "bias", bias, None if self.qkv_bias is None else [self.qkv_bias])
         _copy_parameter(mha.out_proj, "weight", self.linear_weight)
         _copy_parameter(mha.out_proj, "bias", self.linear_bias)
         norm = None

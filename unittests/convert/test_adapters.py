@@ -415,7 +415,7 @@ def test_readme():
     """Its section on whole models, as it stands there."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall("```python\n(.*?)```", readme.split("## Whole models")[1].split("\n## ")[0], re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         variables = {"__name__": "readme"}
         exec(block, variables)

@@ -379,12 +379,12 @@ ONE_HALF = {
     "kdim": (
         "attention",
         replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, kdim=8)),
-        "its self_attn has kdim=8",
+        "its self_attn has kdim=8 and vdim=16",
     ),
     "vdim": (
         "attention",
         replace("self_attn", nn.MultiHeadAttention(EMBED, HEADS, vdim=8)),
-        "its self_attn has vdim=8",
+        "its self_attn has kdim=16 and vdim=8",
     ),
     "norm1": ("attention", replace("norm1", nn.Identity()), "its norm1 is a Identity"),
     "norm1 shape": ("attention", replace("norm1", nn.LayerNorm([SEQ, EMBED])), "its norm1 is over [6, 16]"),

@@ -17,8 +17,14 @@ from .adapters import AttentionAdapter
 from .decoder_layer import ConvertedDecoderLayer
 from .encoder_layer import ConvertedEncoderLayer
 from .feed_forward import FusedFeedForward, fuse_feed_forward, unfuse_feed_forward
-from .multi_head_attention import reason_against_bare
-from .packed import PackedAttention, pack, separate
+from .multi_head_attention import (
+    WideMultiHeadAttention,
+    fuse_attention,
+    is_wide,
+    reason_against_bare,
+    unfuse_attention,
+)
+from .packed import PackedAttention, pack
 from .registry import adapter_for, full_name, reason_against_adapted
 from .transformer_layer import TransformerLayer, fuse, reason_against_layer, reasons_against_parts, unfuse
 
@@ -63,7 +69,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     alike.
 
     What an operator can't serve is left alone, of a transformer layer only that part: attention of other classes,
-    subclasses, ``kdim``, ``vdim``; ``need_weights`` in a transformer layer, with which Paddle's own forward fails;
+    subclasses; ``kdim``, ``vdim`` and ``need_weights`` in a transformer layer, with which Paddle's own forward fails;
     activations other than relu, gelu and silu; parts that were replaced, have hooks or a forward of their own, or whose
     packed parameters others share; classes whose forward was replaced by anything but PaddleNLP and PaddleFormers.
 
@@ -90,13 +96,16 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
         for name, part in _TRANSFORMER_LAYERS[type(layer)]._attentions.items()
         if name in served
     ]
-    packed += found.attentions
+    packed += [layer for layer in found.attentions if not (type(layer) is nn.MultiHeadAttention and is_wide(layer))]
     changed = [*(layer for layer, _ in found.transformer_layers), *found.attentions, *found.feed_forwards]
     _check_not_in_use("convert", changed, _separate_parameters(packed))
     for layer, served in found.transformer_layers:
         fuse(layer, _TRANSFORMER_LAYERS[type(layer)], served)
     for layer in found.attentions:
-        pack(layer, adapter_for(type(layer)))
+        if type(layer) is nn.MultiHeadAttention:
+            fuse_attention(layer)
+        else:
+            pack(layer, adapter_for(type(layer)))
     for layer in found.feed_forwards:
         fuse_feed_forward(layer, adapter_for(type(layer)))
     if return_report:
@@ -123,7 +132,8 @@ def revert(model: nn.Layer) -> nn.Layer:
     inside = {
         id(layer._sub_layers.get(part.attention)) for layer in transformer_layers for part in layer._attentions.values()
     }
-    attentions = [layer for layer in layers if isinstance(layer, PackedAttention) and id(layer) not in inside]
+    kinds = (PackedAttention, WideMultiHeadAttention)
+    attentions = [layer for layer in layers if isinstance(layer, kinds) and id(layer) not in inside]
     feed_forwards = [layer for layer in layers if isinstance(layer, FusedFeedForward)]
     packed = [layer for layer in layers if isinstance(layer, PackedAttention)]
     parameters = {id(p): name for layer in packed for name, p in layer._parameters.items() if name.startswith("qkv_")}
@@ -131,7 +141,7 @@ def revert(model: nn.Layer) -> nn.Layer:
     for layer in transformer_layers:
         unfuse(layer, next(kind for kind, converted in _TRANSFORMER_LAYERS.items() if type(layer) is converted))
     for layer in attentions:
-        separate(layer)
+        unfuse_attention(layer)
     for layer in feed_forwards:
         unfuse_feed_forward(layer)
     return model
@@ -212,7 +222,7 @@ def _look_at_transformer_layer(name: str, layer: Any, uses: dict, found: _Found,
 
 
 def _is_ours(layer: nn.Layer) -> bool:
-    return isinstance(layer, (TransformerLayer, PackedAttention, FusedFeedForward)) or type(
+    return isinstance(layer, (TransformerLayer, PackedAttention, WideMultiHeadAttention, FusedFeedForward)) or type(
         layer
     ).__module__.startswith(_OUR_MODULES)
 

@@ -23,7 +23,7 @@ from ..functional import self_attention
 from ..weights import KINDS, QKV_PARAMETERS
 from .adapters import PADDLE_ADAPTER, FeedForwardAdapter
 from .feed_forward import describe, reason_against_feed_forward
-from .multi_head_attention import PackedMultiHeadAttention, reason_against_widths
+from .multi_head_attention import PackedMultiHeadAttention, is_wide
 from .packed import PackedAttention, active_rate, pack, separate
 from .registry import reason_against
 
@@ -223,9 +223,9 @@ def _reason_against_attention(layer: Any, part: AttentionPart, uses: dict) -> st
         if reason is not None:
             return reason
     attention, norm, dropout = (getattr(layer, name) for name in part[:3])
-    reason = reason_against_widths(attention)
-    if reason is not None:
-        return f"its {part.attention} has {reason}"
+    if is_wide(attention):
+        widths = f"kdim={attention.kdim} and vdim={attention.vdim}"
+        return f"its {part.attention} has {widths}, other than embed_dim {attention.embed_dim}"
     if list(norm._normalized_shape) != [attention.embed_dim]:
         return f"its {part.norm} is over {list(norm._normalized_shape)}, other than embed_dim {attention.embed_dim}"
     if not is_plain_dropout(dropout):
