@@ -4,6 +4,7 @@ import attention_cases
 import numpy as np
 import pytest
 from attention_cases import DTYPES, FEATURES, FULL, LENGTHS, make_inputs, stored
+from core_config import config_of
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -14,39 +15,18 @@ PACKED = FULL.but(lengths=(*LENGTHS, (130, 70)), heads=4, causal=True, dropout_r
 RANGES = FULL.but(queries=133, keys=133, heads=4, ranges=4, range_heads=2)
 
 
-def config_of(case):
-    given = case.config
-    config = dict(
-        block="bare_attention",
-        batch=len(case.lengths) or case.batch,
-        queries=case.longest[0] if case.lengths else case.queries,
-        keys=case.longest[1] if case.lengths else case.keys,
-        num_heads=case.heads,
-        num_kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-    )
-    for name in ("dropout_rate", "training", "mode", "causal", "window_left", "window_right"):
-        config[name] = getattr(given, name)
-    if given.scale is not None:
-        config["scale"] = given.scale
-    if case.lengths:
-        config["packed_queries"], config["packed_keys"] = (sum(side) for side in zip(*case.lengths))
-    return config
-
-
 def check(case, isa):
     inputs = make_inputs(case)
     arrays = stored(case, inputs)
     d_out = arrays.pop("d_out")
-    config, seed = config_of(case), case.config.seed % 2**64
+    config, seed, offset = config_of(case)
     if arrays.get("attn_mask", d_out).dtype == np.uint16:
         pytest.skip("NumPy has no bfloat16 masks")
-    out, saved = pfa_core.forward(arrays, config, seed, case.config.offset, isa=isa)
+    out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
     wanted = attention_cases.differentiable(inputs)
     gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
     attention_cases.check(case, inputs, out, gradients)
-    again, _ = pfa_core.forward(arrays, config, seed, case.config.offset, saves=False, isa=isa)
+    again, _ = pfa_core.forward(arrays, config, seed, offset, saves=False, isa=isa)
     assert np.array_equal(again, out)
 
 
@@ -67,7 +47,7 @@ def test_bad_configurations():
     inputs = make_inputs(FULL)
     arrays = stored(FULL, inputs)
     d_out = arrays.pop("d_out")
-    config = config_of(FULL)
+    config, _, _ = config_of(FULL)
     with pytest.raises(ValueError, match="num_kv_heads"):
         pfa_core.forward(arrays, dict(config, num_kv_heads=3))
     with pytest.raises(ValueError, match="query: expected shape"):
