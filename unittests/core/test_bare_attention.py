@@ -1,5 +1,9 @@
 """Attention by itself on every instruction set, against float64."""
 
+import os
+import subprocess
+import sys
+
 import attention_cases
 import numpy as np
 import pytest
@@ -15,12 +19,32 @@ PACKED = FULL.but(lengths=(*LENGTHS, (130, 70)), heads=4, causal=True, dropout_r
 RANGES = FULL.but(queries=133, keys=133, heads=4, ranges=4, range_heads=2)
 
 
+ONE = FULL.but(queries=1, keys=200, heads=6, kv_heads=3, head_dim=72)
+ONE_QUERY = {
+    "plain": ONE,
+    "few numbers": ONE.but(head_dim=3, keys=65),
+    "many numbers": ONE.but(head_dim=173, keys=130, heads=3),
+    "no keys": ONE.but(keys=0),
+    "no sequences": ONE.but(batch=0),
+    "dropout": ONE.but(dropout_rate=0.3, seed=4),
+    "dropout, downscale": ONE.but(dropout_rate=0.3, seed=4, mode="downscale_in_infer"),
+    "window": ONE.but(window_left=70, causal=True),
+    "mask": ONE.but(mask="BHQK", mask_dtype="float32", content="-inf"),
+    "mask of keys": ONE.but(mask="B11K", mask_dtype="bool"),
+    "sees nothing": ONE.but(mask="BHQK", mask_dtype="bool", content="rows"),
+    "ranges": ONE.but(ranges=4, range_heads=3),
+    "scale": ONE.but(scale=-0.2),
+    "packed": ONE.but(lengths=((1, 90), (0, 5), (1, 1), (1, 0), (1, 130)), dropout_rate=0.1, seed=3),
+    "last of a tile": ONE.but(queries=65, causal=True, dropout_rate=0.1, seed=3),
+}
+
+
 def check(case, isa):
     inputs = make_inputs(case)
     arrays = stored(case, inputs)
     d_out = arrays.pop("d_out")
     config, seed, offset = config_of(case)
-    if arrays.get("attn_mask", d_out).dtype == np.uint16:
+    if "attn_mask" in arrays and arrays["attn_mask"].dtype == np.uint16:
         pytest.skip("NumPy has no bfloat16 masks")
     out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
     wanted = attention_cases.differentiable(inputs)
@@ -41,6 +65,60 @@ def test_features(feature, isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype, case, isa):
     check(case.but(dtype=dtype, mask_dtype=case.mask and "float32"), isa)
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("case", ONE_QUERY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query(dtype, case, isa):
+    check(ONE_QUERY[case].but(dtype=dtype), isa)
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e6, 1e8])
+def test_large_scores_of_one_query(size, dtype, isa):
+    """Backward computes the scores again to the last bit: where all keys are equal so are their weights, and the
+    values get equal parts of the result's gradient."""
+    case = ONE.but(dtype=dtype, kv_heads=6)
+    inputs = make_inputs(case)
+    inputs["key"][:] = inputs["key"][:, :1]
+    inputs["query"] *= size
+    arrays = stored(case, inputs)
+    d_out = arrays.pop("d_out")
+    config, seed, offset = config_of(case)
+    out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
+    gradients = pfa_core.backward(arrays, config, d_out, saved, ["value"], isa=isa, out=out)
+    tolerance = 20 * np.finfo(dtype).eps
+    np.testing.assert_allclose(
+        gradients["value"], np.broadcast_to(d_out / case.keys, gradients["value"].shape), rtol=tolerance
+    )
+    np.testing.assert_allclose(out, inputs["value"].mean(1, keepdims=True), rtol=0, atol=tolerance * 5)
+
+
+def test_bits_of_one_query_do_not_depend_on_threads():
+    """How many heads a thread takes at once does."""
+    program = (
+        "import hashlib; import attention_cases, pfa_core; from core import test_bare_attention as t\n"
+        "digest = hashlib.sha1()\n"
+        "for dtype in t.DTYPES:\n"
+        "    case = t.ONE.but(heads=9, dtype=dtype)\n"
+        "    arrays = t.stored(case, t.make_inputs(case))\n"
+        "    arrays.pop('d_out')\n"
+        "    digest.update(pfa_core.forward(arrays, t.config_of(case)[0])[0].tobytes())\n"
+        "print(digest.hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "3", "16")
+    }
+    assert len(digests) == 1
 
 
 def test_bad_configurations():
