@@ -67,16 +67,20 @@ struct OneQuery {
       const int64_t number = d * kNumbers<T>;
       const int64_t left = head.p.head_dim - number;
       Vec<P> rows[lanes];
-      for (int64_t l = 0; l < lanes; ++l) {
-        rows[l] = Vec<P>{};
-        if (l >= count) continue;
-        const T* source = keys.row(first + l) + number;
-        __builtin_prefetch(source + head.p.key.head_stride);
-        if (left >= kNumbersAtOnce) {
+      if (count == lanes && left >= kNumbersAtOnce) {
+        const T* source = keys.row(first) + number;
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) {
           rows[l] = load_operands<T>(source);
-        } else {
+          __builtin_prefetch(source + head.p.key.head_stride);
+          source += keys.stride;
+        }
+      } else {
+        for (int64_t l = 0; l < lanes; ++l) {
           T numbers[kNumbersAtOnce] = {};
-          std::memcpy(numbers, source, left * sizeof(T));
+          if (l < count) {
+            std::memcpy(numbers, keys.row(first + l) + number, std::min(left, kNumbersAtOnce) * sizeof(T));
+          }
           rows[l] = load_operands<T>(numbers);
         }
       }
