@@ -206,8 +206,8 @@ def _feed_forward(dice):
     shape = dice.one_of((rows,), (1, rows), (rows, 1), (2, -(-rows // 2)))
     activation = dice.one_of(*cases.ACTIVATIONS)
     width, hidden = dice.size(), dice.size()
-    if activation == "relu":  # its kink
-        hidden = min(hidden, 24)
+    if activation == "relu":  # its kink, which inputs are drawn anew to keep off: of few numbers none might
+        width, hidden = max(width, 8), min(hidden, 24)
         shape = tuple(min(n, 50) for n in shape)
     case = cases.FeedForwardCase(shape, width, dtype, hidden=hidden)
     case = case.but(**_residual_and_norm_dtypes(dice, dtype), absent=dice.some_of(cases.FEED_FORWARD_OPTIONAL, 0.2))
