@@ -5,9 +5,13 @@
 # make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
 # make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
+# make fuzz                 FUZZ_CASES random cases of attention and both blocks on the core, against float64, on every
+#                           instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
+# make bench-attention      attention by itself on the CPU against PyTorch
 # make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
+# make gpu-fuzz             make fuzz on the CUDA core
 # make gpu-bench            the block, its stages and a whole layer on a GPU against PyTorch
 #
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
@@ -46,7 +50,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core fuzz bench-attention install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -89,6 +93,15 @@ core: $(STATE)/core-packages
 	cmake --build $(CORE_BUILD) --parallel $(JOBS); \
 	ctest --test-dir $(CORE_BUILD) --output-on-failure --no-tests=error
 
+FUZZ_CASES ?= 10000
+
+fuzz: core
+	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
+
+bench-attention: $(STATE)/installed
+	$(RUN) -m pip install torch
+	$(RUN) benchmarks/cpu_attention.py $(BENCH)
+
 install: $(STATE)/installed
 
 $(STATE)/installed: $(STATE)/paddle $(SOURCES)
@@ -129,7 +142,7 @@ SANITIZED_BLOCKS := test_feature and (plain or dropout-pre-causal or full-gelu o
 SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
 SANITIZED_STAGES := $(SANITIZED_ROWS) or test_attention and (float16 or float32)
 
-.PHONY: gpu-core gpu-test gpu-test-paddle gpu-sanitize gpu-bench
+.PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-sanitize gpu-bench
 
 define gpu_build
 	cmake -S . -B $(1) -DPFA_CUDA=ON -DBUILD_TESTING=OFF \
@@ -155,6 +168,9 @@ gpu-sanitize:
 		$(GPU_SANITIZED_RUN) -k "$(SANITIZED)"; done; \
 	tool=initcheck; echo "$$tool"; PFA_TEST_POISON=0 $(GPU_SANITIZED_RUN) -k "$(SANITIZED_ROWS)"; \
 	tool=racecheck; kernels='--kernel-name kernel_substring=pfa'; echo "$$tool"; $(GPU_SANITIZED_RUN) -k "$(SANITIZED_STAGES)"
+
+gpu-fuzz: gpu-core
+	PYTHONPATH=$(GPU_BUILD):unittests:unittests/gpu $(GPU_PYTHON) unittests/fuzz --device gpu --cases $(FUZZ_CASES) $(FUZZ)
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py

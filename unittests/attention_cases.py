@@ -103,38 +103,51 @@ def differentiable(inputs):
     return [n for n in attention_reference.DIFFERENTIABLE if n in inputs and inputs[n].dtype.kind == "f"]
 
 
+def expect(case, inputs):
+    """What the reference gives, and for 16-bit dtypes what the composed ops give."""
+    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
+    expected = common.Expected(
+        attention_reference.forward(arrays, case.config),
+        attention_reference.backward(arrays, case.config, inputs["d_out"]),
+    )
+    if case.dtype in SIXTEEN_BIT:
+        peers = attention_reference.composed_16bit(arrays, case.config, inputs["d_out"], case.dtype)
+        expected.peer_out, expected.peer_gradients = peers
+    return expected
+
+
 def check(case, inputs, out, gradients):
     """Compares arrays as Paddle gives them, or those gradients that were asked for, with the reference."""
-    arrays = {name: a for name, a in inputs.items() if name != "d_out"}
-    expected = attention_reference.forward(arrays, case.config)
-    expected_gradients = attention_reference.backward(arrays, case.config, inputs["d_out"])
-    peer, peers = None, {}
-    if case.dtype in SIXTEEN_BIT:
-        peer, peers = attention_reference.composed_16bit(arrays, case.config, inputs["d_out"], case.dtype)
+    expected = expect(case, inputs)
+    peers = expected.peer_gradients or {}
     complaints = []
-    for name, found, wanted, other in [
-        ("out", out, expected, peer),
-        *((n, g, expected_gradients[n], peers.get(n)) for n, g in gradients.items()),
+    for name, found, wanted, peer in [
+        ("out", out, expected.out, expected.peer_out),
+        *((n, g, expected.gradients[n], peers.get(n)) for n, g in gradients.items()),
     ]:
         dtype = case.dtype_of(name)
         assert found.dtype == (np.uint16 if dtype == "bfloat16" else np.dtype(dtype)), f"{name}: {found.dtype}"
         try:
-            _check_tensor(name, common.from_storage(found), wanted, case.dtype, dtype, other)
+            check_tensor(name, common.from_storage(found), wanted, case.dtype, dtype, peer)
         except AssertionError as error:
             complaints.append(str(error))
     assert not complaints, "{}\n{}".format(case, "\n".join(complaints))
 
 
-def _check_tensor(name, found, wanted, dtype, own_dtype, peer):
-    """As common.check_tensor; `own_dtype` is the tensor's, `dtype` that of the products. Inputs are of unit size, which
-    is the measure where sums cancel to 0."""
+def check_tensor(name, found, wanted, dtype, own_dtype, peer, cancelled=None):
+    """As common.check_tensor; `own_dtype` is the tensor's, `dtype` that of the products. Where sums cancel to 0 the
+    measure is the size of what they cancel: the inputs' unit, or `cancelled` and in 16 bits also what a chain of such
+    ops makes of that 0."""
     narrow = {"float32": 2.0**-24, **common.UNIT_ROUNDOFF}.get(own_dtype, 0.0)
     if np.abs(wanted).max(initial=0.0) < 1e-12:
-        limit = common.TOLERANCE.get(dtype, common.UNIT_ROUNDOFF.get(dtype))
+        limit = (cancelled or 1.0) * common.TOLERANCE.get(dtype, common.UNIT_ROUNDOFF.get(dtype))
+        if cancelled is not None and dtype in SIXTEEN_BIT:
+            limit = max(limit, common.PEER_FACTOR["gradient"] * np.abs(peer).max(initial=0.0))
         assert np.abs(found - wanted).max(initial=0.0) <= limit, f"{name}: {np.abs(found).max()} instead of 0"
     elif dtype not in SIXTEEN_BIT and narrow > common.TOLERANCE[dtype]:
         assert found.shape == wanted.shape
-        limit = narrow * np.abs(wanted) + common.TOLERANCE[dtype] * np.abs(wanted).max()
+        least = 2.0**-25 if own_dtype == "float16" else 0.0  # half of its smallest number
+        limit = np.maximum(narrow * np.abs(wanted), least) + common.TOLERANCE[dtype] * np.abs(wanted).max()
         assert (np.abs(found - wanted) <= limit).all(), f"{name}: {np.abs(found - wanted).max()}"
     else:
         common.check_tensor(name, found, wanted, dtype, peer, own_dtype)

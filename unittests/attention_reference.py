@@ -102,11 +102,11 @@ def _factors(config, count, heads, longest):
     )
 
 
-def _exact(a):
+def exact(a):
     return a
 
 
-def _run(inputs, config, d_out=None, r=_exact):
+def run(inputs, config, d_out=None, r=exact):
     """The result, and with d_out the gradients by name, every op's result rounded by `r`."""
     query, key, value = (inputs[name] for name in DIFFERENTIABLE[:3])
     mask = inputs.get("attn_mask")
@@ -157,12 +157,12 @@ def summed_like(a, mask):
 
 
 def forward(inputs, config):
-    return _run(inputs, config)[0]
+    return run(inputs, config)[0]
 
 
 def backward(inputs, config, d_out):
     """The gradient of every input that has one, by name."""
-    return _run(inputs, config, d_out)[1]
+    return run(inputs, config, d_out)[1]
 
 
 def composed_16bit(inputs, config, d_out, dtype):
@@ -172,4 +172,4 @@ def composed_16bit(inputs, config, d_out, dtype):
         return np.asarray(a, np.float32) if a.dtype.kind == "f" else a
 
     arrays = {name: in_float32(name, a) for name, a in inputs.items()}
-    return _run(arrays, config, np.asarray(d_out, np.float32), lambda a: reference.round_to(a, dtype))
+    return run(arrays, config, np.asarray(d_out, np.float32), lambda a: reference.round_to(a, dtype))

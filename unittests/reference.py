@@ -514,7 +514,7 @@ def _exact(a):
     return a
 
 
-class _Rounding:
+class Rounding:
     """How a chain of ordinary ops rounds its results: not at all, or to `dtype` where an op ends, and to `wide`, the
     residual's, where the residual runs.
     """
@@ -528,7 +528,7 @@ class _Rounding:
         return {n: np.asarray(a, self.type) for n, a in inputs.items() if a is not None}
 
 
-def _dropped_rows(rate, config, count, width, stage, first=0, total=0):
+def dropped_rows(rate, config, count, width, stage, first=0, total=0):
     """Factors for the first `count` rows of a stage, of the columns from `first` on of `total`."""
     total = total or width
     return drop_factor(
@@ -538,7 +538,7 @@ def _dropped_rows(rate, config, count, width, stage, first=0, total=0):
     )
 
 
-def _tail(y, x, bias, norm, epsilon, factor, rounding):
+def tail(y, x, bias, norm, epsilon, factor, rounding):
     """[layer norm of] x + factor * (y + bias), and a function from d_out to the gradients of y, x, bias and the norm's
     scale and bias. `norm` is None, or these two.
     """
@@ -570,10 +570,10 @@ def _feed_forward(inputs, config, rounding, d_out=None):
     x = f["x"] = rows(f["x"])
     count, hidden = len(x), f["linear2_weight"].shape[0]
     factor1 = np.asarray(
-        _dropped_rows(config.dropout1_rate, config, count, hidden, 0, config.first_hidden, config.total_hidden),
+        dropped_rows(config.dropout1_rate, config, count, hidden, 0, config.first_hidden, config.total_hidden),
         rounding.type,
     )
-    factor2 = np.asarray(_dropped_rows(config.dropout2_rate, config, count, shape[-1], 1), rounding.type)
+    factor2 = np.asarray(dropped_rows(config.dropout2_rate, config, count, shape[-1], 1), rounding.type)
     h = x
     if config.pre_layer_norm:
         h, h_normalised, h_rstd = layer_norm(x, f.get("ln1_scale"), f.get("ln1_bias"), config.ln1_epsilon)
@@ -590,7 +590,7 @@ def _feed_forward(inputs, config, rounding, d_out=None):
     dropped = narrow(u * factor1)
     y = narrow(dropped @ f["linear2_weight"])
     norm = (f.get("ln2_scale"), f.get("ln2_bias")) if config.final_layer_norm else None
-    out, tail_gradient = _tail(
+    out, tail_gradient = tail(
         y, x if config.add_residual else None, f.get("linear2_bias"), norm, config.ln2_epsilon, factor2, rounding
     )
     if d_out is None:
@@ -620,10 +620,10 @@ def _residual_norm(inputs, config, rounding, d_out=None):
     shape = inputs["x"].shape
     f = rounding.floats(inputs)
     x = rows(f["x"])
-    factor = np.asarray(_dropped_rows(config.dropout_rate, config, len(x), shape[-1], 1), rounding.type)
+    factor = np.asarray(dropped_rows(config.dropout_rate, config, len(x), shape[-1], 1), rounding.type)
     norm = (f.get("ln_scale"), f.get("ln_bias")) if config.final_layer_norm else None
     residual = rows(f["residual"]) if "residual" in f else None
-    out, tail_gradient = _tail(x, residual, f.get("bias"), norm, config.ln_epsilon, factor, rounding)
+    out, tail_gradient = tail(x, residual, f.get("bias"), norm, config.ln_epsilon, factor, rounding)
     if d_out is None:
         return out.reshape(shape), None
     g = dict(zip(RESIDUAL_NORM_TENSORS, tail_gradient(rows(d_out))))
@@ -673,18 +673,18 @@ def forward_of(inputs, config):
     """The result of the block whose switches `config` holds, of any of the four."""
     if isinstance(config, Config):
         return forward(inputs, config)
-    return _BLOCKS[type(config)](inputs, config, _Rounding())[0]
+    return _BLOCKS[type(config)](inputs, config, Rounding())[0]
 
 
 def backward_of(inputs, config, d_out):
     """The gradient of every differentiable input that is present, by name."""
     if isinstance(config, Config):
         return backward(inputs, config, d_out)
-    return _BLOCKS[type(config)](inputs, config, _Rounding(), d_out)[1]
+    return _BLOCKS[type(config)](inputs, config, Rounding(), d_out)[1]
 
 
 def composed_16bit_of(inputs, config, d_out, dtype, residual_dtype=None):
     """Result and gradients as `composed_16bit` has them."""
     if isinstance(config, Config):
         return composed_16bit(inputs, config, d_out, dtype, residual_dtype)
-    return _BLOCKS[type(config)](inputs, config, _Rounding(dtype, residual_dtype), d_out)
+    return _BLOCKS[type(config)](inputs, config, Rounding(dtype, residual_dtype), d_out)

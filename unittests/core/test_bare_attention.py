@@ -1,5 +1,9 @@
 """Attention by itself on every instruction set, against float64."""
 
+import os
+import subprocess
+import sys
+
 import attention_cases
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from attention_cases import (
     out_of_form,
     stored,
 )
+from core_config import config_of
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -26,39 +31,38 @@ PACKED = FULL.but(lengths=(*LENGTHS, (130, 70)), heads=4, causal=True, dropout_r
 RANGES = FULL.but(queries=133, keys=133, heads=4, ranges=4, range_heads=2)
 
 
-def config_of(case):
-    given = case.config
-    config = dict(
-        block="bare_attention",
-        batch=len(case.lengths) or case.batch,
-        queries=case.longest[0] if case.lengths else case.queries,
-        keys=case.longest[1] if case.lengths else case.keys,
-        num_heads=case.heads,
-        num_kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-    )
-    for name in ("dropout_rate", "training", "mode", "causal", "window_left", "window_right"):
-        config[name] = getattr(given, name)
-    if given.scale is not None:
-        config["scale"] = given.scale
-    if case.lengths:
-        config["packed_queries"], config["packed_keys"] = (sum(side) for side in zip(*case.lengths))
-    return config
+ONE = FULL.but(queries=1, keys=200, heads=6, kv_heads=3, head_dim=72)
+ONE_QUERY = {
+    "plain": ONE,
+    "few numbers": ONE.but(head_dim=3, keys=65),
+    "many numbers": ONE.but(head_dim=173, keys=130, heads=3),
+    "no keys": ONE.but(keys=0),
+    "no sequences": ONE.but(batch=0),
+    "dropout": ONE.but(dropout_rate=0.3, seed=4),
+    "dropout, downscale": ONE.but(dropout_rate=0.3, seed=4, mode="downscale_in_infer"),
+    "window": ONE.but(window_left=70, causal=True),
+    "mask": ONE.but(mask="BHQK", mask_dtype="float32", content="-inf"),
+    "mask of keys": ONE.but(mask="B11K", mask_dtype="bool"),
+    "sees nothing": ONE.but(mask="BHQK", mask_dtype="bool", content="rows"),
+    "ranges": ONE.but(ranges=4, range_heads=3),
+    "scale": ONE.but(scale=-0.2),
+    "packed": ONE.but(lengths=((1, 90), (0, 5), (1, 1), (1, 0), (1, 130)), dropout_rate=0.1, seed=3),
+    "last of a tile": ONE.but(queries=65, causal=True, dropout_rate=0.1, seed=3),
+}
 
 
 def check(case, isa):
     inputs = make_inputs(case)
     arrays = stored(case, inputs)
     d_out = arrays.pop("d_out")
-    config, seed = config_of(case), case.config.seed % 2**64
-    if arrays.get("attn_mask", d_out).dtype == np.uint16:
+    config, seed, offset = config_of(case)
+    if "attn_mask" in arrays and arrays["attn_mask"].dtype == np.uint16:
         pytest.skip("NumPy has no bfloat16 masks")
-    out, saved = pfa_core.forward(arrays, config, seed, case.config.offset, isa=isa)
+    out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
     wanted = attention_cases.differentiable(inputs)
     gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
     attention_cases.check(case, inputs, out, gradients)
-    again, _ = pfa_core.forward(arrays, config, seed, case.config.offset, saves=False, isa=isa)
+    again, _ = pfa_core.forward(arrays, config, seed, offset, saves=False, isa=isa)
     assert np.array_equal(again, out)
 
 
@@ -75,11 +79,65 @@ def test_dtypes(dtype, case, isa):
     check(case.but(dtype=dtype, mask_dtype=case.mask and "float32"), isa)
 
 
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("case", ONE_QUERY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query(dtype, case, isa):
+    check(ONE_QUERY[case].but(dtype=dtype), isa)
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e6, 1e8])
+def test_large_scores_of_one_query(size, dtype, isa):
+    """Backward computes the scores again to the last bit: where all keys are equal so are their weights, and the
+    values get equal parts of the result's gradient."""
+    case = ONE.but(dtype=dtype, kv_heads=6)
+    inputs = make_inputs(case)
+    inputs["key"][:] = inputs["key"][:, :1]
+    inputs["query"] *= size
+    arrays = stored(case, inputs)
+    d_out = arrays.pop("d_out")
+    config, seed, offset = config_of(case)
+    out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
+    gradients = pfa_core.backward(arrays, config, d_out, saved, ["value"], isa=isa, out=out)
+    tolerance = 20 * np.finfo(dtype).eps
+    np.testing.assert_allclose(
+        gradients["value"], np.broadcast_to(d_out / case.keys, gradients["value"].shape), rtol=tolerance
+    )
+    np.testing.assert_allclose(out, inputs["value"].mean(1, keepdims=True), rtol=0, atol=tolerance * 5)
+
+
+def test_bits_of_one_query_do_not_depend_on_threads():
+    """How many heads a thread takes at once does."""
+    program = (
+        "import hashlib; import attention_cases, pfa_core; from core import test_bare_attention as t\n"
+        "digest = hashlib.sha1()\n"
+        "for dtype in t.DTYPES:\n"
+        "    case = t.ONE.but(heads=9, dtype=dtype)\n"
+        "    arrays = t.stored(case, t.make_inputs(case))\n"
+        "    arrays.pop('d_out')\n"
+        "    digest.update(pfa_core.forward(arrays, t.config_of(case)[0])[0].tobytes())\n"
+        "print(digest.hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "3", "16")
+    }
+    assert len(digests) == 1
+
+
 def test_bad_configurations():
     inputs = make_inputs(FULL)
     arrays = stored(FULL, inputs)
     d_out = arrays.pop("d_out")
-    config = config_of(FULL)
+    config, _, _ = config_of(FULL)
     with pytest.raises(ValueError, match="num_kv_heads"):
         pfa_core.forward(arrays, dict(config, num_kv_heads=3))
     with pytest.raises(ValueError, match="query: expected shape"):
@@ -99,13 +157,13 @@ def test_shared_tensors(dtype, form, name, isa):
     inputs = make_inputs(case)
     arrays = in_form(form, stored(case, inputs))
     d_out = arrays.pop("d_out")
-    config, seed = config_of(case), case.config.seed % 2**64
+    config, seed, offset = config_of(case)
     config.update(
         key_behind_query="key" not in arrays, value_behind_key="value" not in arrays, keys_by_head=FORMS[form]
     )
-    if arrays.get("attn_mask", d_out).dtype == np.uint16:
+    if "attn_mask" in arrays and arrays["attn_mask"].dtype == np.uint16:
         pytest.skip("NumPy has no bfloat16 masks")
-    out, saved = pfa_core.forward(arrays, config, seed, case.config.offset, isa=isa)
+    out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
     wanted = [name for name in attention_cases.differentiable(inputs) if name in arrays]
     gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
     attention_cases.check(case, inputs, out, out_of_form(form, gradients, case))

@@ -16,6 +16,11 @@ struct AttentionForward {
     P* value_rows;   // [operands(kKeyTile)][padded]
     P* probability;  // [operands(kKeyTile)][kQueryTile]
     A* out;          // [kQueryTile][padded]
+    // Of one query of several heads (one_query.isa.h).
+    P* one_query;    // [heads][stride]
+    A* one_maximum;  // [heads]
+    A* one_sum;      // [heads]
+    A* one_out;      // [heads][padded]
 
     Tiles(Arena& arena, const AttentionParams& p) : scores(arena, p), softmax(arena) {
       const HeadShape<T> shape(p);
@@ -27,6 +32,11 @@ struct AttentionForward {
         probability = scores.scores;
       }
       out = take<A>(arena, kQueryTile * shape.padded);
+      const int64_t heads = p.queries == 1 ? p.num_heads : 1;
+      one_query = take<P>(arena, heads * shape.stride);
+      one_maximum = take<A>(arena, heads);
+      one_sum = take<A>(arena, heads);
+      one_out = take<A>(arena, heads * shape.padded);
     }
   };
 
@@ -45,6 +55,7 @@ struct AttentionForward {
       p.random_state[0] = p.seed;
       p.random_state[1] = p.offset;
     }
+    if (p.queries == 1) return run_one_query(context, p);
     const int64_t query_tiles = ceil_div(p.queries, kQueryTile);
     const size_t bytes = thread_bytes(p);
     parallel_for(p.batch * p.num_heads * query_tiles, context.threads, [&](int64_t index, int thread) {
@@ -63,6 +74,7 @@ struct AttentionForward {
     const Range<int64_t> seen = head.visibility.keys_of(first_query, first_query + queries);
     const Range<int64_t> keys = whole_tiles({0, head.visibility.keys}, seen, kKeyTile);
 
+    if (queries == 1) return one_query(head.p, head.index.flat, 1, first_query, tiles);
     tiles.scores.load_queries(head, first_query, queries);
     tiles.softmax.start(width);
     bool continues = false;
@@ -82,6 +94,60 @@ struct AttentionForward {
     }
     if (!continues) std::fill(tiles.out, tiles.out + queries * padded, A(0));
     write(head, first_query, queries, tiles);
+  }
+
+  // Where every sequence has one query: of as many heads of a sequence at once as leave work for all threads.
+  static void run_one_query(Context& context, const AttentionParams& p) {
+    const int64_t wanted = ceil_div(p.batch * p.num_heads, 4 * context.threads);
+    const int64_t parts = std::max<int64_t>(1, p.num_heads / std::max<int64_t>(1, wanted));
+    const size_t bytes = thread_bytes(p);
+    parallel_for(p.batch * parts, context.threads, [&](int64_t index, int thread) {
+      Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
+      const int64_t batch = index / parts;
+      const int64_t first = index % parts * p.num_heads / parts;
+      const int64_t end = (index % parts + 1) * p.num_heads / parts;
+      if (first == end || visibility_of_sequence(p, batch).queries == 0) return;
+      one_query(p, batch * p.num_heads + first, end - first, 0, Tiles(arena, p));
+    });
+  }
+
+  // One query of `count` heads of a sequence, from head `flat` on.
+  static void one_query(const AttentionParams& p, int64_t flat, int64_t count, int64_t query, const Tiles& tiles) {
+    const Head<T> first(p, flat);
+    const int64_t padded = first.shape.padded;
+    const int64_t stride = first.shape.stride;
+    for (int64_t h = 0; h < count; ++h) {
+      const Head<T> head(p, flat + h);
+      pack_along_depth<T>(head.layout.template query_rows<const T>(p.query, head.index), query, 1, head.shape,
+                          tiles.one_query + h * stride);
+    }
+    std::fill(tiles.one_maximum, tiles.one_maximum + count, -std::numeric_limits<A>::infinity());
+    std::fill(tiles.one_sum, tiles.one_sum + count, A(0));
+    std::fill(tiles.one_out, tiles.one_out + count * padded, A(0));
+
+    const Range<int64_t> seen = first.visibility.keys_of(query);
+    const Range<int64_t> keys = whole_tiles({0, first.visibility.keys}, seen, kKeyTile);
+    for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
+      const ScoreTile tile{query, 1, first_key, std::min(kKeyTile, keys.end - first_key)};
+      for (int64_t h = 0; h < count; ++h) {
+        const Head<T> head(p, flat + h);
+        if (hides_tile(head.ranges, tile)) continue;
+        const OneQuery<T> attention{head,
+                                    tiles.one_query + h * stride,
+                                    tiles.scores.scores,
+                                    tiles.scores.kept,
+                                    tiles.one_maximum[h],
+                                    tiles.one_sum[h],
+                                    tiles.one_out + h * padded};
+        attention.add_tile(tile);
+      }
+    }
+    for (int64_t h = 0; h < count; ++h) {
+      tiles.softmax.maximum[0] = tiles.one_maximum[h];
+      tiles.softmax.sum[0] = tiles.one_sum[h];
+      std::copy(tiles.one_out + h * padded, tiles.one_out + (h + 1) * padded, tiles.out);
+      write(Head<T>(p, flat + h), query, 1, tiles);
+    }
   }
 
   static void rescale_out(int64_t queries, int64_t padded, const Tiles& tiles) {

@@ -45,6 +45,8 @@
 #include "core/cpu/attention/score_gradient.isa.h"
 #include "core/cpu/attention/softmax.isa.h"
 
+#include "core/cpu/attention/one_query.isa.h"
+
 #include "core/cpu/attention/backward.isa.h"
 #include "core/cpu/attention/forward.isa.h"
 
