@@ -85,9 +85,11 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
   }
 }
 
+constexpr uint32_t kNoHead = 0xFFFFFFFFu;
+
 // A tile of keys that a thread block has taken.
 struct KeyWork {
-  uint32_t index;     // among all
+  OrderedTile place;  // its head is kNoHead where all tiles are taken
   SequenceTile keys;  // of the first query head that reads them
   Range<int> walk;    // over these tiles of each of its query heads' queries
 };
@@ -138,13 +140,6 @@ struct BackwardRoles {
   // Of keys.
   __device__ __forceinline__ int tiles_of_head() const { return key_tiles<kPacked>(args); }
   __device__ __forceinline__ int group() const { return static_cast<int>(args.layout.group); }
-  __device__ __forceinline__ bool is_last(uint32_t index) const {
-    return index >= key_heads<kPacked>(args) * tiles_of_head();
-  }
-  __device__ __forceinline__ OrderedTile tile_of(uint32_t index) const {
-    return ordered_tile(key_heads<kPacked>(args), index, schedule.heads_per_group, tiles_of_head());
-  }
-
   // The tiles of queries that have to do with the keys from key0 on.
   __device__ __forceinline__ Range<int> walk_of(const HeadState& head, int key0) const {
     if (kMask == kKeyMask) {
@@ -167,17 +162,19 @@ struct BackwardRoles {
       const uint32_t index = atomicAdd(schedule.tiles_begun(), 1u);
       shared.kv.wait_empty(kv);
       KeyWork& work = shared.work[kv.stage];
-      work.index = index;
-      if (is_last(index)) {
+      const uint32_t heads = key_heads<kPacked>(args);
+      if (index >= heads * tiles_of_head()) {
+        work.place.head = kNoHead;
         barrier_arrive(&shared.kv.full[kv.stage]);
         return;
       }
-      const OrderedTile tile = tile_of(index);
+      const OrderedTile tile = ordered_tile(heads, index, schedule.heads_per_group, tiles_of_head());
       wait_for_count(schedule.tiles_taken(tile.head), tile.head / schedule.slots * tiles_of_head());
       const SequenceTile keys = sequence_tile<kPacked>(args, args.layout.key_starts,
                                                        tile.head * static_cast<uint32_t>(args.layout.group), tile.tile);
       const HeadState first = head_state<kPacked>(args, keys.head, false);
       const Range<int> walk = walk_of(first, keys.first);
+      work.place = tile;
       work.keys = keys;
       work.walk = walk;
       if (walk.first >= walk.end) {
@@ -217,10 +214,9 @@ struct BackwardRoles {
     for (int t = 0;; ++t) {
       const RingStep kv = ring_step<kStages>(t);
       shared.kv.wait_full(kv);
-      const uint32_t index = shared.work[kv.stage].index;
-      if (is_last(index)) return;
+      const uint32_t head = shared.work[kv.stage].place.head;
+      if (head == kNoHead) return;
       shared.kv.release_alone(kv);
-      const uint32_t head = tile_of(index).head;
       const bool takes = head >= static_cast<uint32_t>(schedule.heads_behind);
       const uint32_t from = head - schedule.heads_behind;
       if (takes) wait_for_count(schedule.tiles_added(from), (from / schedule.slots + 1) * tiles_of_head());
@@ -456,9 +452,8 @@ struct BackwardRoles {
                              args.head_dim());
   }
 
-  // Of d_q of a head's queries: [rows_padded, columns], of packed sequences from its own on.
-  __device__ __forceinline__ float* sums_of(const HeadIndex& h) const {
-    const auto head = static_cast<uint32_t>(kPacked ? h.kv_head : h.flat / args.layout.group);
+  // The sums of d_q of one of the query heads of `head`: [rows_padded, columns], of packed sequences from its own on.
+  __device__ __forceinline__ float* sums_of(uint32_t head, const HeadIndex& h) const {
     const int64_t row = row_statistics<kPacked>(args, h) - head * args.layout.group * args.rows_padded;
     return schedule.sums_of(args, head) + row * schedule.columns;
   }
@@ -470,18 +465,17 @@ struct BackwardRoles {
     for (int t = 0, step = 0;; ++t) {
       const RingStep kv = ring_step<kStages>(t);
       shared.kv.wait_full(kv);
-      const uint32_t index = shared.work[kv.stage].index;
-      if (is_last(index)) return;
+      if (shared.work[kv.stage].place.head == kNoHead) return;
       KeyTile tile;
       tile.key0 = shared.work[kv.stage].keys.first;
       tile.strip = strip;
       for (int i = 0; i < group(); ++i) {
         tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head + i, kDrops);
         if (kMask == kKeyMask) load_key_elements(tile);
-        walk(tile, warpgroup, kv.stage, sums_of(tile.head.index), step);
+        walk(tile, warpgroup, kv.stage, sums_of(shared.work[kv.stage].place.head, tile.head.index), step);
       }
       // Found anew, because there were no registers to keep it.
-      const OrderedTile place = tile_of(shared.work[kv.stage].index);
+      const OrderedTile place = shared.work[kv.stage].place;
       tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head, false);
       shared.kv.release(kv);
       release_by_warp<kArrivals>(&shared.added);

@@ -82,6 +82,7 @@ struct ForwardShared {
   // Where copies come from: in shared memory, to spare registers.
   int query_head, key_head;
   MapRows query_rows, key_rows;
+  const CUtensorMap *key_map, *value_map;
   uint64_t q_full;
   Ring<kStages, 8> k, v;
   Ring<kStages, 4> mask[2];  // by warpgroup
@@ -166,14 +167,14 @@ struct ForwardRoles {
   __device__ __forceinline__ void copy_keys(int n) const {
     const RingStep step = ring_step<kStages>(n);
     uint64_t* full = shared.k.fill(step, Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim, kPacked>(k_tile(step.stage), maps.key, full, shared.key_head,
+    copy_tile<kKeys, kHeadDim, kPacked>(k_tile(step.stage), *shared.key_map, full, shared.key_head,
                                         first_of(shared.key_rows) + key0_of(n), shared.key_rows.sequence);
   }
 
   __device__ __forceinline__ void copy_values(int n) const {
     const RingStep step = ring_step<kStages>(n);
     uint64_t* full = shared.v.fill(step, Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim, kPacked>(v_tile(step.stage), maps.value, full, shared.key_head,
+    copy_tile<kKeys, kHeadDim, kPacked>(v_tile(step.stage), *shared.value_map, full, shared.key_head,
                                         first_of(shared.key_rows) + key0_of(n), shared.key_rows.sequence);
   }
 
@@ -432,6 +433,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
     if (kMask == kTiledMask) prefetch_map(maps.mask);
     shared.query_head = static_cast<int>(roles.head.index.head);
     shared.key_head = static_cast<int>(roles.head.index.kv_head);
+    shared.key_map = &maps.key;
+    shared.value_map = &maps.value;
     shared.query_rows = query_map_rows<kPacked>(args, roles.head);
     shared.key_rows = key_map_rows<kPacked>(args, roles.head);
     barrier_init(&shared.q_full, 1);
