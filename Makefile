@@ -12,7 +12,7 @@
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-fuzz             make fuzz on the CUDA core
-# make gpu-bench            the block, its stages and a whole layer on a GPU against PyTorch
+# make gpu-bench            the block, its stages, attention by itself and a whole layer on a GPU against PyTorch
 #
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
 # CUDAARCHS, such as 90a, says what to compile for.
@@ -174,6 +174,7 @@ gpu-fuzz: gpu-core
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py
+	$(GPU_RUN) benchmarks/gpu_attention.py
 	$(GPU_RUN) benchmarks/gpu_layer.py
 
 build/lint/packages: .ci/lint-requirements.txt

@@ -71,10 +71,15 @@ struct QkvLayout {
     return query_starts ? h.head * queries + query_starts[h.batch] : h.flat * queries;
   }
 
-  // Where a head's part begins in d_qkv_bias [3, H, D].
+  // Where a head's part begins in d_qkv_bias [H + 2 * num_kv_heads, D], and the numbers of that.
   PFA_HOST_DEVICE int64_t bias_offset(const HeadIndex& h, QkvPart part) const {
-    return static_cast<int64_t>(part) * heads_dim() + h.head * head_dim;
+    const int64_t kv_heads = num_heads / group;
+    const int64_t head = part == QkvPart::kQuery ? h.head
+                         : part == QkvPart::kKey ? num_heads + h.kv_head
+                                                 : num_heads + kv_heads + h.kv_head;
+    return head * head_dim;
   }
+  PFA_HOST_DEVICE int64_t bias_numbers() const { return (num_heads + 2 * (num_heads / group)) * head_dim; }
 
  private:
   template <class T, class Data>
@@ -107,25 +112,6 @@ Heads<Data> heads_from(Data* data, int64_t first, int64_t tokens, int64_t heads,
   const int64_t head_stride = by_head ? tokens * head_dim : head_dim;
   if (data) data = static_cast<Byte*>(data) + first * head_stride * static_cast<int64_t>(size_of(dtype));
   return {data, tokens * heads * head_dim, token_stride, head_stride};
-}
-
-// Whether query, key and value lie beside each other as [batch, queries, 3, H, D], and out as [batch, queries, H, D].
-inline bool is_packed_projection(const AttentionParams& p) {
-  const int64_t heads_dim = p.num_heads * p.head_dim;
-  const auto has_strides = [&](const auto& heads, int64_t parts) {
-    return heads.head_stride == p.head_dim && heads.token_stride == parts * heads_dim &&
-           heads.batch_stride == parts * heads_dim * p.queries;
-  };
-  const auto lie_packed = [&](const auto& query, const auto& key, const auto& value) {
-    if (!has_strides(query, 3) || !has_strides(key, 3) || !has_strides(value, 3)) return false;
-    if (!query.data) return true;  // not placed yet
-    const char* first = static_cast<const char*>(query.data);
-    const int64_t part = heads_dim * static_cast<int64_t>(size_of(p.dtype));
-    return key.data == first + part && value.data == first + 2 * part;
-  };
-  return p.queries == p.keys && p.num_heads == p.num_kv_heads && !p.query_starts && has_strides(p.out, 1) &&
-         lie_packed(p.query, p.key, p.value) &&
-         (!p.d_out.data || (has_strides(p.d_out, 1) && lie_packed(p.d_query, p.d_key, p.d_value)));
 }
 
 }  // namespace pfa

@@ -5,7 +5,7 @@ import pfa_core
 import pytest
 import reference
 import torch
-from cases import DTYPES
+from cases import DTYPES, SIXTEEN_BIT
 from device import Memory, mask_argument, to_device, to_numpy
 
 # Of the largest number, or of one where all are smaller: some gradients are 0 but for rounding.
@@ -167,6 +167,88 @@ def test_kinds(kind, head_dim, dtype):
     Problem(sizes, dtype, **options).check()
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("head_dim", (40, 80))
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_in_part_of_a_tile(kind, head_dim, dtype):
+    options = dict(KINDS[kind])
+    sizes = (*options.pop("sizes"), head_dim)
+    Problem(sizes, dtype, **options).check()
+
+
+def draw_lengths(count, most, seed):
+    return tuple(np.random.default_rng(seed).integers(0, most + 1, count).tolist())
+
+
+# More tiles than there are multiprocessors, so that a thread block has several, and memory is used again.
+LARGE_KINDS = {
+    "more keys": dict(sizes=(3, 300, 1100, 40, 40)),
+    "fewer keys": dict(sizes=(3, 1100, 300, 40, 40), causal=True, dropout_rate=0.1),
+    "one tile of keys": dict(sizes=(6, 900, 77, 40, 40)),
+    "grouped": dict(sizes=(5, 600, 600, 32, 8), causal=True),
+    "grouped, other keys, window": dict(sizes=(4, 500, 700, 36, 12), window_left=200, window_right=30),
+    "window": dict(sizes=(2, 1500, 1500, 16, 16), window_left=129, causal=True, dropout_rate=0.1),
+    "far keys": dict(sizes=(2, 700, 300, 40, 40), window_left=40, causal=True),
+    "mask of keys and heads": dict(sizes=(3, 400, 520, 36, 12), mask=("BHK", "bool"), causal=True),
+    "mask of everything": dict(sizes=(2, 400, 520, 32, 8), mask=("BHQK", "float16")),
+    "mask with window": dict(sizes=(2, 700, 700, 32, 8), mask=("BK", "float16"), window_left=150, window_right=150),
+    "packed": dict(sizes=(0, 0, 0, 16, 16), lengths=(draw_lengths(50, 400, 1),) * 2, causal=True),
+    "packed and grouped": dict(
+        sizes=(0, 0, 0, 24, 8), lengths=(draw_lengths(40, 500, 2),) * 2, dropout_rate=0.1, window_left=90
+    ),
+    "packed, other keys": dict(
+        sizes=(0, 0, 0, 16, 4), lengths=(draw_lengths(30, 500, 3), draw_lengths(30, 700, 4)), causal=True
+    ),
+    "packed, one long": dict(sizes=(0, 0, 0, 4, 4), lengths=((3, 2000, 1, 5, 0, 64),) * 2),
+}
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("head_dim", (40, 64, 80, 128))
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+def test_large_kinds(kind, head_dim, dtype):
+    options = dict(LARGE_KINDS[kind])
+    sizes = (*options.pop("sizes"), head_dim)
+    Problem(sizes, dtype, **options).check()
+
+
+def kernels_of(problem, wanted=GRADIENTS):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        problem.actual(wanted)
+    return [event.key for event in profiler.key_averages() if "pfa::cuda" in event.key]
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="these kernels are for Hopper")
+@pytest.mark.parametrize("head_dim", (40, 128))
+@pytest.mark.parametrize("kind", [*KINDS, *LARGE_KINDS])
+def test_hopper_serves(kind, head_dim):
+    options = dict(KINDS[kind] if kind in KINDS else LARGE_KINDS[kind])
+    sizes = (*options.pop("sizes"), head_dim)
+    problem = Problem(sizes, "bfloat16", **options)
+    names = kernels_of(problem)
+    refuses = "ranges" in kind or "scale" in kind or kind in ("no keys", "no queries")
+    for kernel in ("forward_kernel", "backward_kernel"):
+        assert any("hopper" in name and kernel in name for name in names) != refuses, names
+    assert any("_mma" in name for name in names) == refuses, names
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_sequences_keep_to_themselves(dtype, head_dim):
+    """What one packed sequence holds does not come into those beside it."""
+    lengths = (70, 130, 200)
+    problem = Problem((0, 0, 0, 4, 2, head_dim), dtype, lengths=(lengths, lengths))
+    before = problem.actual(GRADIENTS)
+    middle = slice(lengths[0], lengths[0] + lengths[1])
+    for array in (*problem.inputs.values(), problem.d_out):
+        array[middle] = np.nan
+    after = problem.actual(GRADIENTS)
+    for name in before:
+        others = [np.delete(numbers[name], middle, 0) for numbers in (before, after)]
+        assert not np.isnan(others[1]).any(), name
+        np.testing.assert_allclose(others[1], others[0], rtol=0, atol=LIMIT[dtype] * abs(others[0]).max())
+
+
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_in_tf32(kind, head_dim):
@@ -207,7 +289,8 @@ def test_gradient_of_mask_is_the_same_each_time():
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_gradients_are_the_same_each_time(dtype):
-    problem = Problem((0, 0, 0, 4, 2, 64), dtype, lengths=((300, 77, 130), (300, 77, 130)), causal=True)
+    lengths = (300, 77, 130)
+    problem = Problem((0, 0, 0, 4, 2, 64), dtype, lengths=(lengths, lengths), causal=True, deterministic=True)
     first, second = (problem.actual(GRADIENTS) for _ in range(2))
     assert all((first[name] == second[name]).all() for name in first)
 

@@ -39,7 +39,7 @@ struct AttentionArgs {
   double drop_scale;
   double score_scale;
 
-  bool is_packed() const { return layout.query_starts; }
+  __host__ __device__ bool is_packed() const { return layout.query_starts; }
   bool is_packed_or_grouped() const { return is_packed() || layout.group > 1; }
   bool has_mask_or_dropout() const { return mask.data || drops || hidden_ranges.data; }
   __host__ __device__ int head_dim() const { return static_cast<int>(layout.head_dim); }

@@ -8,18 +8,33 @@ namespace cuda {
 namespace {
 
 #if CUDART_VERSION >= 12010
+// Whether a tensor map can describe what the copy engine reads.
+bool has_tensor_maps(const AttentionParams& p) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    return count <= 1 || (stride > 0 && stride * 2 < int64_t{1} << 34);  // 2: bytes of a number
+  };
+  const auto all_fit = [&](const Heads<const void>& heads, int64_t count, int64_t rows) {
+    return fits(count, heads.head_stride) && fits(rows, heads.token_stride) &&
+           (p.query_starts || fits(p.batch, heads.batch_stride));
+  };
+  return all_fit(p.query, p.num_heads, p.queries) && all_fit(p.key, p.num_kv_heads, p.keys) &&
+         all_fit(p.value, p.num_kv_heads, p.keys) && (!p.d_out.data || all_fit(p.d_out, p.num_heads, p.queries));
+}
+
 const char* why_not_hopper(const Context& context, const AttentionParams& p, Pass pass) {
   if (context.compute_capability != 90) return "it runs on compute capability 9.0 only";
   if (!hopper_is_built(context)) return "it was not compiled: build for 9.0a";
   if (!is_16bit_float(p.dtype)) return "it computes float16 and bfloat16 only";
   if (p.head_dim > 128) return "it takes a head_dim up to 128";
-  if (!is_packed_projection(p)) return "it reads query, key and value of one packed projection only";
-  if (p.window_left >= 0 || p.window_right >= 0) return "it knows no windows";
+  if (p.batch * p.queries * p.keys == 0) return "it needs queries and keys";
+  if (p.query_starts && p.packed_queries * p.packed_keys == 0) return "it needs queries and keys";
+  if (p.query_starts && p.mask.data) return "it takes no mask beside packed sequences";
   if (p.hidden_ranges.data) return "it knows no ranges of hidden queries";
   if (!(p.scale > 0)) return "it takes a positive scale only";
   if (pass == Pass::kBackward && p.d_out.data && (!p.d_query.data || !p.d_key.data || !p.d_value.data)) {
     return "it makes the gradients of query, key and value together only";
   }
+  if (!has_tensor_maps(p)) return "it takes tensors with strides above 0 and below 16 GiB only";
   if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
   if (pass == Pass::kBackward && context.deterministic) {
     return "it adds gradients in no fixed order, and deterministic ones are asked for";

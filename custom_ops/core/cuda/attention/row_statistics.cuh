@@ -29,11 +29,10 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const HeadIndex h = args.layout.head(blockIdx.x / groups);
   const int row = blockIdx.x % groups * rows + threadIdx.x / lanes;
   const int queries = visibility_of_sequence<kPacked>(args, h.batch).queries;
-  if constexpr (kPacked) {
-    if (row / kStatisticsMultiple * kStatisticsMultiple >= queries) return;
-  } else {
-    hopper::clear_sums(args, schedule, h, row, lane, lanes);
-  }
+  hopper::clear_counts(args, schedule);
+  if (kPacked && row / kStatisticsMultiple * kStatisticsMultiple >= queries) return;
+  const int64_t index = row_statistics<kPacked>(args, h) + row;
+  hopper::clear_sums(args, schedule, index, lane, lanes);
   Acc delta = 0;
   Acc lse2 = infinity<Acc>();
   Acc shift2 = 0;
@@ -61,7 +60,6 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (lane == 0) {
-    const int64_t index = row_statistics<kPacked>(args, h) + row;
     static_cast<Acc*>(args.delta)[index] = delta;
     static_cast<Acc*>(args.lse2)[index] = lse2;
     static_cast<Acc*>(args.shift2)[index] = shift2;

@@ -4,7 +4,8 @@
 // Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for
 // d_v and d_k. dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64
 // each computes 64 of the tile's 128 queries, else each computes half of the head dims of 64 queries. A third warpgroup
-// copies, and takes the thread block's next tile of keys while the others are at work on this one.
+// copies, and takes the thread block's next tile of keys while the others are at work on this one. The walk goes over the
+// queries of one head of the group after the other.
 //
 // d_q is added up in device memory; schedule.h says how thread blocks share that. d_q and d_v, on their way out of
 // registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for what is
@@ -35,15 +36,20 @@ namespace {
 
 constexpr int kStages = 2;
 constexpr int kThreads = 384;
-constexpr int kQueriesTaken = kKeys;           // of d_q at a time, so that there are as many tiles of them as of keys
 constexpr int kSumPanel = 64 * kPanelColumns;  // sums of d_q that a warpgroup adds to at a time
-constexpr int kElementBytes = 12;              // q, k, v, d_out and the sums of d_q
 // Whether this is a build for compute-sanitizer.
 #ifdef PFA_SANITIZED
 constexpr bool kSanitized = true;
 #else
 constexpr bool kSanitized = false;
 #endif
+
+struct BackwardMaps {
+  CUtensorMap query;
+  CUtensorMap key;
+  CUtensorMap value;
+  CUtensorMap d_out;
+};
 
 template <int kHeadDim>
 struct BackwardShape {
@@ -79,13 +85,21 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
   }
 }
 
+constexpr uint32_t kNoHead = 0xFFFFFFFFu;
+
+// A tile of keys that a thread block has taken.
+struct KeyWork {
+  OrderedTile place;  // its head is kNoHead where all tiles are taken
+  SequenceTile keys;  // of the first query head that reads them
+  Range<int> walk;    // over these tiles of each of its query heads' queries
+};
+
 // What the threads of a thread block share, beside the tiles.
 template <int kArrivals>
 struct BackwardShared {
   Ring<kStages, kArrivals, 1> kv;
   Ring<kStages, kArrivals> q, d_out;
-  uint32_t taken[kStages];              // which tiles of keys lie in the stages of kv
-  Range<int> walks[kStages];            // over which tiles of queries
+  KeyWork work[kStages];                // what lies in the stages of kv
   uint64_t added, may_take, has_taken;  // d_q of this tile to the sums; that of an earlier head from them
 };
 
@@ -94,7 +108,7 @@ constexpr int kScoresBarrier = 1;  // a named barrier of the computing warpgroup
 // The roles of a thread block's warps: produce, exchange, and consume. All go through the thread block's tiles of keys,
 // t = 0, 1, ..., and the consumers and the producer over each one's walk of tiles of queries; `step` counts those of
 // all walks.
-template <class T, int kHeadDim, MaskKind kMask, bool kDrops>
+template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 struct BackwardRoles {
   using Shape = BackwardShape<kHeadDim>;
   static constexpr int kQueries = Shape::kQueries;
@@ -103,8 +117,7 @@ struct BackwardRoles {
   // With dropout there are no registers for packed probabilities with and without signs.
   static constexpr bool kSignedOperand = kDrops && kPackedOnly;
 
-  const CUtensorMap& qkv_map;
-  const CUtensorMap& d_out_map;
+  const BackwardMaps& maps;
   const BackwardArgs& args;
   const BackwardSchedule& schedule;
   BackwardShared<kArrivals>& shared;
@@ -124,18 +137,21 @@ struct BackwardRoles {
   __device__ __forceinline__ float* delta_tile(int stage) const { return lse2_tile(kStages + stage); }
   __device__ __forceinline__ float* shift2_tile(int stage) const { return lse2_tile(2 * kStages + stage); }
 
-  __device__ __forceinline__ int tiles_of_head() const { return (args.visibility.keys + kKeys - 1) / kKeys; }
-  __device__ __forceinline__ bool is_last(uint32_t index) const {
-    return index >= static_cast<uint32_t>(args.heads()) * tiles_of_head();
-  }
-  __device__ __forceinline__ OrderedTile tile_of(uint32_t index) const {
-    return ordered_tile(args, index, schedule.heads_per_group, tiles_of_head());
-  }
-
+  // Of keys.
+  __device__ __forceinline__ int tiles_of_head() const { return key_tiles<kPacked>(args); }
+  __device__ __forceinline__ int group() const { return static_cast<int>(args.layout.group); }
   // The tiles of queries that have to do with the keys from key0 on.
   __device__ __forceinline__ Range<int> walk_of(const HeadState& head, int key0) const {
-    if (kMask == kKeyMask && !any_visible(args, head.mask_offset, key0)) return {0, 0};
-    const Range<int> queries = args.visibility.queries_of(key0, key0 + kKeys);
+    if (kMask == kKeyMask) {
+      const int heads = args.mask.strides[1] ? group() : 1;
+      bool visible = false;
+      for (int i = 0; i < heads && !visible; ++i) {
+        visible = any_visible(args, head.mask_offset + i * args.mask.strides[1], key0);
+      }
+      if (!visible) return {0, 0};
+    }
+    const Range<int> queries = head_visibility<kPacked>(args, head).queries_of(key0, key0 + kKeys);
+    if (queries.first >= queries.end) return {0, 0};
     return {queries.first / kQueries, (queries.end + kQueries - 1) / kQueries};
   }
 
@@ -145,32 +161,50 @@ struct BackwardRoles {
       const RingStep kv = ring_step<kStages>(t);
       const uint32_t index = atomicAdd(schedule.tiles_begun(), 1u);
       shared.kv.wait_empty(kv);
-      shared.taken[kv.stage] = index;
-      if (is_last(index)) {
+      KeyWork& work = shared.work[kv.stage];
+      const uint32_t heads = key_heads<kPacked>(args);
+      if (index >= heads * tiles_of_head()) {
+        work.place.head = kNoHead;
         barrier_arrive(&shared.kv.full[kv.stage]);
         return;
       }
-      const OrderedTile tile = tile_of(index);
+      const OrderedTile tile = ordered_tile(heads, index, schedule.heads_per_group, tiles_of_head());
       wait_for_count(schedule.tiles_taken(tile.head), tile.head / schedule.slots * tiles_of_head());
-      const BackwardHead<T, float> head = backward_head<T, float>(args, tile.head, false);
-      const int h = static_cast<int>(head.index.head);
-      const int batch = static_cast<int>(head.index.batch);
-      const int key0 = tile.tile * kKeys;
-      const Range<int> walk = walk_of(head, key0);
-      shared.walks[kv.stage] = walk;
+      const SequenceTile keys = sequence_tile<kPacked>(args, args.layout.key_starts,
+                                                       tile.head * static_cast<uint32_t>(args.layout.group), tile.tile);
+      const HeadState first = head_state<kPacked>(args, keys.head, false);
+      const Range<int> walk = walk_of(first, keys.first);
+      work.place = tile;
+      work.keys = keys;
+      work.walk = walk;
+      if (walk.first >= walk.end) {
+        barrier_arrive(&shared.kv.full[kv.stage]);
+        continue;
+      }
+      const MapRows key_rows = key_map_rows<kPacked>(args, first);
+      const MapRows query_rows = query_map_rows<kPacked>(args, first);
+      const int kv_head = static_cast<int>(first.index.kv_head);
+      const int key0 = key_rows.first + keys.first;
       uint64_t* kv_full = shared.kv.expect(kv, 2 * Shape::kKeyBytes);
-      copy_tile<kKeys, kHeadDim>(k_tile(kv.stage), qkv_map, kv_full, h, QkvPart::kKey, key0, batch);
-      copy_tile<kKeys, kHeadDim>(v_tile(kv.stage), qkv_map, kv_full, h, QkvPart::kValue, key0, batch);
-      for (int n = walk.first; n < walk.end; ++n, ++step) {
-        const RingStep to = ring_step<kStages>(step);
-        const int row0 = n * kQueries;
-        uint64_t* q_full = shared.q.fill(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
-        copy_tile<kQueries, kHeadDim>(q_tile(to.stage), qkv_map, q_full, h, QkvPart::kQuery, row0, batch);
-        copy_bytes(lse2_tile(to.stage), head.lse2 + row0, Shape::kStatisticBytes, q_full);
-        copy_bytes(shift2_tile(to.stage), head.shift2 + row0, Shape::kStatisticBytes, q_full);
-        uint64_t* d_out_full = shared.d_out.fill(to, Shape::kQueryBytes + Shape::kStatisticBytes);
-        copy_tile<kQueries, kHeadDim>(d_out_tile(to.stage), d_out_map, d_out_full, h, QkvPart::kQuery, row0, batch);
-        copy_bytes(delta_tile(to.stage), head.delta + row0, Shape::kStatisticBytes, d_out_full);
+      copy_tile<kKeys, kHeadDim, kPacked>(k_tile(kv.stage), maps.key, kv_full, kv_head, key0, key_rows.sequence);
+      copy_tile<kKeys, kHeadDim, kPacked>(v_tile(kv.stage), maps.value, kv_full, kv_head, key0, key_rows.sequence);
+      for (int i = 0; i < group(); ++i) {
+        const BackwardHead<T, float> head = backward_head<T, float, kPacked>(args, keys.head + i, false);
+        const int h = static_cast<int>(head.index.head);
+        for (int n = walk.first; n < walk.end; ++n, ++step) {
+          const RingStep to = ring_step<kStages>(step);
+          const int row0 = n * kQueries;
+          const int map_row0 = query_rows.first + row0;
+          uint64_t* q_full = shared.q.fill(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
+          copy_tile<kQueries, kHeadDim, kPacked>(q_tile(to.stage), maps.query, q_full, h, map_row0,
+                                                 query_rows.sequence);
+          copy_bytes(lse2_tile(to.stage), head.lse2 + row0, Shape::kStatisticBytes, q_full);
+          copy_bytes(shift2_tile(to.stage), head.shift2 + row0, Shape::kStatisticBytes, q_full);
+          uint64_t* d_out_full = shared.d_out.fill(to, Shape::kQueryBytes + Shape::kStatisticBytes);
+          copy_tile<kQueries, kHeadDim, kPacked>(d_out_tile(to.stage), maps.d_out, d_out_full, h, map_row0,
+                                                 query_rows.sequence);
+          copy_bytes(delta_tile(to.stage), head.delta + row0, Shape::kStatisticBytes, d_out_full);
+        }
       }
     }
   }
@@ -180,10 +214,9 @@ struct BackwardRoles {
     for (int t = 0;; ++t) {
       const RingStep kv = ring_step<kStages>(t);
       shared.kv.wait_full(kv);
-      const uint32_t index = shared.taken[kv.stage];
-      if (is_last(index)) return;
+      const uint32_t head = shared.work[kv.stage].place.head;
+      if (head == kNoHead) return;
       shared.kv.release_alone(kv);
-      const uint32_t head = tile_of(index).head;
       const bool takes = head >= static_cast<uint32_t>(schedule.heads_behind);
       const uint32_t from = head - schedule.heads_behind;
       if (takes) wait_for_count(schedule.tiles_added(from), (from / schedule.slots + 1) * tiles_of_head());
@@ -197,7 +230,7 @@ struct BackwardRoles {
 
   // A tile of keys in a computing warp's registers.
   struct KeyTile {
-    HeadState head;
+    HeadState head;               // of the query head that the walk is at
     int key0;                     // the tile's first key
     int strip;                    // of the warp's 16 keys in the tile
     uint32_t elements[2];         // of a key mask, for the lane's keys
@@ -242,7 +275,8 @@ struct BackwardRoles {
       to_log2 = 1.0f;
       if (kMask == kKeyMask) added_by_mask[0] = added_by_mask[1] = 0.0f;
     }
-    const bool hides = args.visibility.hides_any(row0, row0 + kQueries, tile.key0, tile.key0 + kKeys);
+    const Visibility<int>& visibility = head_visibility<kPacked>(args, tile.head);
+    const bool hides = visibility.hides_any(row0, row0 + kQueries, tile.key0, tile.key0 + kKeys);
 #pragma unroll
     for (int m = 0; m < kQueries / 16; ++m) {
       float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[8 * m]);
@@ -261,7 +295,7 @@ struct BackwardRoles {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const int key = tile.key0 + tile.strip + lane_row(e);
-          if (!args.visibility.sees(row0 + 16 * m + lane_column(e), key)) piece[e] = 0.0f;
+          if (!visibility.sees(row0 + 16 * m + lane_column(e), key)) piece[e] = 0.0f;
         }
       }
       if (kDrops) {
@@ -342,19 +376,19 @@ struct BackwardRoles {
     wgmma_commit();
   }
 
-  // The walk of a tile of keys, from `step` on, which is moved on by as many steps.
-  __device__ __forceinline__ void walk(KeyTile& tile, int group, int kv_stage, int& step) const {
+  // The walk of a tile of keys over the queries of one head, from `step` on, which is moved on by as many steps.
+  // `head_sums`: of d_q of these queries.
+  __device__ __forceinline__ void walk(KeyTile& tile, int group, int kv_stage, float* head_sums, int& step) const {
     const uint64_t k_rows = rows_operand(k_tile(kv_stage) + group * 64 * kRowBytes);
     const uint64_t v_rows = rows_operand(v_tile(kv_stage) + group * 64 * kRowBytes);
     const uint64_t k_columns = columns_operand(k_tile(kv_stage) + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
-    float* head_sums = schedule.sums_of(args, static_cast<uint32_t>(tile.head.index.flat));
     const int key0 = tile.key0 + tile.strip;
     float s[kQueries / 2], dp[kQueries / 2];  // [64 keys][kQueries]
     uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
     float dq[32];                          // [64 queries][64]
     uint32_t mask_elements[kQueries / 2];  // of a step, until its dp is begun: there are no registers for both
 
-    const Range<int> walk = shared.walks[kv_stage];
+    const Range<int> walk = shared.work[kv_stage].walk;
     if (kMask == kFullMask) fetch_mask<true>(args, tile.head.mask_offset, key0, walk.first * kQueries, mask_elements);
     for (int n = walk.first; n < walk.end; ++n, ++step) {
       const RingStep from = ring_step<kStages>(step);
@@ -409,44 +443,59 @@ struct BackwardRoles {
     const float scale = static_cast<float>(args.score_scale);
     const float drop_scale = static_cast<float>(args.drop_scale);
     const HeadIndex& h = tile.head.index;
+    const int keys = head_visibility<kPacked>(args, tile.head).keys;
     store_strip<T, kHeadDim>(tile.dk, scale, scale, panel, tile.strip, args.layout.template key_rows<T>(args.d_key, h),
-                             tile.key0 + tile.strip, args.visibility.keys, args.head_dim());
+                             tile.key0 + tile.strip, keys, args.head_dim());
     add_to_bias<kHeadDim>(args, schedule, tile.dv, drop_scale, h, QkvPart::kValue, 0);
     store_strip<T, kHeadDim>(tile.dv, drop_scale, drop_scale, panel, tile.strip,
-                             args.layout.template key_rows<T>(args.d_value, h), tile.key0 + tile.strip,
-                             args.visibility.keys, args.head_dim());
+                             args.layout.template key_rows<T>(args.d_value, h), tile.key0 + tile.strip, keys,
+                             args.head_dim());
+  }
+
+  // The sums of d_q of one of the query heads of `head`: [rows_padded, columns], of packed sequences from its own on.
+  __device__ __forceinline__ float* sums_of(uint32_t head, const HeadIndex& h) const {
+    const int64_t row = row_statistics<kPacked>(args, h) - head * args.layout.group * args.rows_padded;
+    return schedule.sums_of(args, head) + row * schedule.columns;
   }
 
   // A computing warpgroup.
   __device__ __forceinline__ void consume() const {
-    const int group = threadIdx.x / 128 - 1;
-    const int strip = group * 64 + threadIdx.x / 32 % 4 * 16;
+    const int warpgroup = threadIdx.x / 128 - 1;
+    const int strip = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
     for (int t = 0, step = 0;; ++t) {
       const RingStep kv = ring_step<kStages>(t);
       shared.kv.wait_full(kv);
-      const uint32_t index = shared.taken[kv.stage];
-      if (is_last(index)) return;
-      const OrderedTile place = tile_of(index);
+      if (shared.work[kv.stage].place.head == kNoHead) return;
       KeyTile tile;
-      tile.head = head_state(args, place.head, kDrops);
-      tile.key0 = place.tile * kKeys;
+      tile.key0 = shared.work[kv.stage].keys.first;
       tile.strip = strip;
-      if (kMask == kKeyMask) load_key_elements(tile);
-      walk(tile, group, kv.stage, step);
+      for (int i = 0; i < group(); ++i) {
+        tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head + i, kDrops);
+        if (kMask == kKeyMask) load_key_elements(tile);
+        walk(tile, warpgroup, kv.stage, sums_of(shared.work[kv.stage].place.head, tile.head.index), step);
+      }
+      // Found anew, because there were no registers to keep it.
+      const OrderedTile place = shared.work[kv.stage].place;
+      tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head, false);
       shared.kv.release(kv);
       release_by_warp<kArrivals>(&shared.added);
 
       // Through the rows of dS^T that this warp alone writes, in the stage that nobody reads any more.
       char* panel = score_tile(ring_step<kStages>(step).stage);
       barrier_wait(&shared.may_take, t % 2);
-      if (place.head >= static_cast<uint32_t>(schedule.heads_behind)) {
+      const int query_tiles_of_group = query_tiles<kPacked>(args) * group();
+      if (place.head >= static_cast<uint32_t>(schedule.heads_behind) && place.tile < query_tiles_of_group) {
         const uint32_t from = place.head - schedule.heads_behind;
-        const int row0 = tile.key0 + group * 64;
-        QueryGradient<T, kHeadDim> d_q;
-        d_q.load(args, schedule, from, row0);
+        QueryGradient<T, kHeadDim, kPacked> d_q;
+        d_q.load(args, schedule, from, place.tile, strip);
         store_tile(tile, panel);  // meanwhile
-        d_q.clear(args, schedule, from, row0);
-        d_q.store(args, schedule, from, row0, panel, strip);
+        for (int taken = place.tile;;) {
+          d_q.clear(args, schedule, from, taken, strip);
+          d_q.store(args, schedule, from, taken, strip, panel);
+          taken += tiles_of_head();
+          if (taken >= query_tiles_of_group) break;
+          d_q.load(args, schedule, from, taken, strip);
+        }
       } else {
         store_tile(tile, panel);
       }
@@ -457,18 +506,20 @@ struct BackwardRoles {
 
 #endif
 
-template <class T, int kHeadDim, MaskKind kMask, bool kDrops>
+template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap d_out_map,
-                    const BackwardArgs args, const BackwardSchedule schedule) {
+    backward_kernel(const __grid_constant__ BackwardMaps maps, const BackwardArgs args,
+                    const BackwardSchedule schedule) {
 #if PFA_HOPPER_CODE
   constexpr int kArrivals = BackwardShape<kHeadDim>::kArrivals;
   extern __shared__ unsigned char unaligned[];
   __shared__ BackwardShared<kArrivals> shared;
   char* tiles = reinterpret_cast<char*>(unaligned) + (-shared_address(unaligned) & 1023);
   if (threadIdx.x == 0) {
-    prefetch_map(qkv_map);
-    prefetch_map(d_out_map);
+    prefetch_map(maps.query);
+    prefetch_map(maps.key);
+    prefetch_map(maps.value);
+    prefetch_map(maps.d_out);
     shared.kv.init();
     shared.q.init();
     shared.d_out.init();
@@ -479,7 +530,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
-  const BackwardRoles<T, kHeadDim, kMask, kDrops> roles{qkv_map, d_out_map, args, schedule, shared, tiles};
+  const BackwardRoles<T, kHeadDim, kMask, kDrops, kPacked> roles{maps, args, schedule, shared, tiles};
   if (threadIdx.x < 128) {
     registers_give<24>();
     if (threadIdx.x == 0) roles.produce();
@@ -491,42 +542,50 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// d_q of the heads that no thread block took: a thread block per 128 queries.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(256) query_gradient_kernel(const BackwardArgs args, const BackwardSchedule schedule) {
+// d_q of the last `heads` heads, which no thread block took: a thread block per 128 queries.
+template <class T, int kHeadDim, bool kPacked>
+__global__ void __launch_bounds__(256)
+    query_gradient_kernel(const BackwardArgs args, const BackwardSchedule schedule, const int heads) {
 #if PFA_HOPPER_CODE
-  __shared__ alignas(1024) char panel[kQueriesTaken * kRowBytes];
-  const int tiles = args.rows_padded / kQueriesTaken;
-  const uint32_t head = static_cast<uint32_t>(args.heads()) - gridDim.x / tiles + blockIdx.x / tiles;
-  const int row0 = static_cast<int>(blockIdx.x % tiles) * kQueriesTaken + threadIdx.x / 128 * 64;
-  QueryGradient<T, kHeadDim> d_q;
-  d_q.load(args, schedule, head, row0);
-  d_q.store(args, schedule, head, row0, panel, threadIdx.x / 32 * 16);
+  __shared__ alignas(1024) char panel[kQueryTile * kRowBytes];
+  const int tiles = query_tiles<kPacked>(args) * static_cast<int>(args.layout.group);
+  const uint32_t head = key_heads<kPacked>(args) - heads + blockIdx.x / tiles;
+  const int tile = static_cast<int>(blockIdx.x % tiles);
+  const int strip = threadIdx.x / 32 * 16;
+  QueryGradient<T, kHeadDim, kPacked> d_q;
+  d_q.load(args, schedule, head, tile, strip);
+  d_q.store(args, schedule, head, tile, strip, panel);
 #endif
 }
 
 int64_t thread_blocks(const Context& context, const BackwardArgs& args) {
-  return std::min<int64_t>(context.num_sms, ceil_div(args.visibility.keys, kKeys) * args.heads());
+  return std::min<int64_t>(context.num_sms, key_tiles(args) * key_heads(args));
 }
 
 // How many heads have sums, and how far behind them d_q is brought to its place.
 BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
-  const bool uneven = args.visibility.is_uneven();
+  const bool uneven = has_uneven_walks(args);
   const int64_t blocks = thread_blocks(context, args);
-  const int64_t tiles = ceil_div(args.visibility.keys, kKeys);
+  const int64_t tiles = key_tiles(args);
   // While a head's longest tile is worked on, thread blocks get through so many heads; and a few spare ones, so that
   // hardly anyone waits.
   const int64_t at_work = uneven ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
   const int64_t spare = 1 + at_work / (uneven ? 6 : 2);
   // The heads of a group are worked on together, so what is taken must be of an earlier group. With uneven walks the
   // shortest tiles come last in it, and when they are done the longest of a head `at_work` heads before are.
-  const int64_t group = heads_per_group(args, kElementBytes);
+  const int64_t walk_bytes = 4 * int64_t{args.visibility.keys} +
+                             8 * int64_t{args.visibility.queries} * args.layout.group;  // k, v; q, d_out, sums of d_q
+  const int64_t group = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
   const int64_t behind = uneven ? std::max(group, at_work - group + spare) : spare;
   BackwardSchedule schedule{};
   schedule.columns = args.head_dim() > 64 ? 128 : 64;
   schedule.heads_per_group = static_cast<int>(group);
   schedule.heads_behind = static_cast<int>(behind);
-  schedule.slots = static_cast<int>(std::min(args.heads(), behind + std::max(at_work, group) + spare));
+  schedule.slots = static_cast<int>(std::min(key_heads(args), behind + std::max(at_work, group) + spare));
+  // Few thread blocks would take long over many tiles.
+  if (schedule.slots == key_heads(args) && query_tiles(args) * args.layout.group > 2 * tiles) {
+    schedule.heads_behind = schedule.slots;
+  }
   return schedule;
 }
 
@@ -537,7 +596,7 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
   place_row_statistics(arena, p, args);
   schedule = plan(context, args);
   // The first sums lie in memory that is lent.
-  const size_t slot = sizeof(float) * args.rows_padded * schedule.columns;
+  const size_t slot = sizeof(float) * args.layout.group * args.rows_padded * schedule.columns;
   if (p.spare && is_vector_aligned(p.spare)) {
     schedule.lent_sums = static_cast<float*>(p.spare);
     schedule.lent_slots = static_cast<int>(std::min<size_t>(schedule.slots, p.spare_bytes / slot));
@@ -545,7 +604,7 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
   schedule.sums = static_cast<float*>(arena.take((schedule.slots - schedule.lent_slots) * slot));
   schedule.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * schedule.slots)));
   if (p.d_qkv_bias) {
-    schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * 3 * p.num_heads * p.head_dim));
+    schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.layout.bias_numbers()));
   }
   return arena.used();
 }
@@ -553,18 +612,21 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
 template <class T, int kHeadDim>
 void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule, DType dtype) {
   make_row_statistics<T, float>(context, args, schedule);
-  const CUtensorMap qkv_map = qkv_tensor_map(args.query.data, dtype, args);
-  const CUtensorMap d_out_map = out_tensor_map(args.d_out.data, dtype, args);
-  with_mask_kind(args, [&](auto mask) {
+  const BackwardMaps maps{query_tensor_map(args.query, dtype, args), key_tensor_map(args.key, dtype, args),
+                          key_tensor_map(args.value, dtype, args), query_tensor_map(args.d_out, dtype, args)};
+  const auto run = [&](auto mask, auto packed) {
+    constexpr bool kPacked = decltype(packed)::value;
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper",
-             backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value>, thread_blocks(context, args),
-             kThreads, BackwardShape<kHeadDim>::kSharedBytes, qkv_map, d_out_map, args, schedule);
+             backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value, kPacked>,
+             thread_blocks(context, args), kThreads, BackwardShape<kHeadDim>::kSharedBytes, maps, args, schedule);
     });
-  });
-  const int64_t heads = std::min<int64_t>(schedule.heads_behind, args.heads());
-  launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim>,
-         heads * (args.rows_padded / kQueriesTaken), 256, 0, args, schedule);
+    const int64_t heads = std::min<int64_t>(schedule.heads_behind, key_heads(args));
+    launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim, kPacked>,
+           heads * args.layout.group * query_tiles(args), 256, 0, args, schedule, static_cast<int>(heads));
+  };
+  if (args.is_packed()) return run(std::integral_constant<MaskKind, kNoMask>{}, std::true_type{});
+  with_mask_kind(args, [&](auto mask) { run(mask, std::false_type{}); });
 }
 
 }  // namespace
@@ -587,7 +649,7 @@ void hopper_attention_backward(Context& context, const AttentionParams& p) {
     });
   });
   if (p.d_qkv_bias) {
-    add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, 3 * p.num_heads * p.head_dim,
+    add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, args.layout.bias_numbers(),
                    {{p.d_qkv_bias, p.dtype}, {}, {}});
   }
 }

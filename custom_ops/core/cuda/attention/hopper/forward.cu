@@ -27,7 +27,7 @@ namespace cuda {
 namespace hopper {
 namespace {
 
-constexpr int kQueries = 128;  // of a thread block: 64 of each computing warpgroup
+constexpr int kQueries = kQueryTile;  // of a thread block: 64 of each computing warpgroup
 constexpr int kStages = 2;
 constexpr int kMostTilesBytes = 225 * 1024;  // in a multiprocessor's only thread block
 
@@ -40,6 +40,13 @@ struct ForwardShape {
   static constexpr int kTileBytes = kKeys * kHeadDim * 2;
   static constexpr int kMaskPanels = kCopies ? 4 : 2;  // at most, of a part
   static constexpr int kTilesBytes = 2 * kQueryBytes + 2 * kStages * kTileBytes;
+};
+
+struct ForwardMaps {
+  CUtensorMap query;
+  CUtensorMap key;
+  CUtensorMap value;
+  CUtensorMap mask;
 };
 
 #if PFA_HOPPER_CODE
@@ -72,7 +79,10 @@ __device__ __forceinline__ void start_sums(float (&o)[kHeadDim / 2], const uint3
 
 // What the threads of a thread block share, beside the tiles.
 struct ForwardShared {
-  int from_head, from_batch;  // where copies come from: in shared memory, to spare registers
+  // Where copies come from: in shared memory, to spare registers.
+  int query_head, key_head;
+  MapRows query_rows, key_rows;
+  const CUtensorMap *key_map, *value_map;
   uint64_t q_full;
   Ring<kStages, 8> k, v;
   Ring<kStages, 4> mask[2];  // by warpgroup
@@ -85,12 +95,11 @@ constexpr int kOwnBarrier = 3;  // and 4: one warpgroup's own
 constexpr int kKeyMaskBarrier = 5;
 
 // The roles of a thread block's warps. A thread's role is produce, or one of consume_in_turns and consume_alone.
-template <class T, int kHeadDim, MaskKind kMask, bool kDrops>
+template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 struct ForwardRoles {
   using Shape = ForwardShape<kHeadDim, kMask>;
 
-  const CUtensorMap& qkv_map;
-  const CUtensorMap& mask_map;
+  const ForwardMaps& maps;
   const MaskCopies& mask_copies;
   const ForwardArgs& args;
   ForwardShared& shared;
@@ -102,22 +111,24 @@ struct ForwardRoles {
   int skipped = 0;  // a tile that lies before the second that is walked, where the mask had to be read to know that
   int steps;        // of the walk, after its first
 
-  __device__ __forceinline__ ForwardRoles(const CUtensorMap& qkv_map, const CUtensorMap& mask_map,
-                                          const MaskCopies& mask_copies, const ForwardArgs& args, ForwardShared& shared,
-                                          char* tiles, const OrderedTile& tile)
-      : qkv_map(qkv_map),
-        mask_map(mask_map),
+  __device__ __forceinline__ ForwardRoles(const ForwardMaps& maps, const MaskCopies& mask_copies,
+                                          const ForwardArgs& args, ForwardShared& shared, char* tiles,
+                                          const SequenceTile& tile)
+      : maps(maps),
         mask_copies(mask_copies),
         args(args),
         shared(shared),
         tiles(tiles),
-        head(head_state(args, tile.head, kDrops)),
-        row0(tile.tile * kQueries) {
-    const Range<int> keys = args.visibility.keys_of(row0, row0 + kQueries);
+        head(head_state<kPacked>(args, tile.head, kDrops)),
+        row0(tile.first) {
+    // Queries that see no key walk over one tile of hidden keys.
+    const Range<int> keys = visibility().keys_of(row0, min(row0 + kQueries, visibility().queries));
     first_tile = keys.first / kKeys;
-    end_tile = (keys.end + kKeys - 1) / kKeys;
+    end_tile = max((keys.end + kKeys - 1) / kKeys, first_tile + 1);
     steps = end_tile - first_tile - 1;
   }
+
+  __device__ __forceinline__ const Visibility<int>& visibility() const { return head_visibility<kPacked>(args, head); }
 
   // [64][D], as panels of 64 columns.
   __device__ __forceinline__ char* q_tile(int group) const { return tiles + group * Shape::kQueryBytes; }
@@ -145,23 +156,26 @@ struct ForwardRoles {
     barrier_expect(&shared.q_full, 2 * Shape::kQueryBytes);
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
-      copy_tile<64, kHeadDim>(q_tile(group), qkv_map, &shared.q_full, shared.from_head, QkvPart::kQuery,
-                              row0 + group * 64, shared.from_batch);
+      copy_tile<64, kHeadDim, kPacked>(q_tile(group), maps.query, &shared.q_full, shared.query_head,
+                                       first_of(shared.query_rows) + row0 + group * 64, shared.query_rows.sequence);
     }
   }
+
+  // Row 0 among a map's rows.
+  static __device__ __forceinline__ int first_of(const MapRows& rows) { return kPacked ? rows.first : 0; }
 
   __device__ __forceinline__ void copy_keys(int n) const {
     const RingStep step = ring_step<kStages>(n);
     uint64_t* full = shared.k.fill(step, Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(k_tile(step.stage), qkv_map, full, shared.from_head, QkvPart::kKey, key0_of(n),
-                               shared.from_batch);
+    copy_tile<kKeys, kHeadDim, kPacked>(k_tile(step.stage), *shared.key_map, full, shared.key_head,
+                                        first_of(shared.key_rows) + key0_of(n), shared.key_rows.sequence);
   }
 
   __device__ __forceinline__ void copy_values(int n) const {
     const RingStep step = ring_step<kStages>(n);
     uint64_t* full = shared.v.fill(step, Shape::kTileBytes);
-    copy_tile<kKeys, kHeadDim>(v_tile(step.stage), qkv_map, full, shared.from_head, QkvPart::kValue, key0_of(n),
-                               shared.from_batch);
+    copy_tile<kKeys, kHeadDim, kPacked>(v_tile(step.stage), *shared.value_map, full, shared.key_head,
+                                        first_of(shared.key_rows) + key0_of(n), shared.key_rows.sequence);
   }
 
   __device__ __forceinline__ RingStep mask_step(int n, int part) const {
@@ -175,10 +189,10 @@ struct ForwardRoles {
     uint64_t* full = shared.mask[group].fill(step, mask_copies.panels * kCopyBytes);
     const int columns = kKeys >> mask_copies.log2_parts;
     for (int i = 0; i < mask_copies.panels; ++i) {
-      copy_panel(mask_tile(group, step.stage) + i * kCopyBytes, mask_map, full,
+      copy_panel(mask_tile(group, step.stage) + i * kCopyBytes, maps.mask, full,
                  key0_of(n) + part * columns + i * (columns / mask_copies.panels),
-                 args.mask.strides[1] ? shared.from_head : 0, 0, row0 + group * 64,
-                 args.mask.strides[0] ? shared.from_batch : 0);
+                 args.mask.strides[1] ? shared.query_head : 0, row0 + group * 64,
+                 args.mask.strides[0] ? shared.query_rows.sequence : 0, 0);
     }
   }
 
@@ -284,7 +298,7 @@ struct ForwardRoles {
   __device__ __forceinline__ void exponentiate(int group, int strip, int n, StripSoftmax& softmax,
                                                float (&correction)[2], float (&s)[kKeys / 2]) const {
     const float scale = add_mask(group, strip, n, s);
-    hide_scores(args.visibility, strip, key0_of(n), s);
+    hide_scores(visibility(), strip, key0_of(n), s);
     softmax.add_tile<kMask == kKeyMask || kMask == kTiledMask>(scale, correction, s);
   }
 
@@ -390,31 +404,39 @@ struct ForwardRoles {
     softmax.finish(args, head, strip, factor);
     const HeadRows<T> out = args.layout.template query_rows<T>(args.out, head.index);
     store_strip<T, kHeadDim>(o, factor[0], factor[1], q_tile(group), threadIdx.x / 32 % 4 * 16, out, strip,
-                             args.visibility.queries, args.head_dim());
+                             visibility().queries, args.head_dim());
   }
 };
 
 #endif
 
-template <class T, int kHeadDim, MaskKind kMask, bool kDrops>
+template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, ForwardShape<kHeadDim, kMask>::kBlocksPerSm)
-    forward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap mask_map,
-                   const MaskCopies mask_copies, const ForwardArgs args, const int heads_per_group) {
+    forward_kernel(const __grid_constant__ ForwardMaps maps, const MaskCopies mask_copies, const ForwardArgs args,
+                   const int heads_per_group) {
 #if PFA_HOPPER_CODE
   write_random_state(args);
   using Shape = ForwardShape<kHeadDim, kMask>;
   extern __shared__ unsigned char unaligned[];
   __shared__ ForwardShared shared;
   char* tiles = reinterpret_cast<char*>(unaligned) + (-shared_address(unaligned) & 1023);
-  const int tiles_of_head = (args.visibility.queries + kQueries - 1) / kQueries;
-  OrderedTile tile = ordered_tile(args, blockIdx.x, heads_per_group, tiles_of_head);
-  tile.tile = tiles_of_head - 1 - tile.tile;  // the last have the longest walks
-  ForwardRoles<T, kHeadDim, kMask, kDrops> roles(qkv_map, mask_map, mask_copies, args, shared, tiles, tile);
+  const int tiles_of_head = query_tiles<kPacked>(args);
+  const OrderedTile place = ordered_tile(query_heads<kPacked>(args), blockIdx.x, heads_per_group, tiles_of_head);
+  const SequenceTile tile = sequence_tile<kPacked>(args, args.layout.query_starts, place.head,
+                                                   tiles_of_head - 1 - place.tile);  // the last have the longest walks
+  ForwardRoles<T, kHeadDim, kMask, kDrops, kPacked> roles(maps, mask_copies, args, shared, tiles, tile);
+  if (kPacked && tile.first >= roles.visibility().queries) return;
   if (threadIdx.x == 0) {
-    prefetch_map(qkv_map);
-    if (kMask == kTiledMask) prefetch_map(mask_map);
-    shared.from_head = static_cast<int>(roles.head.index.head);
-    shared.from_batch = static_cast<int>(roles.head.index.batch);
+    prefetch_map(maps.query);
+    prefetch_map(maps.key);
+    prefetch_map(maps.value);
+    if (kMask == kTiledMask) prefetch_map(maps.mask);
+    shared.query_head = static_cast<int>(roles.head.index.head);
+    shared.key_head = static_cast<int>(roles.head.index.kv_head);
+    shared.key_map = &maps.key;
+    shared.value_map = &maps.value;
+    shared.query_rows = query_map_rows<kPacked>(args, roles.head);
+    shared.key_rows = key_map_rows<kPacked>(args, roles.head);
     barrier_init(&shared.q_full, 1);
     shared.k.init();
     shared.v.init();
@@ -447,8 +469,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
 #endif
 }
 
-template <class T, int kHeadDim, MaskKind kMask>
-void forward(const Context& context, const ForwardArgs& args, DType dtype, const CUtensorMap& mask_map) {
+template <class T, int kHeadDim, MaskKind kMask, bool kPacked>
+void forward(const Context& context, const ForwardArgs& args, const ForwardMaps& maps) {
   using Shape = ForwardShape<kHeadDim, kMask>;
   MaskCopies mask_copies{};
   int mask_bytes = 0;
@@ -464,7 +486,7 @@ void forward(const Context& context, const ForwardArgs& args, DType dtype, const
     mask_bytes <<= mask_copies.log2_stages;
   }
   with_bool(args.drops, [&](auto drops) {
-    const auto kernel = forward_kernel<T, kHeadDim, kMask, decltype(drops)::value>;
+    const auto kernel = forward_kernel<T, kHeadDim, kMask, decltype(drops)::value, kPacked>;
     // Tiles begin at a multiple of 1024 bytes. Two thread blocks with a tiled mask just fit, if no more is left for
     // that than lies before the first multiple behind what the kernel declares.
     size_t to_multiple = 1024;
@@ -472,22 +494,26 @@ void forward(const Context& context, const ForwardArgs& args, DType dtype, const
       to_multiple -= kernel_attributes(context, reinterpret_cast<const void*>(kernel)).sharedSizeBytes % 1024;
     }
     const size_t shared_bytes = to_multiple + Shape::kTilesBytes + mask_bytes;
-    constexpr int kElementBytes = 4;  // k, v
-    launch(context, "attention_forward_hopper", kernel, ceil_div(args.visibility.queries, kQueries) * args.heads(),
-           Shape::kThreads, shared_bytes, qkv_tensor_map(args.query.data, dtype, args), mask_map, mask_copies, args,
-           heads_per_group(args, kElementBytes));
+    const int64_t head_bytes = 4 * args.visibility.keys * args.layout.head_dim / args.layout.group;  // k, v
+    const int64_t heads = query_heads(args);
+    launch(context, "attention_forward_hopper", kernel, query_tiles(args) * heads, Shape::kThreads, shared_bytes, maps,
+           mask_copies, args, heads_per_group(args, heads, std::max<int64_t>(1, head_bytes)));
   });
 }
 
 template <class T, int kHeadDim>
 void forward(const Context& context, const ForwardArgs& args, DType dtype) {
-  CUtensorMap mask_map{};
+  ForwardMaps maps{query_tensor_map(args.query, dtype, args),
+                   key_tensor_map(args.key, dtype, args),
+                   key_tensor_map(args.value, dtype, args),
+                   {}};
+  if (args.is_packed()) return forward<T, kHeadDim, kNoMask, true>(context, args, maps);
   with_mask_kind(args, [&](auto mask) {
     constexpr MaskKind kMask = decltype(mask)::value;
-    if (kMask == kFullMask && mask_tensor_map(args, &mask_map)) {
-      forward<T, kHeadDim, kTiledMask>(context, args, dtype, mask_map);
+    if (kMask == kFullMask && mask_tensor_map(args, &maps.mask)) {
+      forward<T, kHeadDim, kTiledMask, false>(context, args, maps);
     } else {
-      forward<T, kHeadDim, kMask>(context, args, dtype, mask_map);
+      forward<T, kHeadDim, kMask, false>(context, args, maps);
     }
   });
 }
@@ -505,7 +531,7 @@ void hopper_attention_forward(Context& context, const AttentionParams& p) {
 }
 
 bool hopper_is_built(const Context& context) {
-  const void* kernel = reinterpret_cast<const void*>(hopper::forward_kernel<__half, 64, hopper::kNoMask, false>);
+  const void* kernel = reinterpret_cast<const void*>(hopper::forward_kernel<__half, 64, hopper::kNoMask, false, false>);
   return kernel_attributes(context, kernel).sharedSizeBytes > 0;  // code for other targets is empty
 }
 

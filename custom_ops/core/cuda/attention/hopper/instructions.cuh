@@ -82,14 +82,14 @@ __device__ __forceinline__ void named_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Starts copying kCopyRows rows x 64 columns of a tensor map with coordinates (column, head, part, row, batch).
+// Starts copying kCopyRows rows x 64 columns of a tensor map with coordinates (column, head, row, sequence, origin).
 __device__ __forceinline__ void copy_panel(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int head,
-                                           int part, int row, int batch) {
+                                           int row, int sequence, int origin) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, "
       "%7}], "
       "[%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(part), "r"(row), "r"(batch)
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(row), "r"(sequence), "r"(origin)
       : "memory");
 }
 

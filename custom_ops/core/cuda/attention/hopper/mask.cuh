@@ -45,9 +45,9 @@ inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
                                    : size == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
                                                : CU_TENSOR_MAP_DATA_TYPE_UINT32;
   return encode_map(map, type, mask.data,
-                    {count(3, args.visibility.keys), count(1, args.layout.num_heads), 1,
-                     count(2, args.visibility.queries), count(0, args.batch)},
-                    {bytes(1), 16, bytes(2), bytes(0)}, static_cast<int>(kRowBytes / size));
+                    {count(3, args.visibility.keys), count(1, args.layout.num_heads), count(2, args.visibility.queries),
+                     count(0, args.batch), 1},
+                    {bytes(1), bytes(2), bytes(0), 16}, static_cast<int>(kRowBytes / size));
 }
 
 // How a tile of a mask comes to shared memory, of a warpgroup's 64 queries: in 1 or 2 parts, one after the other in 1

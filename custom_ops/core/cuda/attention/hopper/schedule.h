@@ -1,11 +1,12 @@
 // How the Hopper backward's thread blocks share the sums of d_q: memory for the sums, and counts that tell who waits
 // for whom.
 //
-// d_q is added up in float32 in device memory, in the order in which threads hold it. There are sums for as many heads
-// as thread blocks can be working on, few enough for the L2 cache: head h has slot h % slots of them. The thread block
-// that has done tile t of head h brings tile t of d_q of head h - heads_behind to its place and clears its sums; the
-// last heads_behind heads are left to a kernel of their own. Thread blocks take tiles in the order of heads, and only
-// when they run, so that whatever one waits for is under way in another.
+// d_q is added up in float32 in device memory, in the order in which threads hold it. A head here is a head of keys with
+// the group of query heads that read it, of one sequence or of all packed ones. There are sums for as many heads as
+// thread blocks can be working on, few enough for the L2 cache: head h has slot h % slots of them. The thread block that
+// has done the t-th of head h's T tiles of keys brings the tiles t, t + T, ... of d_q of head h - heads_behind to their
+// places and clears their sums; the last heads_behind heads are left to a kernel of their own. Thread blocks take tiles
+// in the order of heads, and only when they run, so that whatever one waits for is under way in another.
 #pragma once
 
 #include "core/cuda/attention/args.h"
@@ -23,18 +24,18 @@ struct BackwardSchedule {
   int columns;       // head_dim rounded up to whole panels
   int heads_behind;  // see above
   int heads_per_group;
-  float* lent_sums;    // [lent_slots, rows_padded, columns]
-  float* sums;         // [slots - lent_slots, rows_padded, columns]
+  float* lent_sums;    // [lent_slots, group, rows_padded, columns]
+  float* sums;         // [slots - lent_slots, group, rows_padded, columns]
   uint32_t* progress;  // [1 + 2 * slots]: tiles begun; of each slot, tiles in the sums, and tiles that have left them
-  float* bias_sums;    // [kBiasCopies, 3, H, D]: parts of the gradient of the QKV bias; or null: not wanted
+  float* bias_sums;    // [kBiasCopies, H + 2 * num_kv_heads, D]: parts of the QKV bias's gradient; or null: not wanted
 
 #if defined(__CUDACC__)
-  // The sums of a head: [rows_padded, columns].
+  // The sums of a head: [group, rows_padded, columns].
   __device__ __forceinline__ float* sums_of(const BackwardArgs& args, uint32_t head) const {
     const int slot = static_cast<int>(head % slots);
     const bool is_lent = slot < lent_slots;
     return (is_lent ? lent_sums : sums) +
-           static_cast<int64_t>(is_lent ? slot : slot - lent_slots) * args.rows_padded * columns;
+           static_cast<int64_t>(is_lent ? slot : slot - lent_slots) * args.layout.group * args.rows_padded * columns;
   }
 
   __device__ __forceinline__ uint32_t* tiles_begun() const { return progress; }
@@ -45,26 +46,24 @@ struct BackwardSchedule {
 };
 
 #if defined(__CUDACC__)
-// Called by `lanes` neighbouring threads for each row of [B, H, rows_padded]: zeros for the sums and the counts.
-__device__ __forceinline__ void clear_sums(const BackwardArgs& args, const BackwardSchedule& schedule,
-                                           const HeadIndex& h, int row, int lane, int lanes) {
-  const auto head = static_cast<uint32_t>(h.flat);
-  if (schedule.bias_sums) {
-    static_assert(kBiasCopies * 3 / 4 <= 16, "a thread for each vector: there are at least 16 H D threads");
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    float4* sums = reinterpret_cast<float4*>(schedule.bias_sums);
-    if (thread < kBiasCopies * 3 * args.layout.heads_dim() / 4) sums[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+// Called by all threads of backward's first kernel: zeros for the counts and the sums of the bias.
+__device__ __forceinline__ void clear_counts(const BackwardArgs& args, const BackwardSchedule& schedule) {
+  static_assert(kBiasCopies * 3 / 4 <= 16, "a thread for each vector: there are at least 16 H D threads");
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (schedule.slots > 0 && thread < 1 + 2 * schedule.slots) schedule.progress[thread] = 0;
+  if (schedule.bias_sums && thread < kBiasCopies * args.layout.bias_numbers() / 4) {
+    reinterpret_cast<float4*>(schedule.bias_sums)[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  if (head < static_cast<uint32_t>(schedule.slots)) {
-    float4* sums =
-        reinterpret_cast<float4*>(schedule.sums_of(args, head) + static_cast<int64_t>(row) * schedule.columns);
-    for (int i = lane; i < schedule.columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (row == 0 && lane == 0) {
-      if (head == 0) *schedule.tiles_begun() = 0;
-      *schedule.tiles_added(head) = 0;
-      *schedule.tiles_taken(head) = 0;
-    }
-  }
+}
+
+// Called by `lanes` neighbouring threads for each row statistic, `index` among all: zeros for the row's sums.
+__device__ __forceinline__ void clear_sums(const BackwardArgs& args, const BackwardSchedule& schedule, int64_t index,
+                                           int lane, int lanes) {
+  const int64_t head_rows = args.layout.group * args.rows_padded;
+  if (index >= schedule.slots * head_rows) return;
+  const auto head = static_cast<uint32_t>(index / head_rows);
+  float4* sums = reinterpret_cast<float4*>(schedule.sums_of(args, head) + index % head_rows * schedule.columns);
+  for (int i = lane; i < schedule.columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 #endif
 

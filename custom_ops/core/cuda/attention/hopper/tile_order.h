@@ -1,6 +1,8 @@
-// The order in which tiles start: head by head. Where tiles differ in the length of their walk, heads go in groups that
-// fit in the L2 cache, and within a group the same tile of every head comes before the next, so that long walks start
-// first.
+// Tiles of 128 queries or keys: how they are counted, and the order in which they start.
+//
+// Each head has its tiles; of packed sequences, a head's tiles are those of all sequences, one after the other.
+// Tiles start head by head. Where they differ in the length of their walk, heads go in groups that fit in the L2 cache,
+// and within a group the same tile of every head comes before the next, so that long walks start first.
 #pragma once
 
 #include <algorithm>
@@ -11,29 +13,92 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-constexpr int kKeys = 128;  // of a tile, in both passes
+constexpr int kKeys = 128;       // of a tile, in both passes
+constexpr int kQueryTile = 128;  // of forward's tiles, and of those by which d_q leaves its sums
+static_assert(kKeys == kStatisticsMultiple && kQueryTile == kStatisticsMultiple, "tiles are counted alike");
+
+// Of the rows of a sequence, or of all that are packed.
+template <bool kPacked>
+__host__ __device__ inline int tiles_of_rows(const AttentionArgs& args, int of_sequence, int64_t of_all) {
+  constexpr int kRows = kStatisticsMultiple;
+  return kPacked ? static_cast<int>((of_all + kRows - 1) / kRows + args.batch) : (of_sequence + kRows - 1) / kRows;
+}
+template <bool kPacked>
+__host__ __device__ inline int query_tiles(const AttentionArgs& args) {
+  return tiles_of_rows<kPacked>(args, args.visibility.queries, args.layout.queries);
+}
+template <bool kPacked>
+__host__ __device__ inline int key_tiles(const AttentionArgs& args) {
+  return tiles_of_rows<kPacked>(args, args.visibility.keys, args.layout.keys);
+}
+inline int query_tiles(const AttentionArgs& args) {
+  return args.is_packed() ? query_tiles<true>(args) : query_tiles<false>(args);
+}
+inline int key_tiles(const AttentionArgs& args) {
+  return args.is_packed() ? key_tiles<true>(args) : key_tiles<false>(args);
+}
+
+// The heads that have tiles of queries, and of keys.
+template <bool kPacked>
+__device__ __forceinline__ uint32_t query_heads(const AttentionArgs& args) {
+  const auto heads = static_cast<uint32_t>(args.layout.num_heads);
+  return kPacked ? heads : static_cast<uint32_t>(args.batch) * heads;
+}
+inline int64_t query_heads(const AttentionArgs& args) {
+  return args.is_packed() ? args.layout.num_heads : args.heads();
+}
+template <bool kPacked>
+__device__ __forceinline__ uint32_t key_heads(const AttentionArgs& args) {
+  return query_heads<kPacked>(args) / static_cast<uint32_t>(args.layout.group);
+}
+inline int64_t key_heads(const AttentionArgs& args) { return query_heads(args) / args.layout.group; }
+
+// Whether walks may differ in length.
+inline bool has_uneven_walks(const AttentionArgs& args) { return args.is_packed() || args.visibility.is_uneven(); }
 
 struct OrderedTile {
-  uint32_t head;  // batch * H + head
+  uint32_t head;  // of those that are counted
   int tile;       // of the head's
 };
 
-// The tile that is `index` in the order of all; each head has `tiles`.
-__device__ __forceinline__ OrderedTile ordered_tile(const AttentionArgs& args, uint32_t index, int heads_per_group,
-                                                    int tiles) {
-  const uint32_t heads = static_cast<uint32_t>(args.heads());
+// The tile that is `index` in the order of all; each of `heads` has `tiles`.
+__device__ __forceinline__ OrderedTile ordered_tile(uint32_t heads, uint32_t index, int heads_per_group, int tiles) {
   const uint32_t first = index / (heads_per_group * tiles) * heads_per_group;
   const uint32_t size = min(static_cast<uint32_t>(heads_per_group), heads - first);
   const uint32_t place = index - first * tiles;
   return {first + place % size, static_cast<int>(place / size)};
 }
 
-// bytes_per_element: of all that a walk reads, for each element of a head's keys.
-inline int heads_per_group(const AttentionArgs& args, int bytes_per_element) {
-  if (!args.visibility.is_uneven()) return 1;
+// head_bytes: of all that the walks of a head's tiles read.
+inline int heads_per_group(const AttentionArgs& args, int64_t heads, int64_t head_bytes) {
+  if (!has_uneven_walks(args)) return 1;
   constexpr int64_t kCacheBytes = 24 << 20;
-  const int64_t head_bytes = int64_t{bytes_per_element} * args.visibility.keys * args.head_dim();
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.heads(), kCacheBytes / head_bytes)));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(heads, kCacheBytes / head_bytes)));
+}
+
+// A tile of one sequence.
+struct SequenceTile {
+  uint32_t head;  // batch * H + head
+  int first;      // its first query or key; past the sequence's end where it is between two sequences
+};
+
+// Tile `tile` of a head; `starts` are those of its queries or of its keys. That of packed sequence b are from tile
+// starts[b] / 128 + b on, as its row statistics are.
+template <bool kPacked>
+__device__ __forceinline__ SequenceTile sequence_tile(const AttentionArgs& args, const int32_t* starts, uint32_t head,
+                                                      int tile) {
+  if constexpr (!kPacked) {
+    return {head, tile * kStatisticsMultiple};
+  } else {
+    const auto first_tile = [&](int batch) { return starts[batch] / kStatisticsMultiple + batch; };
+    int sequence = 0;
+    for (int end = static_cast<int>(args.batch); end - sequence > 1;) {
+      const int middle = sequence + (end - sequence) / 2;
+      (first_tile(middle) <= tile ? sequence : end) = middle;
+    }
+    return {static_cast<uint32_t>(sequence) * static_cast<uint32_t>(args.layout.num_heads) + head,
+            max(tile - first_tile(sequence), 0) * kStatisticsMultiple};
+  }
 }
 
 }  // namespace hopper
