@@ -38,7 +38,7 @@ paddle::Tensor bytes(size_t count, const paddle::Place& place);
 // memory one by one as they are written to: pieces of at least kLeastKeptBytes, kMostKeptBytes in all.
 class Workspace {
  public:
-  static constexpr size_t kLeastKeptBytes = size_t{4} << 20;
+  static constexpr size_t kLeastKeptBytes = size_t{12} << 20;
   static constexpr size_t kMostKeptBytes = size_t{128} << 20;
 
   Workspace(size_t count, const paddle::Place& place);
