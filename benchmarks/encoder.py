@@ -5,8 +5,8 @@
     python benchmarks/encoder.py --draw FILE [--chart FILE]     # the chart of an earlier run
 
 Layers normalise after attention and feed-forward and have exact GELU, as in BERT; there is no mask. Forward is in eval
-mode without gradients, forward and backward in training with dropout 0.1. Peers that are not installed are left out
-(benchmarks/requirements.txt):
+mode without gradients, forward and backward in training with dropout 0.1; the mode is set before the time is taken.
+Peers that are not installed are left out (benchmarks/requirements.txt):
 
     ours           paddle.nn.TransformerEncoder after paddle_fused_attention.convert
     paddle         paddle.nn.TransformerEncoder; its layers have no bfloat16 on the CPU
@@ -118,13 +118,14 @@ class PaddleEncoder:
         self._x, self._d_out = (paddle.to_tensor(array).astype(dtype) for array in draw_inputs(case))
         self._x.stop_gradient = False
 
+    def set_training(self, training):
+        (self._model.train if training else self._model.eval)()
+
     def forward(self):
-        self._model.eval()
         with self._paddle.no_grad():
             return self._model(self._x)
 
     def train(self):
-        self._model.train()
         self._model(self._x).backward(self._d_out)
         self._model.clear_gradients()
         self._x.clear_gradient()
@@ -133,7 +134,6 @@ class PaddleEncoder:
         return self.forward().astype("float64").numpy()
 
     def gradient(self):
-        self._model.eval()
         self._model(self._x).backward(self._d_out)
         gradient = self._x.grad.astype("float64").numpy()
         self._model.clear_gradients()
@@ -199,13 +199,14 @@ class TorchEncoder:
         self._x, self._d_out = (torch.from_numpy(array).to(torch_dtype) for array in draw_inputs(case))
         self._x.requires_grad_()
 
+    def set_training(self, training):
+        self._model.train(training)
+
     def forward(self):
-        self._model.eval()
         with self._torch.no_grad():
             return self._infer(self._x)
 
     def train(self):
-        self._model.train()
         self._learn(self._x).backward(self._d_out)
         self._model.zero_grad()
         self._x.grad = None
@@ -214,7 +215,6 @@ class TorchEncoder:
         return self.forward().double().numpy()
 
     def gradient(self):
-        self._model.eval()
         self._learn(self._x).backward(self._d_out)
         gradient = self._x.grad.double().numpy()
         self._model.zero_grad()
@@ -242,6 +242,9 @@ class OnnxEncoder:
             self._run = onnx_encoder.openvino_run(model, threads, precision)
         self._inputs = {"x": draw_inputs(case)[0]}
 
+    def set_training(self, training):
+        pass
+
     def forward(self):
         return self._run(self._inputs)
 
@@ -265,6 +268,7 @@ def serve(library):
             warm.clear()
             made[case, dtype] = make_encoder(library, CASES[case], dtype)
         encoder = made[case, dtype]
+        encoder.set_training(do == "forward+backward")
         if do not in PASSES:
             return np.save(file, getattr(encoder, do)())
         step = encoder.train if do == "forward+backward" else encoder.forward

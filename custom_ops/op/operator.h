@@ -141,7 +141,7 @@ paddle::Tensor compute_out(typename Operator::Params p, const Sizes& out_shape, 
   p.out = out.data();
   if (saved) *saved = bytes(saved_bytes(p), x.place());
   on_device_of(x, [&](auto& device) {
-    paddle::Tensor workspace = bytes(forward_workspace_bytes(device.context, p, saved != nullptr), x.place());
+    Workspace workspace(forward_workspace_bytes(device.context, p, saved != nullptr), x.place());
     choose_seed<Operator>(device, p, attributes);
     run_forward(device.context, p, saved ? saved->data() : nullptr, workspace.data());
   });
@@ -209,7 +209,7 @@ std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tenso
   }
   on_device_of(x, [&](auto& device) {
     for (paddle::Tensor& tensor : unwanted) device.clear(tensor.data(), phi::SizeOf(tensor.dtype()));
-    paddle::Tensor workspace = bytes(backward_workspace_bytes(device.context, p), x.place());
+    Workspace workspace(backward_workspace_bytes(device.context, p), x.place());
     run_backward(device.context, p, saved_memory->data(), workspace.data());
   });
   return gradients;

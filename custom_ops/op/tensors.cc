@@ -1,6 +1,10 @@
 #include "op/tensors.h"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <utility>
 
 #include "op/devices.h"
 #include "paddle/common/ddim.h"
@@ -12,6 +16,39 @@ const char* kind_of(const paddle::Tensor& tensor) {
   if (tensor.is_selected_rows()) return "SelectedRows";
   return tensor.is_sparse_coo_tensor() || tensor.is_sparse_csr_tensor() ? "a sparse tensor"
                                                                         : "a tensor of another kind";
+}
+
+bool may_be_kept(size_t count, const paddle::Place& place) {
+  return place.GetType() == phi::AllocationType::CPU && count >= Workspace::kLeastKeptBytes &&
+         count <= Workspace::kMostKeptBytes;
+}
+
+// Kept workspaces, which outlive Paddle's own statics. No lock: a process may be forked at any time.
+std::atomic<paddle::Tensor*> kept[8];
+std::atomic<size_t> kept_bytes{0};
+
+std::unique_ptr<paddle::Tensor> take_kept() {
+  for (std::atomic<paddle::Tensor*>& slot : kept) {
+    std::unique_ptr<paddle::Tensor> memory(slot.exchange(nullptr));
+    if (!memory) continue;
+    kept_bytes -= static_cast<size_t>(memory->numel());
+    return memory;
+  }
+  return nullptr;
+}
+
+void keep(paddle::Tensor&& memory) {
+  const size_t count = static_cast<size_t>(memory.numel());
+  std::unique_ptr<paddle::Tensor> owned(new (std::nothrow) paddle::Tensor(std::move(memory)));
+  if (owned && kept_bytes.fetch_add(count) + count <= Workspace::kMostKeptBytes) {
+    for (std::atomic<paddle::Tensor*>& slot : kept) {
+      paddle::Tensor* none = nullptr;
+      if (!slot.compare_exchange_strong(none, owned.get())) continue;
+      owned.release();
+      return;
+    }
+  }
+  if (owned) kept_bytes -= count;
 }
 
 }  // namespace
@@ -82,6 +119,22 @@ paddle::Tensor allocate(const Sizes& shape, paddle::DataType dtype, const paddle
 
 paddle::Tensor bytes(size_t count, const paddle::Place& place) {
   return paddle::empty({static_cast<int64_t>(std::max<size_t>(count, 1))}, paddle::DataType::UINT8, place);
+}
+
+// Kept ones that are too small are given up, so that all are soon of the size that is needed.
+Workspace::Workspace(size_t count, const paddle::Place& place) {
+  if (may_be_kept(count, place)) {
+    while (const std::unique_ptr<paddle::Tensor> found = take_kept()) {
+      if (static_cast<size_t>(found->numel()) < count) continue;
+      memory_ = std::move(*found);
+      return;
+    }
+  }
+  memory_ = bytes(count, place);
+}
+
+Workspace::~Workspace() {
+  if (may_be_kept(static_cast<size_t>(memory_.numel()), memory_.place())) keep(std::move(memory_));
 }
 
 }  // namespace pfa::op

@@ -34,4 +34,22 @@ paddle::Tensor allocate(const Sizes& shape, paddle::DataType dtype, const paddle
 // Memory of so many bytes; one at least.
 paddle::Tensor bytes(size_t count, const paddle::Place& place);
 
+// The same for the time of a call. On the CPU it is kept for later calls, since the system clears the pages of new
+// memory one by one as they are written to: pieces of at least kLeastKeptBytes, kMostKeptBytes in all.
+class Workspace {
+ public:
+  static constexpr size_t kLeastKeptBytes = size_t{12} << 20;
+  static constexpr size_t kMostKeptBytes = size_t{128} << 20;
+
+  Workspace(size_t count, const paddle::Place& place);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() { return memory_.data(); }
+
+ private:
+  paddle::Tensor memory_;
+};
+
 }  // namespace pfa::op

@@ -77,6 +77,73 @@ def test_threads_that_share_a_head_share_its_memory():
     assert shared < alone + 2048
 
 
+KEPT = """
+import ctypes, resource, sys, threading
+import paddle
+from paddle_fused_attention import fused_feedforward
+
+# What is freed goes back to the system, and no page is larger than what is asked for.
+libc = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, PR_SET_THP_DISABLE = -3, 41
+libc.mallopt(M_MMAP_THRESHOLD, 65536)
+libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+hidden = 1024
+
+def make(rows):
+    return paddle.ones([rows, 16]), paddle.ones([16, hidden]), paddle.ones([hidden, 16])
+
+def run(inputs):
+    with paddle.no_grad():
+        fused_feedforward(*inputs, activation="relu")
+
+def allocated():
+    return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+small, large, huge = (make(mebibytes * 256) for mebibytes in (1, 32, 160))
+before = allocated()
+run(small)
+print("small", allocated() - before)
+run(huge)
+print("huge", allocated() - before)
+run(large)
+run(large)
+print("large", allocated() - before)
+counted = faults()
+run(large)
+print("faults", faults() - counted)
+
+def repeat():
+    for _ in range(10):
+        run(large)
+
+threads = [threading.Thread(target=repeat) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("threads", allocated() - before)
+"""
+
+
+@reads_proc
+def test_kept_workspace():
+    """Of the hidden numbers, 1, 32 and 160 MiB: only what is neither small nor huge stays, 128 MiB in all, and the
+    pages of the next call are there already.
+    """
+    result = run_python(KEPT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = (line.split() for line in result.stdout.splitlines())
+    numbers = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    mebibyte = 2**20
+    assert max(numbers["small"], numbers["huge"]) < 4096
+    assert 32 * mebibyte < numbers["large"] < 40 * mebibyte
+    assert numbers["faults"] < 32 * mebibyte / 4096 / 4
+    assert 32 * mebibyte < numbers["threads"] <= 129 * mebibyte
+
+
 FAILING_ALLOCATIONS = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>

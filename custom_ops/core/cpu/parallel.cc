@@ -9,10 +9,10 @@ namespace pfa::cpu {
 
 int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-void run_parallel(int64_t count, int threads, LoopBody body, void* closure) {
+void run_parallel(int64_t count, int threads, bool ahead, LoopBody body, void* closure) {
   threads = static_cast<int>(std::min<int64_t>(threads, count));
   if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(closure, i, 0);
+    for (int64_t i = 0; i < count; ++i) body(closure, i, i + 1, 0);
     return;
   }
   // Not OpenMP's own dynamic loop: for that GCC calls functions of libgomp that the runtime inside Paddle, LLVM's, does
@@ -21,7 +21,11 @@ void run_parallel(int64_t count, int threads, LoopBody body, void* closure) {
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    for (int64_t i = next++; i < count; i = next++) body(closure, i, thread);
+    for (int64_t i = next++; i < count;) {
+      const int64_t after = ahead ? next++ : count;
+      body(closure, i, after, thread);
+      i = ahead ? after : next++;
+    }
   }
 }
 

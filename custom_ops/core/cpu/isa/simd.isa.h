@@ -61,8 +61,8 @@ inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...);
 #else
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  return __builtin_shuffle(a, b, Vec<Index>{(kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...});
+  using Index = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  return __builtin_shuffle(a, b, Vec<Index>{Index(kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...});
 #endif
 }
 

@@ -1,11 +1,13 @@
 // Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend. 16-bit numbers are widened, or paired,
 // on the way in and rounded on the way out.
 //
-// b is packed into panels (panels.isa.h) once, by all threads. a's rows are read where they lie, for the inner loop
-// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
-// units, rectangles that one thread takes at a time; a unit is made of products of some rows of a with one panel of b,
-// whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs
-// in its order for every element of c, whatever the units: the bits do not depend on the number of threads.
+// b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread a panel at a
+// time or not at all. Then b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches
+// the panel that it takes next. a's rows are read where they lie, for the inner loop broadcasts their numbers one by
+// one; where they can't be, each thread packs those that it works at. c is cut into units, rectangles that one thread
+// takes at a time; a unit is made of products of some rows of a with one panel of b, whose sums are held in registers
+// (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs in its order for every element
+// of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -46,7 +48,7 @@ class MatrixProduct {
   static constexpr int64_t kPanelColumns = kVectors * kLanes<A>;
   static constexpr int64_t kPanelRows = kRegisterTileRows[kVectors];
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
-  static constexpr bool kNarrows = !std::is_same_v<R, A>;
+  static constexpr bool kNarrows = !std::is_same_v<R, A>;  // else sums go to c itself
   // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
   // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
   static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
@@ -55,7 +57,7 @@ class MatrixProduct {
   // and the sums go to c, wider units are better); and of b that a thread packs by itself.
   static constexpr int64_t kMaxColumns = 384;
   static constexpr int64_t kMaxPackedColumns = 128;
-  // With so few rows a product is turned round, if that spares packing b (see `turned_`), or reads b in place.
+  // With so few rows a product reads b in place, if it lies as panels do.
   static constexpr int64_t kFewRows = 64;
   // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
@@ -69,36 +71,28 @@ class MatrixProduct {
         threads_(context.threads),
         tiles_(kHasTileProducts<T> && context.implementation->has_tile_products),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
-        depth_step_(tiles_ ? kTileProductDepth : 1),
-        rows_in_all_(product.m),
-        columns_in_all_(product.n),
-        a_(product.a),
-        b_(product.b) {
+        depth_step_(tiles_ ? kTileProductDepth : 1) {
     const int64_t k = product.k;
     const int64_t runs = std::max<int64_t>(1, ceil_div(k, kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
-    turned_ = !tiles_ && product.m <= kFewRows && can_be_read_in_place(product.b);
-    if (turned_) {
-      std::swap(rows_in_all_, columns_in_all_);
-      std::swap(a_, b_);
-    }
-    reads_a_ = turned_ || (!tiles_ && can_be_read_in_place(a_) && !aliases(a_.stride));
-    reads_b_ = !tiles_ && !turned_ && product.m <= kFewRows && std::is_same_v<T, P> && b_.stride == 1 &&
-               !aliases(b_.depth_stride);
-    shares_b_ = turned_ || product.m > kMaxRows;
-    span_ = !shares_b_ || k <= std::max(rows_in_all_, kMaxSpan) ? k : kMaxSpan / run_ * run_;
-    own_sums_ = kNarrows || turned_;
+    reads_a_ = !tiles_ && can_be_read_in_place(product.a) && !aliases(product.a.stride);
+    reads_b_ = !tiles_ && product.m <= kFewRows && std::is_same_v<T, P> && product.b.stride == 1 &&
+               !aliases(product.b.depth_stride);
+    shares_b_ = product.m > kMaxRows;
+    span_ = !shares_b_ || k <= std::max(product.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
-    rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(rows_in_all_, 1), panel_rows_));
-    columns_ = round_up(std::max<int64_t>(columns_in_all_, 1), kPanelColumns);
-    if (own_sums_ || reads_a_) columns_ = std::min(columns_, kMaxColumns);
+    rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
+    columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
+    if (kNarrows || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
-    while (units() < 4 * threads_ && columns_ > 4 * kPanelColumns) columns_ = round_up(columns_ / 2, kPanelColumns);
+    // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more.
+    const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
+    while (units() < 4 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
-  int64_t row_units() const { return ceil_div(rows_in_all_, rows_); }
-  int64_t column_units() const { return ceil_div(columns_in_all_, columns_); }
+  int64_t row_units() const { return ceil_div(product_.m, rows_); }
+  int64_t column_units() const { return ceil_div(product_.n, columns_); }
   int64_t units() const { return row_units() * column_units(); }
 
   // The operands along k of a panel for `count` numbers, with the zeros behind them.
@@ -119,16 +113,16 @@ class MatrixProduct {
       packed_a_ = take<P>(arena, threads_ * thread_a_);
     }
     if (shares_b_) {
-      packed_b_ = take<P>(
-          arena, depth_of(round_up(std::min(span_, product_.k), run_)) * round_up(columns_in_all_, kPanelColumns));
+      packed_b_ =
+          take<P>(arena, depth_of(round_up(std::min(span_, product_.k), run_)) * round_up(product_.n, kPanelColumns));
     } else {
-      thread_b_ = depth * (reads_b_ ? kPanelColumns : columns_);
+      thread_b_ = depth * kPanelColumns;
       packed_b_ = take<P>(arena, threads_ * thread_b_);
     }
-    if (!own_sums_) return;
+    if (!kNarrows) return;
     if (span_ < product_.k) {
-      sums_stride_ = round_up(columns_in_all_, kPanelColumns);
-      sums_ = take<A>(arena, rows_in_all_ * sums_stride_);
+      sums_stride_ = round_up(product_.n, kPanelColumns);
+      sums_ = take<A>(arena, product_.m * sums_stride_);
     } else {
       sums_stride_ = columns_;
       thread_sums_ = rows_ * columns_;
@@ -140,17 +134,17 @@ class MatrixProduct {
     for (int64_t k = 0; k < product_.k; k += span_) {
       const int64_t k_end = std::min(k + span_, product_.k);
       if (shares_b_) pack_shared_b(k, k_end);
-      parallel_for(units(), threads_, [&](int64_t index, int thread) {
-        Unit unit;
-        unit.thread = thread;
-        unit.row = index / column_units() * rows_;
-        unit.column = index % column_units() * columns_;
-        unit.rows = std::min(rows_, rows_in_all_ - unit.row);
-        unit.columns = std::min(columns_, columns_in_all_ - unit.column);
+      auto do_unit = [&](int64_t index, int64_t next, int thread) {
+        const Unit unit = unit_of(index, thread);
         const TileScope scope(tiles_);
-        multiply_unit(unit, k, k_end);
+        multiply_unit(unit, unit_of(next, thread), k, k_end);
         if (k_end == product_.k) finish_unit(unit);
-      });
+      };
+      if (shares_b_) {
+        parallel_for(units(), threads_, [&](int64_t index, int thread) { do_unit(index, units(), thread); });
+      } else {
+        parallel_for_with_next(units(), threads_, do_unit);
+      }
     }
     if (product_.k > 0) return;
     parallel_for(product_.m, threads_, [&](int64_t row, int) {
@@ -165,62 +159,68 @@ class MatrixProduct {
     int64_t rows, columns;
   };
 
+  // One beyond the last has neither rows nor columns.
+  Unit unit_of(int64_t index, int thread) const {
+    const int64_t row = std::min(index / column_units() * rows_, product_.m);
+    const int64_t column = index % column_units() * columns_;
+    const int64_t columns = row < product_.m ? std::min(columns_, product_.n - column) : 0;
+    return {thread, row, column, std::min(rows_, product_.m - row), columns};
+  }
+
   // Where the shared panels of a run begin; the run begins k_in_span, a multiple of run_, after its span.
   P* shared_run(int64_t k_in_span) const {
-    return packed_b_ + k_in_span / kNumbers<T> * round_up(columns_in_all_, kPanelColumns);
+    return packed_b_ + k_in_span / kNumbers<T> * round_up(product_.n, kPanelColumns);
   }
 
   void pack_shared_b(int64_t k_begin, int64_t k_end) const {
     constexpr int64_t width = 4 * kPanelColumns;
-    const int64_t groups = ceil_div(columns_in_all_, width);
+    const int64_t groups = ceil_div(product_.n, width);
     const int64_t runs = ceil_div(k_end - k_begin, run_);
     parallel_for(groups * runs, threads_, [&](int64_t index, int) {
       const int64_t k = k_begin + index / groups * run_;
       const int64_t count = std::min(run_, k_end - k);
       const int64_t column = index % groups * width;
       P* panels = shared_run(k - k_begin) + column * depth_of(count);
-      pack_b(column, std::min(width, columns_in_all_ - column), k, count, panels);
+      pack_b(column, std::min(width, product_.n - column), k, count, panels);
     });
   }
 
   void pack_b(int64_t column, int64_t columns, int64_t k, int64_t count, P* panels) const {
-    PanelPacker<kPanelColumns, T>::pack(b_, column, columns, k, count, depth_of(count), panels);
+    PanelPacker<kPanelColumns, T>::pack(product_.b, column, columns, k, count, depth_of(count), panels);
   }
 
   void pack_a(const Unit& unit, int64_t k, int64_t count, P* panels) const {
     if constexpr (kHasTileProducts<T>) {
-      if (tiles_) return pack_tile_rows(a_, unit.row, unit.rows, k, count, depth_of(count), panels);
+      if (tiles_) return pack_tile_rows(product_.a, unit.row, unit.rows, k, count, depth_of(count), panels);
     }
-    PanelPacker<kPanelRows, T>::pack(a_, unit.row, unit.rows, k, count, depth_of(count), panels);
+    PanelPacker<kPanelRows, T>::pack(product_.a, unit.row, unit.rows, k, count, depth_of(count), panels);
   }
 
   A* sums_of(const Unit& unit) const {
     if constexpr (!kNarrows) {
-      if (!own_sums_) return product_.c + unit.row * product_.n + unit.column;
+      return product_.c + unit.row * product_.n + unit.column;
+    } else {
+      if (thread_sums_) return sums_ + unit.thread * thread_sums_;
+      return sums_ + unit.row * sums_stride_ + unit.column;
     }
-    if (thread_sums_) return sums_ + unit.thread * thread_sums_;
-    return sums_ + unit.row * sums_stride_ + unit.column;
   }
 
-  // Adds what the span k_begin..k_end - 1 of k gives to the unit's sums [rows, columns].
-  void multiply_unit(const Unit& unit, int64_t k_begin, int64_t k_end) const {
+  // Adds what the span k_begin..k_end - 1 of k gives to the unit's sums [rows, columns]. What the thread reads from
+  // memory next, a panel of b, comes near meanwhile.
+  void multiply_unit(const Unit& unit, const Unit& next, int64_t k_begin, int64_t k_end) const {
     A* sums = sums_of(unit);
-    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
-    const int64_t writable_columns = own_sums_ ? round_up(unit.columns, kPanelColumns) : unit.columns;
+    const int64_t stride = kNarrows ? sums_stride_ : product_.n;
+    const int64_t writable_columns = kNarrows ? round_up(unit.columns, kPanelColumns) : unit.columns;
+    const int64_t row_panels = ceil_div(unit.rows, panel_rows_);
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
       const int64_t depth = depth_of(count);
       const bool continues = k > 0 || starts_from_addend();
-      const P* b = nullptr;  // the unit's columns, if they are packed: [panels][depth][kPanelColumns]
-      if (shares_b_) {
-        b = shared_run(k - k_begin) + unit.column * depth;
-      } else if (!reads_b_) {
-        P* panels = packed_b_ + unit.thread * thread_b_;
-        pack_b(unit.column, unit.columns, k, count, panels);
-        b = panels;
-      }
-      const auto* a = reinterpret_cast<const P*>(a_.data + unit.row * a_.stride + k);
-      const int64_t a_stride = reads_a_ ? a_.stride / kNumbers<T> : depth;
+      const bool is_last_run = k + run_ >= k_end;
+      const int64_t k_after = is_last_run ? k_begin : k + run_;
+      const Unit& unit_after = is_last_run ? next : unit;
+      const auto* a = reinterpret_cast<const P*>(product_.a.data + unit.row * product_.a.stride + k);
+      const int64_t a_stride = reads_a_ ? product_.a.stride / kNumbers<T> : depth;
       if (!reads_a_) {
         P* panels = packed_a_ + unit.thread * thread_a_;  // the unit's rows: [panels][depth][panel_rows_]
         pack_a(unit, k, count, panels);
@@ -228,17 +228,19 @@ class MatrixProduct {
       }
       for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
         const bool is_last = j + kPanelColumns >= unit.columns;
-        const Panel panel = reads_b_ ? panel_in_place(unit, j, k, count) : Panel{b + j * depth, kPanelColumns};
+        const Panel panel = panel_of(unit, j, k, k_begin, count);
+        Lines after;
+        if (!is_last) {
+          after = lines_of_b(unit, j + kPanelColumns, k, k_begin, count);
+        } else if (!shares_b_) {
+          after = lines_of_b(unit_after, 0, k_after, k_begin, std::min(run_, k_end - k_after));
+        }
+        const int64_t share = ceil_div(after.pieces, row_panels);
         for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
-          if (!is_last && reads_b_) {
-            prefetch_rows(unit.column + j + kPanelColumns, k + count * i / unit.rows,
-                          k + count * std::min(i + panel_rows_, unit.rows) / unit.rows);
-          } else if (!is_last) {
-            prefetch_part(b + (j + kPanelColumns) * depth, depth * kPanelColumns, i, unit.rows);
-          }
+          const int64_t i_end = std::min(i + panel_rows_, unit.rows);
+          after.prefetch(share);
           // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
-          multiply_panels(depth, a + i * a_stride, panel, std::min(panel_rows_, unit.rows - i),
-                          std::min(kPanelColumns, writable_columns - j),
+          multiply_panels(depth, a + i * a_stride, panel, i_end - i, std::min(kPanelColumns, writable_columns - j),
                           {sums + i * stride + j, stride, A(1), continues});
         }
       }
@@ -251,31 +253,52 @@ class MatrixProduct {
     int64_t stride;
   };
 
-  // The panel from column j of the unit on as it lies in b, or a copy of it where it has fewer columns.
-  Panel panel_in_place(const Unit& unit, int64_t j, int64_t k, int64_t count) const {
-    if (j + kPanelColumns <= unit.columns) {
-      const T* data = b_.data + k * b_.depth_stride + unit.column + j;
-      return {reinterpret_cast<const P*>(data), b_.depth_stride};
+  // The panel from column j of the unit on: shared, as it lies in b, or packed by this thread.
+  Panel panel_of(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
+    if (shares_b_) return {shared_run(k - k_begin) + (unit.column + j) * depth_of(count), kPanelColumns};
+    if (reads_b_ && j + kPanelColumns <= unit.columns) {
+      const T* data = product_.b.data + k * product_.b.depth_stride + unit.column + j;
+      return {reinterpret_cast<const P*>(data), product_.b.depth_stride};
     }
-    P* copy = packed_b_ + unit.thread * thread_b_;
-    pack_b(unit.column + j, unit.columns - j, k, count, copy);
-    return {copy, kPanelColumns};
+    P* const packed = packed_b_ + unit.thread * thread_b_;
+    pack_b(unit.column + j, std::min(kPanelColumns, unit.columns - j), k, count, packed);
+    return {packed, kPanelColumns};
   }
 
-  // While a panel of b is multiplied with `all` rows of a, the next one comes near: with panel_rows_ rows from `first`
-  // on a share of its `size` operands.
-  void prefetch_part(const P* panel, int64_t size, int64_t first, int64_t all) const {
-    constexpr int64_t line = 64 / sizeof(P);
-    const int64_t end = size * std::min(first + panel_rows_, all) / all;
-    for (int64_t i = size * first / all / line * line; i < end; i += line) __builtin_prefetch(panel + i, 0, 2);
+  // Pieces of memory, `bytes` each, which begin `stride` bytes after each other.
+  struct Lines {
+    const char* data = nullptr;
+    int64_t pieces = 0;
+    int64_t stride = 0;
+    int64_t bytes = 0;
+
+    // The next `count` pieces, if there are so many, come near.
+    void prefetch(int64_t count) {
+      count = std::min(count, pieces);
+      pieces -= count;
+      for (; count > 0; --count) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(data + byte, 0, 2);
+        data += stride;
+      }
+    }
+  };
+
+  // Where panel_of reads from.
+  Lines lines_of_b(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
+    if (shares_b_) {
+      const P* data = shared_run(k - k_begin) + (unit.column + j) * depth_of(count);
+      constexpr int64_t bytes = kPanelColumns * sizeof(P);
+      return {reinterpret_cast<const char*>(data), depth_of(count), bytes, bytes};
+    }
+    const int64_t columns = std::min(kPanelColumns, unit.columns - j);
+    return lines_of(product_.b, unit.column + j, columns, k, count);
   }
 
-  // The same of a panel that is read in place: rows k..k_end - 1 of b.
-  void prefetch_rows(int64_t column, int64_t k, int64_t k_end) const {
-    for (; k < k_end; ++k) {
-      const char* row = reinterpret_cast<const char*>(b_.data + k * b_.depth_stride + column);
-      for (size_t line = 0; line < kPanelColumns * sizeof(T); line += 64) __builtin_prefetch(row + line, 0, 2);
-    }
+  static Lines lines_of(const MatrixView<T>& view, int64_t first, int64_t rows, int64_t k, int64_t count) {
+    constexpr int64_t size = sizeof(T);
+    const auto* data = reinterpret_cast<const char*>(view.data + first * view.stride + k * view.depth_stride);
+    if (view.depth_stride == 1) return {data, rows, view.stride * size, count * size};
+    return {data, rows > 0 ? count : 0, view.depth_stride * size, rows * size};
   }
 
   // c [rows, columns] (+)= a panel of a, or so many of its rows in place, @ a panel of b [depth, kPanelColumns].
@@ -296,13 +319,13 @@ class MatrixProduct {
       if (tiles_) return multiply_tiles(depth, a, b.data, c);
     }
     const TileOperand<P> rows_of_a =
-        reads_a_ ? TileOperand<P>{a, a_.stride / kNumbers<T>, 1} : TileOperand<P>{a, 1, kPanelRows};
+        reads_a_ ? TileOperand<P>{a, product_.a.stride / kNumbers<T>, 1} : TileOperand<P>{a, 1, kPanelRows};
     if (rows == kPanelRows) return multiply_register_tile<kPanelRows, kVectors>(depth, rows_of_a, b.data, b.stride, c);
     multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, rows_of_a, b.data, b.stride, c);
   }
 
   // An addend that is c itself is there already where the sums go to c.
-  bool starts_from_addend() const { return !own_sums_ && static_cast<const void*>(product_.addend) == product_.c; }
+  bool starts_from_addend() const { return !kNarrows && static_cast<const void*>(product_.addend) == product_.c; }
 
   // What is added to element (row, column) of the product.
   A added_at(int64_t row, int64_t column) const {
@@ -310,28 +333,21 @@ class MatrixProduct {
     return product_.addend ? bias + widen(product_.addend[row * product_.n + column]) : bias;
   }
 
-  // Makes c [rows, columns] of the unit's sums, which are turned where the product is.
+  // Makes c of the unit's sums.
   void finish_unit(const Unit& unit) const {
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
-    if (!own_sums_ && !addend && !product_.bias && !product_.step) return;
+    if (!kNarrows && !addend && !product_.bias && !product_.step) return;
     const A* sums = sums_of(unit);
-    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
-    const int64_t row = turned_ ? unit.column : unit.row;
-    const int64_t column = turned_ ? unit.row : unit.column;
-    const int64_t rows = turned_ ? unit.columns : unit.rows;
-    const int64_t columns = turned_ ? unit.rows : unit.columns;
-    const T* bias = product_.bias ? product_.bias + column : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-      R* c = product_.c + (row + r) * product_.n + column;
-      const R* added = addend ? addend + (row + r) * product_.n + column : nullptr;
-      for (int64_t first = 0; first < columns; first += kPiece) {
-        const int64_t count = std::min(kPiece, columns - first);
+    const int64_t stride = kNarrows ? sums_stride_ : product_.n;
+    const T* bias = product_.bias ? product_.bias + unit.column : nullptr;
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t row = unit.row + r;
+      R* c = product_.c + row * product_.n + unit.column;
+      const R* added = addend ? addend + row * product_.n + unit.column : nullptr;
+      for (int64_t first = 0; first < unit.columns; first += kPiece) {
+        const int64_t count = std::min(kPiece, unit.columns - first);
         A values[kPiece];
-        if (turned_) {
-          for (int64_t i = 0; i < count; ++i) values[i] = sums[(first + i) * stride + r];
-        } else {
-          std::copy(sums + r * stride + first, sums + r * stride + first + count, values);
-        }
+        std::copy(sums + r * stride + first, sums + r * stride + first + count, values);
         if (bias) {
           for (int64_t i = 0; i < count; ++i) values[i] += widen(bias[first + i]);
         }
@@ -339,7 +355,7 @@ class MatrixProduct {
           for (int64_t i = 0; i < count; ++i) values[i] += widen(added[first + i]);
         }
         if constexpr (std::is_same_v<T, R>) {
-          if (product_.step) product_.step->run(row + r, column + first, count, values);
+          if (product_.step) product_.step->run(row, unit.column + first, count, values);
         }
         store_row(values, count, c + first);
       }
@@ -351,20 +367,15 @@ class MatrixProduct {
   bool tiles_;
   int64_t panel_rows_;
   int64_t depth_step_;  // what the depth of a panel is a multiple of
-  // Turned round the product is c^T = b @ a^T: b is read in place, and a, which is small, is packed in b's stead.
-  bool turned_;
-  int64_t rows_in_all_, columns_in_all_;
-  MatrixView<T> a_, b_;
-  bool reads_a_;   // a is read in place; else each thread packs a unit's rows
-  bool reads_b_;   // b, stored as [k, n], is read in place
-  bool shares_b_;  // one packed b for all threads; else each thread packs what its unit alone needs
-  bool own_sums_;  // sums do not go to c itself
+  bool reads_a_;        // a is read in place; else each thread packs a unit's rows
+  bool reads_b_;        // b, stored as [k, n], is read in place
+  bool shares_b_;       // one packed b for all threads; else each thread packs a panel at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
   P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
-  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a unit's panels
-  A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [rows_in_all_, sums_stride_]
+  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of one panel
+  A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [m, sums_stride_]
 };
 
 }  // namespace pfa::cpu::PFA_ISA

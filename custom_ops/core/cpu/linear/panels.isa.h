@@ -50,7 +50,17 @@ struct PanelPacker {
   static void copy_row(const T* __restrict low, const T* __restrict high, int64_t rows, P* __restrict out) {
     if constexpr (kPaired<T>) {
       if (rows == kWidth && high) {
-        for (int64_t i = 0; i < kWidth; ++i) out[i] = low[i].bits | static_cast<uint32_t>(high[i].bits) << 16;
+        constexpr int lanes = kLanes<uint16_t>;
+        constexpr auto indices = std::make_integer_sequence<int, lanes>{};
+        for (int64_t i = 0; i + lanes <= kWidth; i += lanes) {
+          const auto a = bit_cast<Vec<uint16_t>>(load_operands(low + i));
+          const auto b = bit_cast<Vec<uint16_t>>(load_operands(high + i));
+          store(out + i, bit_cast<Vec<P>>(zip<0, uint16_t>(a, b, indices)));
+          store(out + i + kLanesOfP, bit_cast<Vec<P>>(zip<lanes / 2, uint16_t>(a, b, indices)));
+        }
+        for (int64_t i = kWidth / lanes * lanes; i < kWidth; ++i) {
+          out[i] = low[i].bits | static_cast<uint32_t>(high[i].bits) << 16;
+        }
         return;
       }
       for (int64_t i = 0; i < rows; ++i) out[i] = low[i].bits | (high ? static_cast<uint32_t>(high[i].bits) << 16 : 0u);
