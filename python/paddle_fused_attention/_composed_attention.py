@@ -64,10 +64,12 @@ class Composed(NamedTuple):
     weights: Any = None  # [batch, num_heads, queries, keys], after dropout, or None
     cache: Any = None
 
-    def results(self) -> Any:
-        """Those that there are, as a layer returns them: one alone, or a tuple."""
-        found = tuple(result for result in self if result is not None)
-        return found[0] if len(found) == 1 else found
+
+@paddle.jit.not_to_static
+def results_of(*found: Any) -> Any:
+    """Those that are not None, as a layer returns them: one alone, or a tuple."""
+    results = tuple(result for result in found if result is not None)
+    return results[0] if len(results) == 1 else results
 
 
 def generator_of(x: paddle.Tensor) -> Any:

@@ -11,7 +11,7 @@ from paddle.base.data_feeder import convert_dtype
 from ._block import TENSORS, Block, scores_of
 from ._caches import Cache, StaticCache, attention_with_cache
 from ._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_tensor, check_window
-from ._composed_attention import Projections, Source, projected_keys
+from ._composed_attention import Projections, Source, projected_keys, results_of
 from ._descriptions import MODES
 from ._initializers import param_attr_of
 from ._keys import other_keys
@@ -257,7 +257,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         return self_attention(block)
 
     def _run_composed(self, block: Block, source: Source, cache: Any) -> Any:
-        return attention_with_cache(block, source, cache).results()
+        return results_of(*attention_with_cache(block, source, cache))
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments for such a layer, but for its parameters' attributes."""

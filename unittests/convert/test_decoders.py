@@ -1,7 +1,6 @@
 """Decoder layers, whole transformers and attentions by themselves, converted: against Paddle's own."""
 
 import copy
-import pickle
 import types
 
 import numpy as np
@@ -260,12 +259,11 @@ def test_forwards_of_known_libraries(monkeypatch):
     assert list(report.converted) == ["0"] and not report.left_alone
 
 
-def test_copies_pickles_and_new_layers():
+def test_copies_and_new_layers():
     plain, converted = pair(decoder_layer)
     x, memory = make_x(), make_x(seq_len=KEYS, seed=2)
     expected = plain(x, memory).numpy()
-    for layer in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        check("out", layer(x, memory).numpy(), expected, "float32")
+    check("out", copy.deepcopy(converted)(x, memory).numpy(), expected, "float32")
     assert list(revert(copy.deepcopy(converted)).state_dict()) == list(plain.state_dict())
     stacked = nn.TransformerDecoder(converted, 2)  # which makes new layers of the class
     with operator_calls() as blocks, attention_calls() as attentions:

@@ -9,10 +9,9 @@ import paddle
 from paddle import nn
 
 from .._checks import check_tensor
-from .._composed_attention import Source
 from .._masks import additive_mask
 from .adapters import adapter_of_names
-from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer, is_of_library
+from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer, is_of_library, source_of
 
 
 class ConvertedDecoderLayer(TransformerLayer, nn.TransformerDecoderLayer):
@@ -52,15 +51,20 @@ class ConvertedDecoderLayer(TransformerLayer, nn.TransformerDecoderLayer):
             )
         cache_of_itself, cache_of_memory = (None, None) if cache is None else cache
         tgt_mask = additive_mask("tgt_mask", tgt_mask, tgt)
-        source = Source(needs_weights=output_attentions, normalises=False)
-        first = self._attend(self._attentions["self-attention"], tgt, tgt_mask, source, cache_of_itself)
-        weights, caches = (first.weights, None), (first.cache, None)
-        out = first.out
+        source = source_of(None, output_attentions)
+        out, weights, new_cache = self._attend(
+            self._attentions["self-attention"], tgt, tgt_mask, source, cache_of_itself
+        )
+        more_weights = same_cache = None
         if memory is not None:
             memory_mask = additive_mask("memory_mask", memory_mask, tgt)
-            source = source._replace(key=memory, value=memory)
-            second = self._attend(self._attentions["cross-attention"], out, memory_mask, source, cache_of_memory)
-            out, weights, caches = second.out, (first.weights, second.weights), (first.cache, second.cache)
-        out = self._feed_forward(out)
-        results = (out, *(weights if output_attentions else ()), *((caches,) if cache is not None else ()))
-        return results[0] if len(results) == 1 else results
+            source = source_of(memory, output_attentions)
+            out, more_weights, same_cache = self._attend(
+                self._attentions["cross-attention"], out, memory_mask, source, cache_of_memory
+            )
+        results = [self._feed_forward(out)]
+        if output_attentions:
+            results += [weights, more_weights]
+        if cache is not None:
+            results.append((new_cache, same_cache))
+        return results[0] if len(results) == 1 else tuple(results)

@@ -9,12 +9,12 @@ import paddle
 from paddle import nn
 
 from .._checks import check_tensor
-from .._composed_attention import Source
+from .._composed_attention import results_of
 from .._loading import OwnEntries
 from .._masks import additive_mask
 from ..state_dicts import with_old_names
 from .adapters import adapter_of_names
-from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer
+from .transformer_layer import AttentionPart, FeedForwardPart, TransformerLayer, source_of
 
 
 class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderLayer):
@@ -50,10 +50,8 @@ class ConvertedEncoderLayer(TransformerLayer, OwnEntries, nn.TransformerEncoderL
                     raise NotImplementedError(f"{name}: expected none beside cu_seqlens, got {type(value).__name__}")
             return self._feed_forward(self._attend_packed(part, src, cu_seqlens, max_seqlen))
         src_mask = additive_mask("src_mask", src_mask, src)
-        attended = self._attend(part, src, src_mask, Source(needs_weights=needs_weights), cache)
-        return attended._replace(
-            out=self._feed_forward(attended.out), weights=attended.cache, cache=attended.weights
-        ).results()
+        out, weights, new_cache = self._attend(part, src, src_mask, source_of(None, needs_weights), cache)
+        return results_of(self._feed_forward(out), new_cache, weights)
 
     def _own_entries(self, state: dict, prefix: str) -> dict:
         return with_old_names(state, prefix)

@@ -10,7 +10,7 @@ from paddle import nn
 
 from .._block import UNPACKED, Block
 from .._caches import attention_with_cache
-from .._composed_attention import Composed, Projections, Source, projected_keys
+from .._composed_attention import Composed, Projections, Source, projected_keys, results_of
 from .._descriptions import MODES
 from .._keys import given_keys
 from .._masks import additive_mask
@@ -30,7 +30,7 @@ class _OnOperators(nn.MultiHeadAttention):
         composed = self._attend(query, key, value, attn_mask, cache)
         if composed is None:
             return nn.MultiHeadAttention.forward(self, query, key, value, attn_mask, cache)
-        return composed.results()
+        return results_of(*composed)
 
     def compute_kv(self, key: Any, value: Any) -> tuple:
         if not self._is_untouched():

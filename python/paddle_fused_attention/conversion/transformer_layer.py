@@ -61,8 +61,8 @@ class TransformerLayer(nn.Layer):
         reasons = reasons_against_parts(self, type(self), {})
         fuse(self, type(self), [name for name, reason in reasons.items() if reason is None])
 
-    def _attend(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> Composed:
-        """x after an attention to the source, of which keys are not normalised, and what else is wanted."""
+    def _attend(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> tuple:
+        """x after an attention to the source, and what else is wanted."""
         if not self._is_untouched(part):
             return self._attend_by_parts(part, x, mask, source, cache)
         return self._attend_at_once(part, x, mask, source, cache)
@@ -97,7 +97,7 @@ class TransformerLayer(nn.Layer):
         except (TypeError, ValueError) as error:
             raise renamed(error, part.arguments) from None
 
-    def _attend_by_parts(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> Composed:
+    def _attend_by_parts(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> tuple:
         attention, norm = getattr(self, part.attention), getattr(self, part.norm)
         hidden = norm(x) if self.normalize_before else x
         keys = hidden if source.key is None else source.key
@@ -114,7 +114,7 @@ class TransformerLayer(nn.Layer):
         hidden, *more = found if isinstance(found, (tuple, list)) else (found,)
         new_cache = more.pop() if cache is not None and more else None
         out = x + getattr(self, part.dropout)(hidden)
-        return Composed(out if self.normalize_before else norm(out), more[0] if more else None, new_cache)
+        return out if self.normalize_before else norm(out), more[0] if more else None, new_cache
 
     def _feed_forward(self, x: Any) -> Any:
         description = self._describe_feed_forward(x)
@@ -166,6 +166,12 @@ class TransformerLayer(nn.Layer):
             cu_seqlens, scores_of(None, None, max_seqlen, cu_seqlens),
         )).checked()
         # fmt: on
+
+
+@paddle.jit.not_to_static
+def source_of(memory: Any, needs_weights: bool) -> Source:
+    """What an attention attends to: a memory, which is not normalised, or None for its own input."""
+    return Source(memory, memory, needs_weights=bool(needs_weights), normalises=memory is None)
 
 
 def _is_plain_norm(norm: Any) -> bool:
