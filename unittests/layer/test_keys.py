@@ -1,9 +1,12 @@
 """Layers that are given a key and a value: self-attention in whatever form it comes, and other keys and values."""
 
+import attention_reference
 import common
 import numpy as np
 import paddle
 import pytest
+import reference
+from attention_reference import Config
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, incubate
@@ -254,18 +257,33 @@ def test_dropout_of_other_keys_whatever_the_default_dtype():
     assert np.array_equal(*results)
 
 
+def composed(x, key, parameters, r):
+    """The layer in NumPy, as a chain of ordinary ops whose results are rounded by `r`."""
+    p = parameters
+    rows = p["qkv_weight"].reshape(3, EMBED, EMBED)
+    heads = [
+        r(r(t @ w.T) + b).reshape(BATCH, -1, HEADS, EMBED // HEADS)
+        for t, w, b in zip((x, key, key), rows, p["qkv_bias"].reshape(3, EMBED))
+    ]
+    o, _ = attention_reference.run(dict(zip(("query", "key", "value"), heads)), Config(), r=r)
+    y = r(r(r(o).reshape(BATCH, SEQ, EMBED) @ p["linear_weight"]) + p["linear_bias"])
+    return r(reference.layer_norm(r(x + y), p["ln_scale"], p["ln_bias"], 1e-5)[0])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_keys_in_16_bits(dtype):
     layer = make_layer("layer")
-    wide = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0)
     layer.to(dtype=dtype)
     tensors = [paddle.to_tensor(draw(BATCH, n, EMBED, seed=n)).astype(dtype) for n in (SEQ, KEYS)]
-    wide.set_state_dict({name: p.astype("float32") for name, p in layer.state_dict().items()})
     out = layer(tensors[0], tensors[1], tensors[1])
     assert out.dtype == tensors[0].dtype
-    expected = wide(*(t.astype("float32") for t in (tensors[0], tensors[1], tensors[1]))).numpy()
-    unit = 2 * common.UNIT_ROUNDOFF[dtype]  # Paddle 2.6 casts without rounding
-    assert np.abs(out.astype("float32").numpy() - expected).max() <= unit * np.abs(expected).max()
+    arrays = [t.astype("float32").numpy() for t in tensors]
+    parameters = {name: p.astype("float32").numpy() for name, p in layer.state_dict().items()}
+    peer = composed(*arrays, parameters, lambda a: reference.round_to(a, dtype))
+    wide = {name: a.astype("float64") for name, a in parameters.items()}
+    expected = composed(*(a.astype("float64") for a in arrays), wide, lambda a: a)
+    found = out.astype("float32").numpy().astype("float64")
+    common.check_tensor("out", found, expected, dtype, peer.astype("float64"))
 
 
 @pytest.mark.parametrize("full_graph", [True, False])
