@@ -232,7 +232,7 @@ def in_form(form, arrays):
     return result
 
 
-def out_of_form(form, gradients, case):
+def out_of_form(form, gradients, heads, kv_heads):
     """The gradients of query, key and value by themselves."""
     result = dict(gradients)
     for group in _groups(form):
@@ -241,7 +241,7 @@ def out_of_form(form, gradients, case):
             joined = joined.swapaxes(1, 2)
         start = 0
         for name in group:
-            stop = start + (case.heads if name == "query" else case.kv_heads)
+            stop = start + (heads if name == "query" else kv_heads)
             result[name] = joined[..., start:stop, :]
             start = stop
         assert stop == joined.shape[-2]

@@ -106,7 +106,7 @@ def test_shared_tensors(form, name, graph, place):
         [name for name in differentiable(inputs) if name in arrays],
         place,
     )
-    check(case, inputs, out, out_of_form(form, gradients, case))
+    check(case, inputs, out, out_of_form(form, gradients, case.heads, case.kv_heads))
 
 
 @pytest.mark.parametrize("first, count", [(0, 2), (2, 2), (1, 3), (0, 4)])

@@ -166,4 +166,4 @@ def test_shared_tensors(dtype, form, name, isa):
     out, saved = pfa_core.forward(arrays, config, seed, offset, isa=isa)
     wanted = [name for name in attention_cases.differentiable(inputs) if name in arrays]
     gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
-    attention_cases.check(case, inputs, out, out_of_form(form, gradients, case))
+    attention_cases.check(case, inputs, out, out_of_form(form, gradients, case.heads, case.kv_heads))

@@ -5,6 +5,7 @@ import pfa_core
 import pytest
 import reference
 import torch
+from attention_cases import FORMS, in_form, out_of_form
 from cases import DTYPES, SIXTEEN_BIT
 from device import Memory, mask_argument, to_device, to_numpy
 
@@ -19,15 +20,15 @@ class Problem:
 
     `sizes`: batch, queries, keys, num_heads, num_kv_heads and head_dim. `lengths`, of packed sequences: those of
     queries and those of keys. `mask`: the axes of [batch, heads, queries, keys] that it has, and its dtype. `ranges`:
-    the number of columns, and that of heads.
+    the number of columns, and that of heads. `form`: how query, key and value share tensors on the GPU.
     """
 
-    def __init__(self, sizes, dtype, lengths=None, mask=None, ranges=None, seed=0, **switches):
+    def __init__(self, sizes, dtype, lengths=None, mask=None, ranges=None, seed=0, form=None, **switches):
         rng = np.random.default_rng(seed)
         batch, queries, keys, num_heads, num_kv_heads, head_dim = sizes
         if lengths:
             batch, queries, keys = len(lengths[0]), max(lengths[0]), max(lengths[1])
-        self.dtype = dtype
+        self.dtype, self.form = dtype, form
         self.config = dict(
             block="bare_attention",
             batch=batch,
@@ -79,9 +80,18 @@ class Problem:
 
     def actual(self, wanted):
         """The result, and the gradients of the wanted inputs, on the GPU. Nothing outside them is written to."""
-        block = pfa_core.CudaBlock(dict(self.config, dtype=self.dtype))
+        config, inputs = dict(self.config, dtype=self.dtype), self.inputs
+        if self.form:
+            inputs = in_form(self.form, inputs)
+            config.update(
+                key_behind_query="key" not in inputs,
+                value_behind_key="value" not in inputs,
+                keys_by_head=FORMS[self.form],
+            )
+            wanted = [name for name in wanted if name in inputs]
+        block = pfa_core.CudaBlock(config)
         memory = Memory()
-        tensors = {name: to_device(a, self.dtype) for name, a in self.inputs.items()}
+        tensors = {name: to_device(a, self.dtype) for name, a in inputs.items()}
         described = {name: torch.from_numpy(a).cuda() for name, a in self.described.items()}
         arrays = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         for name, tensor in described.items():
@@ -104,7 +114,10 @@ class Problem:
         block.backward(arrays, saved, workspace, stream)
         torch.cuda.synchronize()
         memory.check()
-        return {"out": to_numpy(out), **{"d_" + name: to_numpy(tensor) for name, tensor in gradients.items()}}
+        found = {name: to_numpy(tensor) for name, tensor in gradients.items()}
+        if self.form:
+            found = out_of_form(self.form, found, self.config["num_heads"], self.config["num_kv_heads"])
+        return {"out": to_numpy(out), **{"d_" + name: a for name, a in found.items()}}
 
     def wanted(self):
         is_float = self.mask is not None and self.mask_dtype != "bool"
@@ -174,6 +187,34 @@ def test_kinds_in_part_of_a_tile(kind, head_dim, dtype):
     options = dict(KINDS[kind])
     sizes = (*options.pop("sizes"), head_dim)
     Problem(sizes, dtype, **options).check()
+
+
+SHARED = {
+    "equal": dict(sizes=(2, 130, 130, 4, 4), causal=True, dropout_rate=0.1),
+    "grouped": dict(sizes=(2, 130, 130, 6, 2), mask=("BQK", "float32")),
+    "packed": dict(sizes=(0, 0, 0, 4, 2), lengths=((5, 130, 0, 64),) * 2, causal=True),
+    "other keys": dict(sizes=(2, 70, 201, 4, 2)),
+    "one query": dict(sizes=(3, 1, 300, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", (24, 64, 128))
+@pytest.mark.parametrize(
+    "form, kind",
+    [
+        (form, kind)
+        for form, by_head in FORMS.items()
+        for kind, options in SHARED.items()
+        if not (by_head and "lengths" in options)
+        and (not form.startswith("qk") or options["sizes"][1] == options["sizes"][2])
+    ],
+)
+def test_shared_tensors(form, kind, head_dim, dtype):
+    """Query, key and value in one tensor or two, keys and values by head."""
+    options = dict(SHARED[kind])
+    sizes = (*options.pop("sizes"), head_dim)
+    Problem(sizes, dtype, form=form, **options).check()
 
 
 def draw_lengths(count, most, seed):
