@@ -123,13 +123,17 @@ class Problem:
         is_float = self.mask is not None and self.mask_dtype != "bool"
         return (*GRADIENTS, "attn_mask") if is_float else GRADIENTS
 
-    def least(self, name):
-        """The number that errors are compared with at least. The gradients of a row's scores sum to 0: that of a mask
-        that is the same for all keys is what rounding leaves in all the rows that it is added to, each by itself."""
-        if name != "d_attn_mask" or self.mask.shape[3] > 1:
+    def least(self, name, expected):
+        """The number that errors are compared with at least. The gradients of a row's scores sum to 0, so those of a
+        mask that is the same for all keys, and of queries that see one key and of that key, are what rounding leaves of
+        differences of sums of head_dim products, in each of the rows that are added up."""
+        if name == "out" or not expected.size or abs(expected).max() > 1e-9:
             return 1.0
-        rows = self.config["batch"] * self.config["num_heads"] * self.config["queries"]
-        return max(1.0, np.sqrt(rows / self.mask.size))
+        batch, queries, num_heads = (self.config[name] for name in ("batch", "queries", "num_heads"))
+        rows = {"d_key": queries * num_heads / self.config["num_kv_heads"]}
+        if self.mask is not None:
+            rows["d_attn_mask"] = batch * num_heads * queries / self.mask.size
+        return np.sqrt(self.config["head_dim"] * max(1.0, rows.get(name, 1.0)))
 
     def check(self, wanted=None):
         expected = self.expected()
@@ -140,7 +144,9 @@ class Problem:
                 limit = max(limit, LIMIT.get(self.mask_dtype, 0))
             assert not np.isnan(actual).any(), f"{name}: NaN"
             if actual.size:
-                error = abs(actual - expected[name]).max() / max(self.least(name), abs(expected[name]).max())
+                error = abs(actual - expected[name]).max() / max(
+                    self.least(name, expected[name]), abs(expected[name]).max()
+                )
                 assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
 
 
