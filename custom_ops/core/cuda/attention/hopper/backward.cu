@@ -4,8 +4,8 @@
 // Rows are keys: each of two computing warpgroups holds 64 of them, and P^T and dS^T are operands from registers for
 // d_v and d_k. dS^T also goes to shared memory, where both warpgroups meet, for d_q = dS k: with head dims up to 64
 // each computes 64 of the tile's 128 queries, else each computes half of the head dims of 64 queries. A third warpgroup
-// copies, and takes the thread block's next tile of keys while the others are at work on this one. The walk goes over the
-// queries of one head of the group after the other.
+// copies, and takes the thread block's next tile of keys while the others are at work on this one. The walk goes over
+// the queries of one head of the group after the other.
 //
 // d_q is added up in device memory; schedule.h says how thread blocks share that. d_q and d_v, on their way out of
 // registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for what is

@@ -1,12 +1,12 @@
 // How the Hopper backward's thread blocks share the sums of d_q: memory for the sums, and counts that tell who waits
 // for whom.
 //
-// d_q is added up in float32 in device memory, in the order in which threads hold it. A head here is a head of keys with
-// the group of query heads that read it, of one sequence or of all packed ones. There are sums for as many heads as
-// thread blocks can be working on, few enough for the L2 cache: head h has slot h % slots of them. The thread block that
-// has done the t-th of head h's T tiles of keys brings the tiles t, t + T, ... of d_q of head h - heads_behind to their
-// places and clears their sums; the last heads_behind heads are left to a kernel of their own. Thread blocks take tiles
-// in the order of heads, and only when they run, so that whatever one waits for is under way in another.
+// d_q is added up in float32 in device memory, in the order in which threads hold it. A head here is a head of keys
+// with the group of query heads that read it, of one sequence or of all packed ones. There are sums for as many heads
+// as thread blocks can be working on, few enough for the L2 cache: head h has slot h % slots of them. The thread block
+// that has done the t-th of head h's T tiles of keys brings the tiles t, t + T, ... of d_q of head h - heads_behind to
+// their places and clears their sums; the last heads_behind heads are left to a kernel of their own. Thread blocks take
+// tiles in the order of heads, and only when they run, so that whatever one waits for is under way in another.
 #pragma once
 
 #include "core/cuda/attention/args.h"
