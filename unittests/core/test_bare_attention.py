@@ -120,7 +120,44 @@ def test_bits_of_one_query_do_not_depend_on_threads():
         "    digest.update(pfa_core.forward(arrays, t.config_of(case)[0])[0].tobytes())\n"
         "print(digest.hexdigest())"
     )
-    digests = {
+    assert len(digests_of(program)) == 1
+
+
+ALONG = FULL.but(batch=3, queries=150, keys=130, heads=12, kv_heads=6, head_dim=24, dropout_rate=0.1, seed=2)
+MASKS_ALONG = {
+    "heads": ALONG.but(mask="1HQK"),
+    "all": ALONG.but(mask="BHQK", causal=True),
+    "window": ALONG.but(mask="1HQK", window_left=20, window_right=40),
+    "hidden": ALONG.but(mask="1HQK", content="-inf"),
+    "ranges": ALONG.but(mask="1HQK", ranges=4, range_heads=6),
+    "more keys": ALONG.but(mask="1HQK", queries=3, keys=200, kv_heads=12),
+    "no sequences": ALONG.but(mask="1HQK", batch=0),
+}
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("case", MASKS_ALONG)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_a_mask_of_heads(dtype, case, isa):
+    """It is made beside the others, whatever the dtype."""
+    check(MASKS_ALONG[case].but(dtype=dtype, mask_dtype="float32"), isa)
+
+
+@pytest.mark.parametrize("wanted", [["attn_mask"], ["query", "attn_mask"], ["value", "attn_mask"]], ids=str)
+def test_gradient_of_a_mask_beside_some(wanted):
+    case = MASKS_ALONG["heads"]
+    inputs = make_inputs(case)
+    arrays = stored(case, inputs)
+    d_out = arrays.pop("d_out")
+    config, seed, offset = config_of(case)
+    out, saved = pfa_core.forward(arrays, config, seed, offset)
+    gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, out=out)
+    attention_cases.check(case, inputs, out, gradients)
+
+
+def digests_of(program):
+    """What a program prints, for several numbers of threads."""
+    return {
         subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -130,7 +167,25 @@ def test_bits_of_one_query_do_not_depend_on_threads():
         ).stdout
         for threads in ("1", "2", "3", "16")
     }
-    assert len(digests) == 1
+
+
+def test_bits_of_a_mask_s_gradient_do_not_depend_on_threads():
+    """With many threads it is a pass of its own."""
+    program = (
+        "import hashlib; import attention_cases, pfa_core; from core import test_bare_attention as t\n"
+        "digest = hashlib.sha1()\n"
+        "for name in t.MASKS_ALONG:\n"
+        "    case = t.MASKS_ALONG[name].but(dtype='float32')\n"
+        "    arrays = t.stored(case, t.make_inputs(case))\n"
+        "    d_out = arrays.pop('d_out')\n"
+        "    config, seed, offset = t.config_of(case)\n"
+        "    out, saved = pfa_core.forward(arrays, config, seed, offset)\n"
+        "    wanted = ['query', 'key', 'value', 'attn_mask']\n"
+        "    for gradient in pfa_core.backward(arrays, config, d_out, saved, wanted, out=out).values():\n"
+        "        digest.update(gradient.tobytes())\n"
+        "print(digest.hexdigest())"
+    )
+    assert len(digests_of(program)) == 1
 
 
 def test_bad_configurations():

@@ -10,6 +10,13 @@
 
 namespace pfa::cpu::PFA_ISA {
 
+// Where the gradient of the scores goes beside the products. Most calls have no mask that wants it.
+struct NoMaskGradient {
+  static constexpr bool kIsWanted = false;
+  template <class A>
+  void operator()(const HeadIndex&, const ScoreTile&, const A*) const {}
+};
+
 template <class T>
 struct AttentionBackward {
   using A = Accumulator<T>;
@@ -136,7 +143,9 @@ struct AttentionBackward {
     return units;
   }
 
-  static void run_unit(const AttentionParams& p, const Unit& unit, const Tiles& tiles) {
+  // `of_scores` gets the unrounded gradient of every tile of scores, if it wants that.
+  template <class OfScores = NoMaskGradient>
+  static void run_unit(const AttentionParams& p, const Unit& unit, const Tiles& tiles, const OfScores& of_scores = {}) {
     const HeadShape<T> shape(p);
     const int64_t unit_keys = unit.keys.end - unit.keys.first;
     if (unit.wants_key_value) {
@@ -152,7 +161,7 @@ struct AttentionBackward {
         queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
       }
       for (int64_t first = queries.first; first < queries.end; first += kQueryTile) {
-        query_tile(head, unit, first, tiles);
+        query_tile(head, unit, first, tiles, of_scores);
       }
     }
     if (!unit.wants_key_value) return;
@@ -172,7 +181,9 @@ struct AttentionBackward {
   }
 
   // What a tile of queries gives to the unit.
-  static void query_tile(const Head<T>& head, const Unit& unit, int64_t first_query, const Tiles& tiles) {
+  template <class OfScores>
+  static void query_tile(const Head<T>& head, const Unit& unit, int64_t first_query, const Tiles& tiles,
+                         const OfScores& of_scores) {
     constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
     const HeadShape<T>& shape = head.shape;
     const int64_t padded = shape.padded;
@@ -187,7 +198,8 @@ struct AttentionBackward {
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
       const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
       if (hides_tile(head.ranges, tile)) continue;
-      score_gradient(head, tile, tiles);
+      score_gradient<OfScores::kIsWanted>(head, tile, tiles);
+      of_scores(head.index, tile, gradient.d_probability);
       if (unit.wants_key_value) {
         const int64_t offset = (first_key - unit.keys.first) * padded;
         // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]

@@ -1,5 +1,9 @@
 // The gradient of a float mask: that of the scores (backward.isa.h), summed over what the mask broadcasts over.
 //
+// Where the mask has heads, queries and keys, and its heads are work enough for all threads, the pass that makes the
+// other gradients takes all sequences of a head in turn and adds up the mask's on the way, in tiles of that head. Else
+// it is a pass of its own, with the same sums in the same order.
+//
 // A unit of work is a tile of the mask's own queries and keys, of which there is one where the mask broadcasts, of one
 // of its sequences and heads. It goes through all scores that the tile is added to, always in the same order, and
 // computes them again: nothing larger than the mask is kept, and the bits do not depend on the number of threads.
@@ -27,8 +31,79 @@ struct MaskGradient {
   }
 
   static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
-    return context.threads * thread_bytes(context, p);
+    const size_t along = goes_along(context, p) ? sums_of_head(p) * sizeof(double) + kSumsAlignment : 0;
+    return context.threads * (thread_bytes(context, p) + along);
   }
+
+  // The most memory for the sums of one thread that takes whole heads.
+  static constexpr size_t kMostSumsBytes = size_t{32} << 20;
+  static constexpr size_t kSumsAlignment = 64;
+  static constexpr int64_t kTile = kKeyTile * kQueryTile;
+
+  // The numbers of all tiles of the query heads that read one head of keys.
+  static size_t sums_of_head(const AttentionParams& p) {
+    const int64_t tiles = ceil_div(p.queries, kQueryTile) * ceil_div(p.keys, kKeyTile);
+    return static_cast<size_t>(p.num_heads / p.num_kv_heads * tiles * kTile);
+  }
+
+  static int64_t whole_heads(const AttentionParams& p) { return p.num_kv_heads * (p.mask.strides[0] ? p.batch : 1); }
+
+  // Whether the other gradients' pass makes this one.
+  static bool goes_along(const Context& context, const AttentionParams& p) {
+    const int64_t* strides = p.mask.strides;
+    const int64_t heads = whole_heads(p);
+    return strides[1] && strides[2] && strides[3] && (heads >= 2 * context.threads || heads % context.threads == 0) &&
+           sums_of_head(p) * sizeof(double) <= kMostSumsBytes;
+  }
+
+  // All gradients.
+  static void run_along(Context& context, const AttentionParams& p) {
+    using Backward = AttentionBackward<T>;
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    const int64_t key_tiles = ceil_div(p.keys, kKeyTile);
+    const int64_t tiles_of_head = ceil_div(p.queries, kQueryTile) * key_tiles;
+    const size_t bytes = workspace_bytes(context, p) / context.threads;
+    parallel_for(whole_heads(p), context.threads, [&](int64_t index, int thread) {
+      Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
+      const Tiles tiles(arena, context, p);
+      double* const sums = take<double>(arena, sums_of_head(p));
+      std::fill(sums, sums + sums_of_head(p), 0.0);
+      const int64_t kv_head = index % p.num_kv_heads;
+      const Range<int64_t> batches = one_or_all(p.mask.strides[0], index / p.num_kv_heads, 1, p.batch);
+      const auto tile_at = [&](int64_t in_group, int64_t query, int64_t key) {
+        return sums + (in_group * tiles_of_head + query / kQueryTile * key_tiles + key / kKeyTile) * kTile;
+      };
+      for (int64_t batch = batches.first; batch < batches.end; ++batch) {
+        const typename Backward::Unit unit{
+            batch, kv_head, {0, p.queries}, {0, p.keys}, p.d_query.data != nullptr, p.d_key.data || p.d_value.data};
+        const auto add = [&](const HeadIndex& head, const ScoreTile& tile, const A* gradients) {
+          add_tile(p.mask, tile, gradients, tile_at(head.head - kv_head * group, tile.first_query, tile.first_key));
+        };
+        Backward::run_unit(p, unit, tiles, Adds<decltype(add)>{add});
+      }
+      for (int64_t in_group = 0; in_group < group; ++in_group) {
+        const int64_t head = kv_head * group + in_group;
+        for (int64_t query = 0; query < p.queries; query += kQueryTile) {
+          for (int64_t key = 0; key < p.keys; key += kKeyTile) {
+            const Unit unit{batches,
+                            {head, head + 1},
+                            {query, std::min(query + kQueryTile, p.queries)},
+                            {key, std::min(key + kKeyTile, p.keys)}};
+            write(p, unit, tile_at(in_group, query, key));
+          }
+        }
+      }
+    });
+  }
+
+  template <class Add>
+  struct Adds {
+    static constexpr bool kIsWanted = true;
+    const Add& add;
+    void operator()(const HeadIndex& head, const ScoreTile& tile, const A* gradients) const {
+      add(head, tile, gradients);
+    }
+  };
 
   static void run(Context& context, const AttentionParams& p) {
     const int64_t* strides = p.mask.strides;

@@ -102,6 +102,7 @@ auto for_norm_dtypes(const BlockParams& p, F&& f) {
 
 template <class T>
 void attention_gradients(Context& context, const AttentionParams& p) {
+  if (p.d_mask && MaskGradient<T>::goes_along(context, p)) return MaskGradient<T>::run_along(context, p);
   AttentionBackward<T>::run(context, p);
   if (p.d_mask) MaskGradient<T>::run(context, p);
 }
