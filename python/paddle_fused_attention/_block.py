@@ -1,7 +1,7 @@
 """The description of an attention block: its tensors, numbers and switches.
 
 A function or a layer makes and checks it from the user's arguments. It is handed on whole to whatever computes the
-block: the operator, ordinary ops, or both where the heads are spread over processes.
+block: its operator, or the smaller ones.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from . import _op
 from ._amp import without_auto_cast
 from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
-from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
+from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
 from ._residual_norm import ResidualNorm, residual_norm, residual_tail
 
 # The operators' numbers for activations.
@@ -161,7 +161,7 @@ def feed_forward_over_processes(
 
     A seed fixes both dropouts' masks.
     """
-    # Bias, dropout, residual and final layer norm come once, after the sum.
+    # Bias, residual and final layer norm come once, after the sum.
     d = description
     part = without_fields(d, "ln2_scale", "ln2_bias")._replace(
         linear2_bias=None, dropout2_rate=0.0, add_residual=False, final_layer_norm=False
@@ -206,5 +206,5 @@ def _feed_forward_of_ordinary_ops(description: FeedForward) -> Any:
             u = activate(d.activation, u) * factor
         else:
             u = activate(d.activation, u)
-        u = dropout(u, d.dropout1_rate, d.training, d.mode)
+        u = F.dropout(u, d.dropout1_rate, training=d.training, mode=d.mode)
         return residual_tail(_tail_of(d, paddle.matmul(u, weight2)), dtype)

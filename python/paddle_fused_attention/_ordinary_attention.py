@@ -9,7 +9,7 @@ import paddle
 import paddle.nn.functional as F
 
 from ._amp import without_auto_cast
-from ._ordinary_parts import compute_dtype, dropout
+from ._ordinary_parts import compute_dtype
 
 
 def attention_of_ordinary_ops(d: Any) -> tuple:
@@ -31,7 +31,7 @@ def attention_of_ordinary_ops(d: Any) -> tuple:
             if hidden.shape[1] != 1:
                 hidden = _of_query_heads(hidden, group)
             scores = _masked(scores, 1 - hidden)
-        weights = dropout(_softmax(scores), d.dropout_rate, d.training, d.mode)
+        weights = F.dropout(_softmax(scores), d.dropout_rate, training=d.training, mode=d.mode)
         o = paddle.cast(paddle.matmul(weights, v).transpose([0, 2, 1, 3]), d.query.dtype)
         return (o.squeeze(0) if packed else o), weights
 

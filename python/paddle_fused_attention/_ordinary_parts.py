@@ -7,9 +7,6 @@ from types import FrameType
 from typing import Any, Sequence
 
 import paddle
-import paddle.nn.functional as F
-
-from ._descriptions import MODES
 
 
 def is_exported_to_onnx() -> bool:
@@ -39,11 +36,3 @@ def layer_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
     out = centred * paddle.rsqrt((centred * centred).mean(axis=-1, keepdim=True) + epsilon)
     out = out if scale is None else out * scale
     return out if bias is None else out + bias
-
-
-def dropout(tensor: Any, rate: float, training: bool, mode: str, keep: Any = None) -> Any:
-    """Dropout by the mask `keep`, or Paddle's own if that is None."""
-    if keep is None:
-        return F.dropout(tensor, rate, training=training, mode=mode)
-    scaled = tensor / (1.0 - rate) if mode == MODES[0] and rate < 1.0 else tensor
-    return paddle.where(keep, scaled, paddle.zeros_like(scaled))

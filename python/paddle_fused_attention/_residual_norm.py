@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import paddle
+import paddle.nn.functional as F
 from paddle.framework import in_dynamic_mode
 
 from . import _op
@@ -12,7 +13,7 @@ from ._amp import without_auto_cast
 from ._block import Block
 from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import is_auto_parallel
-from ._ordinary_parts import cast_all, compute_dtype, dropout, is_exported_to_onnx, layer_norm
+from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
 
 
 class ResidualNorm(NamedTuple):
@@ -130,16 +131,14 @@ def tail_of(block: Block, y: Any) -> ResidualNorm:
     # fmt: on
 
 
-def residual_tail(description: ResidualNorm, dtype: Any, keep: Any = None) -> Any:
-    """Computes a checked description, of tensors of any float dtypes, by ordinary ops, as `dtype`.
-
-    It is computed in float32 at least, as in the operator. `keep` is the dropout's mask; None: Paddle's own dropout.
-    """
+def residual_tail(description: ResidualNorm, dtype: Any) -> Any:
+    """Computes a checked description, of tensors of any float dtypes, by ordinary ops, as `dtype`: in float32 at least,
+    as in the operator, with Paddle's own dropout."""
     d = description
     z, residual, bias, ln_scale, ln_bias = cast_all(d.tensors, compute_dtype(d.x if d.residual is None else d.residual))
     if bias is not None:
         z = z + bias
-    z = dropout(z, d.dropout_rate, d.training, d.mode, keep)
+    z = F.dropout(z, d.dropout_rate, training=d.training, mode=d.mode)
     if residual is not None:
         z = residual + z
     if d.final_layer_norm:

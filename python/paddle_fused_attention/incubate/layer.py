@@ -125,8 +125,8 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
 
         Args:
             query: ``[batch, seq_len, embed_dim]``.
-            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer ignores others; here ordinary ops
-                attend to them: see :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
+            key, value: ``[batch, keys, embed_dim]``; None: the query. Paddle's layer ignores others, which are attended
+                to here: see :meth:`paddle_fused_attention.FusedMultiHeadAttention.forward`.
             attn_mask: As in :func:`paddle_fused_attention.incubate.functional.fused_multi_head_attention`; bool and
                 integer masks are read as by Paddle's layers, where a query that may see no key attends to all alike.
             cache: ``cache_kv`` of the function, or None.
