@@ -8,7 +8,7 @@ import paddle
 import pytest
 from blocks import make_layer, make_x
 from paddle.hapi.dynamic_flops import register_hooks
-from paddle_fused_attention import count_flops, incubate
+from paddle_fused_attention import FusedMultiHeadAttention, count_flops, incubate
 
 
 def test_summary(capsys):
@@ -32,6 +32,33 @@ def test_flops():
     layer.total_ops = 0
     count_flops(layer, (paddle.zeros([2, 7, 24]),), None)
     assert layer.total_ops == expected_flops(2, 7, 49)
+
+
+def test_flops_of_other_keys():
+    """Of 7 queries and 9 keys of other widths, which 2 of 4 heads are of; and of what caches and windows leave."""
+    x, key, value = paddle.zeros([2, 7, 24]), paddle.zeros([2, 9, 16]), paddle.zeros([2, 9, 10])
+    wide = FusedMultiHeadAttention(24, 4, kdim=16, vdim=10, num_kv_heads=2)
+    static = wide.gen_cache(key, value, wide.StaticCache)
+    causal = FusedMultiHeadAttention(24, 4, causal=True)
+    cached = causal.gen_cache(paddle.zeros([2, 4, 5, 6]), paddle.zeros([2, 4, 5, 6]))
+    window = FusedMultiHeadAttention(24, 4, window_size=(2, 1))
+    kept = incubate.FusedMultiHeadAttention(24, 4)
+    starts = paddle.to_tensor([0, 3, 7], dtype="int32")
+    own = 2 * 7 * 24 * 24  # queries and the output
+    for layer, arguments, expected in (
+        (wide, (x, key, value), 2 * (own + 9 * (16 + 10) * 12 + 2 * 24 * 7 * 9)),
+        (wide, (x, None, None, None, static), 2 * (own + 2 * 24 * 7 * 9)),
+        (causal, (x, None, None, None, cached), 2 * (2 * own + 2 * 24 * (7 * 5 + 28))),
+        (window, (x,), 2 * (2 * own + 2 * 24 * (2 + 3 + 4 * 4 + 3))),
+        (kept, (x, None, None, None, paddle.zeros([2, 2, 4, 5, 6])), 2 * (2 * own + 2 * 24 * 7 * 12)),
+        (kept, (x, x, x), 2 * (2 * own + 2 * 24 * 49)),
+        (causal, (x[0], None, None, None, None, starts), 2 * own + 2 * 24 * (6 + 10)),
+    ):
+        layer.total_ops = 0
+        count_flops(layer, arguments, None)
+        assert layer.total_ops == expected, arguments
+    with pytest.raises(ValueError, match="cu_seqlens: expected a Tensor"):
+        count_flops(causal, (x[0],), None)
 
 
 @pytest.mark.parametrize(
