@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import nn
 
 from . import _op
@@ -20,6 +21,7 @@ Cache = nn.MultiHeadAttention.Cache
 StaticCache = nn.MultiHeadAttention.StaticCache
 
 
+@paddle.jit.not_to_static
 def attention_with_cache(block: Block, source: Source, cache: Any) -> Composed:
     """:func:`composed_attention` with a cache or None, and in the result a new one of its kind.
 

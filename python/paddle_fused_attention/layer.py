@@ -226,6 +226,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         empty = paddle.zeros([batch, self.num_kv_heads, 0, self.head_dim], weight.dtype)
         return Cache(empty, empty)
 
+    @paddle.jit.not_to_static
     def _source(self, key: Any, value: Any) -> Source:
         projections = None
         if self.qkv_weight is None:

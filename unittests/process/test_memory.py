@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 
+import paddle
 import pytest
 from cases import DTYPES
 from processes import run_python
@@ -99,6 +100,10 @@ def run(inputs):
 def allocated():
     return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
 
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
@@ -119,12 +124,15 @@ def repeat():
     for _ in range(10):
         run(large)
 
+at_first = resident()
+
 threads = [threading.Thread(target=repeat) for _ in range(8)]
 for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
 print("threads", allocated() - before)
+print("resident", resident() - at_first)
 """
 
 
@@ -141,7 +149,10 @@ def test_kept_workspace():
     assert max(numbers["small"], numbers["huge"]) < 4096
     assert 32 * mebibyte < numbers["large"] < 40 * mebibyte
     assert numbers["faults"] < 32 * mebibyte / 4096 / 4
-    assert 32 * mebibyte < numbers["threads"] <= 129 * mebibyte
+    # Paddle 2.6 forgets what threads that have ended allocated. 32 MiB are kept before they begin.
+    if not paddle.__version__.startswith("2."):
+        assert 32 * mebibyte < numbers["threads"] <= 129 * mebibyte
+    assert numbers["resident"] <= (129 - 32 + 8) * mebibyte
 
 
 FAILING_ALLOCATIONS = r"""

@@ -50,6 +50,7 @@ class _OnOperators(nn.MultiHeadAttention):
             return Composed(self_attention(block))
         return attention_with_cache(block, source, cache)
 
+    @paddle.jit.not_to_static
     def _block(self, query: Any, mask: Any) -> Block:
         linear_weight, linear_bias = parameters_of(self._sub_layers["out_proj"], KINDS)
         qkv_weight, qkv_bias = self._packed()
@@ -71,6 +72,7 @@ class _OnOperators(nn.MultiHeadAttention):
         """The packed weight and bias."""
         raise NotImplementedError
 
+    @paddle.jit.not_to_static
     def _source(self, key: Any, value: Any) -> Source:
         return Source(key, value, needs_weights=self.need_weights)
 
@@ -97,6 +99,7 @@ class WideMultiHeadAttention(_OnOperators):
         # The source has the projections; every block has a weight.
         return parameters_of(self._sub_layers["q_proj"], KINDS)[0], None
 
+    @paddle.jit.not_to_static
     def _source(self, key: Any, value: Any) -> Source:
         pairs = (parameters_of(self._sub_layers[name], KINDS) for name in PADDLE_ADAPTER.projections)
         weights, biases = zip(*pairs)
