@@ -18,7 +18,6 @@ A step of decoding, one query for a cache of keys, reads memory and computes lit
 keys and values by the time, beside those that as many threads read of a large array.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -314,16 +313,8 @@ def measure(threads, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(DEFAULT_CASES))
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({len(os.sched_getaffinity(0)), 1}, reverse=True)
-    )
-    parser.add_argument("--passes", choices=PASSES, nargs="+", default=list(PASSES))
-    parser.add_argument("--turns", type=int, default=7)
+    parser = peers.parser_of(__doc__, CASES, DEFAULT_CASES, DTYPES, PASSES, LIBRARIES)
     parser.add_argument("--json", help="where to write all numbers")
-    parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments.worker)

@@ -24,7 +24,6 @@ float64 on the same weights; one that differs ends the benchmark. (Not the gradi
 compiled once more for that.)
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -385,19 +384,11 @@ def measure(arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(DEFAULT_CASES))
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({len(os.sched_getaffinity(0)), 1}, reverse=True)
-    )
+    parser = peers.parser_of(__doc__, CASES, DEFAULT_CASES, DTYPES, PASSES, ("ours", *PEERS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
-    parser.add_argument("--passes", choices=PASSES, nargs="+", default=list(PASSES))
-    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", default="encoder.json")
     parser.add_argument("--chart", default="encoder.svg")
     parser.add_argument("--draw", metavar="FILE", help="draw the chart of this JSON file, and measure nothing")
-    parser.add_argument("--worker", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments.worker)

@@ -4,6 +4,7 @@ one. All get the same cores and the same number of threads.
 A benchmark starts itself anew as the process of a library, a `Worker`, which answers requests by `serve`.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -13,6 +14,19 @@ import time
 
 LONG = 20.0  # seconds that a library's turns may take, once it has had three
 PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
+
+
+def parser_of(description, cases, default_cases, dtypes, passes, libraries):
+    """A parser of the arguments that such a benchmark has; `description` begins with a line of its own."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--cases", choices=cases, nargs="+", default=list(default_cases))
+    parser.add_argument("--dtypes", choices=dtypes, nargs="+", default=list(dtypes))
+    threads = sorted({len(os.sched_getaffinity(0)), 1}, reverse=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=threads)
+    parser.add_argument("--passes", choices=passes, nargs="+", default=list(passes))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--worker", choices=libraries, help=argparse.SUPPRESS)
+    return parser
 
 
 class Worker:

@@ -15,6 +15,14 @@ def run_script(path, *arguments, **options):
     return _run(path, *arguments, **options)
 
 
+def printed_with_threads(code, counts):
+    """What `python -c CODE` prints with these numbers of threads: a set."""
+    ends = [run_python(code, threads=threads) for threads in counts]
+    for end in ends:
+        assert end.returncode == 0, end.stderr
+    return {end.stdout for end in ends}
+
+
 def _run(*arguments, threads=2, directory=None, **variables):
     """`directory` is the one to start in; `variables` are more of the environment's."""
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(sys.path), **variables)

@@ -3,6 +3,7 @@
 #include "core/bare_attention.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/inputs.h"
 #include "op/blocks.h"
@@ -96,8 +97,9 @@ struct Attention {
                "none");
       }
     }
-    if (attributes.num_kv_heads < 0) {
-      refuse(kType, "ValueError", "num_kv_heads", "0 or more", std::to_string(attributes.num_kv_heads));
+    if (attributes.num_kv_heads < 0 || attributes.num_kv_heads > std::numeric_limits<int32_t>::max()) {
+      refuse(kType, "ValueError", "num_kv_heads", "0 or more and less than 2^31",
+             std::to_string(attributes.num_kv_heads));
     }
     if (attributes.has(kKeysByHead) && (attributes.key_behind_query() || attributes.is_packed())) {
       refuse(kType, "ValueError", "key", "a tensor of its own, and no packed sequences, as it is by head", "another");
@@ -126,8 +128,9 @@ struct Attention {
     }
     const Counts counts = counts_of(arguments.shapes, attributes);
     const int64_t num_heads = counts.num_heads, num_kv_heads = counts.num_kv_heads, keys = counts.keys;
-    const bool divides =
-        num_heads < 0 || num_kv_heads < 0 || (num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0);
+    // num_heads is less than 0 also where more heads of keys lie behind the query than it has.
+    const bool known = query[rank - 2] >= 0 && num_kv_heads >= 0;
+    const bool divides = !known || (num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0);
     const int64_t behind = attributes.value_behind_key() ? 2 : 1;
     const auto fits = [&](int input) {  // with key, or value if key lies behind query
       const Shape shape = arguments.shapes[input];

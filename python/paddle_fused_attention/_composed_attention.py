@@ -244,7 +244,7 @@ def _describe(block: Block, source: Source) -> tuple:
     description = Attention._make((
         query, key, value, None, block.cu_seqlens, block.cu_seqlens, None,
         head_dim**-0.5 if scale is None else scale, block.attn_dropout_rate,
-        block.training, block.causal, cache is not None, block.mode, block.seed, *window, longest or 0, longest or 0,
+        block.training, block.causal, cache is not None, block.mode, block.seed, *window, longest, longest,
         0, 0, num_kv_heads,
     ))
     # fmt: on

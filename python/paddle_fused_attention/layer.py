@@ -6,7 +6,6 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.base.data_feeder import convert_dtype
 
 from ._block import TENSORS, Block, scores_of
 from ._caches import Cache, StaticCache, attention_with_cache
@@ -462,7 +461,8 @@ def _copy_parameter(layer: nn.Layer, name: str, value: Any, origins: Any = None)
         return
     parameter = getattr(layer, name)
     if parameter.dtype != value.dtype:
-        parameter = layer.create_parameter(parameter.shape, dtype=convert_dtype(value.dtype))
+        zeros = nn.initializer.Constant(0.0)
+        parameter = layer.create_parameter(parameter.shape, dtype=value.dtype, default_initializer=zeros)
         setattr(layer, name, parameter)
     parameter.set_value(value.detach())
     parameter.stop_gradient = all(origin.stop_gradient for origin in (origins or [value]))

@@ -262,6 +262,10 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         shares = {name: None if value is None else self._share_of(name, value) for name, value in parameters.items()}
         super()._assign_parameters(shares, {**{name: [value] for name, value in parameters.items()}, **origins})
 
+    def gen_cache(self, key: Any, value: Any = None, type: Any = None) -> Any:
+        """Raises NotImplementedError: spread layers take no caches."""
+        raise NotImplementedError("gen_cache: expected a layer whose heads are not spread over processes")
+
     def _run(self, block: Block) -> paddle.Tensor:
         return parallel_attention(block, self.group)
 

@@ -16,6 +16,18 @@ def shake(model, seed=3):
     return model
 
 
+def replace(path, value):
+    """What gives a layer another part, or value, at a path such as ``self_attn.q_proj``."""
+
+    def change(layer):
+        *parents, name = path.split(".")
+        for parent in parents:
+            layer = getattr(layer, parent)
+        setattr(layer, name, value)
+
+    return change
+
+
 def encoder_layer(normalize_before=False, dropout=0.0, **arguments):
     return nn.TransformerEncoderLayer(EMBED, HEADS, 24, dropout, "gelu", normalize_before=normalize_before, **arguments)
 

@@ -20,6 +20,7 @@ from encoders import (
     gradients,
     make_mask,
     make_x,
+    replace,
     shake,
     state_of,
 )
@@ -333,16 +334,6 @@ def changed(change):
     layer = encoder_layer()
     change(layer)
     return layer
-
-
-def replace(path, value):
-    def change(layer):
-        *parents, name = path.split(".")
-        for parent in parents:
-            layer = getattr(layer, parent)
-        setattr(layer, name, value)
-
-    return change
 
 
 def freeze_query(layer):

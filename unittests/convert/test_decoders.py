@@ -6,7 +6,7 @@ import types
 import numpy as np
 import paddle
 import pytest
-from encoders import BATCH, EMBED, HEADS, SEQ, check, make_mask, make_x, shake, state_of
+from encoders import BATCH, EMBED, HEADS, SEQ, check, make_mask, make_x, replace, shake, state_of
 from paddle import nn
 from paddle_fused_attention import convert, revert
 from runners import attention_calls, feed_forward_calls, operator_calls
@@ -164,16 +164,6 @@ def test_dropout_rates():
     layer.eval()
     outs = [layer(make_x(), make_x(seq_len=KEYS)).numpy() for _ in range(2)]
     assert np.array_equal(*outs)
-
-
-def replace(path, value):
-    def change(layer):
-        *parents, name = path.split(".")
-        for parent in parents:
-            layer = getattr(layer, parent)
-        setattr(layer, name, value)
-
-    return change
 
 
 PARTS = {

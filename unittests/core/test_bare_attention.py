@@ -1,9 +1,5 @@
 """Attention by itself on every instruction set, against float64."""
 
-import os
-import subprocess
-import sys
-
 import attention_cases
 import numpy as np
 import pytest
@@ -21,6 +17,7 @@ from attention_cases import (
     stored,
 )
 from core_config import config_of
+from processes import printed_with_threads
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -120,7 +117,7 @@ def test_bits_of_one_query_do_not_depend_on_threads():
         "    digest.update(pfa_core.forward(arrays, t.config_of(case)[0])[0].tobytes())\n"
         "print(digest.hexdigest())"
     )
-    assert len(digests_of(program)) == 1
+    assert len(printed_with_threads(program, (1, 2, 3, 16))) == 1
 
 
 ALONG = FULL.but(batch=3, queries=150, keys=130, heads=12, kv_heads=6, head_dim=24, dropout_rate=0.1, seed=2)
@@ -155,20 +152,6 @@ def test_gradient_of_a_mask_beside_some(wanted):
     attention_cases.check(case, inputs, out, gradients)
 
 
-def digests_of(program):
-    """What a program prints, for several numbers of threads."""
-    return {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in ("1", "2", "3", "16")
-    }
-
-
 def test_bits_of_a_mask_s_gradient_do_not_depend_on_threads():
     """With many threads it is a pass of its own."""
     program = (
@@ -185,7 +168,7 @@ def test_bits_of_a_mask_s_gradient_do_not_depend_on_threads():
         "        digest.update(gradient.tobytes())\n"
         "print(digest.hexdigest())"
     )
-    assert len(digests_of(program)) == 1
+    assert len(printed_with_threads(program, (1, 2, 3, 16))) == 1
 
 
 def test_bad_configurations():

@@ -3,9 +3,6 @@ instruction set that this processor has, against the reference."""
 
 import functools
 import math
-import os
-import subprocess
-import sys
 
 import cases
 import common
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, SIXTEEN_BIT
 from core_config import config_of
+from processes import printed_with_threads
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
@@ -181,17 +179,7 @@ def test_bits_do_not_depend_on_threads():
         "        digest.update(out.tobytes()); [digest.update(g[n].tobytes()) for n in sorted(g)]\n"
         "print(digest.hexdigest())"
     )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in ("1", "2", "5")
-    }
-    assert len(digests) == 1
+    assert len(printed_with_threads(program, (1, 2, 5))) == 1
 
 
 @EVERY_ISA

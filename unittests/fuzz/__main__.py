@@ -13,7 +13,7 @@ import time
 import traceback
 
 import random_cases
-from checks import complaints
+from comparison import complaints
 
 
 def core_of(device):

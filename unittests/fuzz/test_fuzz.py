@@ -12,7 +12,7 @@ import random_cases
 
 pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
-import checks  # noqa: E402
+import comparison  # noqa: E402
 import core_on_cpu  # noqa: E402
 
 # A folder's __main__.py is no module that could be imported by its name.
@@ -48,12 +48,12 @@ def test_a_fault_is_found(block, dtype):
     numbers = range(list(random_cases.BLOCKS).index(block), 3000, len(random_cases.BLOCKS))
     drawn = (random_cases.draw(5, number) for number in numbers)
     fit = (d for d in drawn if d.case.dtype == dtype and len(d.wanted) > 2)
-    case = next(d for d in fit if 40 < checks.make_inputs(d.case)["d_out"].size < 1000)
-    assert checks.complaints(case, core_on_cpu) == []
+    case = next(d for d in fit if 40 < comparison.make_inputs(d.case)["d_out"].size < 1000)
+    assert comparison.complaints(case, core_on_cpu) == []
     for which in ("out", case.wanted[1]):
-        found = checks.complaints(case, Faulty(which, lambda a, largest: a + 0.5 * max(largest, 1.0)))
+        found = comparison.complaints(case, Faulty(which, lambda a, largest: a + 0.5 * max(largest, 1.0)))
         assert found and all(f" {which}:" in line for line in found), f"{which} of {case}: {found}"
-        assert checks.complaints(case, Faulty(which, lambda a, largest: np.nan)), f"{which} of {case}"
+        assert comparison.complaints(case, Faulty(which, lambda a, largest: np.nan)), f"{which} of {case}"
 
 
 def test_a_case_is_its_seed_and_number():

@@ -1,5 +1,7 @@
-"""A layer with parameters that are not initial ones, an input for it, and its gradients."""
+"""A layer with parameters that are not initial ones, an input for it, and its gradients; attention of separate
+projections in NumPy."""
 
+import attention_reference
 import numpy as np
 import paddle
 from paddle_fused_attention import FusedMultiHeadAttention
@@ -26,6 +28,22 @@ def make_x(batch=4, seq_len=7, seed=3):
 
 def as_float(tensor):
     return tensor.astype("float32").numpy()
+
+
+def composed_attention(query, key, projections, num_heads, r):
+    """A chain of ordinary ops whose results are rounded by `r`. The value is the key; the projections are weights
+    ``[width, columns]`` and biases of query, key, value and output."""
+
+    def project(x, weight, bias):
+        return r(r(x @ weight) + bias)
+
+    *inner, output = projections
+    heads = {
+        name: project(x, *projection).reshape(*x.shape[:2], num_heads, -1)
+        for name, x, projection in zip(("query", "key", "value"), (query, key, key), inner)
+    }
+    out, _ = attention_reference.run(heads, attention_reference.Config(), r=r)
+    return project(r(out).reshape(*query.shape[:2], -1), *output)
 
 
 def gradients(layer):

@@ -1,12 +1,11 @@
 """Layers that are given a key and a value: self-attention in whatever form it comes, and other keys and values."""
 
-import attention_reference
 import common
 import numpy as np
 import paddle
 import pytest
 import reference
-from attention_reference import Config
+from blocks import composed_attention
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, incubate
@@ -260,13 +259,9 @@ def test_dropout_of_other_keys_whatever_the_default_dtype():
 def composed(x, key, parameters, r):
     """The layer in NumPy, as a chain of ordinary ops whose results are rounded by `r`."""
     p = parameters
-    rows = p["qkv_weight"].reshape(3, EMBED, EMBED)
-    heads = [
-        r(r(t @ w.T) + b).reshape(BATCH, -1, HEADS, EMBED // HEADS)
-        for t, w, b in zip((x, key, key), rows, p["qkv_bias"].reshape(3, EMBED))
-    ]
-    o, _ = attention_reference.run(dict(zip(("query", "key", "value"), heads)), Config(), r=r)
-    y = r(r(r(o).reshape(BATCH, SEQ, EMBED) @ p["linear_weight"]) + p["linear_bias"])
+    weights, biases = p["qkv_weight"].reshape(3, EMBED, EMBED), p["qkv_bias"].reshape(3, EMBED)
+    projections = [*((w.T, b) for w, b in zip(weights, biases)), (p["linear_weight"], p["linear_bias"])]
+    y = composed_attention(x, key, projections, HEADS, r)
     return r(reference.layer_norm(r(x + y), p["ln_scale"], p["ln_bias"], 1e-5)[0])
 
 

@@ -209,6 +209,21 @@ def test_to_multi_head_attention(with_norm, normalize_before, bias_attr):
             assert np.array_equal(state[name].numpy(), wanted[name].numpy()), name
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("kdim", [None, 8])
+def test_dtypes_are_kept(kdim, dtype):
+    attention, norm = paddle.nn.MultiHeadAttention(EMBED, HEADS, kdim=kdim), paddle.nn.LayerNorm(EMBED)
+    attention.to(dtype=dtype)
+    fused = FusedMultiHeadAttention.from_multi_head_attention(attention, norm)
+    assert fused.linear_weight.dtype == attention.out_proj.weight.dtype
+    attention_back, norm_back = fused.to_multi_head_attention()
+    for layer, original in ((attention_back, attention), (norm_back, norm)):
+        state, wanted = layer.state_dict(), original.state_dict()
+        for name in wanted:
+            assert state[name].dtype == wanted[name].dtype, name
+            assert np.array_equal(state[name].numpy(), wanted[name].numpy()), name
+
+
 def test_two_layer_norms_have_no_separate_form():
     with pytest.raises(ValueError) as raised:
         FusedMultiHeadAttention(EMBED, HEADS, normalize_before=True).to_multi_head_attention()

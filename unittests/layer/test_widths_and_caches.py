@@ -5,6 +5,8 @@ import common
 import numpy as np
 import paddle
 import pytest
+import reference
+from blocks import DTYPES, as_float, composed_attention
 from paddle import nn
 from paddle_fused_attention import FusedMultiHeadAttention, ParallelFusedMultiHeadAttention, fused_multi_head_attention
 from runners import static_mode
@@ -102,21 +104,23 @@ def test_dropout_beside_weights():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kdim, vdim", [(16, 16), (EMBED, EMBED)])
-def test_other_widths_in_other_dtypes(kdim, vdim, dtype):
-    layer = attention(kdim, vdim, dtype="float32")
-    ours = fused(layer)
+@pytest.mark.parametrize("width", [16, EMBED])
+def test_other_widths_in_other_dtypes(width, dtype):
+    ours = fused(attention(width, width, dtype="float32"))
     ours.to(dtype=dtype)
-    rounded = fused(layer)
-    rounded.set_state_dict({name: p.astype("float32") for name, p in ours.state_dict().items()})
-    arrays = [draw(BATCH, n, w, seed=i, dtype="float32") for i, (n, w) in enumerate(((SEQ, EMBED), (KEYS, kdim)))]
-    tensors = [paddle.to_tensor(a).astype(dtype) for a in arrays]
-    out = ours(tensors[0], tensors[1], tensors[1] if kdim == vdim else None)
+    tensors = [tensor(BATCH, n, w, seed=n, dtype="float32").astype(dtype) for n, w in ((SEQ, EMBED), (KEYS, width))]
+    out = ours(tensors[0], tensors[1], tensors[1])
     assert out.dtype == tensors[0].dtype
-    wide = [t.astype("float32") for t in tensors]
-    expected = rounded(wide[0], wide[1], wide[1])
-    limit = 2e-5 if dtype == "float32" else 4 * common.UNIT_ROUNDOFF[dtype]
-    assert (out.astype("float32") - expected).abs().max() <= limit * expected.abs().max()
+    separate, _ = ours.to_multi_head_attention()
+    values = [as_float(t) for t in (*tensors, *separate.parameters())]
+
+    def compute(values, r):
+        query, key, *parameters = values
+        return composed_attention(query, key, list(zip(parameters[::2], parameters[1::2])), HEADS, r)
+
+    peer = compute(values, lambda a: reference.round_to(a, dtype)) if dtype in DTYPES else None
+    expected = compute([a.astype("float64") for a in values], lambda a: a)
+    common.check_tensor("out", as_float(out), expected, dtype, peer)
 
 
 def test_a_float32_query_beside_16_bit_projections():
@@ -372,5 +376,7 @@ def test_what_spread_layers_refuse():
     layer = ParallelFusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0, window_size=1, scale=0.5)
     x = tensor(BATCH, SEQ, EMBED, dtype="float32")
     with pytest.raises(NotImplementedError, match="cache: expected None where heads are spread"):
-        layer(x, cache=layer.gen_cache(x))
+        layer(x, cache=Cache(*[paddle.zeros([BATCH, HEADS, 1, HEAD_DIM])] * 2))
+    with pytest.raises(NotImplementedError, match="gen_cache: expected a layer whose heads"):
+        layer.gen_cache(x)
     common.check_tensor("out", layer(x).numpy(), layer.to_full()(x).numpy(), "float32")

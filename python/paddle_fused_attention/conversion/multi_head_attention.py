@@ -3,7 +3,7 @@ attention weights. Its projections are packed where they have the same width."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import paddle
 from paddle import nn
@@ -24,7 +24,12 @@ from .registry import reason_against
 
 class _OnOperators(nn.MultiHeadAttention):
     """What packed attentions and those of other widths have in common. Arguments and results are those of the base
-    class."""
+    class. A subclass says by `_is_untouched` whether its parts are those that the operators stand for, by `_packed`
+    what the packed weight and bias are."""
+
+    _is_untouched: Callable[[], bool]
+    _check_not_half_quantized: Callable[[], None]
+    _packed: Callable[[], tuple]
 
     def forward(self, query: Any, key: Any = None, value: Any = None, attn_mask: Any = None, cache: Any = None) -> Any:
         composed = self._attend(query, key, value, attn_mask, cache)
@@ -62,27 +67,16 @@ class _OnOperators(nn.MultiHeadAttention):
         )).checked()
         # fmt: on
 
-    def _is_untouched(self) -> bool:
-        raise NotImplementedError
-
-    def _check_not_half_quantized(self) -> None:
-        """Nothing is half of anything where nothing is packed."""
-
-    def _packed(self) -> tuple:
-        """The packed weight and bias."""
-        raise NotImplementedError
-
     @paddle.jit.not_to_static
     def _source(self, key: Any, value: Any) -> Source:
         return Source(key, value, needs_weights=self.need_weights)
 
 
-class PackedMultiHeadAttention(PackedAttention, _OnOperators):
+class PackedMultiHeadAttention(_OnOperators, PackedAttention):
     """A ``paddle.nn.MultiHeadAttention`` with packed projections."""
 
     _adapter = PADDLE_ADAPTER
     _original = nn.MultiHeadAttention
-    forward = _OnOperators.forward
 
     def _packed(self) -> tuple:
         return tuple(parameters_of(self, QKV_PARAMETERS))
@@ -94,6 +88,9 @@ class WideMultiHeadAttention(_OnOperators):
 
     def _is_untouched(self) -> bool:
         return all(is_plain(self._sub_layers.get(name), nn.Linear) for name in _PARTS)
+
+    def _check_not_half_quantized(self) -> None:
+        """Nothing is half of anything where nothing is packed."""
 
     def _packed(self) -> tuple:
         # The source has the projections; every block has a weight.
@@ -149,12 +146,12 @@ def reason_against_bare(attention: Any, uses: dict) -> str | None:
 def _reason_against_wide(attention: Any) -> str | None:
     width = attention.embed_dim
     for name, rows in zip(_PARTS, (width, attention.kdim, attention.vdim, width)):
-        layer = getattr(attention, name, None)
+        layer: Any = getattr(attention, name, None)
         reason = reason_against_linear(name, layer)
         if reason is not None:
             return reason
-        if list(layer.weight.shape) != [rows, width]:  # type: ignore[union-attr]
-            return f"its {name} has a weight of shape {list(layer.weight.shape)}, not [{rows}, {width}]"  # type: ignore[union-attr]
+        if list(layer.weight.shape) != [rows, width]:
+            return f"its {name} has a weight of shape {list(layer.weight.shape)}, not [{rows}, {width}]"
     return None
 
 
