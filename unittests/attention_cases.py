@@ -92,6 +92,17 @@ def make_inputs(case):
     return inputs
 
 
+def make_inputs_of_weights(case):
+    """The same with values by which the result is the weights: a one each, [batch, queries, heads, keys]."""
+    inputs = make_inputs(case)
+    one_each = np.eye(case.keys)[:, None].repeat(case.kv_heads, 1)
+    inputs["value"] = np.broadcast_to(one_each, (case.batch, *one_each.shape))
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    d_weights = rng.standard_normal((case.batch, case.queries, case.heads, case.keys))
+    inputs["d_out"] = reference.round_to(d_weights, case.dtype).astype(np.float64)
+    return inputs
+
+
 def stored(case, inputs):
     """The arrays as Paddle takes them."""
     return {
@@ -209,6 +220,9 @@ FEATURES = {
     "packed, dropout": FULL.but(lengths=LENGTHS, dropout_rate=0.3, seed=8, heads=4),
     "packed, one": FULL.but(lengths=((40, 40),), causal=True),
 }
+
+# Those that may be asked for the weights.
+FEATURES_OF_WEIGHTS = [name for name, case in FEATURES.items() if not case.lengths]
 
 # How query, key and value may share tensors, by letters for what each tensor holds; and whether key and value are by
 # head.

@@ -117,7 +117,7 @@ def run(inputs, config, d_out=None, r=exact):
     if query.ndim == 3:
         longest = max([1] + [s.stop - s.start for rows, _, _ in sequences for s in rows])
     factors = _factors(config, len(sequences), heads, longest)
-    out = np.zeros(query.shape)
+    out = np.zeros((*query.shape[:-1], value.shape[-1]))
     gradients = {"query": np.zeros(query.shape), "key": np.zeros(key.shape), "value": np.zeros(value.shape)}
     d_scores_of_all = None
     if mask is not None and mask.dtype.kind == "f":

@@ -2,6 +2,7 @@
 // pointers.
 #pragma once
 
+#include "core/attention_weights.h"
 #include "core/bare_attention.h"
 #include "core/params.h"
 
@@ -33,6 +34,12 @@
   PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(DO), DO(CuSeqlensQ, cu_seqlens_q, query_starts), \
       DO(CuSeqlensK, cu_seqlens_k, key_starts), DO(StartendRowIndices, startend_row_indices, hidden_ranges)
 
+#define PFA_ATTENTION_WEIGHTS_DIFFERENTIABLE_INPUTS(DO) \
+  DO(Query, query, query), DO(Key, key, key), DO(AttnMask, attn_mask, attn_mask)
+#define PFA_ATTENTION_WEIGHTS_INPUTS(DO)                                                                        \
+  PFA_ATTENTION_WEIGHTS_DIFFERENTIABLE_INPUTS(DO), DO(StartendRowIndices, startend_row_indices, hidden_ranges), \
+      DO(Statistics, statistics, statistics)
+
 namespace pfa {
 
 // The name of a differentiable input, and where a block's struct points to it and to its gradient.
@@ -48,6 +55,8 @@ struct InputPointers {
   {#name, &AttentionBlockParams::field, &AttentionBlockParams::d_##field}
 #define PFA_BARE_ATTENTION_POINTERS(Name, name, field) \
   {#name, &BareAttentionParams::field, &BareAttentionParams::d_##field}
+#define PFA_ATTENTION_WEIGHTS_POINTERS(Name, name, field) \
+  {#name, &AttentionWeightsParams::field, &AttentionWeightsParams::d_##field}
 #define PFA_FEED_FORWARD_POINTERS(Name, name, field) {#name, &FeedForwardParams::field, &FeedForwardParams::d_##field}
 #define PFA_RESIDUAL_NORM_POINTERS(Name, name, field) \
   {#name, &ResidualNormParams::field, &ResidualNormParams::d_##field}
@@ -69,6 +78,13 @@ constexpr InputPointers<BareAttentionParams> kInputs[kGradientCount] = {
     PFA_BARE_ATTENTION_DIFFERENTIABLE_INPUTS(PFA_BARE_ATTENTION_POINTERS)};
 }  // namespace bare_attention
 
+namespace attention_weights {
+enum Input : int { PFA_ATTENTION_WEIGHTS_INPUTS(PFA_ENUMERATOR), kInputCount };
+constexpr int kGradientCount = kStartendRowIndices;
+constexpr InputPointers<AttentionWeightsParams> kInputs[kGradientCount] = {
+    PFA_ATTENTION_WEIGHTS_DIFFERENTIABLE_INPUTS(PFA_ATTENTION_WEIGHTS_POINTERS)};
+}  // namespace attention_weights
+
 namespace feed_forward {
 enum Input : int { PFA_FEED_FORWARD_INPUTS(PFA_ENUMERATOR), kInputCount };
 constexpr InputPointers<FeedForwardParams> kInputs[kInputCount] = {PFA_FEED_FORWARD_INPUTS(PFA_FEED_FORWARD_POINTERS)};
@@ -88,6 +104,7 @@ constexpr InputPointers<LinearParams> kInputs[kInputCount] = {PFA_LINEAR_INPUTS(
 #undef PFA_ENUMERATOR
 #undef PFA_ATTENTION_POINTERS
 #undef PFA_BARE_ATTENTION_POINTERS
+#undef PFA_ATTENTION_WEIGHTS_POINTERS
 #undef PFA_FEED_FORWARD_POINTERS
 #undef PFA_RESIDUAL_NORM_POINTERS
 #undef PFA_LINEAR_POINTERS

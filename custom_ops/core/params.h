@@ -212,6 +212,9 @@ struct AttentionParams {
 
   // result
   Heads<void> out;
+  // [batch, H, queries, keys], not of packed sequences: the weights of the values, after dropout. Only
+  // attention_weights writes them.
+  void* weights = nullptr;
 
   // saved for backward, or null when nothing is saved
   uint64_t* random_state = nullptr;  // [2]: seed and offset
@@ -223,6 +226,7 @@ struct AttentionParams {
 
   // gradients; their heads lie as those of what they belong to may lie
   Heads<const void> d_out;
+  const void* d_weights = nullptr;  // as weights, which are read beside them; then there are no d_out and d_value
   Heads<void> d_query;
   Heads<void> d_key;
   Heads<void> d_value;

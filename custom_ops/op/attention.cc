@@ -1,5 +1,6 @@
-// custom_attention: attention by itself.
+// custom_attention: attention by itself; and custom_attention_weights, the weights that it gave to its values.
 
+#include "core/attention_weights.h"
 #include "core/bare_attention.h"
 
 #include <algorithm>
@@ -288,7 +289,99 @@ struct Attention {
   static bool comes_before_parts(int, Shape) { return false; }
 };
 
+// Its attributes are those of the attention, and Statistics is what that saved. Sequences are not packed.
+struct AttentionWeights {
+  using Params = AttentionWeightsParams;
+  using Attributes = Attention::Attributes;
+  static constexpr char kType[] = "custom_attention_weights";
+  static constexpr const char* kInputNames[] = {PFA_ATTENTION_WEIGHTS_INPUTS(PFA_INPUT_NAME)};
+  static constexpr const char* kArgumentNames[] = {PFA_ATTENTION_WEIGHTS_INPUTS(PFA_ARGUMENT_NAME)};
+  static constexpr size_t kRequiredCount = 2;
+  static constexpr const auto& kAttributeNames = Attention::kAttributeNames;
+  static constexpr const auto& kInputs = attention_weights::kInputs;
+  static constexpr bool kReadsOut = true;
+  static constexpr int kMaskInput = attention_weights::kAttnMask;
+  static constexpr char kOutLike[] = "shape [batch, num_heads, queries, keys] and the dtype of query";
+
+  // Where the attention's inputs stand among these; the value is as the key.
+  static constexpr int kOfAttention[] = {attention_weights::kQuery,
+                                         attention_weights::kKey,
+                                         attention_weights::kKey,
+                                         attention_weights::kAttnMask,
+                                         -1,
+                                         -1,
+                                         attention_weights::kStartendRowIndices};
+
+  static Attributes of_attention(Attributes attributes) {
+    const int64_t present = attributes.present;
+    attributes.present = 0;
+    for (int i = 0; i < bare_attention::kInputCount; ++i) {
+      if (kOfAttention[i] >= 0) attributes.present |= (present >> kOfAttention[i] & 1) << i;
+    }
+    return attributes;
+  }
+
+  template <class T>
+  static std::array<T, bare_attention::kInputCount> of_attention(const T* all) {
+    std::array<T, bare_attention::kInputCount> result{};
+    for (int i = 0; i < bare_attention::kInputCount; ++i) {
+      if (kOfAttention[i] >= 0) result[i] = all[kOfAttention[i]];
+    }
+    return result;
+  }
+
+  static void check(const Arguments& arguments, const Attributes& attributes) {
+    const Attributes own = of_attention(attributes);
+    const auto shapes = of_attention(arguments.shapes);
+    const auto dtypes = of_attention(arguments.dtypes);
+    Attention::check({kType, Attention::kArgumentNames, shapes.data(), dtypes.data(), own.present}, own);
+    constexpr int kStatistics = attention_weights::kStatistics;
+    if (!arguments.has(kStatistics)) refuse(kType, "TypeError", "statistics", "a tensor", "none");
+    if (arguments.dtypes[kStatistics] != "uint8") arguments.refuse_dtype(kStatistics, "uint8");
+    if (arguments.shapes[kStatistics].rank != 1) arguments.refuse_shape(kStatistics, "shape [bytes]");
+  }
+
+  static Sizes out_shape(const Shape* shapes, const Attributes& attributes) {
+    const auto of_inputs = of_attention(shapes);
+    const auto [num_heads, num_kv_heads, keys] = Attention::counts_of(of_inputs.data(), of_attention(attributes));
+    return {shapes[attention_weights::kQuery][0], num_heads, shapes[attention_weights::kQuery][1], keys};
+  }
+
+  static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
+    Params p;
+    static_cast<BareAttentionParams&>(p) = Attention::describe(of_attention(tensors).data(), of_attention(attributes));
+    const paddle::Tensor& statistics = *tensors[attention_weights::kStatistics];
+    const auto bytes = static_cast<int64_t>(saved_bytes(static_cast<const BareAttentionParams&>(p)));
+    if (statistics.numel() != bytes) {
+      refuse(kType, "ValueError", "statistics", std::to_string(bytes) + " bytes, as this attention saves",
+             std::to_string(statistics.numel()));
+    }
+    p.statistics = statistics.data();
+    return p;
+  }
+
+  static bool drops(const Params&) { return false; }  // what is dropped has been drawn
+
+  static Sharding sharding_of(const std::vector<Mapping>& mappings, const Attributes&) {
+    return {{mappings[attention_weights::kQuery][0], -1, -1, -1}};
+  }
+
+  static Mapping mapping_of(int input, Shape shape, const Sharding& sharding, const Attributes&) {
+    Mapping mapping(shape.rank, -1);
+    if (has_rows(input, shape)) mapping[0] = sharding.out[0];
+    return mapping;
+  }
+
+  static bool has_rows(int input, Shape shape) {
+    if (input == attention_weights::kStatistics) return false;
+    return input != attention_weights::kAttnMask || (shape.rank == 4 && shape[0] != 1);
+  }
+
+  static bool comes_before_parts(int, Shape) { return false; }
+};
+
 }  // namespace
 }  // namespace pfa::op
 
 PFA_REGISTER(custom_attention, pfa::op::Attention);
+PFA_REGISTER(custom_attention_weights, pfa::op::AttentionWeights);

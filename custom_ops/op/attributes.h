@@ -27,6 +27,7 @@ enum Switch : int64_t {
   kTransposeX = 512,
   kTransposeWeight = 1024,
   kKeysByHead = 2048,
+  kSaveAlways = 4096,  // another operator reads what is saved
 };
 
 struct Attributes {
@@ -40,7 +41,7 @@ struct Attributes {
   bool wants_gradient(int input) const {
     return has_input(input) && (!has(kNeedsGradHolds) || needs_grad >> input & 1);
   }
-  bool saves() const { return has(kSaveForBackward) && !is_test; }
+  bool saves() const { return has(kSaveAlways) || (has(kSaveForBackward) && !is_test); }
 };
 
 constexpr int kCommonAttributeCount = 4;

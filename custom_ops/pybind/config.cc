@@ -152,8 +152,9 @@ std::string block_of(const py::dict& config) {
 }
 
 void raise_unknown_block(const std::string& name) {
-  throw py::value_error("block: expected attention, bare_attention, feed_forward, residual_norm or linear, got " +
-                        name);
+  throw py::value_error(
+      "block: expected attention, bare_attention, attention_weights, feed_forward, residual_norm or linear, got " +
+      name);
 }
 
 void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) {
@@ -181,9 +182,11 @@ void parse_config(const py::dict& config, Config<AttentionBlockParams>& result) 
   reader.finish(result);
 }
 
-void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
-  Reader reader(config);
-  AttentionParams& p = result.params.attention;
+namespace {
+
+// What attention has by itself and where its weights are asked for.
+void read_attention(Reader& reader, BareAttentionParams& bare) {
+  AttentionParams& p = bare.attention;
   reader.require("batch", p.batch);
   reader.require("queries", p.queries);
   reader.require("keys", p.keys);
@@ -193,13 +196,9 @@ void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
   if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
     throw py::value_error("num_kv_heads: expected a divisor of num_heads");
   }
-  reader.take("key_behind_query", result.params.key_behind_query);
-  reader.take("value_behind_key", result.params.value_behind_key);
-  reader.take("keys_by_head", result.params.keys_by_head);
+  reader.take("keys_by_head", bare.keys_by_head);
   reader.take("first_head", p.first_head);
   reader.take("total_heads", p.total_heads);
-  reader.take("packed_queries", p.packed_queries);
-  reader.take("packed_keys", p.packed_keys);
   std::string dtype;
   reader.require("dtype", dtype);
   p.dtype = float_dtype_of("dtype", dtype);
@@ -210,6 +209,24 @@ void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
   reader.take("window_right", p.window_right);
   reader.read_mode();
   p.dropout = reader.dropout("dropout_rate");
+}
+
+}  // namespace
+
+void parse_config(const py::dict& config, Config<BareAttentionParams>& result) {
+  Reader reader(config);
+  AttentionParams& p = result.params.attention;
+  read_attention(reader, result.params);
+  reader.take("key_behind_query", result.params.key_behind_query);
+  reader.take("value_behind_key", result.params.value_behind_key);
+  reader.take("packed_queries", p.packed_queries);
+  reader.take("packed_keys", p.packed_keys);
+  reader.finish(result);
+}
+
+void parse_config(const py::dict& config, Config<AttentionWeightsParams>& result) {
+  Reader reader(config);
+  read_attention(reader, result.params);
   reader.finish(result);
 }
 
@@ -312,6 +329,23 @@ std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p
   });
 }
 
+std::vector<ArrayOf<AttentionWeightsParams>> arrays_of(const AttentionWeightsParams& p) {
+  using namespace attention_weights;
+  const AttentionParams& a = p.attention;
+  return arrays(kInputs, [&](int input, ArrayOf<AttentionWeightsParams>& array) {
+    array.dtype = a.dtype;
+    if (input == kAttnMask) return;  // has its own
+    array.is_required = true;
+    if (input == kQuery) {
+      array.shape = {a.batch, a.queries, a.num_heads, a.head_dim};
+    } else if (p.keys_by_head) {
+      array.shape = {a.batch, a.num_kv_heads, a.keys, a.head_dim};
+    } else {
+      array.shape = {a.batch, a.keys, a.num_kv_heads, a.head_dim};
+    }
+  });
+}
+
 std::vector<ArrayOf<FeedForwardParams>> arrays_of(const FeedForwardParams& p) {
   using namespace feed_forward;
   return arrays(kInputs, [&](int input, ArrayOf<FeedForwardParams>& array) {
@@ -375,6 +409,10 @@ ResultOf result_of(const BareAttentionParams& p) {
   const AttentionParams& a = p.attention;
   if (a.packed_queries) return {a.dtype, {a.packed_queries, a.num_heads, a.head_dim}};
   return {a.dtype, {a.batch, a.queries, a.num_heads, a.head_dim}};
+}
+ResultOf result_of(const AttentionWeightsParams& p) {
+  const AttentionParams& a = p.attention;
+  return {a.dtype, {a.batch, a.num_heads, a.queries, a.keys}};
 }
 ResultOf result_of(const BlockParams& p) { return {p.residual_dtype, {p.rows, p.embed_dim}}; }
 ResultOf result_of(const LinearParams& p) { return {p.dtype, {p.rows, p.out_features}}; }

@@ -23,6 +23,7 @@ struct Config {
 // Raise ValueError for an entry that is missing, unknown or not among the choices.
 void parse_config(const pybind11::dict& config, Config<AttentionBlockParams>& result);
 void parse_config(const pybind11::dict& config, Config<BareAttentionParams>& result);
+void parse_config(const pybind11::dict& config, Config<AttentionWeightsParams>& result);
 void parse_config(const pybind11::dict& config, Config<FeedForwardParams>& result);
 void parse_config(const pybind11::dict& config, Config<ResidualNormParams>& result);
 void parse_config(const pybind11::dict& config, Config<LinearParams>& result);
@@ -41,6 +42,7 @@ auto with_config(const pybind11::dict& config, F&& f) {
   const std::string block = block_of(config);
   if (block == "attention") return parsed(Config<AttentionBlockParams>{});
   if (block == "bare_attention") return parsed(Config<BareAttentionParams>{});
+  if (block == "attention_weights") return parsed(Config<AttentionWeightsParams>{});
   if (block == "feed_forward") return parsed(Config<FeedForwardParams>{});
   if (block == "residual_norm") return parsed(Config<ResidualNormParams>{});
   if (block == "linear") return parsed(Config<LinearParams>{});
@@ -60,6 +62,7 @@ struct ArrayOf {
 
 std::vector<ArrayOf<AttentionBlockParams>> arrays_of(const AttentionBlockParams& p);
 std::vector<ArrayOf<BareAttentionParams>> arrays_of(const BareAttentionParams& p);
+std::vector<ArrayOf<AttentionWeightsParams>> arrays_of(const AttentionWeightsParams& p);
 std::vector<ArrayOf<FeedForwardParams>> arrays_of(const FeedForwardParams& p);
 std::vector<ArrayOf<ResidualNormParams>> arrays_of(const ResidualNormParams& p);
 std::vector<ArrayOf<LinearParams>> arrays_of(const LinearParams& p);
@@ -72,16 +75,18 @@ struct ResultOf {
 
 ResultOf result_of(const AttentionBlockParams& p);
 ResultOf result_of(const BareAttentionParams& p);
+ResultOf result_of(const AttentionWeightsParams& p);
 ResultOf result_of(const BlockParams& p);
 ResultOf result_of(const LinearParams& p);
 
 constexpr char kConfigDoc[] =
-    R"(config is a dict of `block` ("attention", which is the default, "bare_attention", "feed_forward",
-"residual_norm" or "linear") and
+    R"(config is a dict of `block` ("attention", which is the default, "bare_attention", "attention_weights",
+"feed_forward", "residual_norm" or "linear") and
 dtype ("float32", "float64", "float16" or "bfloat16"); sizes (ints): attention has batch, seq_len, embed_dim,
 num_heads and head_dim, and optionally num_kv_heads, and packed_rows for packed sequences; bare_attention batch,
 queries, keys, num_heads, num_kv_heads and head_dim, for packed sequences packed_queries and packed_keys, and
 optionally first_head, total_heads and the bools key_behind_query, value_behind_key and keys_by_head;
+attention_weights the same but for packed and shared tensors;
 feed_forward rows, embed_dim, hidden_dim, and
 optionally first_hidden and total_hidden; residual_norm rows and embed_dim; linear rows, in_features and
 out_features. Optional are residual_dtype, of x, out and their gradients (default: dtype; or float32 beside a

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/attention_block.h"
+#include "core/attention_weights.h"
 #include "core/bare_attention.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"
@@ -111,6 +112,15 @@ bool take_described(const std::string& name, const py::object& value, BareAttent
   }
   return true;
 }
+bool take_described(const std::string& name, const py::object& value, AttentionWeightsParams& p) {
+  if (name != "statistics") return take_described(name, value, static_cast<BareAttentionParams&>(p));
+  const auto bytes = Bytes::ensure(value);
+  if (!bytes || static_cast<size_t>(bytes.size()) != saved_bytes(static_cast<const BareAttentionParams&>(p))) {
+    throw py::value_error("statistics: expected what forward of bare_attention returned");
+  }
+  p.statistics = bytes.data();
+  return true;
+}
 template <class P>
 bool take_described(const std::string&, const py::object&, P&) {
   return false;
@@ -192,7 +202,7 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
     cpu::Context context = make_context(isa);
     const ResultOf result = result_of(p);
     p.d_out = checked(d_out, "d_out", result.dtype, result.shape);
-    if (std::is_same_v<decltype(p), BareAttentionParams>) {
+    if (std::is_base_of_v<BareAttentionParams, decltype(p)>) {
       p.out = const_cast<void*>(checked(out, "out", result.dtype, result.shape));
     }
     if (static_cast<size_t>(saved.size()) != saved_bytes(p))
@@ -237,8 +247,9 @@ void bind_cpu(py::module_& module) {
                                          inputs_doc + kConfigDoc +
                                          "\nisa: one of instruction_sets(), by default the best.";
   static const std::string backward_doc =
-      "Returns the gradients of the inputs named in `needs` as a dict; bare_attention reads out.\n" + inputs_doc +
-      kConfigDoc;
+      "Returns the gradients of the inputs named in `needs` as a dict; bare_attention and attention_weights read "
+      "out.\n" +
+      inputs_doc + kConfigDoc;
   module.def("forward", forward, py::arg("inputs"), py::arg("config"), py::arg("seed") = 0, py::arg("offset") = 0,
              py::arg("saves") = true, py::arg("isa") = "", forward_doc.c_str());
   module.def("backward", backward, py::arg("inputs"), py::arg("config"), py::arg("d_out"), py::arg("saved"),

@@ -13,6 +13,7 @@
 #include <variant>
 
 #include "core/attention_block.h"
+#include "core/attention_weights.h"
 #include "core/bare_attention.h"
 #include "core/cuda/stages.h"
 #include "core/feed_forward_block.h"
@@ -103,6 +104,16 @@ const Setters<BareAttentionParams>& setters(const BareAttentionParams&) {
   return all;
 }
 
+const Setters<AttentionWeightsParams>& setters(const AttentionWeightsParams&) {
+  using P = AttentionWeightsParams;
+  static const Setters<P> all = [] {
+    Setters<P> result = setters_of_inputs(attention_weights::kInputs);
+    result["statistics"] = setter_of<P>(&P::statistics);
+    return result;
+  }();
+  return all;
+}
+
 const Setters<FeedForwardParams>& setters(const FeedForwardParams&) {
   using P = FeedForwardParams;
   static const Setters<P> all = [] {
@@ -158,6 +169,11 @@ const Stages<BareAttentionParams>& stages(const BareAttentionParams&) {
   return none;
 }
 
+const Stages<AttentionWeightsParams>& stages(const AttentionWeightsParams&) {
+  static const Stages<AttentionWeightsParams> none;  // it is one
+  return none;
+}
+
 const Stages<FeedForwardParams>& stages(const FeedForwardParams&) {
   using P = FeedForwardParams;
   static const Stages<P> all = {PFA_BLOCK_STAGES,           PFA_STAGE(store_random_state),
@@ -180,8 +196,9 @@ const Stages<LinearParams>& stages(const LinearParams&) {
 #undef PFA_BLOCK_STAGES
 #undef PFA_STAGE
 
-using AnyConfig = std::variant<Config<AttentionBlockParams>, Config<BareAttentionParams>, Config<FeedForwardParams>,
-                               Config<ResidualNormParams>, Config<LinearParams>>;
+using AnyConfig =
+    std::variant<Config<AttentionBlockParams>, Config<BareAttentionParams>, Config<AttentionWeightsParams>,
+                 Config<FeedForwardParams>, Config<ResidualNormParams>, Config<LinearParams>>;
 
 template <class P>
 void set_seed(P& p, uint64_t seed, uint64_t offset) {
@@ -318,7 +335,7 @@ class CudaBlock {
   size_t stage_workspace_bytes(const py::dict& arrays, bool backward) const {
     return visit(arrays, 0, [&](const cuda::Context& context, const auto& p) {
       const auto bytes = [&](Phase phase) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(p)>, BareAttentionParams>) {
+        if constexpr (std::is_base_of_v<BareAttentionParams, std::decay_t<decltype(p)>>) {
           return cuda::stage_workspace_bytes(context, with_tensors(p), phase);
         } else {
           return cuda::stage_workspace_bytes(context, p, phase);

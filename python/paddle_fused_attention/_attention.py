@@ -93,6 +93,19 @@ ATTENTION = _op.Operator(
 )
 
 
+# The weights that a call of ATTENTION with SAVE_ALWAYS gave, of what that saved. The attributes are the same.
+WEIGHTS = _op.Operator(
+    "custom_attention_weights",
+    ("query", "key", "attn_mask", "startend_row_indices", "statistics"),
+    ("Query", "Key", "AttnMask", "StartendRowIndices", "Statistics"),
+    numbers=Attention._fields[_OF_NUMBERS],
+    integers=("seed", *_INTEGERS),
+    mask="attn_mask",
+    differentiable=3,
+    listed_as=ATTENTION.type,
+)
+
+
 def _arguments(description: Attention) -> tuple:
     d, fields = description, tuple(description)
     switches = _op.FIXED_SEED if d.seed is not None else 0
@@ -109,11 +122,22 @@ def _arguments(description: Attention) -> tuple:
 @paddle.jit.not_to_static
 def attention_with_weights(description: Attention) -> tuple:
     """The result of a checked description, and the weights of its values after dropout,
-    ``[batch, num_heads, queries, keys]``, both of query's dtype: by ordinary ops, which store the scores and have
-    Paddle's own dropout."""
-    inputs = ATTENTION.checked_inputs(*_arguments(description))
-    out, weights = attention_of_ordinary_ops(Attention._make((*inputs, *description[_OF_TENSORS.stop :])))
-    return out, paddle.cast(weights, inputs[0].dtype)
+    ``[batch, num_heads, queries, keys]``, both of query's dtype. Either has its gradient.
+
+    Raises:
+        NotImplementedError: Sequences are packed, or see :func:`attention`.
+    """
+    if description.cu_seqlens_q is not None:
+        raise NotImplementedError("need_weights: expected none beside cu_seqlens")
+    if _is_exported():
+        return _of_ordinary_ops(description)
+    _check_meshes(description)
+    d = description._replace(**_separate(description))
+    inputs, training, switches, *others = _arguments(d)
+    out, statistics = ATTENTION.outputs(inputs, training, switches | _op.SAVE_ALWAYS, *others)
+    statistics.stop_gradient = True
+    inputs = (d.query, d.key, d.attn_mask, d.startend_row_indices, statistics)
+    return out, WEIGHTS.call(inputs, training, switches, *others)
 
 
 @paddle.jit.not_to_static
@@ -123,9 +147,35 @@ def attention(description: Attention) -> Any:
     Raises:
         NotImplementedError: There are auto-parallel tensors on Paddle 2.
     """
-    d = description
+    if _is_exported():
+        return _of_ordinary_ops(description)[0]
+    _check_meshes(description)
+    return ATTENTION.call(*_arguments(description))
+
+
+def _check_meshes(d: Attention) -> None:
     if in_dynamic_mode():
         is_auto_parallel(d.query, d.key, d.value)  # raises on Paddle 2; else the operator serves them too
-    elif is_exported_to_onnx():
-        return attention_with_weights(d)[0]
-    return ATTENTION.call(*_arguments(d))
+
+
+def _is_exported() -> bool:
+    return not in_dynamic_mode() and is_exported_to_onnx()
+
+
+def _of_ordinary_ops(description: Attention) -> tuple:
+    """The result and the weights of a checked description, for graphs that may hold no operator of ours."""
+    inputs = ATTENTION.checked_inputs(*_arguments(description))
+    out, weights = attention_of_ordinary_ops(Attention._make((*inputs, *description[_OF_TENSORS.stop :])))
+    return out, paddle.cast(weights, inputs[0].dtype)
+
+
+def _separate(d: Attention) -> dict[str, Any]:
+    """Query, key and value, each by itself."""
+    query, key, value = d.query, d.key, d.value
+    if key is None:
+        of_keys = value.shape[-2] if value is not None else 2 * (d.num_kv_heads or query.shape[-2] // 3)
+        query, key = query[..., :-of_keys, :], query[..., -of_keys:, :]
+    if value is None:
+        axis = 1 if d.keys_by_head else 2
+        key, value = paddle.split(key, 2, axis=axis)
+    return {"query": query, "key": key, "value": value}

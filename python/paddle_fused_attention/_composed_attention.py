@@ -1,8 +1,8 @@
 """The attention block composed of the smaller operators, where the one that computes it whole does not serve: keys and
 values of other tensors than x, caches, attention weights that are asked for, and graphs for ONNX.
 
-Layer norm, projections, attention, the output projection and what follows it are an operator each, so that scores are
-stored only where the weights are asked for.
+Layer norm, projections, attention, its weights, the output projection and what follows it are an operator each, so that
+nothing of the scores' size is stored but weights that are asked for.
 """
 
 from __future__ import annotations
@@ -84,12 +84,11 @@ def composed_attention(block: Block, source: Source) -> Composed:
     """Computes a checked block with other keys and values, or what else the source says.
 
     The mask broadcasts to ``[batch, num_heads, queries, keys]``, keys of the cache included. In dygraph dropout drops
-    the same elements as the block's operator, unless weights are asked for, so that it does not matter which of the two
-    runs. In a graph, and beside weights, others.
+    the same elements as the block's operator, so that it does not matter which of the two runs. In a graph others.
 
     Raises:
         TypeError, ValueError: A tensor does not fit the others.
-        NotImplementedError: Packed sequences attend to other keys.
+        NotImplementedError: Packed sequences attend to other keys, or their weights are asked for.
     """
     draws_once = (
         in_dynamic_mode()
@@ -97,7 +96,6 @@ def composed_attention(block: Block, source: Source) -> Composed:
         and block.seed is None
         and block.dropout_rate > 0.0
         and block.attn_dropout_rate > 0.0
-        and not source.needs_weights
     )
     state = generator_of(block.x).get_state() if draws_once else None
     block, y, weights, cache = _before_tail(block, source, 0, 0)

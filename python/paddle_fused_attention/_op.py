@@ -41,6 +41,7 @@ GATED = 256
 TRANSPOSE_X = 512
 TRANSPOSE_WEIGHT = 1024
 KEYS_BY_HEAD = 2048
+SAVE_ALWAYS = 4096
 
 # The scale that stands for head_dim ** -0.5, which is not always known while a graph is built.
 DEFAULT_SCALE = float("nan")
@@ -177,6 +178,17 @@ class Operator:
         integers: tuple[int, ...],
     ) -> Any:
         """Calls the operator and returns Out. An input may be None."""
+        return self.outputs(inputs, training, switches, numbers, integers)[0]
+
+    def outputs(
+        self,
+        inputs: Sequence[Any],
+        training: bool,
+        switches: int,
+        numbers: tuple[float, ...],
+        integers: tuple[int, ...],
+    ) -> Sequence[Any]:
+        """Calls the operator and returns Out and, with SAVE_ALWAYS, what it saved."""
         tracer = _dygraph_tracer()
         if tracer is None:
             return self._call_static(inputs, training, switches, numbers, integers)
@@ -197,7 +209,7 @@ class Operator:
                 if not tensor.stop_gradient:
                     needs_grad |= bit
             bit <<= 1
-        op_type = self._forward_type
+        op_type = self.type if switches & SAVE_ALWAYS else self._forward_type
         if needs_grad and paddle.is_grad_enabled():
             if needs_grad & self._special_bits:
                 needs_grad = self._with_gradient(needs_grad, inputs)
@@ -205,17 +217,20 @@ class Operator:
             if needs_grad:
                 op_type = self.type
         try:
-            return _run_custom_op(
+            outputs = _run_custom_op(
                 op_type, *tensors, not training, switches, present, needs_grad, *_float_bits(numbers), *integers
-            )[0]
+            )
         except Exception as error:
             _raise_checked(str(error))
             check_tensors(self.tensors, inputs)
             raise
+        if op_type == self.type and not (needs_grad and paddle.is_grad_enabled()):
+            return [output.detach() for output in outputs]  # of what Paddle has recorded nevertheless
+        return outputs
 
     def _call_static(
         self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple
-    ) -> Any:
+    ) -> Sequence[Any]:
         check_graph(self.tensors, inputs)
         wants_grad = self._wants_grad_static(inputs)  # before they are cast
         amp_dtype = _amp.target_dtype(self._listed_as, None)
@@ -225,10 +240,11 @@ class Operator:
             integers = (next(_call_numbers), *integers[1:])
         attributes = self._static_attributes(inputs, training, switches, numbers, integers)
         self._check_attributes(inputs, attributes)
-        out = (self._call_pir if in_dynamic_or_pir_mode() else self._append_to_program)(inputs, attributes)
+        call = self._call_pir if in_dynamic_or_pir_mode() else self._append_to_program
+        outputs = call(inputs, attributes, switches & SAVE_ALWAYS)
         if not wants_grad:
-            out.stop_gradient = True
-        return out
+            outputs[0].stop_gradient = True
+        return outputs
 
     def _cast(self, inputs: Sequence[Any], dtype: Any) -> list[Any]:
         try:
@@ -289,7 +305,7 @@ class Operator:
             wanted ^= self._mask_bit
         return wanted & self._gradient_bits
 
-    def _call_pir(self, inputs: Sequence[Any], attributes: tuple) -> Any:
+    def _call_pir(self, inputs: Sequence[Any], attributes: tuple, saves_always: int) -> Sequence[Any]:
         absent = None
         values = []
         for i, value in enumerate(inputs):
@@ -302,10 +318,10 @@ class Operator:
                     absent.stop_gradient = True
                 value = absent
             values.append(value)
-        op_type = self.type if paddle.is_grad_enabled() else self._forward_type
-        return _run_custom_op(op_type, *values, *attributes)[0]
+        op_type = self.type if saves_always or paddle.is_grad_enabled() else self._forward_type
+        return _run_custom_op(op_type, *values, *attributes)
 
-    def _append_to_program(self, inputs: Sequence[Any], attributes: tuple) -> Any:
+    def _append_to_program(self, inputs: Sequence[Any], attributes: tuple, _: int) -> Sequence[Any]:
         """Adds the operator to a static graph of Paddle 2.6. There append_backward fails if an input has stop_gradient
         set, so such inputs and the placeholders go in as copies without it."""
         from paddle.base.layer_helper import LayerHelper
@@ -329,7 +345,7 @@ class Operator:
             outputs={"Out": [out], "Saved": [saved]},
             attrs=dict(zip(self._attribute_names, attributes)),
         )
-        return out
+        return out, saved
 
 
 _BLOCK_INPUTS = (

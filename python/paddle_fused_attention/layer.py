@@ -44,8 +44,8 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         attn_dropout_rate: The probability of dropping an element of the attention, in [0, 1].
         kdim, vdim: Widths of keys and values; None: embed_dim.
         normalize_before: Whether the input is layer-normalised before the QKV projection.
-        need_weights: Whether calls return the attention's weights as well. They are then computed by ordinary ops,
-            which store the scores, with Paddle's own dropout.
+        need_weights: Whether calls return the attention's weights as well, which an operator of their own computes
+            from what attention saved. The result is the same as without, in training too.
         weight_attr: ParamAttr of all weights but the layer norms'; by default Xavier's uniform initialisation. An
             initializer, also one of ``paddle.nn.initializer.set_global_initializer``, is applied as to the separate
             weights of query, key and value, [embed_dim, embed_dim] (in, out), which are then packed. Layer-norm scales
@@ -190,7 +190,8 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             ``[batch, num_heads, seq_len, keys]`` after dropout if they are needed, and the new cache if there is one.
 
         Raises:
-            NotImplementedError: Other keys are auto-parallel tensors, or packed sequences have other keys.
+            NotImplementedError: Other keys are auto-parallel tensors, or packed sequences have other keys or are asked
+                for weights.
             TypeError, ValueError: See :func:`fused_multi_head_attention`; or a cache does not fit.
         """
         key_value = None if isinstance(cache, StaticCache) else other_keys(query, key, value)

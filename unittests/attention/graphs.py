@@ -10,14 +10,19 @@ from runners import static_mode, to_tensors
 GRAPHS = pytest.mark.parametrize("graph", ["dygraph", "full_graph", "program"])
 
 
-def call(tensors, config, longest=(0, 0), **changes):
-    """The description of the config, computed, of tensors or variables by name."""
+def describe(tensors, config, longest=(0, 0), **changes):
+    """The description of the config, of tensors or variables by name."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "offset"}
     if fields["scale"] is None:
         fields["scale"] = tensors["query"].shape[-1] ** -0.5
     if "cu_seqlens_q" in tensors:
         fields.update(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
-    return attention(Attention(**tensors, **{**fields, **changes}).checked())
+    return Attention(**tensors, **{**fields, **changes}).checked()
+
+
+def call(*arguments, **changes):
+    """The result of what `describe` makes of the arguments."""
+    return attention(describe(*arguments, **changes))
 
 
 class _Traced(paddle.nn.Layer):

@@ -103,6 +103,28 @@ def test_dropout_beside_weights():
     close("out", out, paddle.matmul(mixed, ours.linear_weight))
 
 
+def test_weights_change_nothing_else():
+    """The result and what is drawn are the same, in training too."""
+    ours = fused(attention(dropout=0.5))
+    x, key = tensor(BATCH, SEQ, EMBED), tensor(BATCH, KEYS, EMBED, seed=3)
+    for keys in ((), (key, key)):
+        found = []
+        for needs in (False, True):
+            ours.need_weights = needs
+            paddle.seed(7)
+            results = ours(x, *keys)
+            found.append((results[0] if needs else results, float(paddle.rand([1]))))
+        close("out", found[1][0], found[0][0])
+        assert found[1][1] == found[0][1]
+
+
+def test_weights_of_packed_sequences_are_refused():
+    ours = fused(attention(need_weights=True))
+    starts = paddle.to_tensor([0, 3, SEQ], "int32")
+    with pytest.raises(NotImplementedError, match="need_weights: expected none beside cu_seqlens"):
+        ours(tensor(SEQ, EMBED), cu_seqlens=starts, max_seqlen=SEQ)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("width", [16, EMBED])
 def test_other_widths_in_other_dtypes(width, dtype):

@@ -22,6 +22,7 @@ struct Context;
   DO(qkv_linear_backward, AttentionBlockParams)    \
   DO(attention_forward, AttentionParams)           \
   DO(attention_backward, AttentionParams)          \
+  DO(attention_weights, AttentionParams)           \
   DO(output_linear_forward, AttentionBlockParams)  \
   DO(output_linear_backward, AttentionBlockParams) \
   DO(linear1_forward, FeedForwardParams)           \

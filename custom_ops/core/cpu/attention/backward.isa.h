@@ -3,6 +3,8 @@
 //   dv = (r p)^T do,  dp = do v^T,  ds = p (r dp - delta),  delta = sum over d of do o,
 //   dq = scale * ds k,  dk = scale * ds^T q
 //
+// That of the weights w = r p has dp = dw and delta = sum over keys of dw w.
+//
 // The scores are computed again, tile by tile. A unit of work is a range of query tiles against a range of key tiles of
 // one head, for dq, for dk and dv, or for both. With enough heads a head is one unit; else it is split by query tiles
 // for dq and by key tiles for dk and dv. Either way every element is summed over the same tiles in the same order, so
@@ -203,8 +205,10 @@ struct AttentionBackward {
       if (unit.wants_key_value) {
         const int64_t offset = (first_key - unit.keys.first) * padded;
         // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
-        micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.probability, score_stride, 1},
-                         tiles.d_out_rows, padded, {tiles.d_value + offset, padded, dropout_scale, true});
+        if (!head.p.d_weights) {
+          micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.probability, score_stride, 1},
+                           tiles.d_out_rows, padded, {tiles.d_value + offset, padded, dropout_scale, true});
+        }
         // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
         micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.d_score, score_stride, 1}, tiles.query_rows,
                          padded, {tiles.d_key + offset, padded, head.score_scale, true});
@@ -229,9 +233,14 @@ struct AttentionBackward {
     const ScoreGradient<T>& gradient = tiles.gradient;
     // scores [keys, queries] = scale * k @ q^T + mask
     tiles.scores.load_keys(head, tile);
-    // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
-    micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
-                     kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});
+    if (head.p.d_weights) {
+      load_weight_gradient(head, tile, gradient.d_probability);
+    } else {
+      tiles.scores.load_values(head, tile);
+      // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
+      micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
+                       kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});
+    }
     gradient.template compute<kKeepsExact>(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
   }
 
@@ -239,19 +248,25 @@ struct AttentionBackward {
   static void load_queries(const Head<T>& head, int64_t first, int64_t queries, const Tiles& tiles) {
     const AttentionParams& p = head.p;
     const HeadShape<T>& shape = head.shape;
-    const HeadRows<const T> out = head.layout.template query_rows<const T>(p.out, head.index);
     const HeadRows<const T> d_out = head.layout.template query_rows<const T>(p.d_out, head.index);
     tiles.scores.load_queries(head, first, queries);
-    pack_along_depth<T>(d_out, first, queries, shape, tiles.d_out);
-    transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);
     pack_along_rows<T>(tiles.scores.query, queries, shape, tiles.query_rows);
-    pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
+    if (!p.d_weights) {
+      pack_along_depth<T>(d_out, first, queries, shape, tiles.d_out);
+      transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);
+      pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
+    }
 
+    const HeadRows<const T> out = head.layout.template query_rows<const T>(p.out, head.index);
     const A* log_sum_exp = head.statistics(p.log_sum_exp, first);
     const A* score_shift = head.statistics(p.score_shift, first);
     for (int64_t i = 0; i < queries; ++i) {
       tiles.gradient.score_shift[i] = score_shift[i];
       tiles.gradient.log_sum_exp[i] = log_sum_exp[i];
+      if (p.d_weights) {
+        tiles.gradient.delta[i] = weights_dot(head, first + i, tiles.gradient.d_probability);
+        continue;
+      }
       load_row(out.row(first + i), p.head_dim, tiles.out_row);
       load_row(d_out.row(first + i), p.head_dim, tiles.d_out_row);
       tiles.gradient.delta[i] = row_dot<A>(tiles.out_row, tiles.d_out_row, p.head_dim);

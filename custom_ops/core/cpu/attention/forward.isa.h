@@ -83,6 +83,7 @@ struct AttentionForward {
       if (hides_tile(head.ranges, tile)) continue;
       // scores [keys, queries] = scale * k @ q^T + mask
       tiles.scores.load_keys(head, tile);
+      tiles.scores.load_values(head, tile);
       const P* value_rows = pack_along_rows<T>(tiles.scores.value, tile.keys, head.shape, tiles.value_rows);
       // p [keys, queries] = exp(scores - maximum)
       tiles.softmax.add_tile(tile.keys, width, tiles.scores.scores, tiles.scores.kept, tiles.probability);

@@ -30,12 +30,15 @@ struct Scores {
     transpose_tile(query, count, head.shape.depth, head.shape.stride, query_transposed);
   }
 
-  // With the queries loaded: keys and values, their scores, and what is kept of the probabilities.
+  void load_values(const Head<T>& head, const ScoreTile& tile) const {
+    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.value, head.index), tile.first_key, tile.keys,
+                        head.shape, value);
+  }
+
+  // With the queries loaded: keys, their scores, and what is kept of the probabilities.
   void load_keys(const Head<T>& head, const ScoreTile& tile) const {
     pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.key, head.index), tile.first_key, tile.keys,
                         head.shape, key);
-    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.value, head.index), tile.first_key, tile.keys,
-                        head.shape, value);
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
     micro_gemm<A, P>(tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth, {key, head.shape.stride, 1},
                      query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false});

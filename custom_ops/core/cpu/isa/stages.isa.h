@@ -46,6 +46,7 @@
 #include "core/cpu/attention/softmax.isa.h"
 
 #include "core/cpu/attention/one_query.isa.h"
+#include "core/cpu/attention/weights.isa.h"
 
 #include "core/cpu/attention/backward.isa.h"
 #include "core/cpu/attention/forward.isa.h"
@@ -147,6 +148,7 @@ PFA_STAGE(linear2_forward, FeedForwardParams, (Linear<T, R>::linear2_forward))
 PFA_STAGE(linear2_backward, FeedForwardParams, (Linear<T, R>::linear2_backward))
 PFA_DTYPE_STAGE(attention_forward, AttentionParams, AttentionForward<T>::run)
 PFA_DTYPE_STAGE(attention_backward, AttentionParams, attention_gradients<T>)
+PFA_DTYPE_STAGE(attention_weights, AttentionParams, AttentionWeights<T>::run)
 PFA_DTYPE_STAGE(linear_forward, LinearParams, (Linear<T, T>::linear_forward))
 PFA_DTYPE_STAGE(linear_backward, LinearParams, (Linear<T, T>::linear_backward))
 PFA_DTYPE_STAGE(activation_backward, LinearParams, ActivationRows<T>::backward)

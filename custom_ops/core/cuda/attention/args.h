@@ -62,12 +62,14 @@ struct BackwardArgs : AttentionArgs {
   const void* score_shift;       // the same in units of log2
   const uint64_t* random_state;  // [2]: seed and offset of the forward pass
   Heads<const void> d_out;
+  const void* weights;    // [B, H, queries, keys], as d_weights, which is not null where theirs is the gradient
+  const void* d_weights;  // that is given: then there are no out, d_out and d_value
   Heads<void> d_query;
   Heads<void> d_key;
   Heads<void> d_value;
 
   // The row statistics, [B, H, rows_padded] each, packed [H, rows_padded], made by the pass's first kernel.
-  void* delta;   // sum over d of d_out * out; 0 past the last query
+  void* delta;   // sum over d of d_out * out, or over keys of d_weights * weights; 0 past the last query
   void* lse2;    // log_sum_exp * log2(e), and score_shift unless that is large; +inf past the last query
   void* shift2;  // score_shift if it is large, else 0
   // The number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart.
@@ -124,6 +126,8 @@ inline BackwardArgs backward_args(const AttentionParams& p) {
   args.score_shift = p.score_shift;
   args.random_state = p.random_state;
   args.d_out = p.d_out;
+  args.weights = p.weights;
+  args.d_weights = p.d_weights;
   args.d_query = p.d_query;
   args.d_key = p.d_key;
   args.d_value = p.d_value;

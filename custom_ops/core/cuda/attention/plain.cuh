@@ -278,11 +278,32 @@ __device__ __forceinline__ ElementGradient<Acc> element_gradient(const BackwardA
           score_gradient(p, kept ? d_product : Acc(0), static_cast<Acc>(args.drop_scale), row.delta)};
 }
 
+// result[r][c] = the gradient of the weight of the query and the key that row0 + ty + 16 r and col0 + tx + 16 c are.
+template <class T, class Acc, bool kRowsAreKeys>
+__device__ __forceinline__ void load_weight_gradient(const BackwardArgs& args, const HeadState& head,
+                                                     Square<Acc>& result, int row0, int col0) {
+  constexpr int kN = Tile<Acc>::kPerThread;
+  const int queries = args.visibility.queries;
+  const int keys = args.visibility.keys;
+  const T* gradients = static_cast<const T*>(args.d_weights) + head.index.flat * queries * int64_t{keys};
+#pragma unroll
+  for (int r = 0; r < kN; ++r) {
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      const int row = row0 + static_cast<int>(threadIdx.x / 16) + 16 * r;
+      const int column = col0 + static_cast<int>(threadIdx.x % 16) + 16 * c;
+      const int i = kRowsAreKeys ? column : row;
+      const int j = kRowsAreKeys ? row : column;
+      result[r][c] = i < queries && j < keys ? widen(gradients[i * int64_t{keys} + j]) : Acc(0);
+    }
+  }
+}
+
 // d_k and d_v of a tile of keys, from all heads of queries that read it: rows of the tile are keys, columns are
-// queries.
-template <class T, class Acc, int kHeadDim, bool kGeneral>
+// queries. kOfWeights: d_k from the gradient of the weights, in any dtype on any device.
+template <class T, class Acc, int kHeadDim, bool kGeneral, bool kOfWeights = false>
 __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(BackwardArgs args) {
-  if constexpr (kServes<T>) {
+  if constexpr (kServes<T> || kOfWeights) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
@@ -306,7 +327,11 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
         if (hidden == Hidden::kAll) continue;
         Square<Acc> s, dp;
         dot_rows<T, Acc>(tile, s, {head.k, key0, keys}, {head.q, row0, queries}, args.head_dim());
-        dot_rows<T, Acc>(tile, dp, {head.v, key0, keys}, {head.d_out, row0, queries}, args.head_dim());
+        if constexpr (kOfWeights) {
+          load_weight_gradient<T, Acc, true>(args, head, dp, key0, row0);
+        } else {
+          dot_rows<T, Acc>(tile, dp, {head.v, key0, keys}, {head.d_out, row0, queries}, args.head_dim());
+        }
 #pragma unroll
         for (int r = 0; r < kN; ++r) {
 #pragma unroll
@@ -318,7 +343,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
             tile.scores[(ty + 16 * r) * Shape::kScoreStride + tx + 16 * c] = gradient.kept;
           }
         }
-        sum_rows<T, Acc, kHeadDim>(tile, dv, {head.d_out, row0, queries}, args.head_dim());
+        if constexpr (!kOfWeights) {
+          sum_rows<T, Acc, kHeadDim>(tile, dv, {head.d_out, row0, queries}, args.head_dim());
+        }
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < kN; ++r) {
@@ -331,14 +358,15 @@ __global__ void __launch_bounds__(kThreads) attention_backward_kv_plain(Backward
     const BackwardHead<T, Acc> head = backward_head<T, Acc, kGeneral>(args, index.head * group, false);
     const int keys = head.visibility.keys;
     if (args.d_key.data) store_sums<T, Acc, kHeadDim>(head.d_k, key0, keys, args.head_dim(), dk, args.score_scale);
-    if (args.d_value.data) store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
+    if (!kOfWeights && args.d_value.data)
+      store_sums<T, Acc, kHeadDim>(head.d_v, key0, keys, args.head_dim(), dv, args.drop_scale);
   }
 }
 
 // d_q of a tile of queries.
-template <class T, class Acc, int kHeadDim, bool kGeneral>
+template <class T, class Acc, int kHeadDim, bool kGeneral, bool kOfWeights = false>
 __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardArgs args) {
-  if constexpr (kServes<T>) {
+  if constexpr (kServes<T> || kOfWeights) {
     using Shape = Tile<Acc>;
     constexpr int kN = Shape::kPerThread;
     __shared__ Shape tile;
@@ -361,7 +389,11 @@ __global__ void __launch_bounds__(kThreads) attention_backward_q_plain(BackwardA
       if (hidden == Hidden::kAll) continue;
       Square<Acc> s, dp;
       dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
-      dot_rows<T, Acc>(tile, dp, {head.d_out, row0, queries}, {head.v, col0, keys}, args.head_dim());
+      if constexpr (kOfWeights) {
+        load_weight_gradient<T, Acc, false>(args, head, dp, row0, col0);
+      } else {
+        dot_rows<T, Acc>(tile, dp, {head.d_out, row0, queries}, {head.v, col0, keys}, args.head_dim());
+      }
 #pragma unroll
       for (int r = 0; r < kN; ++r) {
 #pragma unroll

@@ -2,6 +2,7 @@
 // that they add to.
 #pragma once
 
+#include "core/cuda/attention/fragments.cuh"
 #include "core/cuda/attention/heads.cuh"
 #include "core/cuda/attention/hopper/schedule.h"
 #include "core/cuda/attention/launch.h"
@@ -15,6 +16,22 @@ constexpr int kStatisticsThreads = 256;
 // The rows of a sequence's statistics.
 inline int padded_rows(int queries) {
   return static_cast<int>(ceil_div(queries, kStatisticsMultiple) * kStatisticsMultiple);
+}
+
+// log_sum_exp and score_shift of a query in units of log2, as BackwardArgs has them.
+template <class Acc>
+struct RowNormaliser {
+  Acc lse2;
+  Acc shift2;
+};
+
+// Of the query whose numbers lie at `statistic`.
+template <class Acc>
+__device__ __forceinline__ RowNormaliser<Acc> row_normaliser(const BackwardArgs& args, int64_t statistic) {
+  const Acc lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
+  const Acc shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
+  if (fabs(shift2) > static_cast<Acc>(kLargeScore)) return {lse2, shift2};
+  return {lse2 + shift2, 0};
 }
 
 // `lanes` neighbouring threads make the statistics of one row, and its zeros. `padded`: the rows of the longest
@@ -34,12 +51,16 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const int64_t index = row_statistics<kPacked>(args, h) + row;
   hopper::clear_sums(args, schedule, index, lane, lanes);
   Acc delta = 0;
-  Acc lse2 = infinity<Acc>();
-  Acc shift2 = 0;
+  RowNormaliser<Acc> normaliser{infinity<Acc>(), 0};
   if (row < queries) {
     const T* out = args.layout.query_rows<const T>(args.out, h).row(row);
     const T* d_out = args.layout.query_rows<const T>(args.d_out, h).row(row);
-    if (args.vectors) {
+    if (args.d_weights) {
+      const int64_t first = (h.flat * queries + row) * args.visibility.keys;
+      out = static_cast<const T*>(args.weights) + first;
+      d_out = static_cast<const T*>(args.d_weights) + first;
+      for (int j = lane; j < args.visibility.keys; j += lanes) delta += widen(out[j]) * widen(d_out[j]);
+    } else if (args.vectors) {
       constexpr int kVec = kVectorSize<T>;
       for (int d = lane * kVec; d < args.head_dim(); d += lanes * kVec) {
         const Vector<T, kVec> a = load_vector<kVec>(out + d);
@@ -50,19 +71,13 @@ __global__ void __launch_bounds__(kStatisticsThreads)
     } else {
       for (int d = lane; d < args.head_dim(); d += lanes) delta += widen(out[d]) * widen(d_out[d]);
     }
-    const int64_t statistic = args.layout.statistics(h) + row;
-    lse2 = static_cast<const Acc*>(args.log_sum_exp)[statistic] * static_cast<Acc>(kLog2e);
-    shift2 = static_cast<const Acc*>(args.score_shift)[statistic];
-    if (!(fabs(shift2) > static_cast<Acc>(kLargeScore))) {
-      lse2 += shift2;
-      shift2 = 0;
-    }
+    normaliser = row_normaliser<Acc>(args, args.layout.statistics(h) + row);
   }
   for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, other);
   if (lane == 0) {
     static_cast<Acc*>(args.delta)[index] = delta;
-    static_cast<Acc*>(args.lse2)[index] = lse2;
-    static_cast<Acc*>(args.shift2)[index] = shift2;
+    static_cast<Acc*>(args.lse2)[index] = normaliser.lse2;
+    static_cast<Acc*>(args.shift2)[index] = normaliser.shift2;
   }
 }
 
