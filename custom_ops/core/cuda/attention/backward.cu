@@ -1,11 +1,11 @@
 // Attention, backward: d_q, d_k, d_v from d_out (score_gradient.cuh), with the probabilities computed anew; their sums
-// over the tokens are the gradient of the QKV bias. The stage, and the launches of the plain and the mma kernels.
+// over the tokens are the gradient of the QKV bias. The stage, and the launches of the plain kernels.
 #include <algorithm>
 
 #include "core/arena.h"
 #include "core/cuda/attention/implementations.h"
 #include "core/cuda/attention/launch.h"
-#include "core/cuda/attention/mma.cuh"
+#include "core/cuda/attention/mma_passes.h"
 #include "core/cuda/attention/passes.h"
 #include "core/cuda/attention/plain.cuh"
 #include "core/cuda/attention/row_statistics.cuh"
@@ -15,41 +15,6 @@
 namespace pfa {
 namespace cuda {
 namespace {
-
-template <class T, int... kHeadDims>
-void backward_mma(const Context& context, const BackwardArgs& args) {
-  make_row_statistics<T, float>(context, args);
-  with_head_dim<kHeadDims...>(args.head_dim(), [&](auto head_dim) {
-    with_bool(args.has_mask_or_dropout(), [&](auto mask_or_dropout) {
-      constexpr int kHeadDim = decltype(head_dim)::value;
-      constexpr bool kMaskOrDropout = decltype(mask_or_dropout)::value;
-      using Shape = mma::BackwardShape<T, kHeadDim>;
-      const auto run = [&](const char* name, void (*kernel)(BackwardArgs), int rows, int64_t heads) {
-        launch(context, name, kernel, ceil_div(rows, Shape::kOuter) * heads, mma::kThreads, Shape::kSharedBytes, args);
-      };
-      const auto run_kv = [&](auto key_gradient, auto value_gradient) {
-        with_bool(args.is_packed_or_grouped(), [&](auto packed_or_grouped) {
-          run("attention_backward_kv_mma",
-              mma::attention_backward_kv_mma<T, kHeadDim, kMaskOrDropout, decltype(packed_or_grouped)::value,
-                                             decltype(key_gradient)::value, decltype(value_gradient)::value>,
-              args.visibility.keys, args.kv_heads());
-        });
-      };
-      if constexpr (Shape::kSplit) {
-        if (args.d_key.data) run_kv(std::true_type{}, std::false_type{});
-        if (args.d_value.data) run_kv(std::false_type{}, std::true_type{});
-      } else {
-        if (args.d_key.data || args.d_value.data) run_kv(std::true_type{}, std::true_type{});
-      }
-      if (!args.d_query.data) return;
-      with_bool(args.is_packed(), [&](auto packed) {
-        run("attention_backward_q_mma",
-            mma::attention_backward_q_mma<T, kHeadDim, kMaskOrDropout, decltype(packed)::value>,
-            args.visibility.queries, args.heads());
-      });
-    });
-  });
-}
 
 template <class T>
 void backward_plain(const Context& context, const BackwardArgs& args) {
@@ -103,11 +68,14 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
 void mma_attention_backward(Context& context, const AttentionParams& p) {
   const BackwardArgs args = placed_args(p);
   if (p.dtype == DType::kFloat32) {
-    backward_mma<float, 64, 128>(context, args);
+    make_row_statistics<float, float>(context, args);
+    mma::backward<float, 64, 128>(context, args);
   } else {
     dispatch_16bit(p.dtype, [&](auto* element) {
       using T = std::remove_pointer_t<decltype(element)>;
-      backward_mma<T, 64, 96, 128, 192, 256>(context, args);
+      make_row_statistics<T, float>(context, args);
+      if (p.head_dim > 128) return mma::backward<T, 192, 256>(context, args);
+      mma::backward<T, 64, 96, 128>(context, args);
     });
   }
   sum_bias(context, p);

@@ -9,6 +9,8 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
+constexpr int kStages = 2;  // of the rings of either pass
+
 #if PFA_HOPPER_CODE
 
 // Where the n-th filling of a ring lies: its stage, and how often that was filled before.

@@ -55,15 +55,16 @@ constexpr int64_t kOriginBytes = int64_t{1} << 34;  // kPackedRows times that is
 
 // Maps `count` heads of `of_sequence` rows, or of packed sequences, for copies of 64 rows x 64 head dims. The
 // dimensions are (head dim, head, row, sequence, origin).
-inline CUtensorMap heads_tensor_map(const Heads<const void>& heads, int64_t count, int64_t of_sequence, DType dtype,
-                                    const AttentionArgs& args) {
+template <class T>
+CUtensorMap heads_tensor_map(const Heads<const void>& heads, int64_t count, int64_t of_sequence,
+                             const AttentionArgs& args) {
+  constexpr bool kIsHalf = std::is_same<T, __half>::value;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const auto bytes = [&](int64_t stride, int64_t n) { return size(n > 1 ? stride * 2 : 16); };
   const bool packed = args.is_packed();
   const cuuint64_t all = INT_MAX;
   CUtensorMap map;
-  if (!encode_map(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                  heads.data,
+  if (!encode_map(&map, kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, heads.data,
                   {size(args.layout.head_dim), size(count), packed ? size(kPackedRows) : size(of_sequence),
                    packed ? all : size(args.batch), packed ? all : 1},
                   {bytes(heads.head_stride, count), bytes(heads.token_stride, packed ? 2 : of_sequence),
@@ -75,13 +76,15 @@ inline CUtensorMap heads_tensor_map(const Heads<const void>& heads, int64_t coun
   return map;
 }
 
-inline CUtensorMap query_tensor_map(const Heads<const void>& heads, DType dtype, const AttentionArgs& args) {
-  return heads_tensor_map(heads, args.layout.num_heads, args.visibility.queries, dtype, args);
+template <class T>
+CUtensorMap query_tensor_map(const Heads<const void>& heads, const AttentionArgs& args) {
+  return heads_tensor_map<T>(heads, args.layout.num_heads, args.visibility.queries, args);
 }
 
-inline CUtensorMap key_tensor_map(const Heads<const void>& heads, DType dtype, const AttentionArgs& args) {
+template <class T>
+CUtensorMap key_tensor_map(const Heads<const void>& heads, const AttentionArgs& args) {
   const QkvLayout& layout = args.layout;
-  return heads_tensor_map(heads, layout.num_heads / layout.group, args.visibility.keys, dtype, args);
+  return heads_tensor_map<T>(heads, layout.num_heads / layout.group, args.visibility.keys, args);
 }
 
 #if PFA_HOPPER_CODE

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "core/cuda/attention/args.h"
+#include "core/cuda/context.h"
 
 namespace pfa {
 namespace cuda {
@@ -52,6 +53,11 @@ __device__ __forceinline__ uint32_t key_heads(const AttentionArgs& args) {
   return query_heads<kPacked>(args) / static_cast<uint32_t>(args.layout.group);
 }
 inline int64_t key_heads(const AttentionArgs& args) { return query_heads(args) / args.layout.group; }
+
+// Of the backward pass, which take tiles of keys one after the other.
+inline int64_t thread_blocks(const Context& context, const AttentionArgs& args) {
+  return std::min<int64_t>(context.num_sms, key_tiles(args) * key_heads(args));
+}
 
 // Whether walks may differ in length.
 inline bool has_uneven_walks(const AttentionArgs& args) { return args.is_packed() || args.visibility.is_uneven(); }

@@ -1,0 +1,17 @@
+#include <cuda_runtime_api.h>
+
+#if CUDART_VERSION >= 12010
+
+#include "core/cuda/attention/hopper/backward_kernel.cuh"
+
+namespace pfa {
+namespace cuda {
+namespace hopper {
+
+template void backward<__half, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&);
+
+}  // namespace hopper
+}  // namespace cuda
+}  // namespace pfa
+
+#endif
