@@ -21,6 +21,9 @@ bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and
 void mask_gradient(Context& context, const AttentionParams& p);
 size_t mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p);
 
+// weights.cu: d_query and d_key from d_weights. The workspace is that of row_statistics_workspace_bytes.
+void weights_attention_backward(Context& context, const AttentionParams& p);
+
 // hopper/. Backward adds to sums in no fixed order.
 void hopper_attention_forward(Context& context, const AttentionParams& p);
 void hopper_attention_backward(Context& context, const AttentionParams& p);
