@@ -47,32 +47,52 @@ struct AttentionBackward {
     A* d_query;           // [kQueryTile][padded]
     A* d_key;             // [unit_keys][padded]
     A* d_value;           // [unit_keys][padded]
+    // Of the tile of queries.
+    int64_t first_query = 0;
+    int64_t queries = 0;
+    Range<int64_t> keys{0, 0};  // of the unit, in whole tiles but for the last
 
     Tiles(Arena& arena, const Context& context, const AttentionParams& p)
         : scores(arena, p), gradient(arena, scores.scores) {
       const HeadShape<T> shape(p);
-      d_out = take<P>(arena, kQueryTile * shape.stride);
-      d_out_transposed = take<P>(arena, shape.depth * kQueryTile);
-      if constexpr (kPaired<T>) {
-        query_rows = take<P>(arena, kQueryTile / 2 * shape.padded);
-        d_out_rows = take<P>(arena, kQueryTile / 2 * shape.padded);
-        key_rows = take<P>(arena, kKeyTile / 2 * shape.padded);
-      } else {
-        query_rows = scores.query;
-        d_out_rows = d_out;
-        key_rows = scores.key;
-      }
+      key_rows = kPaired<T> ? take<P>(arena, kKeyTile / 2 * shape.padded) : scores.key;
       out_row = take<A>(arena, 2 * shape.padded);
       d_out_row = out_row + shape.padded;
-      d_query = take<A>(arena, kQueryTile * shape.padded);
+      take_queries(arena, shape);
       d_key = take<A>(arena, unit_keys(context, p) * shape.padded);
       d_value = take<A>(arena, unit_keys(context, p) * shape.padded);
     }
+
+    // Those of other queries beside the same keys.
+    Tiles with_queries(Arena& arena, const AttentionParams& p) const {
+      Tiles result = *this;
+      result.scores = scores.with_queries(arena, p);
+      result.gradient = gradient.with_queries(arena);
+      result.take_queries(arena, HeadShape<T>(p));
+      return result;
+    }
+
+   private:
+    void take_queries(Arena& arena, const HeadShape<T>& shape) {
+      d_out = take<P>(arena, kQueryTile * shape.stride);
+      d_out_transposed = take<P>(arena, shape.depth * kQueryTile);
+      query_rows = kPaired<T> ? take<P>(arena, kQueryTile / 2 * shape.padded) : scores.query;
+      d_out_rows = kPaired<T> ? take<P>(arena, kQueryTile / 2 * shape.padded) : d_out;
+      d_query = take<A>(arena, kQueryTile * shape.padded);
+    }
   };
+
+  // As many tiles of queries as a thread takes at once.
+  static std::vector<Tiles> group_of_tiles(Arena& arena, const Context& context, const AttentionParams& p) {
+    std::vector<Tiles> tiles(1, Tiles(arena, context, p));
+    const int64_t count = std::min(kQueryGroup, ceil_div(p.queries, kQueryTile));
+    while (static_cast<int64_t>(tiles.size()) < count) tiles.push_back(tiles[0].with_queries(arena, p));
+    return tiles;
+  }
 
   static size_t thread_bytes(const Context& context, const AttentionParams& p) {
     Arena arena;
-    Tiles(arena, context, p);
+    group_of_tiles(arena, context, p);
     return arena.used();
   }
 
@@ -91,7 +111,7 @@ struct AttentionBackward {
     const size_t bytes = thread_bytes(context, p);
     parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(p, units[index], Tiles(arena, context, p));
+      run_unit(p, units[index], group_of_tiles(arena, context, p));
     });
   }
 
@@ -147,32 +167,36 @@ struct AttentionBackward {
 
   // `of_scores` gets the unrounded gradient of every tile of scores, if it wants that.
   template <class OfScores = NoMaskGradient>
-  static void run_unit(const AttentionParams& p, const Unit& unit, const Tiles& tiles, const OfScores& of_scores = {}) {
+  static void run_unit(const AttentionParams& p, const Unit& unit, std::vector<Tiles> group,
+                       const OfScores& of_scores = {}) {
     const HeadShape<T> shape(p);
     const int64_t unit_keys = unit.keys.end - unit.keys.first;
+    A* const d_key = group[0].d_key;
+    A* const d_value = group[0].d_value;
     if (unit.wants_key_value) {
-      std::fill(tiles.d_key, tiles.d_key + unit_keys * shape.padded, A(0));
-      std::fill(tiles.d_value, tiles.d_value + unit_keys * shape.padded, A(0));
+      std::fill(d_key, d_key + unit_keys * shape.padded, A(0));
+      std::fill(d_value, d_value + unit_keys * shape.padded, A(0));
     }
-    const int64_t group = p.num_heads / p.num_kv_heads;
-    const int64_t first_head = unit.batch * p.num_heads + unit.kv_head * group;
-    for (int64_t flat = first_head; flat < first_head + group; ++flat) {
+    const int64_t heads = p.num_heads / p.num_kv_heads;
+    const int64_t first_head = unit.batch * p.num_heads + unit.kv_head * heads;
+    for (int64_t flat = first_head; flat < first_head + heads; ++flat) {
       const Head<T> head(p, flat);
       Range<int64_t> queries = unit.queries;
       if (!unit.wants_query) {
         queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
       }
-      for (int64_t first = queries.first; first < queries.end; first += kQueryTile) {
-        query_tile(head, unit, first, tiles, of_scores);
+      for (int64_t first = queries.first; first < queries.end; first += group.size() * kQueryTile) {
+        for (Tiles& tiles : group) start(head, unit, first + (&tiles - group.data()) * kQueryTile, queries.end, tiles);
+        query_tiles(head, unit, group, of_scores);
       }
     }
     if (!unit.wants_key_value) return;
     const Head<T> head(p, first_head);
     if (p.d_key.data) {
-      write(head.layout.template key_rows<T>(p.d_key, head.index), shape, unit.keys.first, unit_keys, tiles.d_key);
+      write(head.layout.template key_rows<T>(p.d_key, head.index), shape, unit.keys.first, unit_keys, d_key);
     }
     if (p.d_value.data) {
-      write(head.layout.template key_rows<T>(p.d_value, head.index), shape, unit.keys.first, unit_keys, tiles.d_value);
+      write(head.layout.template key_rows<T>(p.d_value, head.index), shape, unit.keys.first, unit_keys, d_value);
     }
   }
 
@@ -182,61 +206,91 @@ struct AttentionBackward {
     for (int64_t r = 0; r < count; ++r) store_row(gradient + r * shape.padded, shape.head_dim, rows.row(first + r));
   }
 
-  // What a tile of queries gives to the unit.
-  template <class OfScores>
-  static void query_tile(const Head<T>& head, const Unit& unit, int64_t first_query, const Tiles& tiles,
-                         const OfScores& of_scores) {
-    constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
-    const HeadShape<T>& shape = head.shape;
-    const int64_t padded = shape.padded;
-    const int64_t queries = std::min(kQueryTile, unit.queries.end - first_query);
-    const A dropout_scale = static_cast<A>(head.p.dropout.scale);
-    const Range<int64_t> seen = head.visibility.keys_of(first_query, first_query + queries);
-    const Range<int64_t> keys = whole_tiles(unit.keys, seen, kKeyTile);
-    const ScoreGradient<T>& gradient = tiles.gradient;
+  // Loads the tile of queries from `first` on, of which none may be left before `end`.
+  static void start(const Head<T>& head, const Unit& unit, int64_t first, int64_t end, Tiles& tiles) {
+    tiles.first_query = first;
+    tiles.queries = std::max<int64_t>(0, std::min(kQueryTile, end - first));
+    tiles.keys = {0, 0};
+    if (tiles.queries == 0) return;
+    tiles.keys = whole_tiles(unit.keys, head.visibility.keys_of(first, first + tiles.queries), kKeyTile);
+    load_queries(head, first, tiles.queries, tiles);
+    if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + tiles.queries * head.shape.padded, A(0));
+  }
 
-    load_queries(head, first_query, queries, tiles);
-    if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + queries * padded, A(0));
+  // What tiles of queries that follow each other give to the unit.
+  template <class OfScores>
+  static void query_tiles(const Head<T>& head, const Unit& unit, const std::vector<Tiles>& group,
+                          const OfScores& of_scores) {
+    Range<int64_t> keys{unit.keys.end, unit.keys.first};  // of all
+    for (const Tiles& tiles : group) {
+      if (tiles.keys.first >= tiles.keys.end) continue;
+      keys = {std::min(keys.first, tiles.keys.first), std::max(keys.end, tiles.keys.end)};
+    }
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
-      const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
-      if (hides_tile(head.ranges, tile)) continue;
-      score_gradient<OfScores::kIsWanted>(head, tile, tiles);
-      of_scores(head.index, tile, gradient.d_probability);
-      if (unit.wants_key_value) {
-        const int64_t offset = (first_key - unit.keys.first) * padded;
-        // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
-        if (!head.p.d_weights) {
-          micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.probability, score_stride, 1},
-                           tiles.d_out_rows, padded, {tiles.d_value + offset, padded, dropout_scale, true});
+      const P* key_rows = nullptr;  // of the tile of keys, once somebody sees one
+      for (const Tiles& tiles : group) {
+        if (first_key < tiles.keys.first || first_key >= tiles.keys.end) continue;
+        const ScoreTile tile{tiles.first_query, tiles.queries, first_key,
+                             std::min(kKeyTile, tiles.keys.end - first_key)};
+        if (hides_tile(head.ranges, tile)) continue;
+        if (!key_rows) {
+          const int64_t count = std::min(kKeyTile, keys.end - first_key);
+          load_keys(head, first_key, count, tiles);
+          key_rows = pack_along_rows<T>(tiles.scores.key, count, head.shape, tiles.key_rows);
         }
-        // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
-        micro_gemm<A, P>(tile.keys, padded, operands<T>(queries), {gradient.d_score, score_stride, 1}, tiles.query_rows,
-                         padded, {tiles.d_key + offset, padded, head.score_scale, true});
-      }
-      if (unit.wants_query) {
-        const P* key_rows = pack_along_rows<T>(tiles.scores.key, tile.keys, shape, tiles.key_rows);
-        // dq [queries, padded] += scale * ds^T [queries, keys] @ k [keys, padded]
-        micro_gemm<A, P>(queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile}, key_rows,
-                         padded, {tiles.d_query, padded, head.score_scale, true});
+        score_gradient<OfScores::kIsWanted>(head, tile, tiles);
+        of_scores(head.index, tile, tiles.gradient.d_probability);
+        add_products(head, unit, tile, key_rows, tiles);
       }
     }
-    if (unit.wants_query) {
-      write(head.layout.template query_rows<T>(head.p.d_query, head.index), shape, first_query, queries, tiles.d_query);
+    if (!unit.wants_query) return;
+    for (const Tiles& tiles : group) {
+      write(head.layout.template query_rows<T>(head.p.d_query, head.index), head.shape, tiles.first_query,
+            tiles.queries, tiles.d_query);
     }
   }
 
-  // With the queries loaded: r p and ds [keys, queries] of a tile (ScoreGradient::compute).
+  // Adds to the sums what the gradients of a tile of scores give.
+  static void add_products(const Head<T>& head, const Unit& unit, const ScoreTile& tile, const P* key_rows,
+                           const Tiles& tiles) {
+    constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
+    const int64_t padded = head.shape.padded;
+    const ScoreGradient<T>& gradient = tiles.gradient;
+    if (unit.wants_key_value) {
+      const int64_t offset = (tile.first_key - unit.keys.first) * padded;
+      // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
+      if (!head.p.d_weights) {
+        micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.probability, score_stride, 1},
+                         tiles.d_out_rows, padded,
+                         {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true});
+      }
+      // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
+      micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.d_score, score_stride, 1},
+                       tiles.query_rows, padded, {tiles.d_key + offset, padded, head.score_scale, true});
+    }
+    if (unit.wants_query) {
+      // dq [queries, padded] += scale * ds^T [queries, keys] @ k [keys, padded]
+      micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile}, key_rows,
+                       padded, {tiles.d_query, padded, head.score_scale, true});
+    }
+  }
+
+  static void load_keys(const Head<T>& head, int64_t first, int64_t count, const Tiles& tiles) {
+    tiles.scores.load_keys(head, first, count);
+    if (!head.p.d_weights) tiles.scores.load_values(head, first, count);
+  }
+
+  // With its queries and keys loaded: r p and ds [keys, queries] of a tile (ScoreGradient::compute).
   template <bool kKeepsExact = false>
   static void score_gradient(const Head<T>& head, const ScoreTile& tile, const Tiles& tiles) {
     const int64_t width = round_up(tile.queries, kLanes<A>);
     const HeadShape<T>& shape = head.shape;
     const ScoreGradient<T>& gradient = tiles.gradient;
     // scores [keys, queries] = scale * k @ q^T + mask
-    tiles.scores.load_keys(head, tile);
+    tiles.scores.compute(head, tile);
     if (head.p.d_weights) {
       load_weight_gradient(head, tile, gradient.d_probability);
     } else {
-      tiles.scores.load_values(head, tile);
       // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
       micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
                        kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});

@@ -1,4 +1,4 @@
-// o = dropout(softmax(scale * q k^T + mask)) v, a tile of queries at a time. For each tile of keys the scores are
+// o = dropout(softmax(scale * q k^T + mask)) v, a few tiles of queries at a time. For each tile of keys the scores are
 // computed, the softmax is brought up to date, and o is rescaled and added to. Of the scores only two numbers of each
 // query are kept for backward: the highest score, and the log of the sum of exponentials without it.
 
@@ -21,6 +21,11 @@ struct AttentionForward {
     A* one_maximum;  // [heads]
     A* one_sum;      // [heads]
     A* one_out;      // [heads][padded]
+    // Of the tile of queries.
+    int64_t first_query = 0;
+    int64_t queries = 0;
+    Range<int64_t> keys{0, 0};  // in whole tiles but for the last
+    bool continues = false;     // whether `out` has sums already
 
     Tiles(Arena& arena, const AttentionParams& p) : scores(arena, p), softmax(arena) {
       const HeadShape<T> shape(p);
@@ -38,16 +43,37 @@ struct AttentionForward {
       one_sum = take<A>(arena, heads);
       one_out = take<A>(arena, heads * shape.padded);
     }
+
+    // Those of other queries beside the same keys.
+    Tiles with_queries(Arena& arena, const AttentionParams& p) const {
+      Tiles result = *this;
+      result.scores = scores.with_queries(arena, p);
+      result.softmax = OnlineSoftmax<T>(arena);
+      result.out = take<A>(arena, kQueryTile * HeadShape<T>(p).padded);
+      return result;
+    }
   };
 
-  static size_t thread_bytes(const AttentionParams& p) {
+  // As many tiles of queries as a thread takes at once.
+  static std::vector<Tiles> group_of_tiles(Arena& arena, const AttentionParams& p, int64_t count) {
+    std::vector<Tiles> tiles(1, Tiles(arena, p));
+    while (static_cast<int64_t>(tiles.size()) < count) tiles.push_back(tiles[0].with_queries(arena, p));
+    return tiles;
+  }
+
+  static int64_t group(const Context& context, const AttentionParams& p) {
+    const int64_t query_tiles = ceil_div(p.queries, kQueryTile);
+    return query_group(query_tiles, p.batch * p.num_heads * query_tiles, context.threads);
+  }
+
+  static size_t thread_bytes(const Context& context, const AttentionParams& p) {
     Arena arena;
-    Tiles(arena, p);
+    group_of_tiles(arena, p, group(context, p));
     return arena.used();
   }
 
   static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
-    return context.threads * thread_bytes(p);
+    return context.threads * thread_bytes(context, p);
   }
 
   static void run(Context& context, const AttentionParams& p) {
@@ -56,52 +82,81 @@ struct AttentionForward {
       p.random_state[1] = p.offset;
     }
     if (p.queries == 1) return run_one_query(context, p);
-    const int64_t query_tiles = ceil_div(p.queries, kQueryTile);
-    const size_t bytes = thread_bytes(p);
-    parallel_for(p.batch * p.num_heads * query_tiles, context.threads, [&](int64_t index, int thread) {
+    const int64_t count = group(context, p);
+    const int64_t groups = ceil_div(ceil_div(p.queries, kQueryTile), count);
+    const size_t bytes = thread_bytes(context, p);
+    parallel_for(p.batch * p.num_heads * groups, context.threads, [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      const Head<T> head(p, index / query_tiles);
+      const Head<T> head(p, index / groups);
       // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
-      const int64_t first_query = (query_tiles - 1 - index % query_tiles) * kQueryTile;
-      if (first_query < head.visibility.queries) query_tile(head, first_query, Tiles(arena, p));
+      const int64_t first_query = (groups - 1 - index % groups) * count * kQueryTile;
+      std::vector<Tiles> tiles = group_of_tiles(arena, p, count);
+      for (Tiles& tile : tiles) start(head, first_query + (&tile - tiles.data()) * kQueryTile, tile);
+      query_tiles(head, tiles);
     });
   }
 
-  static void query_tile(const Head<T>& head, int64_t first_query, const Tiles& tiles) {
-    const int64_t padded = head.shape.padded;
-    const int64_t queries = std::min(kQueryTile, head.visibility.queries - first_query);
-    const int64_t width = round_up(queries, kLanes<A>);
-    const Range<int64_t> seen = head.visibility.keys_of(first_query, first_query + queries);
-    const Range<int64_t> keys = whole_tiles({0, head.visibility.keys}, seen, kKeyTile);
+  // Loads the tile of queries from `first` on, of which none may be left.
+  static void start(const Head<T>& head, int64_t first, Tiles& tiles) {
+    tiles.first_query = first;
+    tiles.queries = std::max<int64_t>(0, std::min(kQueryTile, head.visibility.queries - first));
+    if (tiles.queries <= 1) return;
+    const Range<int64_t> seen = head.visibility.keys_of(first, first + tiles.queries);
+    tiles.keys = whole_tiles({0, head.visibility.keys}, seen, kKeyTile);
+    tiles.scores.load_queries(head, first, tiles.queries);
+    tiles.softmax.start(round_up(tiles.queries, kLanes<A>));
+  }
 
-    if (queries == 1) return one_query(head.p, head.index.flat, 1, first_query, tiles);
-    tiles.scores.load_queries(head, first_query, queries);
-    tiles.softmax.start(width);
-    bool continues = false;
-    for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
-      const ScoreTile tile{first_query, queries, first_key, std::min(kKeyTile, keys.end - first_key)};
-      if (hides_tile(head.ranges, tile)) continue;
-      // scores [keys, queries] = scale * k @ q^T + mask
-      tiles.scores.load_keys(head, tile);
-      tiles.scores.load_values(head, tile);
-      const P* value_rows = pack_along_rows<T>(tiles.scores.value, tile.keys, head.shape, tiles.value_rows);
-      // p [keys, queries] = exp(scores - maximum)
-      tiles.softmax.add_tile(tile.keys, width, tiles.scores.scores, tiles.scores.kept, tiles.probability);
-      // o [queries, padded] = o * rescale + p^T [queries, keys] @ v [keys, padded]
-      if (continues) rescale_out(queries, padded, tiles);
-      micro_gemm<A, P>(queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows, padded,
-                       {tiles.out, padded, A(1), continues});
-      continues = true;
+  static void query_tiles(const Head<T>& head, std::vector<Tiles>& group) {
+    Range<int64_t> keys{head.visibility.keys, 0};  // of all
+    for (const Tiles& tiles : group) {
+      if (tiles.keys.first >= tiles.keys.end) continue;
+      keys = {std::min(keys.first, tiles.keys.first), std::max(keys.end, tiles.keys.end)};
     }
-    if (!continues) std::fill(tiles.out, tiles.out + queries * padded, A(0));
-    write(head, first_query, queries, tiles);
+    for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
+      const P* value_rows = nullptr;  // of the tile of keys, once somebody sees one
+      for (Tiles& tiles : group) {
+        if (first_key < tiles.keys.first || first_key >= tiles.keys.end) continue;
+        const ScoreTile tile{tiles.first_query, tiles.queries, first_key,
+                             std::min(kKeyTile, tiles.keys.end - first_key)};
+        if (hides_tile(head.ranges, tile)) continue;
+        if (!value_rows) {
+          const int64_t count = std::min(kKeyTile, keys.end - first_key);
+          tiles.scores.load_keys(head, first_key, count);
+          tiles.scores.load_values(head, first_key, count);
+          value_rows = pack_along_rows<T>(tiles.scores.value, count, head.shape, tiles.value_rows);
+        }
+        add_keys(head, tile, value_rows, tiles);
+      }
+    }
+    for (const Tiles& tiles : group) {
+      if (tiles.queries == 1) one_query(head.p, head.index.flat, 1, tiles.first_query, tiles);
+      if (tiles.queries <= 1) continue;
+      if (!tiles.continues) std::fill(tiles.out, tiles.out + tiles.queries * head.shape.padded, A(0));
+      write(head, tiles.first_query, tiles.queries, tiles);
+    }
+  }
+
+  // Brings the results of a tile of queries up to date with a tile of keys, which is loaded.
+  static void add_keys(const Head<T>& head, const ScoreTile& tile, const P* value_rows, Tiles& tiles) {
+    const int64_t padded = head.shape.padded;
+    // scores [keys, queries] = scale * k @ q^T + mask
+    tiles.scores.compute(head, tile);
+    // p [keys, queries] = exp(scores - maximum)
+    tiles.softmax.add_tile(tile.keys, round_up(tile.queries, kLanes<A>), tiles.scores.scores, tiles.scores.kept,
+                           tiles.probability);
+    // o [queries, padded] = o * rescale + p^T [queries, keys] @ v [keys, padded]
+    if (tiles.continues) rescale_out(tile.queries, padded, tiles);
+    micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows,
+                     padded, {tiles.out, padded, A(1), tiles.continues});
+    tiles.continues = true;
   }
 
   // Where every sequence has one query: of as many heads of a sequence at once as leave work for all threads.
   static void run_one_query(Context& context, const AttentionParams& p) {
     const int64_t wanted = ceil_div(p.batch * p.num_heads, 4 * context.threads);
     const int64_t parts = std::max<int64_t>(1, p.num_heads / std::max<int64_t>(1, wanted));
-    const size_t bytes = thread_bytes(p);
+    const size_t bytes = thread_bytes(context, p);
     parallel_for(p.batch * parts, context.threads, [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
       const int64_t batch = index / parts;

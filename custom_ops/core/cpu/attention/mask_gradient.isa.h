@@ -31,8 +31,9 @@ struct MaskGradient {
   }
 
   static size_t workspace_bytes(const Context& context, const AttentionParams& p) {
-    const size_t along = goes_along(context, p) ? sums_of_head(p) * sizeof(double) + kSumsAlignment : 0;
-    return context.threads * (thread_bytes(context, p) + along);
+    if (!goes_along(context, p)) return context.threads * thread_bytes(context, p);
+    const size_t sums = sums_of_head(p) * sizeof(double) + kSumsAlignment;
+    return context.threads * (AttentionBackward<T>::thread_bytes(context, p) + sums);
   }
 
   // The most memory for the sums of one thread that takes whole heads.
@@ -65,7 +66,7 @@ struct MaskGradient {
     const size_t bytes = workspace_bytes(context, p) / context.threads;
     parallel_for(whole_heads(p), context.threads, [&](int64_t index, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      const Tiles tiles(arena, context, p);
+      const std::vector<Tiles> tiles = AttentionBackward<T>::group_of_tiles(arena, context, p);
       double* const sums = take<double>(arena, sums_of_head(p));
       std::fill(sums, sums + sums_of_head(p), 0.0);
       const int64_t kv_head = index % p.num_kv_heads;
@@ -149,6 +150,7 @@ struct MaskGradient {
           for (int64_t key = keys.first; key < keys.end; key += kKeyTile) {
             const ScoreTile tile{query, queries, key, std::min(kKeyTile, keys.end - key)};
             if (hides_tile(head.ranges, tile)) continue;
+            AttentionBackward<T>::load_keys(head, key, tile.keys, tiles);
             AttentionBackward<T>::template score_gradient<true>(head, tile, tiles);
             add_tile(p.mask, tile, tiles.gradient.d_probability, sums);
           }

@@ -32,6 +32,15 @@ struct ScoreGradient {
     }
   }
 
+  // With memory for the statistics of other queries.
+  ScoreGradient with_queries(Arena& arena) const {
+    ScoreGradient result = *this;
+    for (A** statistic : {&result.score_shift, &result.log_sum_exp, &result.delta}) {
+      *statistic = take<A>(arena, kQueryTile);
+    }
+    return result;
+  }
+
   // From scores and d_probability, the gradient of what is kept of p times the scale of dropout: `probability`, which
   // is r p without that scale, and d_score; with kKeepsExact that takes the place of d_probability, too, unrounded.
   // `width`: the queries in whole vectors.

@@ -24,21 +24,33 @@ struct Scores {
     kept = p.dropout.threshold ? take<uint64_t>(arena, kKeyTile) : nullptr;
   }
 
+  // With memory for other queries beside the same keys.
+  Scores with_queries(Arena& arena, const AttentionParams& p) const {
+    const HeadShape<T> shape(p);
+    Scores result = *this;
+    result.query = take<P>(arena, kQueryTile * shape.stride);
+    result.query_transposed = take<P>(arena, shape.depth * kQueryTile);
+    return result;
+  }
+
   void load_queries(const Head<T>& head, int64_t first, int64_t count) const {
     pack_along_depth<T>(head.layout.template query_rows<const T>(head.p.query, head.index), first, count, head.shape,
                         query);
     transpose_tile(query, count, head.shape.depth, head.shape.stride, query_transposed);
   }
 
-  void load_values(const Head<T>& head, const ScoreTile& tile) const {
-    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.value, head.index), tile.first_key, tile.keys,
-                        head.shape, value);
+  // Keys first..first + count - 1.
+  void load_keys(const Head<T>& head, int64_t first, int64_t count) const {
+    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.key, head.index), first, count, head.shape, key);
   }
 
-  // With the queries loaded: keys, their scores, and what is kept of the probabilities.
-  void load_keys(const Head<T>& head, const ScoreTile& tile) const {
-    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.key, head.index), tile.first_key, tile.keys,
-                        head.shape, key);
+  void load_values(const Head<T>& head, int64_t first, int64_t count) const {
+    pack_along_depth<T>(head.layout.template key_rows<const T>(head.p.value, head.index), first, count, head.shape,
+                        value);
+  }
+
+  // With the tile's queries and keys loaded: their scores, and what is kept of the probabilities.
+  void compute(const Head<T>& head, const ScoreTile& tile) const {
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
     micro_gemm<A, P>(tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth, {key, head.shape.stride, 1},
                      query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false});

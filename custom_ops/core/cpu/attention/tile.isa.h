@@ -11,6 +11,8 @@ namespace pfa::cpu::PFA_ISA {
 
 constexpr int64_t kQueryTile = 64;
 constexpr int64_t kKeyTile = 64;
+// A thread takes so many tiles of queries of a head at once, at most: keys and values are packed once for all of them.
+constexpr int64_t kQueryGroup = 4;
 
 // The scores of some queries with some keys: at most kQueryTile, at most kKeyTile.
 struct ScoreTile {
@@ -23,6 +25,11 @@ struct ScoreTile {
 // What `seen` leaves of `positions`, begun with a whole tile, as `positions` is.
 inline Range<int64_t> whole_tiles(Range<int64_t> positions, Range<int64_t> seen, int64_t tile) {
   return {std::max(positions.first, round_down(seen.first, tile)), std::min(positions.end, seen.end)};
+}
+
+// How many tiles of queries a thread takes at once where a head has so many tiles and all heads give `work` tiles.
+inline int64_t query_group(int64_t tiles, int64_t work, int threads) {
+  return std::max<int64_t>(1, std::min({kQueryGroup, tiles, work / (4 * threads)}));
 }
 
 inline Visibility<int64_t> visibility_of_sequence(const AttentionParams& p, int64_t batch) {
