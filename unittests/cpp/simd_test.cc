@@ -1,5 +1,5 @@
-// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, exp's error, Philox on vectors
-// against the scalar one, masks as bits, and transposition.
+// The vector helpers of the CPU stages: every 16-bit float there and back, rounding, the errors of exp and of the
+// activations for 16 bits, Philox on vectors against the scalar one, masks as bits, and transposition.
 #include "core/cpu/isa/system_headers.h"
 
 #define PFA_ISA test
@@ -7,6 +7,8 @@
 #include "core/cpu/isa/simd.isa.h"
 
 #include "core/cpu/isa/exp.isa.h"
+
+#include "core/cpu/isa/activation.isa.h"
 #include "core/cpu/isa/numbers.isa.h"
 #include "core/cpu/isa/philox.isa.h"
 
@@ -84,6 +86,28 @@ void test_exp(A lowest, double units) {
   expect(std::isnan(vexp(broadcast(std::numeric_limits<A>::quiet_NaN()))[0]), "exp(NaN)", 0);
 }
 
+void test_16bit_activations() {
+  const auto expect_near = [](float got, double expected, double error, const char* what, double x) {
+    expect(std::fabs(got - expected) <= error * std::fabs(expected), what, x);
+  };
+  for (double x = -13.0; x <= 13.0; x += 1.0 / 512) {
+    const Vec<float> at = broadcast(static_cast<float>(x));
+    const double normal = std::erfc(-x * std::sqrt(0.5)) / 2;
+    const double bell = std::exp(-x * x / 2);
+    expect_near(vexp_16bit(at - 14.0f)[0], std::exp(x - 14), 8e-6, "exp for 16 bits", x - 14);
+    const auto gelu = value_and_slope<Activation::kGelu, true, float>(at);
+    expect_near(gelu.value[0], x * normal, 2e-5, "gelu for 16 bits", x);
+    expect(std::fabs(gelu.slope[0] - (normal + x * bell * 0.3989422804014327)) <= 2e-5 * std::max(1.0, std::fabs(x)),
+           "the slope of gelu for 16 bits", x);
+    const auto silu = value_and_slope<Activation::kSilu, true, float>(at);
+    expect_near(silu.value[0], x / (1 + std::exp(-x)), 2e-5, "silu for 16 bits", x);
+  }
+  const float infinity = std::numeric_limits<float>::infinity();
+  expect(vexp_16bit(broadcast(-infinity))[0] == 0, "exp(-inf) for 16 bits", 0);
+  expect(std::isnan(vexp_16bit(broadcast(std::numeric_limits<float>::quiet_NaN()))[0]), "exp(NaN) for 16 bits", 0);
+  expect(value_and_slope<Activation::kGelu, true, float>(broadcast(infinity)).value[0] == infinity, "gelu(inf)", 0);
+}
+
 void test_philox() {
   const PhiloxState state = philox_state(0x123456789ABCDEFull, 0x1FFFFFFFFull, DropoutStage::kOutput);
   const Vec<uint32_t> c0 = lane_numbers() * 0x9E3779B9u;
@@ -140,6 +164,7 @@ int main() {
   test_16bit<BFloat16>(8, 7);
   test_exp<float>(-86.9f, 2.0);
   test_exp<double>(-707.0, 2.0);
+  test_16bit_activations();
   test_philox();
   test_greater_bits();
   test_lanes<float>();

@@ -1,5 +1,7 @@
-"""Attention by itself in all its kinds: what the CPU's core computes in float64, for every family of kernels."""
+"""Attention by itself in all its kinds: what the CPU's core computes in float64, for every family of kernels. In 16
+bits errors are measured by those of the same attention composed of PyTorch's ops in that dtype."""
 
+import common
 import numpy as np
 import pfa_core
 import pytest
@@ -9,10 +11,28 @@ from attention_cases import FORMS, in_form, out_of_form
 from cases import DTYPES, SIXTEEN_BIT
 from device import Memory, mask_argument, to_device, to_numpy
 
-# Of the largest number, or of one where all are smaller: some gradients are 0 but for rounding.
+# Of the largest number, or of one where all are smaller: some gradients are 0 but for rounding. In 16 bits only for
+# these.
 LIMIT = {"float64": 1e-9, "float32": 2e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 GRADIENTS = ("query", "key", "value")
 SEED, OFFSET = 77, 5
+
+
+def ranges_of_documents(shape, lengths, queries, causal):
+    """startend_row_indices [batch, heads, keys, columns] of documents that follow each other, in another order for each
+    head. Of two columns beside `causal` the second shows a key again to those after the next document."""
+    batch, heads, _, columns = shape
+    result = np.empty(shape, np.int64)
+    for b in range(batch):
+        for h in range(heads):
+            rolled = np.roll(lengths, b * heads + h)
+            ends = np.cumsum(rolled)
+            after = np.append(ends[1:], queries)
+            start, end, after = (np.repeat(a, rolled) for a in (ends - rolled, ends, after))
+            none = np.zeros_like(end)
+            of_columns = {1: [end], 2: [end, after if causal else start], 4: [end, none + queries, none, start]}
+            result[b, h] = np.stack(of_columns[columns], -1)
+    return result
 
 
 class Problem:
@@ -20,7 +40,8 @@ class Problem:
 
     `sizes`: batch, queries, keys, num_heads, num_kv_heads and head_dim. `lengths`, of packed sequences: those of
     queries and those of keys. `mask`: the axes of [batch, heads, queries, keys] that it has, and its dtype. `ranges`:
-    the number of columns, and that of heads. `form`: how query, key and value share tensors on the GPU.
+    the number of columns, and that of heads; and the lengths of documents that they tell apart, unless they are random.
+    `form`: how query, key and value share tensors on the GPU.
     """
 
     def __init__(self, sizes, dtype, lengths=None, mask=None, ranges=None, seed=0, form=None, **switches):
@@ -60,11 +81,15 @@ class Problem:
                 self.mask[rng.random(shape) < 0.05] = -np.inf
                 self.mask = reference.round_to(self.mask, self.mask_dtype).astype(np.float64)
         if ranges:
-            columns, heads = ranges
+            columns, heads, *documents = ranges
             shape = (batch, heads, keys, columns)
-            self.described["startend_row_indices"] = np.sort(rng.integers(0, queries + 1, shape), -1).astype(np.int32)
-            if columns == 2 and not switches.get("causal"):
-                self.described["startend_row_indices"] = self.described["startend_row_indices"][..., ::-1].copy()
+            if documents:
+                hidden = ranges_of_documents(shape, documents[0], queries, switches.get("causal"))
+            else:
+                hidden = np.sort(rng.integers(0, queries + 1, shape), -1)
+                if columns == 2 and not switches.get("causal"):
+                    hidden = hidden[..., ::-1]
+            self.described["startend_row_indices"] = np.ascontiguousarray(hidden, np.int32)
 
     def expected(self):
         config = {n: v for n, v in self.config.items() if n not in ("allow_tf32", "deterministic")}
@@ -77,6 +102,78 @@ class Problem:
         out, saved = pfa_core.forward(inputs, config, SEED, OFFSET)
         gradients = pfa_core.backward(inputs, config, self.d_out, saved, needs, out=out)
         return {"out": out, **{"d_" + name: a for name, a in gradients.items()}}
+
+    def seen(self, queries, keys):
+        """[batch, heads, queries, keys], or [1, 1, queries, keys] of packed sequences: whether a query sees a key."""
+        i, j = torch.arange(queries, device="cuda")[:, None], torch.arange(keys, device="cuda")
+        last = i + keys - queries
+        left, right = (self.config.get("window_" + side, -1) for side in ("left", "right"))
+        right = 0 if self.config.get("causal") else right
+        seen = (j >= last - left if left >= 0 else i >= 0) & (j <= last + right if right >= 0 else j >= 0)
+        seen = seen[None, None]
+        if "startend_row_indices" in self.described:
+            ranges = torch.from_numpy(self.described["startend_row_indices"]).cuda()
+            c = ranges.repeat_interleave(self.config["num_heads"] // ranges.shape[1], 1).unbind(-1)
+            c = [column[:, :, None] for column in c]
+            between = len(c) == 4 or len(c) == 2 and self.config.get("causal")
+            hidden = i >= c[0]
+            if between:
+                hidden = hidden & (i < c[1])
+            elif len(c) == 2:
+                hidden = hidden | (i < c[1])
+            if len(c) == 4:
+                hidden = hidden | (i >= c[2]) & (i < c[3])
+            seen = seen & ~hidden
+        return seen
+
+    def composed_of(self, query, key, value, mask):
+        """The result of sequences of one length, [batch, queries, H, D]."""
+        config, dtype = self.config, query.dtype
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        key, value = (t.repeat_interleave(config["num_heads"] // config["num_kv_heads"], 1) for t in (key, value))
+        seen = self.seen(query.shape[2], key.shape[2])
+        scores = (query * config.get("scale", config["head_dim"] ** -0.5)) @ key.transpose(2, 3)
+        if mask is not None and mask.dtype == torch.bool:
+            seen = seen & mask
+        elif mask is not None:
+            seen = seen & (mask != -np.inf)
+            scores = scores + mask.masked_fill(mask == -np.inf, 0.0).to(dtype)
+        p = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+        rate = config.get("dropout_rate", 0.0)
+        if rate:
+            p = p * (torch.rand(p.shape, device="cuda") >= rate) / (1 - rate)
+        return (p @ value).transpose(1, 2)
+
+    def composed(self, dtype):
+        """The result and all gradients by PyTorch's ops. What dropout keeps is drawn alike for every dtype, but not as
+        ours is."""
+        torch.manual_seed(0)
+        leaves = {name: to_device(a, dtype).requires_grad_() for name, a in self.inputs.items()}
+        query, key, value = leaves.values()
+        mask = None
+        if self.mask is not None:
+            mask = to_device(self.mask, "bool" if self.mask_dtype == "bool" else dtype)
+            mask = mask.requires_grad_() if self.mask_dtype != "bool" else mask
+        if "cu_seqlens_q" in self.described:
+            starts = [self.described["cu_seqlens_" + side].tolist() for side in "qk"]
+            spans = [[slice(*pair) for pair in zip(s, s[1:])] for s in starts]
+            outs = [self.composed_of(query[None, q], key[None, k], value[None, k], None)[0] for q, k in zip(*spans)]
+            out = torch.cat(outs)
+        else:
+            out = self.composed_of(query, key, value, mask)
+        if mask is not None and mask.requires_grad:
+            leaves["attn_mask"] = mask
+        gradients = torch.autograd.grad(out, list(leaves.values()), to_device(self.d_out, dtype))
+        return {"out": to_numpy(out.detach()), **{"d_" + n: to_numpy(g) for n, g in zip(leaves, gradients)}}
+
+    def peers(self, expected):
+        """What is as far from what is expected as the composed ops in this dtype are from those in float64."""
+        composed, exact = self.composed(self.dtype), self.composed("float64")
+        if not self.config.get("dropout_rate"):
+            for name in exact:  # they are the same attention
+                least = max(1.0, abs(expected[name]).max(initial=0.0))
+                assert abs(exact[name] - expected[name]).max(initial=0.0) <= 1e-9 * least, name
+        return {name: expected[name] + composed[name] - exact[name] for name in exact}
 
     def actual(self, wanted):
         """The result, and the gradients of the wanted inputs, on the GPU. Nothing outside them is written to."""
@@ -138,7 +235,13 @@ class Problem:
     def check(self, wanted=None):
         expected = self.expected()
         is_tf32 = self.dtype == "float32" and self.config.get("allow_tf32")
-        for name, actual in self.actual(self.wanted() if wanted is None else wanted).items():
+        found = self.actual(self.wanted() if wanted is None else wanted)
+        peers = self.peers(expected) if self.dtype in SIXTEEN_BIT else {}
+        for name, actual in found.items():
+            if name in peers and (name == "out" or abs(expected[name]).max(initial=0.0) > 1e-9):
+                stored = self.mask_dtype if name == "d_attn_mask" else None
+                common.check_tensor(name, actual, expected[name], self.dtype, peers[name], stored)
+                continue
             limit = LIMIT["tf32" if is_tf32 else self.dtype]
             if name == "d_attn_mask":
                 limit = max(limit, LIMIT.get(self.mask_dtype, 0))
@@ -156,6 +259,9 @@ KINDS = {
     "more keys": dict(sizes=(2, 70, 201, 2, 2)),
     "fewer keys": dict(sizes=(2, 201, 70, 2, 2), causal=True),
     "one query": dict(sizes=(2, 1, 300, 4, 2), causal=True),
+    "one query of many heads": dict(sizes=(1, 1, 2000, 24, 2), mask=("BHK", "float32")),
+    "one query with a window": dict(sizes=(3, 1, 700, 2, 2), window_left=300, mask=("K", "bool")),
+    "one query of many sequences": dict(sizes=(70, 1, 130, 16, 16)),
     "no keys": dict(sizes=(2, 65, 0, 2, 2)),
     "no queries": dict(sizes=(2, 0, 65, 4, 2), mask=("BK", "float32")),
     "grouped": dict(sizes=(2, 130, 130, 6, 2), causal=True),
@@ -171,7 +277,10 @@ KINDS = {
     "ranges of 1 column": dict(sizes=(2, 200, 200, 2, 2), ranges=(1, 1), causal=True),
     "ranges of 2 columns": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 2)),
     "ranges of 2 columns, causal": dict(sizes=(2, 200, 200, 4, 2), ranges=(2, 1), causal=True, dropout_rate=0.1),
-    "ranges of 4 columns": dict(sizes=(2, 150, 200, 4, 2), ranges=(4, 2), mask=("BK", "bool")),
+    "ranges of 4 columns": dict(sizes=(2, 150, 200, 4, 2), ranges=(4, 2)),
+    "ranges of 4 columns, mask": dict(sizes=(2, 150, 200, 4, 2), ranges=(4, 2), mask=("BK", "bool")),
+    "ranges with a window": dict(sizes=(2, 300, 260, 4, 2), ranges=(2, 1), window_left=70, causal=True),
+    "ranges of documents": dict(sizes=(2, 300, 300, 4, 2), ranges=(1, 2, (5, 130, 64, 101)), causal=True),
     "negative scale": dict(sizes=(1, 130, 130, 2, 2), scale=-0.3, causal=True),
     "scale of 0": dict(sizes=(1, 130, 130, 2, 2), scale=0.0, causal=True),
 }
@@ -247,6 +356,16 @@ LARGE_KINDS = {
         sizes=(0, 0, 0, 16, 4), lengths=(draw_lengths(30, 500, 3), draw_lengths(30, 700, 4)), causal=True
     ),
     "packed, one long": dict(sizes=(0, 0, 0, 4, 4), lengths=((3, 2000, 1, 5, 0, 64),) * 2),
+    "ranges of long documents": dict(sizes=(2, 1500, 1500, 16, 16), ranges=(2, 1, (3, 700, 1, 129, 400, 267))),
+    "ranges of documents, causal": dict(
+        sizes=(3, 1100, 1100, 24, 8), ranges=(1, 8, (300, 77, 500, 223)), causal=True, dropout_rate=0.1
+    ),
+    "ranges of documents, seen again": dict(sizes=(2, 1300, 1300, 16, 8), ranges=(2, 8, (400, 300, 600)), causal=True),
+    "ranges of documents, 4 columns": dict(
+        sizes=(2, 900, 900, 24, 8), ranges=(4, 1, (128, 256, 3, 513)), dropout_rate=0.1
+    ),
+    "ranges of 4 columns, many heads": dict(sizes=(3, 600, 1100, 16, 8), ranges=(4, 8)),
+    "ranges, long": dict(sizes=(1, 200, 5000, 8, 8), ranges=(2, 1), window_left=900),
 }
 
 
@@ -273,9 +392,11 @@ def test_hopper_serves(kind, head_dim):
     sizes = (*options.pop("sizes"), head_dim)
     problem = Problem(sizes, "bfloat16", **options)
     names = kernels_of(problem)
-    refuses = "ranges" in kind or "scale" in kind or kind in ("no keys", "no queries")
-    for kernel in ("forward_kernel", "backward_kernel"):
-        assert any("hopper" in name and kernel in name for name in names) != refuses, names
+    refuses = "ranges of 4 columns, mask" in kind or "scale" in kind or kind in ("no keys", "no queries")
+    one_query = "one query" in kind
+    assert any("hopper" in name and "forward_kernel" in name for name in names) != (refuses or one_query), names
+    assert any("hopper" in name and "backward_kernel" in name for name in names) != refuses, names
+    assert any("attention_one_query" in name for name in names) == one_query, names
     assert any("_mma" in name for name in names) == refuses, names
 
 

@@ -75,9 +75,10 @@ inline Float16 narrow<Float16>(float value) {
   return {static_cast<uint16_t>(result | sign)};
 }
 
+typedef uint16_t Halves __attribute__((vector_size(PFA_VECTOR_BYTES / 2)));
+
 // A vector of 16-bit floats, widened.
 inline Vec<float> load_widened(const BFloat16* source) {
-  typedef uint16_t Halves __attribute__((vector_size(PFA_VECTOR_BYTES / 2)));
   Halves halves;
   std::memcpy(&halves, source, sizeof halves);
   return bit_cast<Vec<float>>(__builtin_convertvector(halves, Vec<uint32_t>) << 16);
@@ -97,15 +98,51 @@ inline Vec<float> load_widened(const Float16* source) {
 #endif
 }
 
+// A vector narrowed by an instruction for it, where there is one. That for bfloat16 takes subnormal numbers for 0.
+template <class T>
+constexpr bool kNarrowsVectors = false;
+#if PFA_VECTOR_BYTES == 64
+template <>
+constexpr bool kNarrowsVectors<Float16> = true;
+inline Halves narrow_vector(Float16, Vec<float> v) {
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return bit_cast<Halves>(_mm512_maskz_cvtps_ph(0xFFFF, bit_cast<__m512>(v), rounding));  // masked, as above
+}
+#elif PFA_VECTOR_BYTES == 32
+template <>
+constexpr bool kNarrowsVectors<Float16> = true;
+inline Halves narrow_vector(Float16, Vec<float> v) {
+  return bit_cast<Halves>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
+#if defined(PFA_BFLOAT16_PRODUCTS)
+template <>
+constexpr bool kNarrowsVectors<BFloat16> = true;
+inline Halves narrow_vector(BFloat16, Vec<float> v) {
+  return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+}
+#endif
+
 template <class T>
 inline void load_row(const T* __restrict source, int64_t count, Accumulator<T>* __restrict target) {
-  for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i]);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, Float16>) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) store(target + i, load_widened(source + i));
+  }
+  for (; i < count; ++i) target[i] = widen(source[i]);
 }
 
 // Not inline: in some callers GCC makes branches of the float16 conversion before it looks for vectors.
 template <class T>
 [[gnu::noinline]] void store_row(const Accumulator<T>* __restrict source, int64_t count, T* __restrict target) {
-  for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(source[i]);
+  int64_t i = 0;
+  if constexpr (kNarrowsVectors<T>) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) {
+      const Halves halves = narrow_vector(T{}, load(source + i));
+      std::memcpy(target + i, &halves, sizeof halves);
+    }
+  }
+  for (; i < count; ++i) target[i] = narrow<T>(source[i]);
 }
 
 // What products are made of: numbers of the accumulator's type or, with the instructions for it, pairs of bfloat16
@@ -124,14 +161,10 @@ inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum)
   return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 }
 
-typedef uint16_t Halves __attribute__((vector_size(PFA_VECTOR_BYTES / 2)));
-
-inline Halves narrow_lanes(Vec<float> v) { return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
-
 // a rounded to bfloat16 in the low halves of the lanes, b in the high ones.
 inline Vec<uint32_t> narrow_pair(Vec<float> a, Vec<float> b) {
-  return __builtin_convertvector(narrow_lanes(a), Vec<uint32_t>) |
-         __builtin_convertvector(narrow_lanes(b), Vec<uint32_t>) << 16;
+  return __builtin_convertvector(narrow_vector(BFloat16{}, a), Vec<uint32_t>) |
+         __builtin_convertvector(narrow_vector(BFloat16{}, b), Vec<uint32_t>) << 16;
 }
 
 // A lane for each of the 16-bit numbers from `pairs` on.
@@ -142,7 +175,7 @@ inline Vec<uint32_t> load_halves(const uint32_t* pairs) {
 }
 
 inline void store_operands(uint32_t* pairs, Vec<float> v) {
-  const Halves halves = narrow_lanes(v);
+  const Halves halves = narrow_vector(BFloat16{}, v);
   std::memcpy(pairs, &halves, sizeof halves);
 }
 #endif

@@ -6,21 +6,23 @@ namespace pfa::cpu::PFA_ISA {
 // The most numbers of a piece: those whose random numbers one call of Philox gives with the widest vectors.
 constexpr int64_t kPiece = 128;
 
-// values[i] = activation(values[i]); slopes[i] its derivative there, unless null.
-template <class A>
-void activate(Activation activation, int64_t count, A* __restrict values, A* __restrict slopes) {
+// values[i] = activation(values[i]); slopes[i] its derivative there, unless null. As exact as numbers of T need them.
+template <class T>
+void activate(Activation activation, int64_t count, Accumulator<T>* __restrict values,
+              Accumulator<T>* __restrict slopes) {
+  using A = Accumulator<T>;
   for_activation(activation, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
     int64_t i = 0;
     for (; i + kLanes<A> <= count; i += kLanes<A>) {
-      const ValueAndSlope<A> result = value_and_slope<kActivation, A>(load(values + i));
+      const ValueAndSlope<A> result = value_and_slope<kActivation, sizeof(T) == 2, A>(load(values + i));
       store(values + i, result.value);
       if (slopes) store(slopes + i, result.slope);
     }
     if (i == count) return;
     A last[kLanes<A>] = {};
     std::copy(values + i, values + count, last);
-    const ValueAndSlope<A> result = value_and_slope<kActivation, A>(load(last));
+    const ValueAndSlope<A> result = value_and_slope<kActivation, sizeof(T) == 2, A>(load(last));
     store(last, result.value);
     std::copy(last, last + (count - i), values + i);
     store(last, result.slope);
@@ -79,7 +81,7 @@ struct ActivationStep {
 
   void forward(int64_t row, int64_t column, int64_t count, A* values) const {
     if (product) store_row(values, count, product + row * width + column);
-    activate<A>(activation, count, values, nullptr);
+    activate<T>(activation, count, values, nullptr);
     drop(row, column, count, values);
   }
 
@@ -110,7 +112,7 @@ struct ActivationStep {
     A u[kPiece];
     A slopes[kPiece];
     load_row(product + at, count, u);
-    activate(activation, count, u, slopes);
+    activate<T>(activation, count, u, slopes);
     factors(row, column, count, keep);
     for (int64_t i = 0; i < count; ++i) values[i] *= slopes[i] * keep[i];
     if (!activated) return;
@@ -152,7 +154,7 @@ struct ActivationRows {
       A values[kPiece], gate[kPiece];
       const T* product = static_cast<const T*>(p.pre_activation) + row * p.linear1_dim() + column;
       load_row(product, count, values);
-      activate<A>(p.activation, count, values, nullptr);
+      activate<T>(p.activation, count, values, nullptr);
       if (p.gated) {
         load_row(product + p.hidden_dim, count, gate);
         for (int64_t i = 0; i < count; ++i) values[i] *= gate[i];
@@ -176,7 +178,7 @@ struct ActivationRows {
       load_row(product, count, left);
       load_row(product + width, count, right);
       load_row(u, count, d_left);
-      activate(p.activation, count, left, slopes);
+      activate<T>(p.activation, count, left, slopes);
       step.factors(row, column, count, keep);
       for (int64_t i = 0; i < count; ++i) {
         const A d = d_left[i] * keep[i];
