@@ -235,13 +235,12 @@ class MatrixProduct {
         } else if (!shares_b_) {
           after = lines_of_b(unit_after, 0, k_after, k_begin, std::min(run_, k_end - k_after));
         }
-        const int64_t share = ceil_div(after.pieces, row_panels);
+        const int64_t share = ceil_div(after.lines(), row_panels * ceil_div(depth, Prefetch::kStep));
         for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
           const int64_t i_end = std::min(i + panel_rows_, unit.rows);
-          after.prefetch(share);
           // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
           multiply_panels(depth, a + i * a_stride, panel, i_end - i, std::min(kPanelColumns, writable_columns - j),
-                          {sums + i * stride + j, stride, A(1), continues});
+                          {sums + i * stride + j, stride, A(1), continues}, {after, share});
         }
       }
     }
@@ -271,15 +270,31 @@ class MatrixProduct {
     int64_t pieces = 0;
     int64_t stride = 0;
     int64_t bytes = 0;
+    int64_t byte = 0;  // of the first piece, from which on nothing has been asked for
 
-    // The next `count` pieces, if there are so many, come near.
-    void prefetch(int64_t count) {
-      count = std::min(count, pieces);
-      pieces -= count;
-      for (; count > 0; --count) {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(data + byte, 0, 2);
-        data += stride;
-      }
+    static constexpr int64_t kLine = 64;
+
+    int64_t lines() const { return pieces * ceil_div(bytes, kLine); }
+
+    // The next line comes near, if there is one.
+    void prefetch() {
+      if (pieces == 0) return;
+      __builtin_prefetch(data + byte, 0, 2);
+      byte += kLine;
+      if (byte < bytes) return;
+      byte = 0;
+      data += stride;
+      --pieces;
+    }
+  };
+
+  // Lets `count` lines come near at a time: more at once would make the product wait.
+  struct Prefetch {
+    static constexpr int64_t kStep = 4;
+    Lines& lines;
+    int64_t count;
+    void operator()() const {
+      for (int64_t i = 0; i < count; ++i) lines.prefetch();
     }
   };
 
@@ -302,10 +317,13 @@ class MatrixProduct {
   }
 
   // c [rows, columns] (+)= a panel of a, or so many of its rows in place, @ a panel of b [depth, kPanelColumns].
-  void multiply_panels(int64_t depth, const P* a, Panel b, int64_t rows, int64_t columns, TileResult<A> c) const {
-    if (columns == kPanelColumns && (rows == panel_rows_ || !tiles_)) return multiply_rows(depth, a, b, rows, c);
+  void multiply_panels(int64_t depth, const P* a, Panel b, int64_t rows, int64_t columns, TileResult<A> c,
+                       const Prefetch& prefetch) const {
+    if (columns == kPanelColumns && (rows == panel_rows_ || !tiles_)) {
+      return multiply_rows(depth, a, b, rows, c, prefetch);
+    }
     A whole[kMaxPanelRows * kPanelColumns];
-    multiply_rows(depth, a, b, rows, {whole, kPanelColumns, A(1), false});
+    multiply_rows(depth, a, b, rows, {whole, kPanelColumns, A(1), false}, prefetch);
     for (int64_t r = 0; r < rows; ++r) {
       A* target = c.data + r * c.row_stride;
       for (int64_t i = 0; i < columns; ++i)
@@ -314,14 +332,20 @@ class MatrixProduct {
   }
 
   // The same for all columns of the panel; on tiles for all panel_rows_ too.
-  void multiply_rows(int64_t depth, const P* a, Panel b, int64_t rows, TileResult<A> c) const {
+  void multiply_rows(int64_t depth, const P* a, Panel b, int64_t rows, TileResult<A> c,
+                     const Prefetch& prefetch) const {
     if constexpr (kHasTileProducts<T>) {
-      if (tiles_) return multiply_tiles(depth, a, b.data, c);
+      if (tiles_) {
+        for (int64_t k = 0; k < depth; k += Prefetch::kStep) prefetch();
+        return multiply_tiles(depth, a, b.data, c);
+      }
     }
     const TileOperand<P> rows_of_a =
         reads_a_ ? TileOperand<P>{a, product_.a.stride / kNumbers<T>, 1} : TileOperand<P>{a, 1, kPanelRows};
-    if (rows == kPanelRows) return multiply_register_tile<kPanelRows, kVectors>(depth, rows_of_a, b.data, b.stride, c);
-    multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, rows_of_a, b.data, b.stride, c);
+    if (rows == kPanelRows) {
+      return multiply_register_tile<kPanelRows, kVectors>(depth, rows_of_a, b.data, b.stride, c, prefetch);
+    }
+    multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, rows_of_a, b.data, b.stride, c, prefetch);
   }
 
   // An addend that is c itself is there already where the sums go to c.

@@ -22,11 +22,17 @@ struct TileResult {
   bool accumulate;
 };
 
+// What a product does meanwhile: called before every kStep steps along k.
+struct NothingMeanwhile {
+  static constexpr int64_t kStep = std::numeric_limits<int64_t>::max();
+  void operator()() const {}
+};
+
 // c [kRows, kVectors * lanes] (+)= scale * a [kRows, k_size] @ b [k_size, kVectors * lanes]; row k of b begins at b + k
 // * b_k.
-template <int kRows, int kVectors, class T, class P>
+template <int kRows, int kVectors, class T, class P, class Meanwhile = NothingMeanwhile>
 inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __restrict b, int64_t b_k,
-                                   TileResult<T> c) {
+                                   TileResult<T> c, const Meanwhile& meanwhile = {}) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
   // A store too waits for its line.
@@ -41,21 +47,26 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
   const P* at[kPointers];
 #pragma GCC unroll 4
   for (int i = 0; i < kPointers; ++i) at[i] = a.data + 3 * i * a.row_stride;
-  for (int64_t k = 0; k < k_size; ++k) {
-    Vec<P> row[kVectors];
+  while (k_size > 0) {
+    meanwhile();
+    const int64_t steps = std::min(k_size, Meanwhile::kStep);
+    k_size -= steps;
+    for (int64_t k = 0; k < steps; ++k) {
+      Vec<P> row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
-    b += b_k;
+      for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
+      b += b_k;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride]);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
-    }
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
+      }
 #pragma GCC unroll 4
-    for (int i = 0; i < kPointers; ++i) {
-      at[i] += a.k_stride;
-      __asm__("" : "+r"(at[i]));
+      for (int i = 0; i < kPointers; ++i) {
+        at[i] += a.k_stride;
+        __asm__("" : "+r"(at[i]));
+      }
     }
   }
   // Else the compiler knows the rows' addresses from before the loop, and keeps them in registers that the sums need.
@@ -81,14 +92,14 @@ constexpr int kRegisterTileVectors = 2;
 #endif
 
 // The same for any number of rows up to kRows.
-template <int kRows, int kVectors, class T, class P>
+template <int kRows, int kVectors, class T, class P, class Meanwhile = NothingMeanwhile>
 inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k,
-                               TileResult<T> c) {
+                               TileResult<T> c, const Meanwhile& meanwhile = {}) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      multiply_register_tile<kRows, kVectors>(k_size, a, b, b_k, c);
+      multiply_register_tile<kRows, kVectors>(k_size, a, b, b_k, c, meanwhile);
     } else {
-      multiply_last_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c);
+      multiply_last_rows<kRows - 1, kVectors>(rows, k_size, a, b, b_k, c, meanwhile);
     }
   }
 }
