@@ -5,8 +5,12 @@
 
 All contenders of a case run in one process, taking turns; a time is the median over turns of the time per call. The
 rate is that of the products that the visible scores need: twice the head dim for each of two products forward, of five
-backward. Prints the rates in TFLOP/s, ours over the best of the others, and our milliseconds. Writes
-gpu_attention.json into --out (default: build).
+backward. Prints the rates in TFLOP/s, ours over the best of the others, and our milliseconds.
+
+Documents are packed sequences told apart by a flash mask instead; beside them stand ours as packed sequences and
+PyTorch's flex_attention.
+
+Writes gpu_attention.json into --out (default: build).
 """
 
 import inspect
@@ -33,6 +37,7 @@ class Case:
     causal: bool = False
     window_left: int = -1
     lengths: tuple = ()  # of packed sequences, for which queries and keys are the longest of these
+    documents: tuple = ()  # the lengths of what a flash mask tells apart in a sequence
 
     @property
     def queries_in_all(self):
@@ -45,7 +50,8 @@ class Case:
     def visible(self):
         """How many pairs of a query and a key that it sees there are in a head of all sequences."""
         total = 0
-        for queries, keys in [(n, n) for n in self.lengths] or [(self.queries, self.keys)] * self.batch:
+        apart = self.lengths or self.documents
+        for queries, keys in [(n, n) for n in apart] or [(self.queries, self.keys)] * self.batch:
             last = torch.arange(queries) + (keys - queries)
             end = (last + 1).clamp(0, keys) if self.causal else torch.full((queries,), keys)
             first = (last - self.window_left).clamp(0) if self.window_left >= 0 else torch.zeros_like(end)
@@ -66,6 +72,14 @@ def packed(name, lengths, *sizes, **options):
     return Case(name, len(lengths), max(lengths), max(lengths), *sizes, lengths=lengths, **options)
 
 
+def documents(name, lengths, *sizes, **options):
+    return Case(name, 1, sum(lengths), sum(lengths), *sizes, documents=lengths, **options)
+
+
+def as_packed(case):
+    return packed(case.name, case.documents, case.num_heads, case.num_kv_heads, case.head_dim, causal=case.causal)
+
+
 LENGTHS = draw_lengths(16384, 128, 2048)
 CASES = [
     Case("grouped", 2, 4096, 4096, 32, 8, 128, causal=True),
@@ -77,6 +91,9 @@ CASES = [
     packed("packed_grouped", LENGTHS, 32, 8, 128, causal=True),
     Case("long", 1, 16384, 16384, 16, 16, 128, causal=True),
     Case("window", 1, 16384, 16384, 16, 16, 128, causal=True, window_left=1023),
+    documents("documents", LENGTHS, 16, 16, 64),
+    documents("documents_causal", LENGTHS, 16, 16, 64, causal=True),
+    documents("documents_grouped", LENGTHS, 32, 8, 128, causal=True),
 ]
 
 
@@ -94,10 +111,16 @@ class Tensors:
         self.d_out = torch.randn_like(self.query)
         starts = torch.tensor([0, *case.lengths]).cumsum(0)
         self.starts = starts.int().cuda() if case.lengths else None
+        if case.documents:
+            # Of each key the first query after its document and, unless causal hides those, the document's first.
+            lengths = torch.tensor(case.documents)
+            ends = lengths.cumsum(0)
+            columns = torch.stack([ends] if case.causal else [ends, ends - lengths], -1)
+            self.ranges = columns.repeat_interleave(lengths, 0).int().cuda()
 
 
 def our_calls(case, tensors):
-    sizes = {n: v for n, v in asdict(case).items() if n not in ("name", "lengths")}
+    sizes = {n: v for n, v in asdict(case).items() if n not in ("name", "lengths", "documents")}
     if case.lengths:
         sizes.update(packed_queries=case.queries_in_all, packed_keys=case.keys_in_all)
     block = pfa_core.CudaBlock(dict(sizes, block="bare_attention", dtype="bfloat16"))
@@ -107,6 +130,8 @@ def our_calls(case, tensors):
     if case.lengths:
         kept.update(cu_seqlens_q=tensors.starts, cu_seqlens_k=tensors.starts)
     arrays = {name: address(tensor) for name, tensor in kept.items()}
+    if case.documents:
+        arrays["startend_row_indices"] = (address(tensors.ranges), 1, tensors.ranges.shape[-1])
 
     def memory(size):
         kept[len(kept)] = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -121,6 +146,35 @@ def our_calls(case, tensors):
     return forward, backward, kept
 
 
+def our_packed_calls(case, tensors):
+    """Those of documents as packed sequences."""
+    alike = as_packed(case)
+    of_packed = Tensors(alike)
+    forward, backward, kept = our_calls(alike, of_packed)
+    return partial(call_with, forward, kept, of_packed), partial(call_with, backward, kept, of_packed)
+
+
+def call_with(call, *kept):
+    """Calls it; what is kept lives as long as this."""
+    return call()
+
+
+def flex_attention_of(case, tensors):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lengths = torch.tensor(case.documents, device="cuda")
+    document = torch.arange(len(case.documents), device="cuda").repeat_interleave(lengths)
+
+    def sees(b, h, query, key):
+        same = document[query] == document[key]
+        return same & (query >= key) if case.causal else same
+
+    block_mask = create_block_mask(sees, None, None, case.queries, case.keys, device="cuda")
+    heads = [t.transpose(1, 2) for t in tensors]
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, *heads, block_mask=block_mask, enable_gqa=case.num_heads != case.num_kv_heads)
+
+
 def peers(case, tensors):
     """Name -> (forward, backward)."""
     q, k, v = (t.detach().requires_grad_() for t in (tensors.query, tensors.key, tensors.value))
@@ -129,6 +183,10 @@ def peers(case, tensors):
         out = forward()
         return forward, lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
 
+    if case.documents:
+        yield "packed", partial(our_packed_calls, case, tensors)
+        yield "flex", partial(with_gradients, flex_attention_of(case, (q, k, v)), tensors.d_out.transpose(1, 2))
+        return
     if case.lengths or case.window_left >= 0:
         try:
             from torch.nn.attention.varlen import varlen_attn

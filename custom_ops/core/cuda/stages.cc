@@ -29,12 +29,14 @@ void copy(Context& context, const void* from, void* to, size_t bytes) {
 }
 
 size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
-  return phase == Phase::kAttentionBackward ? attention_backward_workspace_bytes(context, p) : 0;
+  return phase == Phase::kAttentionBackward ? attention_backward_workspace_bytes(context, p)
+                                            : attention_forward_workspace_bytes(context, p);
 }
 
 size_t stage_workspace_bytes(const Context& context, const AttentionBlockParams& p, Phase phase) {
   if (phase == Phase::kAttentionBackward) return attention_backward_workspace_bytes(context, attention_of(p));
-  return std::max(linear_workspace_bytes(context, p, phase), common_workspace_bytes(context, p, phase));
+  const size_t attention = phase == Phase::kForward ? attention_forward_workspace_bytes(context, attention_of(p)) : 0;
+  return std::max({linear_workspace_bytes(context, p, phase), common_workspace_bytes(context, p, phase), attention});
 }
 
 size_t stage_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase) {

@@ -31,6 +31,7 @@ void qkv_linear_backward(Context& context, const AttentionBlockParams& p);
 void attention_forward(Context& context, const AttentionParams& p);
 void attention_backward(Context& context, const AttentionParams& p);
 void attention_weights(Context& context, const AttentionParams& p);
+size_t attention_forward_workspace_bytes(const Context& context, const AttentionParams& p);
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);
 void output_linear_forward(Context& context, const AttentionBlockParams& p);
 void output_linear_backward(Context& context, const AttentionBlockParams& p);

@@ -92,14 +92,8 @@ void plain_attention_backward(Context& context, const AttentionParams& p) {
 
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   // The gradient of the mask comes when all else is done.
-  size_t bytes = p.d_mask ? mask_gradient_workspace_bytes(context, p) : 0;
-  if (!has_rows(p)) return bytes;
-  // Addresses that are not known yet may rule out the first that serves: each that comes after it must find room too.
-  for (const AttentionImplementation* implementation : kAttentionImplementations) {
-    if (implementation->why_not(context, p, Pass::kBackward)) continue;
-    bytes = std::max(bytes, implementation->backward_workspace_bytes(context, p));
-  }
-  return bytes;
+  const size_t bytes = p.d_mask ? mask_gradient_workspace_bytes(context, p) : 0;
+  return has_rows(p) ? std::max(bytes, most_workspace(context, p, Pass::kBackward)) : bytes;
 }
 
 void attention_backward(Context& context, const AttentionParams& p) {

@@ -36,6 +36,10 @@ void plain_attention_forward(Context& context, const AttentionParams& p) {
   });
 }
 
+size_t attention_forward_workspace_bytes(const Context& context, const AttentionParams& p) {
+  return most_workspace(context, p, Pass::kForward);
+}
+
 void attention_forward(Context& context, const AttentionParams& p) {
   if (p.batch * p.num_heads * p.queries > 0) attention_implementation(context, p, Pass::kForward).forward(context, p);
 }

@@ -29,7 +29,12 @@ const char* why_not_hopper(const Context& context, const AttentionParams& p, Pas
   if (p.batch * p.queries * p.keys == 0) return "it needs queries and keys";
   if (p.query_starts && p.packed_queries * p.packed_keys == 0) return "it needs queries and keys";
   if (p.query_starts && p.mask.data) return "it takes no mask beside packed sequences";
-  if (p.hidden_ranges.data) return "it knows no ranges of hidden queries";
+  if (p.hidden_ranges.data && (p.query_starts || p.mask.data)) {
+    return "it takes no mask and no packed sequences beside ranges of hidden queries";
+  }
+  if (p.hidden_ranges.data && p.keys > int64_t{1} << 22) {
+    return "it takes up to 4194304 keys beside ranges of hidden queries";
+  }
   if (!(p.scale > 0)) return "it takes a positive scale only";
   if (pass == Pass::kBackward && p.d_out.data && (!p.d_query.data || !p.d_key.data || !p.d_value.data)) {
     return "it makes the gradients of query, key and value together only";
@@ -57,21 +62,34 @@ const char* why_not_plain(const Context&, const AttentionParams& p, Pass) {
   return p.head_dim > kMaxHeadDimOnGpu ? "it takes a head_dim up to 256" : nullptr;
 }
 
+size_t no_workspace(const Context&, const AttentionParams&) { return 0; }
+
 }  // namespace
 
 #if CUDART_VERSION >= 12010
-const AttentionImplementation kHopperAttention{"hopper", why_not_hopper, hopper_attention_forward,
-                                               hopper_attention_backward_workspace_bytes, hopper_attention_backward};
+const AttentionImplementation kHopperAttention{"hopper",
+                                               why_not_hopper,
+                                               hopper_attention_forward_workspace_bytes,
+                                               hopper_attention_forward,
+                                               hopper_attention_backward_workspace_bytes,
+                                               hopper_attention_backward};
 #else  // no tensor maps, warpgroup products or vector additions to memory
 const AttentionImplementation kHopperAttention{
     "hopper",
     [](const Context&, const AttentionParams&, Pass) { return "it was not compiled: that takes CUDA 12.1 or later"; },
-    nullptr, [](const Context&, const AttentionParams&) { return size_t{0}; }, nullptr};
+    no_workspace,
+    nullptr,
+    no_workspace,
+    nullptr};
 #endif
-const AttentionImplementation kMmaAttention{"mma", why_not_mma, mma_attention_forward, row_statistics_workspace_bytes,
-                                            mma_attention_backward};
-const AttentionImplementation kPlainAttention{"plain", why_not_plain, plain_attention_forward,
-                                              row_statistics_workspace_bytes, plain_attention_backward};
+const AttentionImplementation kMmaAttention{
+    "mma", why_not_mma, no_workspace, mma_attention_forward, row_statistics_workspace_bytes, mma_attention_backward};
+const AttentionImplementation kPlainAttention{"plain",
+                                              why_not_plain,
+                                              no_workspace,
+                                              plain_attention_forward,
+                                              row_statistics_workspace_bytes,
+                                              plain_attention_backward};
 
 }  // namespace cuda
 }  // namespace pfa

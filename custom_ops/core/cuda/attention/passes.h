@@ -25,6 +25,7 @@ size_t mask_gradient_workspace_bytes(const Context& context, const AttentionPara
 void weights_attention_backward(Context& context, const AttentionParams& p);
 
 // hopper/. Backward adds to sums in no fixed order.
+size_t hopper_attention_forward_workspace_bytes(const Context& context, const AttentionParams& p);
 void hopper_attention_forward(Context& context, const AttentionParams& p);
 void hopper_attention_backward(Context& context, const AttentionParams& p);
 size_t hopper_attention_backward_workspace_bytes(const Context& context, const AttentionParams& p);

@@ -27,12 +27,16 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
   // hardly anyone waits.
   const int64_t at_work = uneven ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
   const int64_t spare = 1 + at_work / (uneven ? 6 : 2);
-  // The heads of a group are worked on together, so what is taken must be of an earlier group. With uneven walks the
-  // shortest tiles come last in it, and when they are done the longest of a head `at_work` heads before are.
+  // The heads of a group are worked on together, so what is taken must be of an earlier group. Where the shortest tiles
+  // come last in it, the longest of a head `at_work` heads before are done when these are. Else a whole group or more
+  // must lie between.
   const int64_t walk_bytes = 4 * int64_t{args.visibility.keys} +
                              8 * int64_t{args.visibility.queries} * args.layout.group;  // k, v; q, d_out, sums of d_q
   const int64_t group = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
-  const int64_t behind = uneven ? std::max(group, at_work - group + spare) : spare;
+  const int64_t between = ceil_div(ceil_div(blocks, tiles), group) * group;
+  const int64_t behind = !uneven                  ? spare
+                         : has_sorted_walks(args) ? std::max(group, at_work - group + spare)
+                                                  : group + between;
   BackwardSchedule schedule{};
   schedule.columns = args.head_dim() > 64 ? 128 : 64;
   schedule.heads_per_group = static_cast<int>(group);
@@ -47,9 +51,10 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
 size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args,
-             BackwardSchedule& schedule) {
+             BackwardSchedule& schedule, HiddenTiles& hidden) {
   Arena arena(memory);
   place_row_statistics(arena, p, args);
+  hidden = place_hidden_tiles(arena, args, backward_queries(args.head_dim()));
   schedule = plan(context, args);
   // The first sums lie in memory that is lent.
   const size_t slot = sizeof(float) * args.layout.group * args.rows_padded * schedule.columns;
@@ -71,18 +76,21 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
 size_t hopper_attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
-  return hopper::place(context, p, nullptr, args, schedule);
+  hopper::HiddenTiles hidden;
+  return hopper::place(context, p, nullptr, args, schedule, hidden);
 }
 
 void hopper_attention_backward(Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
-  hopper::place(context, p, p.stage_workspace, args, schedule);
+  hopper::HiddenTiles hidden;
+  hopper::place(context, p, p.stage_workspace, args, schedule, hidden);
+  hopper::make_hidden_tiles(context, args, hidden, hopper::backward_queries(args.head_dim()));
   dispatch_16bit(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     make_row_statistics<T, float>(context, args, schedule);
     with_head_dim<64, 128>(args.head_dim(), [&](auto head_dim) {
-      hopper::backward<T, decltype(head_dim)::value>(context, args, schedule);
+      hopper::backward<T, decltype(head_dim)::value>(context, args, schedule, hidden);
     });
   });
   if (p.d_qkv_bias) {

@@ -12,51 +12,19 @@
 // added to all keys alike moves all scores of a query alike.
 //
 // Where the mask is the same for all queries, a thread holds its two keys' elements, and a tile of keys that nobody
-// sees has no walk. The elements of any other mask are loaded a step ahead.
+// sees has no walk. The elements of any other mask are loaded a step ahead. Of ranges of hidden queries the thread that
+// copies finds the tiles that they leave (hidden_tiles.cuh), and tells the others.
 #pragma once
 
+#include "core/cuda/attention/hopper/backward_shared.cuh"
 #include "core/cuda/attention/hopper/mask.cuh"
 #include "core/cuda/attention/hopper/query_gradient.cuh"
-#include "core/cuda/attention/hopper/ring.cuh"
 #include "core/cuda/attention/score_gradient.cuh"
 #include "core/cuda/numbers.cuh"
 
 namespace pfa {
 namespace cuda {
 namespace hopper {
-
-constexpr int kSumPanel = 64 * kPanelColumns;  // sums of d_q that a warpgroup adds to at a time
-// Whether this is a build for compute-sanitizer.
-#ifdef PFA_SANITIZED
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
-struct BackwardMaps {
-  CUtensorMap query;
-  CUtensorMap key;
-  CUtensorMap value;
-  CUtensorMap d_out;
-};
-
-template <int kHeadDim>
-struct BackwardShape {
-  static constexpr int kThreads = 384;
-  static constexpr int kQueries = kHeadDim > 64 ? 64 : 128;
-  static constexpr int kKeyBytes = kKeys * kHeadDim * 2;       // a tile of k or v
-  static constexpr int kQueryBytes = kQueries * kHeadDim * 2;  // a tile of q or d_out
-  static constexpr int kScorePanelBytes = kKeys * kRowBytes;   // dS^T for 64 queries
-  static constexpr int kScoreBytes = kQueries / 64 * kScorePanelBytes;
-  static constexpr int kStatisticBytes = kQueries * static_cast<int>(sizeof(float));
-  // How many of the computing threads arrive at a barrier: all, or one of each warp. compute-sanitizer follows only the
-  // former, which takes 8% longer with small tiles of queries.
-  static constexpr int kArrivals = kQueries > 64 || kSanitized ? 256 : 8;
-  // The probabilities of 128 queries are kept in their 16-bit form only.
-  static constexpr bool kPackedOnly = kQueries > 64;
-  static constexpr size_t kSharedBytes =
-      1024 + kStages * (2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + 3 * kStatisticBytes);
-};
 
 #if PFA_HOPPER_CODE
 
@@ -75,24 +43,6 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
   }
 }
 
-constexpr uint32_t kNoHead = 0xFFFFFFFFu;
-
-// A tile of keys that a thread block has taken.
-struct KeyWork {
-  OrderedTile place;  // its head is kNoHead where all tiles are taken
-  SequenceTile keys;  // of the first query head that reads them
-  Range<int> walk;    // over these tiles of each of its query heads' queries
-};
-
-// What the threads of a thread block share, beside the tiles.
-template <int kArrivals>
-struct BackwardShared {
-  Ring<kStages, kArrivals, 1> kv;
-  Ring<kStages, kArrivals> q, d_out;
-  KeyWork work[kStages];                // what lies in the stages of kv
-  uint64_t added, may_take, has_taken;  // d_q of this tile to the sums; that of an earlier head from them
-};
-
 constexpr int kScoresBarrier = 1;  // a named barrier of the computing warpgroups
 
 // The roles of a thread block's warps: produce, exchange, and consume. All go through the thread block's tiles of keys,
@@ -104,12 +54,14 @@ struct BackwardRoles {
   static constexpr int kQueries = Shape::kQueries;
   static constexpr int kArrivals = Shape::kArrivals;
   static constexpr bool kPackedOnly = Shape::kPackedOnly;
+  static constexpr bool kUnmasked = kMask == kNoMask || kMask == kRanges;
   // With dropout there are no registers for packed probabilities with and without signs.
   static constexpr bool kSignedOperand = kDrops && kPackedOnly;
 
   const BackwardMaps& maps;
   const BackwardArgs& args;
   const BackwardSchedule& schedule;
+  const HiddenTiles& hidden;
   BackwardShared<kArrivals>& shared;
   char* tiles;  // by stages: of k and v [kKeys][D], q and d_out [kQueries][D], dS^T [kKeys][kQueries], statistics
                 // [kQueries]
@@ -167,7 +119,12 @@ struct BackwardRoles {
       work.place = tile;
       work.keys = keys;
       work.walk = walk;
-      if (walk.first >= walk.end) {
+      if (kMask == kRanges) {
+        shared.seen_tiles.begin(hidden.row(first.index, keys.first / kKeys), walk);
+        work.plain = shared.seen_tiles.count(kPlainTiles);
+        work.walk = {0, work.plain + shared.seen_tiles.count(kHidingTiles)};
+      }
+      if (work.walk.first >= work.walk.end) {
         barrier_arrive(&shared.kv.full[kv.stage]);
         continue;
       }
@@ -181,11 +138,15 @@ struct BackwardRoles {
       for (int i = 0; i < group(); ++i) {
         const BackwardHead<T, float> head = backward_head<T, float, kPacked>(args, keys.head + i, false);
         const int h = static_cast<int>(head.index.head);
-        for (int n = walk.first; n < walk.end; ++n, ++step) {
+        if (kMask == kRanges) shared.seen_tiles.begin(hidden.row(first.index, keys.first / kKeys), walk);
+        for (int i = work.walk.first; i < work.walk.end; ++i, ++step) {
           const RingStep to = ring_step<kStages>(step);
+          const int n = kMask == kRanges ? shared.seen_tiles.next() : i;
           const int row0 = n * kQueries;
           const int map_row0 = query_rows.first + row0;
-          uint64_t* q_full = shared.q.fill(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
+          shared.q.wait_empty(to);
+          if (kMask == kRanges) shared.query_tiles[to.stage] = n;
+          uint64_t* q_full = shared.q.expect(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
           copy_tile<kQueries, kHeadDim, kPacked>(q_tile(to.stage), maps.query, q_full, h, map_row0,
                                                  query_rows.sequence);
           copy_bytes(lse2_tile(to.stage), head.lse2 + row0, Shape::kStatisticBytes, q_full);
@@ -259,7 +220,7 @@ struct BackwardRoles {
         const int query = i / 8 * 16 + lane_column(i % 8);
         float score = s[i];
         if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2 % 2]);
-        score = kMask == kNoMask ? fmaf(score, scale_log2, -shift2[query]) : score - shift2[query];
+        score = kUnmasked ? fmaf(score, scale_log2, -shift2[query]) : score - shift2[query];
         s[i] = fminf(score, lse2[query]);  // at most that, however roundings fall
       }
       to_log2 = 1.0f;
@@ -277,7 +238,7 @@ struct BackwardRoles {
         for (int i = 0; i < 4; ++i) {
           float score = piece[e + i];
           if (kMask == kKeyMask) score = fmaf(score, to_log2, added_by_mask[i / 2]);
-          const float exponent = fmaf(score, kMask == kNoMask ? to_log2 : 1.0f, -(i % 2 ? l.y : l.x));
+          const float exponent = fmaf(score, kUnmasked ? to_log2 : 1.0f, -(i % 2 ? l.y : l.x));
           piece[e + i] = exp2_of(exponent);
         }
       }
@@ -380,10 +341,12 @@ struct BackwardRoles {
 
     const Range<int> walk = shared.work[kv_stage].walk;
     if (kMask == kFullMask) fetch_mask<true>(args, tile.head.mask_offset, key0, walk.first * kQueries, mask_elements);
-    for (int n = walk.first; n < walk.end; ++n, ++step) {
+    const auto at_tile = [&](int i, auto ranges_hide) {
+      constexpr bool kHides = decltype(ranges_hide)::value;
       const RingStep from = ring_step<kStages>(step);
-      const int row0 = n * kQueries;
       shared.q.wait_full(from);
+      const int n = kMask == kRanges ? shared.query_tiles[from.stage] : i;
+      const int row0 = n * kQueries;
       multiply_rows<T, kHeadDim, kQueries>(s, k_rows, rows_operand(q_tile(from.stage)));
       wgmma_commit();
       const bool large = any_large<kQueries>(shift2_tile(from.stage));
@@ -393,10 +356,15 @@ struct BackwardRoles {
         add_fetched<true>(args, tile.head.mask_offset, key0, row0, static_cast<float>(args.score_scale * kLog2e),
                           mask_elements, s);
       }
+      if (kHides) {  // before there is dp, for want of registers
+        wgmma_wait<0>();
+        pin(s);
+        hide_by_key(hidden, tile.head.index, key0, row0, s);
+      }
       shared.d_out.wait_full(from);
       multiply_rows<T, kHeadDim, kQueries>(dp, v_rows, rows_operand(d_out_tile(from.stage)));
       wgmma_commit();
-      if (kMask != kFullMask) {
+      if (kMask != kFullMask && !kHides) {
         wgmma_wait<1>();
         pin(s);
       }
@@ -425,6 +393,12 @@ struct BackwardRoles {
       wgmma_wait<0>();
       pin(tile.dk);
       shared.q.release(from);
+      ++step;
+    };
+    int i = walk.first;
+    for (; i < (kMask == kRanges ? shared.work[kv_stage].plain : walk.end); ++i) at_tile(i, std::false_type{});
+    if constexpr (kMask == kRanges) {
+      for (; i < walk.end; ++i) at_tile(i, std::true_type{});
     }
   }
 

@@ -8,7 +8,8 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void backward<__nv_bfloat16, 64>(const Context&, const BackwardArgs&, const BackwardSchedule&);
+template void backward<__nv_bfloat16, 64>(const Context&, const BackwardArgs&, const BackwardSchedule&,
+                                          const HiddenTiles&);
 
 }  // namespace hopper
 }  // namespace cuda

@@ -8,7 +8,7 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void backward<__half, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&);
+template void backward<__half, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&, const HiddenTiles&);
 
 }  // namespace hopper
 }  // namespace cuda

@@ -8,9 +8,14 @@
 //
 // A mask that is the same for all queries is brought to shared memory in units of log2 before the walk over the keys.
 // The walk then leaves out tiles before the first and after the last key that may be seen. Any other mask comes by
+// tiles with the copy engine, or is read in place where its strides do not allow that.
+//
+// Ranges of hidden queries leave out tiles anywhere: a warp lists the others before the walk (hidden_tiles.cuh), first
+// those of which nothing is hidden.
 #pragma once
 
 #include "core/cuda/attention/dropout.cuh"
+#include "core/cuda/attention/hopper/hidden_tiles.cuh"
 #include "core/cuda/attention/hopper/mask.cuh"
 #include "core/cuda/attention/hopper/ring.cuh"
 #include "core/cuda/attention/hopper/store.cuh"
@@ -79,6 +84,7 @@ struct ForwardShared {
   Ring<kStages, 8> k, v;
   Ring<kStages, 4> mask[2];  // by warpgroup
   KeyTiles key_tiles;
+  int2 listed;  // with ranges: the tiles of either phase of the walk
 };
 
 // Named barriers: 1 and 2 say which warpgroup's turn it is at the tensor cores.
@@ -93,21 +99,25 @@ struct ForwardRoles {
 
   const ForwardMaps& maps;
   const MaskCopies& mask_copies;
+  const HiddenTiles& hidden;
   const ForwardArgs& args;
   ForwardShared& shared;
-  char* tiles;  // of queries [2][64][D], keys [kStages][kKeys][D] and values; then the mask
+  char* tiles;  // of queries [2][64][D], keys [kStages][kKeys][D] and values; then the mask,
+                // or the list of tiles that ranges leave
   HeadState head;
   int row0;        // the thread block's first query
   int first_tile;  // of keys, and the one after the last
   int end_tile;
   int skipped = 0;  // a tile that lies before the second that is walked, where the mask had to be read to know that
   int steps;        // of the walk, after its first
+  int plain = 0;    // tiles at its beginning of which ranges hide nothing
 
   __device__ __forceinline__ ForwardRoles(const ForwardMaps& maps, const MaskCopies& mask_copies,
-                                          const ForwardArgs& args, ForwardShared& shared, char* tiles,
-                                          const SequenceTile& tile)
+                                          const HiddenTiles& hidden, const ForwardArgs& args, ForwardShared& shared,
+                                          char* tiles, const SequenceTile& tile)
       : maps(maps),
         mask_copies(mask_copies),
+        hidden(hidden),
         args(args),
         shared(shared),
         tiles(tiles),
@@ -134,12 +144,14 @@ struct ForwardRoles {
   __device__ __forceinline__ char* mask_tile(int group, int stage) const {
     return masks() + (stage * 2 + group) * mask_copies.panels * kCopyBytes;
   }
+  __device__ __forceinline__ uint16_t* tile_list() const { return reinterpret_cast<uint16_t*>(masks()); }
   // [min(tiles, kMaskTiles)][kKeys]
   __device__ __forceinline__ float* key_mask() const { return reinterpret_cast<float*>(masks()); }
 
   // Which tile of keys is step n of the walk. Tiles are walked from the last to the first. Where the mask has to be
   // read to know the last, they are walked from the first, and then from that after `skipped` to the last that matters.
   __device__ __forceinline__ int tile_of(int n) const {
+    if (kMask == kRanges) return tile_list()[n];
     return kMask != kKeyMask ? end_tile - 1 - n : n == 0 ? first_tile : skipped + n;
   }
   __device__ __forceinline__ int key0_of(int n) const { return tile_of(n) * kKeys; }
@@ -188,11 +200,25 @@ struct ForwardRoles {
     }
   }
 
+  // By a warp: what ranges leave of the walk. Queries that see no key walk over one tile all the same.
+  __device__ __forceinline__ void list_walk() const {
+    __syncwarp();
+    const TileBits* rows = hidden.row(head.index, row0 / kHalfTile);
+    const int2 listed = list_tiles<2>(rows, hidden.words, {first_tile, end_tile}, tile_list());
+    if (threadIdx.x == 0) {
+      const bool none = listed.x + listed.y == 0;
+      if (none) tile_list()[0] = static_cast<uint16_t>(first_tile);
+      shared.listed = make_int2(listed.x, none ? 1 : listed.y);
+    }
+    __syncwarp();
+  }
+
   // All threads call this before the walk. It starts the copies of the first step, and brings a key mask to shared
   // memory.
   __device__ __forceinline__ void begin() {
+    if (threadIdx.x == 0) copy_queries();
+    if (kMask == kRanges && threadIdx.x < 32) list_walk();
     if (threadIdx.x == 0) {
-      copy_queries();
       copy_keys(0);
       copy_values(0);
     }
@@ -211,6 +237,11 @@ struct ForwardRoles {
       __syncthreads();
       skipped = max(shared.key_tiles.first - 1, first_tile);
       steps = max(shared.key_tiles.last - skipped, 0);
+    }
+    if constexpr (kMask == kRanges) {
+      __syncthreads();
+      plain = shared.listed.x;
+      steps = plain + shared.listed.y - 1;
     }
   }
 
@@ -286,11 +317,13 @@ struct ForwardRoles {
     }
   }
 
-  // Step n's scores s [64][kKeys] to probabilities, before dropout.
-  __device__ __forceinline__ void exponentiate(int group, int strip, int n, StripSoftmax& softmax,
-                                               float (&correction)[2], float (&s)[kKeys / 2]) const {
+  // Step n's scores s [64][kKeys] to probabilities, before dropout. `hidden_keys`: what ranges hide, or null.
+  __device__ __forceinline__ void exponentiate(int group, int strip, int n, const HiddenKeys* hidden_keys,
+                                               StripSoftmax& softmax, float (&correction)[2],
+                                               float (&s)[kKeys / 2]) const {
     const float scale = add_mask(group, strip, n, s);
     hide_scores(visibility(), strip, key0_of(n), s);
+    if (kMask == kRanges && hidden_keys) hidden_keys->hide(hidden, head.index, strip, key0_of(n), s);
     softmax.add_tile<kMask == kKeyMask || kMask == kTiledMask>(scale, correction, s);
   }
 
@@ -324,13 +357,16 @@ struct ForwardRoles {
     barrier_wait(&shared.q_full, 0);
     shared.k.wait_full(ring_step<kStages>(0));
     start_scores<T, kHeadDim>(s, q_tile(group), k_tile(0));
+    HiddenKeys hidden_keys;
+    if (kMask == kRanges) hidden_keys.find(hidden, head.index, strip, key0_of(0));
     wgmma_wait<0>();
     pin(s);
     shared.k.release(ring_step<kStages>(0));
-    exponentiate(group, strip, 0, softmax, correction, s);
+    exponentiate(group, strip, 0, &hidden_keys, softmax, correction, s);
     drop_and_pack(strip, 0, s, p);
     if (group == 1 && steps > 0) named_arrive(kTurnBarrier, 256);
-    for (int n = 1; n <= steps; ++n) {
+    const auto step = [&](int n, auto ranges_hide) {
+      constexpr bool kHides = decltype(ranges_hide)::value;
       const RingStep step = ring_step<kStages>(n);
       const RingStep last = ring_step<kStages>(n - 1);
       next_key_mask(n);
@@ -340,15 +376,21 @@ struct ForwardRoles {
       shared.v.wait_full(last);
       start_sums<T, kHeadDim>(o, p, v_tile(last.stage), n > 1);
       if (group == 0 || n < steps) named_arrive(kTurnBarrier + 1 - group, 256);
+      if (kHides) hidden_keys.find(hidden, head.index, strip, key0_of(n));
       wgmma_wait<1>();
       pin(s);
       shared.k.release(step);
-      exponentiate(group, strip, n, softmax, correction, s);
+      exponentiate(group, strip, n, kHides ? &hidden_keys : nullptr, softmax, correction, s);
       wgmma_wait<0>();
       pin(o);
       shared.v.release(last);
       correct(correction, o);
       drop_and_pack(strip, n, s, p);
+    };
+    int n = 1;
+    for (; n < (kMask == kRanges ? plain : steps + 1); ++n) step(n, std::false_type{});
+    if constexpr (kMask == kRanges) {
+      for (; n <= steps; ++n) step(n, std::true_type{});
     }
     const RingStep last = ring_step<kStages>(steps);
     shared.v.wait_full(last);
@@ -365,17 +407,20 @@ struct ForwardRoles {
     uint32_t p[kKeys / 16][4];  // probabilities [64][kKeys]
     const bool copies = threadIdx.x == 0;
     barrier_wait(&shared.q_full, 0);
-    for (int n = 0; n <= steps; ++n) {
+    const auto step = [&](int n, auto ranges_hide) {
+      constexpr bool kHides = decltype(ranges_hide)::value;
       const RingStep step = ring_step<kStages>(n);
       if (n > 0) next_key_mask(n);
       shared.k.wait_full(step);
       start_scores<T, kHeadDim>(s, q_tile(group), k_tile(step.stage));
       if (copies && n < steps) copy_keys(n + 1);
       __syncwarp();
+      HiddenKeys hidden_keys;
+      if (kHides) hidden_keys.find(hidden, head.index, strip, key0_of(n));
       wgmma_wait<0>();
       pin(s);
       shared.k.release(step);
-      exponentiate(group, strip, n, softmax, correction, s);
+      exponentiate(group, strip, n, kHides ? &hidden_keys : nullptr, softmax, correction, s);
       if (copies && n < steps) copy_values(n + 1);
       __syncwarp();
       if (n > 0) correct(correction, o);
@@ -385,6 +430,11 @@ struct ForwardRoles {
       wgmma_wait<0>();
       pin(o);
       shared.v.release(step);
+    };
+    int n = 0;
+    for (; n < (kMask == kRanges ? plain : steps + 1); ++n) step(n, std::false_type{});
+    if constexpr (kMask == kRanges) {
+      for (; n <= steps; ++n) step(n, std::true_type{});
     }
   }
 

@@ -8,7 +8,7 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void forward<__half, 128>(const Context&, const ForwardArgs&);
+template void forward<__half, 128>(const Context&, const ForwardArgs&, const HiddenTiles&);
 
 }  // namespace hopper
 }  // namespace cuda

@@ -13,13 +13,16 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-// A key mask is the same for all queries. Of the others, a tiled one comes to shared memory with the copy engine.
-enum MaskKind { kNoMask, kKeyMask, kFullMask, kTiledMask };
+// A key mask is the same for all queries. Of the others, a tiled one comes to shared memory with the copy engine. Ranges
+// are those of hidden queries (hidden_tiles.h), without a mask.
+enum MaskKind { kNoMask, kKeyMask, kFullMask, kTiledMask, kRanges };
 
 // Calls f with the kind of the mask but for how it comes to shared memory, as a std::integral_constant.
 template <class F>
 void with_mask_kind(const AttentionArgs& args, F&& f) {
-  if (!args.mask.data) {
+  if (args.hidden_ranges.data) {
+    f(std::integral_constant<MaskKind, kRanges>{});
+  } else if (!args.mask.data) {
     f(std::integral_constant<MaskKind, kNoMask>{});
   } else if (args.mask.strides[2] == 0) {
     f(std::integral_constant<MaskKind, kKeyMask>{});

@@ -2,6 +2,7 @@
 // and its like.
 #pragma once
 
+#include "core/cuda/attention/hopper/hidden_tiles.h"
 #include "core/cuda/attention/hopper/schedule.h"
 #include "core/cuda/context.h"
 
@@ -11,10 +12,13 @@ namespace hopper {
 
 // T: __half or __nv_bfloat16. kHeadDim: 64 or 128, what head_dim is rounded up to.
 template <class T, int kHeadDim>
-void forward(const Context& context, const ForwardArgs& args);
+void forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden);
 // After the row statistics.
 template <class T, int kHeadDim>
-void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule);
+void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule,
+              const HiddenTiles& hidden);
+// The queries of a tile of backward.
+constexpr int backward_queries(int64_t head_dim) { return head_dim > 64 ? 64 : 128; }
 
 // Whether the kernels' code is more than the empty one for other targets. Of __half and 64.
 template <class T, int kHeadDim>

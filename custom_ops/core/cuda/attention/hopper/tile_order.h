@@ -60,7 +60,11 @@ inline int64_t thread_blocks(const Context& context, const AttentionArgs& args) 
 }
 
 // Whether walks may differ in length.
-inline bool has_uneven_walks(const AttentionArgs& args) { return args.is_packed() || args.visibility.is_uneven(); }
+inline bool has_uneven_walks(const AttentionArgs& args) {
+  return args.is_packed() || args.visibility.is_uneven() || args.hidden_ranges.data;
+}
+// Whether, if so, those of a head's first tiles of keys are the longest, and those of its last tiles of queries.
+inline bool has_sorted_walks(const AttentionArgs& args) { return !args.is_packed() && !args.hidden_ranges.data; }
 
 struct OrderedTile {
   uint32_t head;  // of those that are counted
