@@ -32,7 +32,10 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
   // must lie between.
   const int64_t walk_bytes = 4 * int64_t{args.visibility.keys} +
                              8 * int64_t{args.visibility.queries} * args.layout.group;  // k, v; q, d_out, sums of d_q
-  const int64_t group = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
+  // A group of fewer heads than half of those at work has less to do for each thread block than half its longest tile:
+  // at the end most would have nothing left while a few are at such tiles.
+  const int64_t cached = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
+  const int64_t group = uneven ? std::min(key_heads(args), std::max(cached, ceil_div(at_work, 2))) : cached;
   const int64_t between = ceil_div(ceil_div(blocks, tiles), group) * group;
   const int64_t behind = !uneven                  ? spare
                          : has_sorted_walks(args) ? std::max(group, at_work - group + spare)

@@ -79,11 +79,12 @@ __device__ __forceinline__ OrderedTile ordered_tile(uint32_t heads, uint32_t ind
   return {first + place % size, static_cast<int>(place / size)};
 }
 
-// head_bytes: of all that the walks of a head's tiles read.
+// head_bytes: of all that the walks of a head's tiles read. Groups are of like size, so that none has too little to do.
 inline int heads_per_group(const AttentionArgs& args, int64_t heads, int64_t head_bytes) {
   if (!has_uneven_walks(args)) return 1;
   constexpr int64_t kCacheBytes = 24 << 20;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(heads, kCacheBytes / head_bytes)));
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(heads, kCacheBytes / head_bytes));
+  return static_cast<int>(ceil_div(heads, ceil_div(heads, most)));
 }
 
 // A tile of one sequence.
