@@ -8,12 +8,15 @@ rate is that of the products that the visible scores need: twice the head dim fo
 backward. Prints the rates in TFLOP/s, ours over the best of the others, and our milliseconds.
 
 Documents are packed sequences told apart by a flash mask instead; beside them stand ours as packed sequences and
-PyTorch's flex_attention.
+PyTorch's flex_attention. Decoding is one query for each cache of keys and values: its rate is that at which these are
+read, in GB/s, by replays of a CUDA graph of calls on different caches. Beside it stands a copy that moves as many
+bytes.
 
 Writes gpu_attention.json into --out (default: build).
 """
 
 import inspect
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,6 +83,21 @@ def as_packed(case):
     return packed(case.name, case.documents, case.num_heads, case.num_kv_heads, case.head_dim, causal=case.causal)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    name: str
+    batch: int
+    keys: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def read(self):
+        """Bytes of keys and values."""
+        return 4 * self.batch * self.keys * self.num_kv_heads * self.head_dim
+
+
 LENGTHS = draw_lengths(16384, 128, 2048)
 CASES = [
     Case("grouped", 2, 4096, 4096, 32, 8, 128, causal=True),
@@ -94,6 +112,12 @@ CASES = [
     documents("documents", LENGTHS, 16, 16, 64),
     documents("documents_causal", LENGTHS, 16, 16, 64, causal=True),
     documents("documents_grouped", LENGTHS, 32, 8, 128, causal=True),
+]
+DECODING = [
+    Decoding("decode", 8, 2048, 16, 16, 64),
+    Decoding("decode_one", 1, 32768, 16, 16, 64),
+    Decoding("decode_grouped", 8, 8192, 32, 8, 128),
+    Decoding("decode_long", 1, 131072, 32, 8, 128),
 ]
 
 
@@ -242,6 +266,73 @@ def run(case, turns):
     return {"case": asdict(case), "ms": times, "tflops": rates}
 
 
+def graph_of(calls):
+    """The replay of a graph of calls, functions of a stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call(stream.cuda_stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call(stream.cuda_stream)
+    return graph.replay
+
+
+def our_decoding(case, query, key, value):
+    """A function of a stream. key and value [batch, Hkv, keys, D]."""
+    config = dict(block="bare_attention", dtype="bfloat16", queries=1, causal=True, keys_by_head=True)
+    config.update({n: v for n, v in asdict(case).items() if n != "name"})
+    block = pfa_core.CudaBlock(config)
+    out = torch.empty_like(query)
+    arrays = {n: address(t) for n, t in dict(query=query, key=key, value=value, out=out).items()}
+    size = block.forward_workspace_bytes(arrays, False)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def call(stream, kept=(out, workspace)):
+        block.forward(arrays, None, address(workspace), stream, 0, 0)
+
+    return call
+
+
+def run_decoding(case, turns, cached=128 << 20):
+    """On so many caches that what the L2 cache holds of one is gone when it is read again."""
+    caches = max(2, -(-cached // case.read))
+    query = torch.randn(case.batch, 1, case.num_heads, case.head_dim, device="cuda").bfloat16()
+    shape = (case.batch, case.num_kv_heads, case.keys, case.head_dim)
+    pairs = [[torch.randn(shape, device="cuda").bfloat16() for _ in "kv"] for _ in range(caches)]
+    count = caches * max(1, 12 // caches)
+    calls = {"ours": [our_decoding(case, query, *pair) for pair in pairs]}
+    for backend in ("flash", "cudnn"):
+
+        def attention(stream, pair, backend=backend):
+            with sdpa_kernel(BACKENDS[backend]):
+                F.scaled_dot_product_attention(
+                    query.transpose(1, 2), *pair, enable_gqa=case.num_heads != case.num_kv_heads
+                )
+
+        calls[backend] = [partial(attention, pair=pair) for pair in pairs]
+    calls["copy"] = [lambda stream, pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
+    graphs = {}
+    with torch.no_grad():
+        for name, of_caches in calls.items():
+            try:
+                graphs[name] = graph_of(list(itertools.islice(itertools.cycle(of_caches), count)))
+            except RuntimeError as error:  # a way that does not exist for this case
+                print(f"    {name}: {str(error).strip().splitlines()[0][:150]}")
+    ms = {name: time / count for name, time in take_turns(graphs, turns).items()}
+    return {"case": asdict(case), "ms": ms, "gb_per_s": {name: case.read / time / 1e6 for name, time in ms.items()}}
+
+
+def print_decoding(result):
+    case = result["case"]
+    sizes = f"B{case['batch']} 1 x {case['keys']} H{case['num_heads']}/{case['num_kv_heads']} D{case['head_dim']}"
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["gb_per_s"].items())
+    print(f"{case['name']:16}{sizes:32}forward: {rates} GB/s; ours {result['ms']['ours'] * 1e3:.1f} us", flush=True)
+
+
 def print_result(result):
     case = result["case"]
     sizes = f"B{case['batch']} {case['queries']} x {case['keys']} H{case['num_heads']}/{case['num_kv_heads']}"
@@ -257,13 +348,18 @@ def print_result(result):
 
 
 def main():
-    options = parse_options(__doc__.splitlines()[0], CASES, [])
+    options = parse_options(__doc__.splitlines()[0], CASES + DECODING, [])
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: bfloat16, TFLOP/s")
     results = []
     for case in CASES:
         if case.name in options.cases:
             results.append(run(case, options.turns))
             print_result(results[-1])
+            torch.cuda.empty_cache()
+    for case in DECODING:
+        if case.name in options.cases:
+            results.append(run_decoding(case, options.turns))
+            print_decoding(results[-1])
             torch.cuda.empty_cache()
     (options.out / "gpu_attention.json").write_text(json.dumps(results, indent=1))
 

@@ -51,7 +51,8 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
   lines.clear();
   try {
     AttentionParams p;
-    p.batch = p.queries = p.keys = p.num_heads = p.num_kv_heads = 1;
+    p.batch = p.num_heads = p.num_kv_heads = 1;
+    p.queries = p.keys = 128;  // one query may have an implementation of its own
     p.head_dim = head_dim;
     p.dtype = element == 64    ? DType::kFloat64
               : element == 16  ? DType::kFloat16

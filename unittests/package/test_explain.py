@@ -8,7 +8,7 @@ import pytest
 from paddle_fused_attention import explain
 
 ON_CPU = ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]  # fastest first
-ON_GPU = ["hopper", "mma", "plain"]
+ON_GPU = ["one_query", "hopper", "mma", "plain"]
 
 
 def processor_flags():
@@ -86,7 +86,7 @@ def test_place_names_its_own_implementations(place):
                 names = [*choice.rejected, choice.implementation]
                 assert names == [name for name in known if name in names]
                 if device != "cpu":
-                    assert names[0] == "hopper"  # the list is the whole one
+                    assert names[0] == "one_query"  # the list is the whole one
     if device != "cpu":
         assert explain(64, "float64", device).forward.implementation == "plain"
         assert "head_dim" in explain(256, "float16", device).forward.rejected["hopper"] or (

@@ -7,6 +7,22 @@ namespace pfa {
 namespace cuda {
 namespace {
 
+const char* why_not_one_query(const Context& context, const AttentionParams& p, Pass pass) {
+  if (p.queries != 1) return "it takes one query";
+  if (pass == Pass::kBackward) return "it has no backward pass";
+  if (context.compute_capability < 80) return "it needs compute capability 8.0";
+  if (!mma_is_built(context)) return "it was not compiled: build for 8.0 or later";
+  if (!is_16bit_float(p.dtype)) return "it computes float16 and bfloat16 only";
+  if (p.head_dim > 128) return "it takes a head_dim up to 128";
+  if (p.batch * p.keys == 0) return "it needs keys";
+  if (p.query_starts) return "it takes no packed sequences";
+  if (p.hidden_ranges.data) return "it knows no ranges of hidden queries";
+  if (p.dropout.threshold > 0) return "it drops nothing";
+  if (!(p.scale > 0)) return "it takes a positive scale only";
+  if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
+  return nullptr;
+}
+
 #if CUDART_VERSION >= 12010
 // Whether a tensor map can describe what the copy engine reads.
 bool has_tensor_maps(const AttentionParams& p) {
@@ -66,6 +82,12 @@ size_t no_workspace(const Context&, const AttentionParams&) { return 0; }
 
 }  // namespace
 
+const AttentionImplementation kOneQueryAttention{"one_query",
+                                                 why_not_one_query,
+                                                 one_query_attention_forward_workspace_bytes,
+                                                 one_query_attention_forward,
+                                                 no_workspace,
+                                                 nullptr};
 #if CUDART_VERSION >= 12010
 const AttentionImplementation kHopperAttention{"hopper",
                                                why_not_hopper,

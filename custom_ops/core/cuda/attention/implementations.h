@@ -24,6 +24,8 @@ struct AttentionImplementation {
   void (*backward)(Context& context, const AttentionParams& p);
 };
 
+// One query, forward, on compute capability 8.0 and later (one_query.cu).
+extern const AttentionImplementation kOneQueryAttention;
 // Tensor maps, the copy engine and warpgroup products of compute capability 9.0 (hopper/).
 extern const AttentionImplementation kHopperAttention;
 // mma.sync of compute capability 8.0 and later (mma.cuh).
@@ -32,8 +34,8 @@ extern const AttentionImplementation kMmaAttention;
 extern const AttentionImplementation kPlainAttention;
 
 // Fastest first; the last serves whatever the block accepts.
-constexpr const AttentionImplementation* kAttentionImplementations[] = {&kHopperAttention, &kMmaAttention,
-                                                                        &kPlainAttention};
+constexpr const AttentionImplementation* kAttentionImplementations[] = {&kOneQueryAttention, &kHopperAttention,
+                                                                        &kMmaAttention, &kPlainAttention};
 
 inline const AttentionImplementation& attention_implementation(const Context& context, const AttentionParams& p,
                                                                Pass pass) {

@@ -17,6 +17,10 @@ void mma_attention_backward(Context& context, const AttentionParams& p);
 size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p);
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
 
+// one_query.cu
+size_t one_query_attention_forward_workspace_bytes(const Context& context, const AttentionParams& p);
+void one_query_attention_forward(Context& context, const AttentionParams& p);
+
 // mask_gradient.cu, beside any family.
 void mask_gradient(Context& context, const AttentionParams& p);
 size_t mask_gradient_workspace_bytes(const Context& context, const AttentionParams& p);
