@@ -50,6 +50,14 @@ class Case:
         return (self.mask_dtype or self.dtype) if name == "attn_mask" else self.dtype
 
 
+class WeightsCase(Case):
+    """Asks for the weights. They are the result for values of one 1 each, but lie as [batch, queries, heads, keys]."""
+
+
+def of_weights(case):
+    return WeightsCase(**{name: getattr(case, name) for name in Case.__dataclass_fields__})
+
+
 def _mask(case, rng):
     sizes = {"B": case.batch, "H": case.heads, "Q": case.queries, "K": case.keys, "1": 1}
     shape = tuple(sizes[letter] for letter in case.mask)
@@ -89,17 +97,11 @@ def make_inputs(case):
         inputs["attn_mask"] = _mask(case, rng)
     if case.ranges:
         inputs["startend_row_indices"] = _ranges(case, rng)
-    return inputs
-
-
-def make_inputs_of_weights(case):
-    """The same with values by which the result is the weights: a one each, [batch, queries, heads, keys]."""
-    inputs = make_inputs(case)
-    one_each = np.eye(case.keys)[:, None].repeat(case.kv_heads, 1)
-    inputs["value"] = np.broadcast_to(one_each, (case.batch, *one_each.shape))
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    d_weights = rng.standard_normal((case.batch, case.queries, case.heads, case.keys))
-    inputs["d_out"] = reference.round_to(d_weights, case.dtype).astype(np.float64)
+    if isinstance(case, WeightsCase):
+        one_each = np.eye(case.keys)[:, None].repeat(case.kv_heads, 1)
+        inputs["value"] = np.broadcast_to(one_each, (case.batch, *one_each.shape))
+        d_weights = rng.standard_normal((case.batch, case.queries, case.heads, case.keys))
+        inputs["d_out"] = reference.round_to(d_weights, case.dtype).astype(np.float64)
     return inputs
 
 
@@ -112,6 +114,10 @@ def stored(case, inputs):
 
 def differentiable(inputs):
     return [n for n in attention_reference.DIFFERENTIABLE if n in inputs and inputs[n].dtype.kind == "f"]
+
+
+def differentiable_of_weights(inputs):
+    return [name for name in differentiable(inputs) if name != "value"]
 
 
 def expect(case, inputs):
@@ -221,8 +227,7 @@ FEATURES = {
     "packed, one": FULL.but(lengths=((40, 40),), causal=True),
 }
 
-# Those that may be asked for the weights.
-FEATURES_OF_WEIGHTS = [name for name, case in FEATURES.items() if not case.lengths]
+FEATURES_OF_WEIGHTS = {name: of_weights(case) for name, case in FEATURES.items() if not case.lengths}
 
 # How query, key and value may share tensors, by letters for what each tensor holds; and whether key and value are by
 # head.

@@ -14,7 +14,7 @@ from attention_cases import (
     FULL,
     in_form,
     make_inputs,
-    make_inputs_of_weights,
+    of_weights,
     out_of_form,
     stored,
 )
@@ -29,8 +29,9 @@ MIXED = FULL.but(
 
 
 def with_values(case):
-    """The function that gives the weights, and inputs of it: values of the operator's shape, which say nothing."""
-    inputs = make_inputs_of_weights(case)
+    """Of a WeightsCase its inputs, the function that gives the weights, and arrays for that: values of the operator's
+    shape, which say nothing."""
+    inputs = make_inputs(case)
 
     def weights(tensors):
         return attention_with_weights(describe(tensors, case.config))[1]
@@ -43,7 +44,7 @@ def with_values(case):
 def check(case, place, graph="dygraph", unknown=(), wanted=None):
     inputs, weights, arrays = with_values(case)
     if wanted is None:
-        wanted = [name for name in attention_cases.differentiable(inputs) if name != "value"]
+        wanted = attention_cases.differentiable_of_weights(inputs)
     found, gradients = run(graph, weights, arrays, wanted, place, unknown)
     attention_cases.check(case, inputs, found.swapaxes(1, 2), gradients)
 
@@ -51,18 +52,18 @@ def check(case, place, graph="dygraph", unknown=(), wanted=None):
 @GRAPHS
 @pytest.mark.parametrize("feature", FEATURES_OF_WEIGHTS)
 def test_features(feature, graph, place):
-    check(FEATURES[feature], place, graph)
+    check(FEATURES_OF_WEIGHTS[feature], place, graph)
 
 
 @GRAPHS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype, graph, place):
-    check(MIXED.but(dtype=dtype), place, graph)
+    check(of_weights(MIXED.but(dtype=dtype)), place, graph)
 
 
 def test_unknown_sizes(place):
-    check(MIXED.but(mask=None), place, "program", unknown=(0,))
-    check(MIXED.but(mask=None), place, "program", unknown=(0, 1), wanted=[])
+    check(of_weights(MIXED.but(mask=None)), place, "program", unknown=(0,))
+    check(of_weights(MIXED.but(mask=None)), place, "program", unknown=(0, 1), wanted=[])
 
 
 @GRAPHS
@@ -111,7 +112,7 @@ def test_what_is_drawn_is_dropped_from_both(graph, place):
 
 @pytest.mark.parametrize("form, name", [pair for pair in FORMS_OF_CASES if not FORM_CASES[pair[1]].lengths])
 def test_shared_tensors(form, name, place):
-    case = FORM_CASES[name]
+    case = of_weights(FORM_CASES[name])
     inputs, _, arrays = with_values(case)
     shared = in_form(form, arrays)
 
@@ -139,7 +140,7 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted(place):
 
 def test_a_program_for_testing(place):
     """The attention saves what its weights are made of there too, and nothing is dropped."""
-    case = FULL.but(dropout_rate=0.5)
+    case = of_weights(FULL.but(dropout_rate=0.5))
     inputs, weights, arrays = with_values(case)
     del arrays["d_out"]
     with legacy_programs(), static_mode():  # others have no clones for testing

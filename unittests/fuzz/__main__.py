@@ -1,4 +1,4 @@
-"""Random cases of attention, the attention block and the feed-forward block on the core, against float64.
+"""Random cases of attention, its weights, the attention block and the feed-forward block on the core, against float64.
 
     make fuzz [FUZZ_CASES=10000] [FUZZ="--seed 7"]
     make fuzz FUZZ="--seed 7 --case 1234"       # one case again

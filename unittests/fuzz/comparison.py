@@ -32,7 +32,8 @@ def _expect(case, inputs):
 
 def _cancelled(case, inputs, name):
     """The size of what cancels in a gradient that is 0, because queries see one key or a mask is the same for all: of
-    so many queries' scores, sums of head_dim products. Each query's result has a rounding of its own."""
+    so many queries' scores, sums of head_dim products times what dropout multiplies with. Each query's result has a
+    rounding of its own."""
     queries, heads = (case.queries, case.heads) if hasattr(case, "queries") else (case.seq_len, case.num_heads)
     keys = getattr(case, "keys", queries)
     summed = 1.0
@@ -40,7 +41,9 @@ def _cancelled(case, inputs, name):
         summed = case.batch * heads * queries * keys / max(1, inputs[name].size)
     elif name == "key":
         summed = (case.longest[0] if case.lengths else queries) * heads / case.kv_heads
-    return 3.0 * np.sqrt(case.head_dim * max(1.0, summed))
+    drops = case.config.training and case.config.mode == "upscale_in_train"
+    rate = getattr(case.config, "attn_dropout_rate", case.config.dropout_rate) if drops else 0.0
+    return 3.0 * np.sqrt(case.head_dim * max(1.0, summed)) / (1.0 - rate if rate < 1.0 else 1.0)
 
 
 def _compare(case, inputs, expected, out, gradients):

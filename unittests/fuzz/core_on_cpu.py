@@ -3,6 +3,7 @@
 import attention_cases
 import cases
 import common
+import core_weights
 import numpy as np
 import pfa_core
 from block_cases import AttentionBlockCase
@@ -40,6 +41,8 @@ def stored(case, inputs):
 
 def run(drawn, inputs, way):
     """Result and gradients as float64 arrays, and what is wrong with them already."""
+    if isinstance(drawn.case, attention_cases.WeightsCase):
+        return _run_weights(drawn, inputs, way)
     case = drawn.case
     arrays = stored(case, inputs)
     d_out = arrays.pop("d_out")
@@ -62,3 +65,13 @@ def run(drawn, inputs, way):
         {name: common.from_storage(g).reshape(inputs[name].shape) for name, g in gradients.items()},
         broken,
     )
+
+
+def _run_weights(drawn, inputs, way):
+    def change(arrays):
+        if drawn.strides_mask:
+            arrays["attn_mask"] = _through_strides(arrays["attn_mask"])
+        return arrays
+
+    weights, gradients = core_weights.compute(drawn.case, inputs, drawn.wanted, way, change)
+    return common.from_storage(weights), {n: common.from_storage(g) for n, g in gradients.items()}, []

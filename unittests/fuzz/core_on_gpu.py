@@ -3,7 +3,7 @@
 import attention_cases
 import torch
 from core_config import config_of
-from device import Memory, Run, mask_argument, to_device, to_numpy
+from device import Memory, Run, mask_argument, run_weights, to_device, to_numpy
 from pfa_core import CudaBlock
 
 MOST_HEAD_DIM = 256
@@ -20,7 +20,9 @@ def why_not(drawn):
 
 def run(drawn, inputs, way):
     """Result and gradients as float64 arrays, and what is wrong with them already."""
-    if isinstance(drawn.case, attention_cases.Case):
+    if isinstance(drawn.case, attention_cases.WeightsCase):
+        out, gradients, memory = run_weights(drawn.case, inputs, drawn.wanted)
+    elif isinstance(drawn.case, attention_cases.Case):
         out, gradients, memory = _run_attention(drawn.case, inputs, drawn.wanted)
     else:
         block = Run(drawn.case, inputs, **getattr(drawn.case, "switches", dict)())

@@ -1,5 +1,5 @@
-"""Random cases of three blocks: attention by itself, the attention block, the feed-forward block. Each is a function of
-(seed, number) alone.
+"""Random cases of attention by itself, of its weights, of the attention block and of the feed-forward block. Each is a
+function of (seed, number) alone.
 
 A `Drawn` is a case, the gradients that are asked for, and whether the mask is read through strides. Sizes are mostly
 small, and odd or zero at times; a few are large, where walks over tiles differ. What a float32 or 16-bit number cannot
@@ -149,6 +149,14 @@ def _attention(dice):
     return Drawn(case, wanted, bool(case.mask) and "attn_mask" not in wanted and dice.chance(0.5))
 
 
+def _attention_weights(dice):
+    drawn = _attention(dice)
+    while drawn.case.lengths or drawn.case.queries * drawn.case.keys > 60000:
+        drawn = _attention(dice)
+    wanted = tuple(name for name in drawn.wanted if name != "value")
+    return Drawn(attention_cases.of_weights(drawn.case), wanted, drawn.strides_mask)
+
+
 def _epsilon(dice, width):
     return 0.5 if width < 16 else dice.one_of(1e-5, 1e-3, 0.1)
 
@@ -230,7 +238,12 @@ def _feed_forward(dice):
     return Drawn(case, dice.wanted(names))
 
 
-BLOCKS = {"attention": _attention, "attention_block": _attention_block, "feed_forward": _feed_forward}
+BLOCKS = {
+    "attention": _attention,
+    "attention_weights": _attention_weights,
+    "attention_block": _attention_block,
+    "feed_forward": _feed_forward,
+}
 
 
 def draw(seed, number):

@@ -136,6 +136,41 @@ def run_attention(qkv, d_out, mask=None, seed=0, offset=0, **switches):
     return out, d_qkv, d_qkv_bias
 
 
+def run_weights(case, inputs, wanted):
+    """The weights [batch, queries, heads, keys], by the statistics of whatever kernels serve the attention, and the
+    `wanted` gradients, of the case's dtypes; and the memory that they lie in.
+    """
+    config, seed, offset = config_of(case)
+    memory, stream = Memory(), torch.cuda.current_stream().cuda_stream
+    floats = {name: inputs[name] for name in ("query", "key", "attn_mask") if name in inputs}
+    tensors = {name: to_device(a, case.dtype_of(name)) for name, a in floats.items()}
+    d_weights = to_device(inputs["d_out"].swapaxes(1, 2), case.dtype)
+    arrays = {name: tensors[name].data_ptr() for name in ("query", "key")}
+    if "attn_mask" in tensors:
+        arrays["mask"] = mask_argument(tensors["attn_mask"], (case.batch, case.heads, case.queries, case.keys))
+    if "startend_row_indices" in inputs:
+        ranges = torch.from_numpy(inputs["startend_row_indices"]).cuda()
+        arrays["startend_row_indices"] = (ranges.data_ptr(), *ranges.shape[1::2])
+    value = torch.zeros_like(tensors["key"])
+    attention = pfa_core.CudaBlock(config)
+    out = memory.empty(tensors["query"].shape, tensors["query"].dtype)
+    of_attention = dict(arrays, value=value.data_ptr(), out=out.data_ptr())
+    saved = memory.bytes(attention.saved_bytes(of_attention))
+    workspace = memory.bytes(attention.forward_workspace_bytes(of_attention, True))
+    attention.forward(of_attention, saved.data_ptr(), workspace.data_ptr(), stream, seed, offset)
+
+    block = pfa_core.CudaBlock(dict(config, block="attention_weights"))
+    weights = memory.empty(d_weights.shape, d_weights.dtype)
+    arrays.update(statistics=saved.data_ptr(), out=weights.data_ptr())
+    block.forward(arrays, None, memory.bytes(block.forward_workspace_bytes(arrays, False)).data_ptr(), stream, 0, 0)
+    gradients = {name: memory.empty(tensors[name].shape, tensors[name].dtype) for name in wanted}
+    arrays.update({"d_" + name: tensor.data_ptr() for name, tensor in gradients.items()}, d_out=d_weights.data_ptr())
+    workspace = memory.bytes(block.backward_workspace_bytes(arrays))
+    block.backward(arrays, None, workspace.data_ptr(), stream)
+    torch.cuda.synchronize()
+    return weights.transpose(1, 2), gradients, memory
+
+
 def run_case(case, inputs, wanted=None, **options):
     """Result and gradients (all, or the wanted), as float64 NumPy arrays."""
     if wanted is None:

@@ -40,7 +40,7 @@ struct NormalTail<double> {
 // For what will be rounded to 16 bits: off by 7.3e-6 of the value at most.
 struct NormalTail16Bit {
   static constexpr float kSlope = 0.3f;
-  static constexpr float kCoefficients[] = {0.2219690231f, 0.1645759827f,  0.0866084867f,
+  static constexpr float kCoefficients[] = {0.2219690231f, 0.1645759827f, 0.0866084867f,
                                             0.0278032678f, 0.0014742034f, -0.0024273309f};
 };
 

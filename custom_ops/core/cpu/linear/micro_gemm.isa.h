@@ -93,8 +93,8 @@ constexpr int kRegisterTileVectors = 2;
 
 // The same for any number of rows up to kRows.
 template <int kRows, int kVectors, class T, class P, class Meanwhile = NothingMeanwhile>
-inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k,
-                               TileResult<T> c, const Meanwhile& meanwhile = {}) {
+inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c,
+                               const Meanwhile& meanwhile = {}) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
       multiply_register_tile<kRows, kVectors>(k_size, a, b, b_k, c, meanwhile);

@@ -3,13 +3,15 @@
 import attention_cases
 import numpy as np
 import pytest
-from attention_cases import DTYPES, FEATURES, FEATURES_OF_WEIGHTS, FULL, make_inputs_of_weights, stored
+from attention_cases import DTYPES, FEATURES_OF_WEIGHTS, FULL, make_inputs, of_weights, stored
 from core_config import config_of
 from processes import printed_with_threads
 
 pfa_core = pytest.importorskip("pfa_core", reason="the module pfa_core of CMakeLists.txt is not on PYTHONPATH")
 
-SEVERAL_TILES = FULL.but(queries=70, keys=133, heads=6, kv_heads=2, head_dim=40, dropout_rate=0.2, seed=7)
+import core_weights  # noqa: E402
+
+SEVERAL_TILES = of_weights(FULL.but(queries=70, keys=133, heads=6, kv_heads=2, head_dim=40, dropout_rate=0.2, seed=7))
 CASES = {
     "mask": SEVERAL_TILES.but(mask="1HQK", mask_dtype="float32"),
     "window": SEVERAL_TILES.but(causal=True, window_left=30),
@@ -23,35 +25,20 @@ CASES = {
 }
 
 
-def compute(case, inputs, isa="", wanted=None):
-    """The weights, and the gradients of what they depend on."""
-    arrays = stored(case, inputs)
-    d_weights = np.ascontiguousarray(arrays.pop("d_out").swapaxes(1, 2))
-    config, seed, offset = config_of(case)
-    values = np.zeros_like(arrays["key"])
-    _, arrays["statistics"] = pfa_core.forward({**arrays, "value": values}, config, seed, offset, isa=isa)
-    del arrays["value"]
-    config["block"] = "attention_weights"
-    weights, _ = pfa_core.forward(arrays, config, isa=isa)
-    if wanted is None:
-        wanted = [name for name in attention_cases.differentiable(inputs) if name != "value"]
-    nothing = np.zeros(0, np.uint8)
-    return weights, pfa_core.backward(arrays, config, d_weights, nothing, wanted, isa=isa, out=weights)
-
-
 def check(case, isa="", wanted=None):
-    inputs = make_inputs_of_weights(case)
+    inputs = make_inputs(case)
     arrays = stored(case, inputs)
     if "attn_mask" in arrays and arrays["attn_mask"].dtype == np.uint16:
         pytest.skip("NumPy has no bfloat16 masks")
-    weights, gradients = compute(case, inputs, isa, wanted)
-    attention_cases.check(case, inputs, weights.swapaxes(1, 2), gradients)
+    if wanted is None:
+        wanted = attention_cases.differentiable_of_weights(inputs)
+    attention_cases.check(case, inputs, *core_weights.compute(case, inputs, wanted, isa))
 
 
 @pytest.mark.parametrize("isa", pfa_core.instruction_sets())
 @pytest.mark.parametrize("feature", FEATURES_OF_WEIGHTS)
 def test_features(feature, isa):
-    check(FEATURES[feature], isa)
+    check(FEATURES_OF_WEIGHTS[feature], isa)
 
 
 @pytest.mark.parametrize("isa", pfa_core.instruction_sets())
@@ -68,11 +55,13 @@ def test_subsets_of_gradients(wanted):
 
 def test_bits_do_not_depend_on_threads():
     program = (
-        "import hashlib; from core import test_attention_weights as t\n"
+        "import hashlib; from core import test_core_weights as t\n"
         "digest = hashlib.sha1()\n"
         "for name in t.CASES:\n"
         "    case = t.CASES[name].but(dtype='float32')\n"
-        "    weights, gradients = t.compute(case, t.make_inputs_of_weights(case))\n"
+        "    inputs = t.make_inputs(case)\n"
+        "    wanted = t.attention_cases.differentiable_of_weights(inputs)\n"
+        "    weights, gradients = t.core_weights.compute(case, inputs, wanted)\n"
         "    for array in (weights, *gradients.values()):\n"
         "        digest.update(array.tobytes())\n"
         "print(digest.hexdigest())"
@@ -81,8 +70,7 @@ def test_bits_do_not_depend_on_threads():
 
 
 def test_statistics_of_another_attention_are_refused():
-    inputs = make_inputs_of_weights(FULL)
-    arrays = stored(FULL, inputs)
+    arrays = stored(FULL, make_inputs(FULL))
     del arrays["d_out"], arrays["value"]
     config = dict(config_of(FULL)[0], block="attention_weights")
     with pytest.raises(ValueError, match="statistics"):
