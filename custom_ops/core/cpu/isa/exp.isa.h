@@ -25,8 +25,8 @@ inline Vec<float> vexp(Vec<float> x) {
   return x < -87.0f ? Vec<float>{} : poly * power;
 }
 
-// The same for what will be rounded to 16 bits: off by 5.4e-6 of exp(x), and a few units of |x| in float32's last place,
-// at most. The polynomial has the least relative error.
+// The same for what will be rounded to 16 bits: off by 5.4e-6 of exp(x), and a few units in x's last place, at most.
+// The polynomial has the least relative error.
 inline Vec<float> vexp_16bit(Vec<float> x) {
   const float magic = 12582912.0f;
   const Vec<float> shifted = x * 1.44269504088896341f + magic;
