@@ -103,8 +103,8 @@ class Problem:
         gradients = pfa_core.backward(inputs, config, self.d_out, saved, needs, out=out)
         return {"out": out, **{"d_" + name: a for name, a in gradients.items()}}
 
-    def seen(self, queries, keys):
-        """[batch, heads, queries, keys], or [1, 1, queries, keys] of packed sequences: whether a query sees a key."""
+    def seen(self, queries, keys, sequences):
+        """[batch, heads, queries, keys], which broadcasts: whether a query of some of the sequences sees a key."""
         i, j = torch.arange(queries, device="cuda")[:, None], torch.arange(keys, device="cuda")
         last = i + keys - queries
         left, right = (self.config.get("window_" + side, -1) for side in ("left", "right"))
@@ -112,7 +112,7 @@ class Problem:
         seen = (j >= last - left if left >= 0 else i >= 0) & (j <= last + right if right >= 0 else j >= 0)
         seen = seen[None, None]
         if "startend_row_indices" in self.described:
-            ranges = torch.from_numpy(self.described["startend_row_indices"]).cuda()
+            ranges = torch.from_numpy(self.described["startend_row_indices"]).cuda()[sequences, :, :keys]
             c = ranges.repeat_interleave(self.config["num_heads"] // ranges.shape[1], 1).unbind(-1)
             c = [column[:, :, None] for column in c]
             between = len(c) == 4 or len(c) == 2 and self.config.get("causal")
@@ -126,12 +126,12 @@ class Problem:
             seen = seen & ~hidden
         return seen
 
-    def composed_of(self, query, key, value, mask):
-        """The result of sequences of one length, [batch, queries, H, D]."""
+    def composed_of(self, query, key, value, mask, sequences):
+        """The result of some of the sequences, a slice, which have one length: [batch, queries, H, D]."""
         config, dtype = self.config, query.dtype
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         key, value = (t.repeat_interleave(config["num_heads"] // config["num_kv_heads"], 1) for t in (key, value))
-        seen = self.seen(query.shape[2], key.shape[2])
+        seen = self.seen(query.shape[2], key.shape[2], sequences)
         scores = (query * config.get("scale", config["head_dim"] ** -0.5)) @ key.transpose(2, 3)
         if mask is not None and mask.dtype == torch.bool:
             seen = seen & mask
@@ -157,10 +157,13 @@ class Problem:
         if "cu_seqlens_q" in self.described:
             starts = [self.described["cu_seqlens_" + side].tolist() for side in "qk"]
             spans = [[slice(*pair) for pair in zip(s, s[1:])] for s in starts]
-            outs = [self.composed_of(query[None, q], key[None, k], value[None, k], None)[0] for q, k in zip(*spans)]
+            outs = [
+                self.composed_of(query[None, q], key[None, k], value[None, k], None, slice(b, b + 1))[0]
+                for b, (q, k) in enumerate(zip(*spans))
+            ]
             out = torch.cat(outs)
         else:
-            out = self.composed_of(query, key, value, mask)
+            out = self.composed_of(query, key, value, mask, slice(None))
         if mask is not None and mask.requires_grad:
             leaves["attn_mask"] = mask
         gradients = torch.autograd.grad(out, list(leaves.values()), to_device(self.d_out, dtype))
