@@ -9,8 +9,8 @@ namespace pfa {
 namespace cuda {
 namespace mma {
 
-// T: __half, __nv_bfloat16 or float. kHeadDims: what head_dim may be rounded up to. For 16-bit T forward has 64, 96, 128,
-// 192, 256, backward either the first three of these or the last two; for float both have 64, 128.
+// T: __half, __nv_bfloat16 or float. kHeadDims: what head_dim may be rounded up to. For 16-bit T forward has 64, 96,
+// 128, 192, 256, backward either the first three of these or the last two; for float both have 64, 128.
 template <class T, int... kHeadDims>
 void forward(const Context& context, const ForwardArgs& args);
 // After the row statistics.

@@ -1,5 +1,6 @@
-// Attention of one query, as in decoding with a cache of keys, forward: float16 and bfloat16, compute capability 8.0 and
-// later. Reading keys and values takes nearly all the time, so they go from memory into registers once, as operands.
+// Attention of one query, as in decoding with a cache of keys, forward: float16 and bfloat16, compute capability 8.0
+// and later. Reading keys and values takes nearly all the time, so they go from memory into registers once, as
+// operands.
 //
 // A warp takes 16 keys at a time, which are the rows of its products (mma.sync m16n8k16); the columns are up to eight
 // query heads that read the same head of keys. Whatever order the inner dimension has, both operands have it, so that

@@ -1,5 +1,5 @@
-// Attention, backward, on Hopper: the plan of how thread blocks share d_q (schedule.h), the pass's memory, and the choice
-// of an instantiation of backward_kernel.cuh.
+// Attention, backward, on Hopper: the plan of how thread blocks share d_q (schedule.h), the pass's memory, and the
+// choice of an instantiation of backward_kernel.cuh.
 #include <cuda_runtime_api.h>
 
 #if CUDART_VERSION >= 12010

@@ -1,6 +1,6 @@
 // The kernels of attention's backward pass on Hopper, the first made of the roles of backward.cuh, and their launches
-// for one dtype and head dim. Each file that includes this instantiates `backward` once, so that compilers can share the
-// work.
+// for one dtype and head dim. Each file that includes this instantiates `backward` once, so that compilers can share
+// the work.
 #pragma once
 
 #include "core/cuda/attention/hopper/backward.cuh"

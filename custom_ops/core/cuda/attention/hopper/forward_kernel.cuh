@@ -101,7 +101,8 @@ void launch_forward(const Context& context, const ForwardArgs& args, const Hidde
     const size_t shared_bytes = to_multiple + Shape::kTilesBytes + mask_bytes;
     const int64_t head_bytes = 4 * args.visibility.keys * args.layout.head_dim / args.layout.group;  // k, v
     const int64_t heads = query_heads(args);
-    // With ranges walks read a part of that, nobody knows here which, and a group's last tiles need not be the shortest.
+    // With ranges walks read a part of that, nobody knows here which, and a group's last tiles need not be the
+    // shortest.
     constexpr int64_t kMostHeads = 32;
     const int64_t group = args.hidden_ranges.data ? std::min(heads, kMostHeads)
                                                   : heads_per_group(args, heads, std::max<int64_t>(1, head_bytes));

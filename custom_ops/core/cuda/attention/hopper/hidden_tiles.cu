@@ -1,5 +1,5 @@
-// The kernel that makes hidden_tiles.h's ranges and bits. A thread block has 32 tiles of keys of a head. Each warp finds
-// the least and the greatest ends of the ranges of a tile's keys; from these the bits follow, 32 at a time.
+// The kernel that makes hidden_tiles.h's ranges and bits. A thread block has 32 tiles of keys of a head. Each warp
+// finds the least and the greatest ends of the ranges of a tile's keys; from these the bits follow, 32 at a time.
 #include <cuda_runtime_api.h>
 
 #if CUDART_VERSION >= 12010

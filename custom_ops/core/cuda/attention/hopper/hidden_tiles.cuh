@@ -159,8 +159,8 @@ struct HiddenKeys {
   }
 };
 
-// Makes -inf of the scores that ranges hide where rows are keys: a warp's 16 from `strip` on, and 2 * kCount queries from
-// row0 on.
+// Makes -inf of the scores that ranges hide where rows are keys: a warp's 16 from `strip` on, and 2 * kCount queries
+// from row0 on.
 template <int kCount>
 __device__ __forceinline__ void hide_by_key(const HiddenTiles& tiles, const HeadIndex& h, int strip, int row0,
                                             float (&s)[kCount]) {

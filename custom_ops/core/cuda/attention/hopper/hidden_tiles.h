@@ -51,8 +51,8 @@ struct HiddenTiles {
 #endif
 };
 
-// Places them in `arena`, for forward if backward_queries is 0, else for backward with tiles of so many queries; nothing
-// where there are no ranges.
+// Places them in `arena`, for forward if backward_queries is 0, else for backward with tiles of so many queries;
+// nothing where there are no ranges.
 inline HiddenTiles place_hidden_tiles(Arena& arena, const AttentionArgs& args, int backward_queries) {
   HiddenTiles tiles{};
   if (!args.hidden_ranges.data) return tiles;

@@ -13,8 +13,8 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-// A key mask is the same for all queries. Of the others, a tiled one comes to shared memory with the copy engine. Ranges
-// are those of hidden queries (hidden_tiles.h), without a mask.
+// A key mask is the same for all queries. Of the others, a tiled one comes to shared memory with the copy engine.
+// Ranges are those of hidden queries (hidden_tiles.h), without a mask.
 enum MaskKind { kNoMask, kKeyMask, kFullMask, kTiledMask, kRanges };
 
 // Calls f with the kind of the mask but for how it comes to shared memory, as a std::integral_constant.

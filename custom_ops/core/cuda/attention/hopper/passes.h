@@ -1,5 +1,5 @@
-// What forward_kernel.cuh and backward_kernel.cuh are instantiated for, each in a file of its own: forward_float16_64.cu
-// and its like.
+// What forward_kernel.cuh and backward_kernel.cuh are instantiated for, each in a file of its own:
+// forward_float16_64.cu and its like.
 #pragma once
 
 #include "core/cuda/attention/hopper/hidden_tiles.h"
