@@ -21,6 +21,7 @@ inline AttentionParams with_tensors(const AttentionWeightsParams& p) {
   place_saved(a, const_cast<void*>(p.statistics));
   a.weights = p.out;
   a.d_weights = p.d_out;
+  a.of_weights = true;
   return a;
 }
 

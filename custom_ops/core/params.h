@@ -226,7 +226,10 @@ struct AttentionParams {
 
   // gradients; their heads lie as those of what they belong to may lie
   Heads<const void> d_out;
-  const void* d_weights = nullptr;  // as weights, which are read beside them; then there are no d_out and d_value
+  // As weights. `of_weights`: these have the gradient that is given, and they are read beside it; there are no d_out and
+  // d_value.
+  const void* d_weights = nullptr;
+  bool of_weights = false;
   Heads<void> d_query;
   Heads<void> d_key;
   Heads<void> d_value;

@@ -250,6 +250,9 @@ bool take_described(const std::string& name, const py::handle& value, BareAttent
   }
   return true;
 }
+bool take_described(const std::string& name, const py::handle& value, AttentionWeightsParams& p) {
+  return take_described(name, value, static_cast<BareAttentionParams&>(p));
+}
 template <class P>
 bool take_described(const std::string&, const py::handle&, P&) {
   return false;

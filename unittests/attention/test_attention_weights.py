@@ -61,6 +61,11 @@ def test_dtypes(dtype, graph, place):
     check(of_weights(MIXED.but(dtype=dtype)), place, graph)
 
 
+@pytest.mark.parametrize("sizes", [dict(keys=0), dict(queries=0), dict(batch=0)], ids=str)
+def test_nothing_at_all(sizes, place):
+    check(of_weights(FULL.but(mask="1HQK", **sizes)), place)
+
+
 def test_unknown_sizes(place):
     check(of_weights(MIXED.but(mask=None)), place, "program", unknown=(0,))
     check(of_weights(MIXED.but(mask=None)), place, "program", unknown=(0, 1), wanted=[])

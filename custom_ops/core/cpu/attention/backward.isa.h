@@ -259,7 +259,7 @@ struct AttentionBackward {
     if (unit.wants_key_value) {
       const int64_t offset = (tile.first_key - unit.keys.first) * padded;
       // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
-      if (!head.p.d_weights) {
+      if (!head.p.of_weights) {
         micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.probability, score_stride, 1},
                          tiles.d_out_rows, padded,
                          {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true});
@@ -277,7 +277,7 @@ struct AttentionBackward {
 
   static void load_keys(const Head<T>& head, int64_t first, int64_t count, const Tiles& tiles) {
     tiles.scores.load_keys(head, first, count);
-    if (!head.p.d_weights) tiles.scores.load_values(head, first, count);
+    if (!head.p.of_weights) tiles.scores.load_values(head, first, count);
   }
 
   // With its queries and keys loaded: r p and ds [keys, queries] of a tile (ScoreGradient::compute).
@@ -288,7 +288,7 @@ struct AttentionBackward {
     const ScoreGradient<T>& gradient = tiles.gradient;
     // scores [keys, queries] = scale * k @ q^T + mask
     tiles.scores.compute(head, tile);
-    if (head.p.d_weights) {
+    if (head.p.of_weights) {
       load_weight_gradient(head, tile, gradient.d_probability);
     } else {
       // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
@@ -305,7 +305,7 @@ struct AttentionBackward {
     const HeadRows<const T> d_out = head.layout.template query_rows<const T>(p.d_out, head.index);
     tiles.scores.load_queries(head, first, queries);
     pack_along_rows<T>(tiles.scores.query, queries, shape, tiles.query_rows);
-    if (!p.d_weights) {
+    if (!p.of_weights) {
       pack_along_depth<T>(d_out, first, queries, shape, tiles.d_out);
       transpose_tile(tiles.d_out, queries, shape.depth, shape.stride, tiles.d_out_transposed);
       pack_along_rows<T>(tiles.d_out, queries, shape, tiles.d_out_rows);
@@ -317,7 +317,7 @@ struct AttentionBackward {
     for (int64_t i = 0; i < queries; ++i) {
       tiles.gradient.score_shift[i] = score_shift[i];
       tiles.gradient.log_sum_exp[i] = log_sum_exp[i];
-      if (p.d_weights) {
+      if (p.of_weights) {
         tiles.gradient.delta[i] = weights_dot(head, first + i, tiles.gradient.d_probability);
         continue;
       }

@@ -62,8 +62,9 @@ struct BackwardArgs : AttentionArgs {
   const void* score_shift;       // the same in units of log2
   const uint64_t* random_state;  // [2]: seed and offset of the forward pass
   Heads<const void> d_out;
-  const void* weights;    // [B, H, queries, keys], as d_weights, which is not null where theirs is the gradient
-  const void* d_weights;  // that is given: then there are no out, d_out and d_value
+  const void* weights;    // [B, H, queries, keys], as d_weights
+  const void* d_weights;  // of_weights: the gradient that is given, and there are no out, d_out and d_value
+  bool of_weights;
   Heads<void> d_query;
   Heads<void> d_key;
   Heads<void> d_value;
@@ -128,6 +129,7 @@ inline BackwardArgs backward_args(const AttentionParams& p) {
   args.d_out = p.d_out;
   args.weights = p.weights;
   args.d_weights = p.d_weights;
+  args.of_weights = p.of_weights;
   args.d_query = p.d_query;
   args.d_key = p.d_key;
   args.d_value = p.d_value;

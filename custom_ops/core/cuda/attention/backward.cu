@@ -99,7 +99,7 @@ size_t attention_backward_workspace_bytes(const Context& context, const Attentio
 void attention_backward(Context& context, const AttentionParams& p) {
   if (!has_rows(p)) {
     sum_bias(context, p);
-  } else if (p.d_weights) {
+  } else if (p.of_weights) {
     weights_attention_backward(context, p);
   } else if (p.d_query.data || p.d_key.data || p.d_value.data) {
     attention_implementation(context, p, Pass::kBackward).backward(context, p);

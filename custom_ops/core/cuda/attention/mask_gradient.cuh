@@ -108,7 +108,7 @@ __device__ void add_scores(const BackwardArgs& args, const Unit& unit, uint32_t 
     if (hidden == Hidden::kAll) continue;
     plain::Square<Acc> s, dp;
     plain::dot_rows<T, Acc>(tile, s, {head.q, row0, queries}, {head.k, col0, keys}, args.head_dim());
-    if (args.d_weights) {
+    if (args.of_weights) {
       plain::load_weight_gradient<T, Acc, false>(args, head, dp, row0, col0);
     } else {
       plain::dot_rows<T, Acc>(tile, dp, {head.d_out, row0, queries}, {head.v, col0, keys}, args.head_dim());

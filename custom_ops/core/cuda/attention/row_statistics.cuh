@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   if (row < queries) {
     const T* out = args.layout.query_rows<const T>(args.out, h).row(row);
     const T* d_out = args.layout.query_rows<const T>(args.d_out, h).row(row);
-    if (args.d_weights) {
+    if (args.of_weights) {
       const int64_t first = (h.flat * queries + row) * args.visibility.keys;
       out = static_cast<const T*>(args.weights) + first;
       d_out = static_cast<const T*>(args.d_weights) + first;
