@@ -226,8 +226,8 @@ struct AttentionParams {
 
   // gradients; their heads lie as those of what they belong to may lie
   Heads<const void> d_out;
-  // As weights. `of_weights`: these have the gradient that is given, and they are read beside it; there are no d_out and
-  // d_value.
+  // As weights. `of_weights`: this is the gradient that is given, beside which weights are read, and there are no d_out
+  // and d_value.
   const void* d_weights = nullptr;
   bool of_weights = false;
   Heads<void> d_query;
