@@ -1,7 +1,8 @@
 """A random case on a core, against float64, within the tolerances of all suites.
 
 Of few numbers the error of a chain of 16-bit ops says little: chance may make it small. So a case of 16 bits that is
-beyond the tolerance is computed for MORE other values, and all are compared as one tensor.
+beyond the tolerance is computed for MORE other values, and all are compared as one tensor. (Of 600 draws of one query
+that sees two keys the largest errors were 1.5 times those of the chain, of groups of 16 draws up to 4.4 times.)
 """
 
 import attention_cases
@@ -10,7 +11,7 @@ import common
 import numpy as np
 import random_cases
 
-MORE = 15
+MORE = 127
 
 
 def make_inputs(case):

@@ -4,7 +4,8 @@ function of (seed, number) alone.
 A `Drawn` is a case, the gradients that are asked for, and whether the mask is read through strides. Sizes are mostly
 small, and odd or zero at times; a few are large, where walks over tiles differ. What a float32 or 16-bit number cannot
 hold is not drawn: scores so far apart that gradients vanish beside their rounding, layer norms of a few numbers without
-an epsilon.
+an epsilon. Nor is a block of 16 bits that drops all of its output: there a chain of ops, whose errors are the measure,
+has nothing to round.
 """
 
 from dataclasses import dataclass
@@ -161,6 +162,11 @@ def _epsilon(dice, width):
     return 0.5 if width < 16 else dice.one_of(1e-5, 1e-3, 0.1)
 
 
+def _output_rate(dice, dtype):
+    rate = dice.rate()
+    return 0.5 if rate == 1.0 and dtype in cases.SIXTEEN_BIT else rate
+
+
 def _residual_and_norm_dtypes(dice, dtype):
     if dtype not in cases.SIXTEEN_BIT:
         return {}
@@ -193,7 +199,7 @@ def _attention_block(dice):
     case = case.but(scale=dice.scale(head_dim))
     if dice.chance(0.5):
         switches = dice.switches_of_dropout()
-        case = case.but(dropout_rate=dice.rate(), attn_dropout_rate=dice.rate(), **switches)
+        case = case.but(dropout_rate=_output_rate(dice, dtype), attn_dropout_rate=dice.rate(), **switches)
     if dice.chance(0.2):
         lengths = dice.lengths(1 + seq_len // 2, True)
         case = case.but(lengths=lengths, batch=len(lengths), seq_len=max(n for n, _ in lengths))
@@ -230,7 +236,7 @@ def _feed_forward(dice):
     )
     if dice.chance(0.5):
         switches = dice.switches_of_dropout()
-        case = case.but(dropout1_rate=dice.rate(), dropout2_rate=dice.rate(), **switches)
+        case = case.but(dropout1_rate=dice.rate(), dropout2_rate=_output_rate(dice, dtype), **switches)
         if dice.chance(0.2):
             first = dice.between(0, 50)
             case = case.but(first_hidden=first, total_hidden=first + hidden + dice.between(0, 50))

@@ -12,6 +12,18 @@ inline A mask_term(M value) {
   }
 }
 
+// Those of a vector's numbers from `source` on.
+template <class A, class M>
+inline Vec<A> mask_terms(const M* source) {
+  if constexpr (std::is_same_v<M, A>) {
+    return load(source);
+  } else {
+    A terms[kLanes<A>];
+    for (int l = 0; l < kLanes<A>; ++l) terms[l] = mask_term<A>(source[l]);
+    return load(terms);
+  }
+}
+
 template <class M, class A>
 void add_mask_typed(const Mask& mask, const HeadIndex& head, const ScoreTile& tile, A* scores) {
   const int64_t query_stride = mask.strides[2];
@@ -27,12 +39,28 @@ void add_mask_typed(const Mask& mask, const HeadIndex& head, const ScoreTile& ti
     }
     return;
   }
-  constexpr int64_t at_once = 16;  // keys, so that lines of the mask and of the scores stay in the cache
-  for (int64_t first = 0; first < keys; first += at_once) {
-    const int64_t end = std::min(first + at_once, keys);
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t first = 0; first < keys; first += lanes) {
+    const int64_t count = std::min(lanes, keys - first);
+    if (count == lanes && key_stride == 1) {
+      // Squares of rows of the mask, transposed.
+      for (int64_t i = 0; i < queries; i += lanes) {
+        Vec<A> terms[lanes];
+        for (int64_t l = 0; l < lanes; ++l) {
+          terms[l] = i + l < queries ? mask_terms<A>(origin + (i + l) * query_stride + first) : Vec<A>{};
+        }
+        transpose_lanes<A>(terms);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) {
+          A* const row = scores + (first + l) * kQueryTile + i;
+          store(row, load(row) + terms[l]);
+        }
+      }
+      continue;
+    }
     for (int64_t i = 0; i < queries; ++i) {
-      const M* row = origin + i * query_stride;
-      for (int64_t j = first; j < end; ++j) scores[j * kQueryTile + i] += mask_term<A>(row[j * key_stride]);
+      const M* row = origin + i * query_stride + first * key_stride;
+      for (int64_t j = 0; j < count; ++j) scores[(first + j) * kQueryTile + i] += mask_term<A>(row[j * key_stride]);
     }
   }
 }
