@@ -169,16 +169,9 @@ class Operator:
         self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
         self._check.restype = ctypes.c_char_p
 
-    def call(
-        self,
-        inputs: Sequence[Any],
-        training: bool,
-        switches: int,
-        numbers: tuple[float, ...],
-        integers: tuple[int, ...],
-    ) -> Any:
-        """Calls the operator and returns Out. An input may be None."""
-        return self.outputs(inputs, training, switches, numbers, integers)[0]
+    def call(self, *arguments: Any) -> Any:
+        """Calls the operator, with the arguments of :meth:`outputs`, and returns Out."""
+        return self.outputs(*arguments)[0]
 
     def outputs(
         self,
@@ -188,7 +181,7 @@ class Operator:
         numbers: tuple[float, ...],
         integers: tuple[int, ...],
     ) -> Sequence[Any]:
-        """Calls the operator and returns Out and, with SAVE_ALWAYS, what it saved."""
+        """Calls the operator and returns Out and, with SAVE_ALWAYS, what it saved. An input may be None."""
         tracer = _dygraph_tracer()
         if tracer is None:
             return self._call_static(inputs, training, switches, numbers, integers)
