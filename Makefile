@@ -5,8 +5,8 @@
 # make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
 # make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
-# make fuzz                 FUZZ_CASES random cases of attention and both blocks on the core, against float64, on every
-#                           instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
+# make fuzz                 FUZZ_CASES random cases of attention, its weights and both blocks on the core, against float64, on
+#                           every instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
 # make bench-attention      attention by itself on the CPU against PyTorch
 # make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools

@@ -18,7 +18,6 @@ A step of decoding, one query for a cache of keys, reads memory and computes lit
 keys and values by the time, beside those that as many threads read of a large array.
 """
 
-import json
 import os
 import tempfile
 from contextlib import ExitStack
@@ -320,8 +319,7 @@ def main():
         return serve(arguments.worker)
     report = {threads: measure(threads, arguments) for threads in arguments.threads}
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(report, file, indent=1)
+        peers.write(report, arguments.json)
 
 
 if __name__ == "__main__":

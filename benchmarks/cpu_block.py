@@ -12,7 +12,6 @@ which g++ is needed). benchmarks/requirements.txt has PyTorch, which is left out
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -257,8 +256,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
-    parser.add_argument("--json", default="cpu_block.json")
-    parser.add_argument("--chart", default="cpu_block.png")
+    parser.add_argument("--json", default="build/cpu_block.json")
+    parser.add_argument("--chart", default="build/cpu_block.png")
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -272,8 +271,7 @@ def main():
     results["peak growth"] = compare_memory(libraries, arguments.threads[0], arguments.case)
     for threads in arguments.threads if program else ():
         results["stages"][threads] = time_stages(program, threads, arguments)
-    with open(arguments.json, "w") as file:
-        json.dump(results, file, indent=1)
+    peers.write(results, arguments.json)
     try:
         threads = arguments.threads[0]
         peers.draw(results["seconds"][threads], libraries, PASSES, threads, arguments.chart)

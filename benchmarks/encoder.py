@@ -386,8 +386,8 @@ def measure(arguments):
 def main():
     parser = peers.parser_of(__doc__, CASES, DEFAULT_CASES, DTYPES, PASSES, ("ours", *PEERS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
-    parser.add_argument("--json", default="encoder.json")
-    parser.add_argument("--chart", default="encoder.svg")
+    parser.add_argument("--json", default="build/encoder.json")
+    parser.add_argument("--chart", default="build/encoder.svg")
     parser.add_argument("--draw", metavar="FILE", help="draw the chart of this JSON file, and measure nothing")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -397,8 +397,7 @@ def main():
             report = json.load(file)
     else:
         report = measure(arguments)
-        with open(arguments.json, "w") as file:
-            json.dump(report, file, indent=1)
+        peers.write(report, arguments.json)
     threads = next(iter(report["seconds"]))
     try:
         peers.draw(report["seconds"][threads], report["libraries"], report["passes"], threads, arguments.chart)

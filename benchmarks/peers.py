@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 LONG = 20.0  # seconds that a library's turns may take, once it has had three
 PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
@@ -123,8 +124,15 @@ def print_row(case, dtype, which, seconds, libraries):
     print(f"{case:<18}{dtype:<10}{which:<18}{1e3 * seconds[first]:>9.1f}{cells}", flush=True)
 
 
+def write(report, path):
+    """All numbers of a run as JSON, in a folder that is made where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=1))
+
+
 def draw(results, libraries, passes, threads, path):
-    """A chart of how many times the first library's time the others take. `results`: seconds by row, pass, library."""
+    """A chart of how many times the first library's time the others take, in a folder likewise. `results`: seconds by
+    row, pass, library."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,4 +156,5 @@ def draw(results, libraries, passes, threads, path):
         axis.legend()
     axes[0][0].set_ylabel(f"time relative to {first}")
     figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -132,7 +132,7 @@ def attention_with_weights(description: Attention) -> tuple:
     if _is_exported():
         return _of_ordinary_ops(description)
     _check_meshes(description)
-    d = description._replace(**_separate(description))
+    d = _separated(description)
     inputs, training, switches, *others = _arguments(d)
     out, statistics = ATTENTION.outputs(inputs, training, switches | _op.SAVE_ALWAYS, *others)
     statistics.stop_gradient = True
@@ -165,17 +165,29 @@ def _is_exported() -> bool:
 def _of_ordinary_ops(description: Attention) -> tuple:
     """The result and the weights of a checked description, for graphs that may hold no operator of ours."""
     inputs = ATTENTION.checked_inputs(*_arguments(description))
-    out, weights = attention_of_ordinary_ops(Attention._make((*inputs, *description[_OF_TENSORS.stop :])))
+    out, weights = attention_of_ordinary_ops(_separated(Attention._make((*inputs, *description[_OF_TENSORS.stop :]))))
     return out, paddle.cast(weights, inputs[0].dtype)
 
 
-def _separate(d: Attention) -> dict[str, Any]:
-    """Query, key and value, each by itself."""
-    query, key, value = d.query, d.key, d.value
+def separate(query: Any, key: Any, value: Any, num_kv_heads: int, axis: int = -2) -> tuple:
+    """Query, key and value, each by itself, where an absent key lies behind the query and an absent value behind the
+    key; the query may be None beside a key. `axis`: that of the heads in a key of its own."""
     if key is None:
-        of_keys = value.shape[-2] if value is not None else 2 * (d.num_kv_heads or query.shape[-2] // 3)
-        query, key = query[..., :-of_keys, :], query[..., -of_keys:, :]
+        behind = num_kv_heads if value is not None else 2 * num_kv_heads
+        query, key = paddle.split(query, [query.shape[-2] - behind, behind], axis=-2)
+        axis = -2
     if value is None:
-        axis = 1 if d.keys_by_head else 2
         key, value = paddle.split(key, 2, axis=axis)
-    return {"query": query, "key": key, "value": value}
+    return query, key, value
+
+
+def _separated(d: Attention) -> Attention:
+    axis = 1 if d.keys_by_head else -2
+    if d.value is not None:
+        num_kv_heads = d.value.shape[axis]
+    elif d.key is not None:
+        num_kv_heads = d.key.shape[axis] // 2
+    else:
+        num_kv_heads = d.num_kv_heads or d.query.shape[-2] // 3
+    query, key, value = separate(d.query, d.key, d.value, num_kv_heads, axis)
+    return d._replace(query=query, key=key, value=value)

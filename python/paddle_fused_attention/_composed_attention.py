@@ -16,7 +16,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _amp, _op
 from ._amp import without_auto_cast
-from ._attention import Attention, attention, attention_with_weights
+from ._attention import Attention, attention, attention_with_weights, separate
 from ._block import TENSORS, Block
 from ._checks import dtype_name
 from ._descriptions import MODES
@@ -232,7 +232,7 @@ def _describe(block: Block, source: Source) -> tuple:
         query, key, value = _project(block, source, (h, *_keys_normalised(block, source, h)))
         cache = None
         if source.cache is not None:
-            query, key, value = _separate(query, key, value, num_heads, num_kv_heads)
+            query, key, value = separate(query, key, value, num_kv_heads)
             cache = _extended(source.cache, key, value)
             key, value = cache
     if cache is not None:
@@ -272,8 +272,7 @@ def projected_keys(block: Block, source: Source) -> tuple:
     _check_width("value", source.value, weights[2], any_float)
     check_like("value", source.value, [*source.key.shape[:2], source.value.shape[2]], source.key, "key", any_float)
     key, value = _project(block, source, _keys_normalised(block._replace(x=None), source, None), 1)
-    num_heads, num_kv_heads, _ = _heads_of(block, source)
-    _, key, value = _separate(None, key, value, num_heads, num_kv_heads)
+    _, key, value = separate(None, key, value, _heads_of(block, source)[1])
     by_head = (tensor.transpose([0, 2, 1, 3]) for tensor in (key, value))
     # Not views, which every later call would copy.
     return tuple(tensor.contiguous() if in_dynamic_mode() else tensor for tensor in by_head)
@@ -321,15 +320,6 @@ def _project(block: Block, source: Source, tensors: tuple, first: int = 0) -> li
         result[begun] = _reshaped(out, 1, sum(heads), head_dim)
         begun = i + 1
     return result
-
-
-def _separate(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: int) -> tuple:
-    """The three, each by itself."""
-    if key is None and query is not None:
-        query, key = query[:, :, :num_heads], query[:, :, num_heads:]
-    if value is None:
-        key, value = key[:, :, :num_kv_heads], key[:, :, num_kv_heads:]
-    return query, key, value
 
 
 def _extended(cache: Any, key: Any, value: Any) -> Any:

@@ -13,15 +13,18 @@ from ._ordinary_parts import compute_dtype
 
 
 def attention_of_ordinary_ops(d: Any) -> tuple:
-    """Computes a checked :class:`paddle_fused_attention._attention.Attention`, with Paddle's own dropout. Returns the
+    """Computes a checked :class:`paddle_fused_attention._attention.Attention` whose query, key and value are each by
+    itself, with Paddle's own dropout. Returns the
     result and, after dropout, the weights ``[batch, num_heads, queries, keys]`` of the values, of packed sequences
     ``[1, num_heads, queries of all, keys of all]``; in float32 at least."""
     packed = d.cu_seqlens_q is not None
     with without_auto_cast():
-        q, k, v = (None if t is None else paddle.cast(t, compute_dtype(d.query)) for t in (d.query, d.key, d.value))
+        q, k, v = (paddle.cast(t, compute_dtype(d.query)) for t in (d.query, d.key, d.value))
         if packed:
-            q, k, v = (None if t is None else t.unsqueeze(0) for t in (q, k, v))
-        q, k, v = _by_head(d, q, k, v)
+            q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+        q = q.transpose([0, 2, 1, 3])
+        if not d.keys_by_head:
+            k, v = (t.transpose([0, 2, 1, 3]) for t in (k, v))
         group = q.shape[1] // k.shape[1]
         k, v = _of_query_heads(k, group), _of_query_heads(v, group)
         scores = _masked(paddle.matmul(q * d.scale, k, transpose_y=True), d.attn_mask)
@@ -34,18 +37,6 @@ def attention_of_ordinary_ops(d: Any) -> tuple:
         weights = F.dropout(_softmax(scores), d.dropout_rate, training=d.training, mode=d.mode)
         o = paddle.cast(paddle.matmul(weights, v).transpose([0, 2, 1, 3]), d.query.dtype)
         return (o.squeeze(0) if packed else o), weights
-
-
-def _by_head(d: Any, q: Any, k: Any, v: Any) -> tuple:
-    """Query, key and value as ``[batch, heads, tokens, head_dim]``, each of its own."""
-    q, k, v = (t if t is None or (d.keys_by_head and t is not q) else t.transpose([0, 2, 1, 3]) for t in (q, k, v))
-    if k is None:
-        of_keys = v.shape[1] if v is not None else 2 * (d.num_kv_heads or q.shape[1] // 3)
-        q, k = q[:, :-of_keys], q[:, -of_keys:]
-    if v is None:
-        heads = k.shape[1] // 2
-        k, v = k[:, :heads], k[:, heads:]
-    return q, k, v
 
 
 def _of_query_heads(tensor: Any, group: int) -> Any:
