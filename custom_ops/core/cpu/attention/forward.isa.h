@@ -16,18 +16,15 @@ struct AttentionForward {
     P* value_rows;   // [operands(kKeyTile)][padded]
     P* probability;  // [operands(kKeyTile)][kQueryTile]
     A* out;          // [kQueryTile][padded]
-    // Of one query of several heads (one_query.isa.h).
-    P* one_query;    // [heads][stride]
-    A* one_maximum;  // [heads]
-    A* one_sum;      // [heads]
-    A* one_out;      // [heads][padded]
+    typename OneQuery<T>::Memory one_query;
     // Of the tile of queries.
     int64_t first_query = 0;
     int64_t queries = 0;
     Range<int64_t> keys{0, 0};  // in whole tiles but for the last
     bool continues = false;     // whether `out` has sums already
 
-    Tiles(Arena& arena, const AttentionParams& p) : scores(arena, p), softmax(arena) {
+    Tiles(Arena& arena, const AttentionParams& p)
+        : scores(arena, p), softmax(arena), one_query(arena, p, p.queries == 1 ? p.num_heads : 1) {
       const HeadShape<T> shape(p);
       if constexpr (kPaired<T>) {
         value_rows = take<P>(arena, kKeyTile / 2 * shape.padded);
@@ -37,11 +34,6 @@ struct AttentionForward {
         probability = scores.scores;
       }
       out = take<A>(arena, kQueryTile * shape.padded);
-      const int64_t heads = p.queries == 1 ? p.num_heads : 1;
-      one_query = take<P>(arena, heads * shape.stride);
-      one_maximum = take<A>(arena, heads);
-      one_sum = take<A>(arena, heads);
-      one_out = take<A>(arena, heads * shape.padded);
     }
 
     // Those of other queries beside the same keys.
@@ -169,40 +161,13 @@ struct AttentionForward {
 
   // One query of `count` heads of a sequence, from head `flat` on.
   static void one_query(const AttentionParams& p, int64_t flat, int64_t count, int64_t query, const Tiles& tiles) {
-    const Head<T> first(p, flat);
-    const int64_t padded = first.shape.padded;
-    const int64_t stride = first.shape.stride;
+    std::vector<Head<T>> heads;
+    for (int64_t h = 0; h < count; ++h) heads.emplace_back(p, flat + h);
+    const OneQuery<T> attention{heads, query, tiles.scores.scores, tiles.scores.kept, tiles.one_query};
+    attention.run();
     for (int64_t h = 0; h < count; ++h) {
-      const Head<T> head(p, flat + h);
-      pack_along_depth<T>(head.layout.template query_rows<const T>(p.query, head.index), query, 1, head.shape,
-                          tiles.one_query + h * stride);
-    }
-    std::fill(tiles.one_maximum, tiles.one_maximum + count, -std::numeric_limits<A>::infinity());
-    std::fill(tiles.one_sum, tiles.one_sum + count, A(0));
-    std::fill(tiles.one_out, tiles.one_out + count * padded, A(0));
-
-    const Range<int64_t> seen = first.visibility.keys_of(query);
-    const Range<int64_t> keys = whole_tiles({0, first.visibility.keys}, seen, kKeyTile);
-    for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
-      const ScoreTile tile{query, 1, first_key, std::min(kKeyTile, keys.end - first_key)};
-      for (int64_t h = 0; h < count; ++h) {
-        const Head<T> head(p, flat + h);
-        if (hides_tile(head.ranges, tile)) continue;
-        const OneQuery<T> attention{head,
-                                    tiles.one_query + h * stride,
-                                    tiles.scores.scores,
-                                    tiles.scores.kept,
-                                    tiles.one_maximum[h],
-                                    tiles.one_sum[h],
-                                    tiles.one_out + h * padded};
-        attention.add_tile(tile);
-      }
-    }
-    for (int64_t h = 0; h < count; ++h) {
-      tiles.softmax.maximum[0] = tiles.one_maximum[h];
-      tiles.softmax.sum[0] = tiles.one_sum[h];
-      std::copy(tiles.one_out + h * padded, tiles.one_out + (h + 1) * padded, tiles.out);
-      write(Head<T>(p, flat + h), query, 1, tiles);
+      attention.result(h, tiles.softmax.maximum, tiles.softmax.sum, tiles.out);
+      write(heads[h], query, 1, tiles);
     }
   }
 

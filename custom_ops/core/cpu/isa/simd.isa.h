@@ -66,6 +66,28 @@ inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
 #endif
 }
 
+// Lane i ^ kDistance in lane i.
+template <int kDistance, class T, int... kIndex>
+inline Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (kIndex ^ kDistance)...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(v, Vec<Index>{Index(kIndex ^ kDistance)...});
+#endif
+}
+
+// The highest lane, in every lane.
+template <class T, int kDistance = kLanes<T> / 2>
+inline Vec<T> highest_of_lanes(Vec<T> v) {
+  if constexpr (kDistance == 0) {
+    return v;
+  } else {
+    constexpr auto indices = std::make_integer_sequence<int, kLanes<T>>{};
+    return highest_of_lanes<T, kDistance / 2>(vmax<T>(swap_lanes<kDistance, T>(v, indices), v));
+  }
+}
+
 // Lane l of vector r and lane r of vector l change places. Every round takes one bit of the row's number into the
 // lane's.
 template <class T>
