@@ -34,6 +34,7 @@
 #include "op/attributes.h"
 #include "op/checks.h"
 #include "op/devices.h"
+#include "op/direct.h"
 #include "op/errors.h"
 #include "op/spmd.h"
 #include "op/tensors.h"
@@ -367,6 +368,27 @@ const char* checked(const int64_t* shapes, const int32_t* ranks, const char* con
   return nullptr;
 }
 
+// For Python: `type`_forward on the inputs, whose gradient nobody wants. `attributes` are all of them. Returns
+// `otherwise` where the call is Paddle's to make: for tensors that are not plain, and for what fails, that it raises.
+template <class Operator>
+PythonObject* call_directly(PythonObject* const* inputs, const int64_t* numbers, PythonObject* otherwise) {
+  const auto attributes = attributes_of<Operator>(numbers);
+  const paddle::Tensor absent;
+  Tensors<Operator> tensors;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = attributes.has_input(i) ? plain_tensor(inputs[i]) : &absent;
+    if (!tensors[i]) return referred(otherwise);
+  }
+  paddle::Tensor out;
+  try {
+    const WithoutPython scope;
+    out = run_forward_operator<Operator>(tensors, attributes, nullptr);
+  } catch (...) {
+    return referred(otherwise);
+  }
+  return python_tensor(out);
+}
+
 }  // namespace pfa::op
 
 // Registers the operator `type`, its gradient, and `type`_forward, the operator without one: dygraph under no_grad runs
@@ -403,5 +425,9 @@ const char* checked(const int64_t* shapes, const int32_t* ranks, const char* con
   extern "C" __attribute__((visibility("default"))) const char* type##_check(                                        \
       const int64_t* shapes, const int32_t* ranks, const char* const* dtypes, const int64_t* attributes) {           \
     return pfa::op::checked<Operator>(shapes, ranks, dtypes, attributes);                                            \
+  }                                                                                                                  \
+  extern "C" __attribute__((visibility("default"))) pfa::op::PythonObject* type##_direct(                            \
+      pfa::op::PythonObject* const* inputs, const int64_t* attributes, pfa::op::PythonObject* otherwise) {           \
+    return pfa::op::call_directly<Operator>(inputs, attributes, otherwise);                                          \
   }                                                                                                                  \
   static_assert(true)

@@ -22,6 +22,7 @@ from paddle.base import core
 from paddle.base.dygraph.base import in_to_static_mode
 from paddle.base.framework import _dygraph_tracer
 from paddle.framework import in_dynamic_or_pir_mode
+from paddle.profiler import utils as _profiler
 
 from . import _amp
 from ._block import OF_NUMBERS, OF_TENSORS, PLAIN_SCORES, TENSORS, Block
@@ -84,7 +85,7 @@ def _load() -> Any:
     # to_static with full_graph=False must run these files as they are: Paddle 2.6 resumes wrongly in the middle of
     # functions with keyword-only arguments, and 3.3 never ends over some jumps.
     core.eval_frame_skip_file_prefix((f"{Path(__file__).parent}{os.sep}",))
-    return ctypes.CDLL(libraries[0])
+    return ctypes.PyDLL(libraries[0])
 
 
 library = _load()
@@ -106,6 +107,15 @@ def _absent_eager() -> Any:
 def _float_bits(numbers: tuple[float, ...]) -> tuple[int, ...]:
     """The bits of float64 numbers as int64: custom operators have no float64 attribute on Paddle 2.6."""
     return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes_of(common: tuple[int, ...], numbers: tuple[float, ...], integers: tuple[int, ...]) -> bytes:
+    """An operator's attributes as the library reads them: int64 and float64."""
+    return struct.pack(f"<{len(common)}q{len(numbers)}d{len(integers)}q", *common, *numbers, *integers)
+
+
+_NO_TENSOR = ctypes.py_object(None)
 
 
 def _raise_checked(message: str) -> None:
@@ -168,6 +178,9 @@ class Operator:
         self._special_bits = self._mask_bit | (every_bit ^ self._gradient_bits)
         self._check = library[f"{op_type}_check"]  # of the inputs of a static graph
         self._check.restype = ctypes.c_char_p
+        self._call_directly = library[f"{op_type}_direct"]
+        self._call_directly.restype = ctypes.py_object
+        self._objects = ctypes.py_object * len(self.tensors)
 
     def call(self, *arguments: Any) -> Any:
         """Calls the operator, with the arguments of :meth:`outputs`, and returns Out."""
@@ -188,16 +201,11 @@ class Operator:
         amp_dtype = _amp.target_dtype(self._listed_as, tracer)
         if amp_dtype is not None:
             inputs = self._cast(inputs, amp_dtype)
-        absent = _absent_eager()
-        tensors = []
         present = 0
         needs_grad = 0
         bit = 1
         for tensor in inputs:
-            if tensor is None:
-                tensors.append(absent)
-            else:
-                tensors.append(tensor)
+            if tensor is not None:
                 present |= bit
                 if not tensor.stop_gradient:
                     needs_grad |= bit
@@ -209,6 +217,13 @@ class Operator:
             switches |= NEEDS_GRAD_HOLDS | SAVE_FOR_BACKWARD if training else NEEDS_GRAD_HOLDS
             if needs_grad:
                 op_type = self.type
+        if op_type != self.type and not _profiler._is_profiler_used:
+            attributes = _bytes_of((not training, switches, present, needs_grad), numbers, integers)
+            out = self._call_directly(self._objects(*inputs), attributes, _NO_TENSOR)
+            if out is not None:
+                return (out,)
+        absent = _absent_eager()
+        tensors = [absent if tensor is None else tensor for tensor in inputs]
         try:
             outputs = _run_custom_op(
                 op_type, *tensors, not training, switches, present, needs_grad, *_float_bits(numbers), *integers
