@@ -2,7 +2,7 @@
 // on the way in and rounded on the way out.
 //
 // b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread a panel at a
-// time or not at all. Then b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches
+// time or not at all, or changes places with a. Then b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches
 // the panel that it takes next. a's rows are read where they lie, for the inner loop broadcasts their numbers one by
 // one; where they can't be, each thread packs those that it works at. c is cut into units, rectangles that one thread
 // takes at a time; a unit is made of products of some rows of a with one panel of b, whose sums are held in registers
@@ -22,6 +22,7 @@ struct Product {
   const R* addend;
   R* c;
   const ActivationStep<T>* step = nullptr;
+  bool transposes_c = false;  // c [n, m] and bias [m]; without addend and step
 };
 
 template <class T, class R>
@@ -48,7 +49,7 @@ class MatrixProduct {
   static constexpr int64_t kPanelColumns = kVectors * kLanes<A>;
   static constexpr int64_t kPanelRows = kRegisterTileRows[kVectors];
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
-  static constexpr bool kNarrows = !std::is_same_v<R, A>;  // else sums go to c itself
+  static constexpr bool kNarrows = !std::is_same_v<R, A>;
   // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
   // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
   static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
@@ -65,29 +66,42 @@ class MatrixProduct {
   // larger than c.
   static constexpr int64_t kMaxSpan = 4096;
 
+  // The product of which that is made: for few rows and a weight that would be packed against its order, c^T = b @ a^T.
+  // The bits are the same. With one number to an operand packing takes too small a part of the time.
+  static Product<T, R> oriented(const Context& context, const Product<T, R>& product) {
+    const bool has_tiles = kHasTileProducts<T> && context.implementation->has_tile_products;
+    if (!kPaired<T> || has_tiles || product.m > kMaxRows || product.n < product.m || product.k == 0 || product.addend ||
+        product.step || !can_be_read_in_place(product.b) || aliases(product.b.stride)) {
+      return product;
+    }
+    return {product.n, product.m, product.k, product.b, product.a, product.bias, nullptr, product.c, nullptr, true};
+  }
+
   // Decides how the work is cut. Of that only run_ reaches the bits of the result, and it depends on k alone.
   MatrixProduct(const Context& context, const Product<T, R>& product)
-      : product_(product),
+      : product_(oriented(context, product)),
+        own_sums_(kNarrows || product_.transposes_c),
         threads_(context.threads),
         tiles_(kHasTileProducts<T> && context.implementation->has_tile_products),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
         depth_step_(tiles_ ? kTileProductDepth : 1) {
-    const int64_t k = product.k;
+    const int64_t k = product_.k;
     const int64_t runs = std::max<int64_t>(1, ceil_div(k, kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
-    reads_a_ = !tiles_ && can_be_read_in_place(product.a) && !aliases(product.a.stride);
-    reads_b_ = !tiles_ && product.m <= kFewRows && std::is_same_v<T, P> && product.b.stride == 1 &&
-               !aliases(product.b.depth_stride);
-    shares_b_ = product.m > kMaxRows;
-    span_ = !shares_b_ || k <= std::max(product.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
+    reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
+    reads_b_ = !tiles_ && product_.m <= kFewRows && std::is_same_v<T, P> && product_.b.stride == 1 &&
+               !aliases(product_.b.depth_stride);
+    shares_b_ = product_.m > kMaxRows;
+    span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
-    if (kNarrows || reads_a_) columns_ = std::min(columns_, kMaxColumns);
+    if (own_sums_ || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
     // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more.
     const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
-    while (units() < 4 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
+    while (units() < (shares_b_ ? 4 : 16) * threads_ && columns_ > least_columns)
+      columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
@@ -119,7 +133,7 @@ class MatrixProduct {
       thread_b_ = depth * kPanelColumns;
       packed_b_ = take<P>(arena, threads_ * thread_b_);
     }
-    if (!kNarrows) return;
+    if (!own_sums_) return;
     if (span_ < product_.k) {
       sums_stride_ = round_up(product_.n, kPanelColumns);
       sums_ = take<A>(arena, product_.m * sums_stride_);
@@ -198,19 +212,18 @@ class MatrixProduct {
 
   A* sums_of(const Unit& unit) const {
     if constexpr (!kNarrows) {
-      return product_.c + unit.row * product_.n + unit.column;
-    } else {
-      if (thread_sums_) return sums_ + unit.thread * thread_sums_;
-      return sums_ + unit.row * sums_stride_ + unit.column;
+      if (!own_sums_) return product_.c + unit.row * product_.n + unit.column;
     }
+    if (thread_sums_) return sums_ + unit.thread * thread_sums_;
+    return sums_ + unit.row * sums_stride_ + unit.column;
   }
 
   // Adds what the span k_begin..k_end - 1 of k gives to the unit's sums [rows, columns]. What the thread reads from
   // memory next, a panel of b, comes near meanwhile.
   void multiply_unit(const Unit& unit, const Unit& next, int64_t k_begin, int64_t k_end) const {
     A* sums = sums_of(unit);
-    const int64_t stride = kNarrows ? sums_stride_ : product_.n;
-    const int64_t writable_columns = kNarrows ? round_up(unit.columns, kPanelColumns) : unit.columns;
+    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
+    const int64_t writable_columns = own_sums_ ? round_up(unit.columns, kPanelColumns) : unit.columns;
     const int64_t row_panels = ceil_div(unit.rows, panel_rows_);
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
@@ -225,6 +238,10 @@ class MatrixProduct {
         P* panels = packed_a_ + unit.thread * thread_a_;  // the unit's rows: [panels][depth][panel_rows_]
         pack_a(unit, k, count, panels);
         a = panels;
+      }
+      if (product_.transposes_c) {
+        multiply_weight_rows(unit, k, k_begin, count, a, a_stride, {sums, stride, A(1), continues});
+        continue;
       }
       for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
         const bool is_last = j + kPanelColumns >= unit.columns;
@@ -242,6 +259,24 @@ class MatrixProduct {
           multiply_panels(depth, a + i * a_stride, panel, i_end - i, std::min(kPanelColumns, writable_columns - j),
                           {sums + i * stride + j, stride, A(1), continues}, {after, share});
         }
+      }
+    }
+  }
+
+  // The same of one run of k where a is the weight: its rows are read from memory, in their order, by panels. While all
+  // panels of b are multiplied with one, the next comes near.
+  void multiply_weight_rows(const Unit& unit, int64_t k, int64_t k_begin, int64_t count, const P* a, int64_t a_stride,
+                            TileResult<A> sums) const {
+    const int64_t depth = depth_of(count);
+    for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
+      const int64_t rows = std::min(panel_rows_, unit.rows - i);
+      const int64_t next = unit.row + i + rows;
+      Lines after = lines_of(product_.a, next, std::min(panel_rows_, product_.m - next), k, count);
+      const int64_t column_panels = ceil_div(unit.columns, kPanelColumns);
+      const int64_t share = ceil_div(after.lines(), column_panels * ceil_div(depth, Prefetch::kStep));
+      for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
+        multiply_panels(depth, a + i * a_stride, panel_of(unit, j, k, k_begin, count), rows, kPanelColumns,
+                        {sums.data + i * sums.row_stride + j, sums.row_stride, A(1), sums.accumulate}, {after, share});
       }
     }
   }
@@ -349,7 +384,7 @@ class MatrixProduct {
   }
 
   // An addend that is c itself is there already where the sums go to c.
-  bool starts_from_addend() const { return !kNarrows && static_cast<const void*>(product_.addend) == product_.c; }
+  bool starts_from_addend() const { return !own_sums_ && static_cast<const void*>(product_.addend) == product_.c; }
 
   // What is added to element (row, column) of the product.
   A added_at(int64_t row, int64_t column) const {
@@ -359,10 +394,11 @@ class MatrixProduct {
 
   // Makes c of the unit's sums.
   void finish_unit(const Unit& unit) const {
+    if (product_.transposes_c) return transpose_unit(unit);
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
-    if (!kNarrows && !addend && !product_.bias && !product_.step) return;
+    if (!own_sums_ && !addend && !product_.bias && !product_.step) return;
     const A* sums = sums_of(unit);
-    const int64_t stride = kNarrows ? sums_stride_ : product_.n;
+    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
     const T* bias = product_.bias ? product_.bias + unit.column : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t row = unit.row + r;
@@ -386,7 +422,32 @@ class MatrixProduct {
     }
   }
 
+  // The same for c^T.
+  void transpose_unit(const Unit& unit) const {
+    constexpr int lanes = kLanes<A>;
+    static_assert(kMaxRows % lanes == 0, "a unit's rows are stored in whole vectors");
+    const A* sums = sums_of(unit);
+    A bias[kMaxRows] = {};
+    if (product_.bias) load_row(product_.bias + unit.row, unit.rows, bias);
+    for (int64_t i = 0; i < unit.columns; i += lanes) {
+      A rows[lanes][kMaxRows];
+      for (int64_t r = 0; r < unit.rows; r += lanes) {
+        Vec<A> square[lanes];
+        for (int64_t l = 0; l < lanes; ++l) {
+          square[l] = r + l < unit.rows ? load(sums + (r + l) * sums_stride_ + i) : Vec<A>{};
+        }
+        transpose_lanes<A>(square);
+        for (int64_t l = 0; l < lanes; ++l) store(rows[l] + r, square[l]);
+      }
+      for (int64_t l = 0; l < std::min<int64_t>(lanes, unit.columns - i); ++l) {
+        for (int64_t r = 0; r < unit.rows; ++r) rows[l][r] += bias[r];
+        store_row(rows[l], unit.rows, product_.c + (unit.column + i + l) * product_.m + unit.row);
+      }
+    }
+  }
+
   Product<T, R> product_;
+  bool own_sums_;  // else they go to c itself
   int threads_;
   bool tiles_;
   int64_t panel_rows_;
