@@ -54,5 +54,16 @@ __device__ __forceinline__ uint32_t clear_negative(uint32_t packed) {
 __device__ __forceinline__ int lane_row(int e) { return static_cast<int>(threadIdx.x % 32 / 4) + e / 2 % 2 * 8; }
 __device__ __forceinline__ int lane_column(int e) { return static_cast<int>(threadIdx.x % 4) * 2 + e % 2 + e / 4 * 8; }
 
+// The columns before `column` among those that a lane holds of up to eight pieces side by side, as bits: bit 2 n + j
+// stands for column 8 n + lane_column(j).
+__device__ __forceinline__ uint32_t lane_columns_before(int column) {
+  const int of_lane = column - lane_column(0);
+  const int count = (of_lane >> 3) * 2 + min(of_lane & 7, 2);
+  return __funnelshift_lc(~0u, 0u, min(max(count, 0), 32));
+}
+__device__ __forceinline__ uint32_t lane_columns_in(int first, int end) {
+  return lane_columns_before(end) & ~lane_columns_before(first);
+}
+
 }  // namespace cuda
 }  // namespace pfa

@@ -48,8 +48,8 @@ const char* why_not_hopper(const Context& context, const AttentionParams& p, Pas
   if (p.hidden_ranges.data && (p.query_starts || p.mask.data)) {
     return "it takes no mask and no packed sequences beside ranges of hidden queries";
   }
-  if (p.hidden_ranges.data && p.keys > int64_t{1} << 22) {
-    return "it takes up to 4194304 keys beside ranges of hidden queries";
+  if (p.hidden_ranges.data && p.keys > int64_t{1} << 21) {
+    return "it takes up to 2097152 keys beside ranges of hidden queries";
   }
   if (!(p.scale > 0)) return "it takes a positive scale only";
   if (pass == Pass::kBackward && p.d_out.data && (!p.d_query.data || !p.d_key.data || !p.d_value.data)) {

@@ -27,6 +27,27 @@ void launch(const Context& context, const char* name, void (*kernel)(Args...), i
   check_launch(name);
 }
 
+#if CUDART_VERSION >= 12010
+// Clusters of kBlocks thread blocks.
+template <int kBlocks, class... Args>
+void launch_clusters(const Context& context, const char* name, void (*kernel)(Args...), int64_t clusters, int threads,
+                     const typename std::common_type<Args>::type&... args) {
+  if (clusters * kBlocks > INT_MAX) {
+    throw std::runtime_error(std::string(name) + ": too many clusters: " + std::to_string(clusters));
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * kBlocks));
+  config.blockDim = dim3(threads);
+  config.stream = context.stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+#endif
+
 // The attributes of a kernel as it was built for the context's device. They are asked for once.
 inline cudaFuncAttributes kernel_attributes(const Context& context, const void* kernel) {
   static std::mutex mutex;

@@ -5,6 +5,7 @@
 #include "core/cuda/attention/fragments.cuh"
 #include "core/cuda/attention/heads.cuh"
 #include "core/cuda/attention/hopper/schedule.h"
+#include "core/cuda/attention/hopper/tile_order.h"
 #include "core/cuda/attention/launch.h"
 #include "core/cuda/numbers.cuh"
 
@@ -34,21 +35,22 @@ __device__ __forceinline__ RowNormaliser<Acc> row_normaliser(const BackwardArgs&
   return {lse2 + shift2, 0};
 }
 
-// `lanes` neighbouring threads make the statistics of one row, and its zeros. `padded`: the rows of the longest
-// sequence.
+// `lanes` neighbouring threads make the statistics of one row, and its zeros.
 template <class T, class Acc, bool kPacked>
 __global__ void __launch_bounds__(kStatisticsThreads)
-    attention_row_statistics(const BackwardArgs args, const hopper::BackwardSchedule schedule, const int padded,
-                             const int lanes) {
+    attention_row_statistics(const BackwardArgs args, const hopper::BackwardSchedule schedule, const int lanes) {
   const int rows = kStatisticsThreads / lanes;
   const int lane = threadIdx.x % lanes;
-  const uint32_t groups = padded / rows;  // of rows, in a head
-  const HeadIndex h = args.layout.head(blockIdx.x / groups);
-  const int row = blockIdx.x % groups * rows + threadIdx.x / lanes;
+  const uint32_t groups = args.rows_padded / rows;  // of rows, in a head
+  const int of_head = blockIdx.x % groups * rows + threadIdx.x / lanes;
+  const int64_t index = static_cast<int64_t>(blockIdx.x / groups) * args.rows_padded + of_head;
+  const hopper::SequenceTile tile = hopper::sequence_tile<kPacked>(args, args.layout.query_starts, blockIdx.x / groups,
+                                                                   of_head / kStatisticsMultiple);
+  const HeadIndex h = args.layout.head(tile.head);
+  const int row = tile.first + of_head % kStatisticsMultiple;
   const int queries = visibility_of_sequence<kPacked>(args, h.batch).queries;
   hopper::clear_counts(args, schedule);
-  if (kPacked && row / kStatisticsMultiple * kStatisticsMultiple >= queries) return;
-  const int64_t index = row_statistics<kPacked>(args, h) + row;
+  if (kPacked && tile.first >= queries) return;
   hopper::clear_sums(args, schedule, index, lane, lanes);
   Acc delta = 0;
   RowNormaliser<Acc> normaliser{infinity<Acc>(), 0};
@@ -86,11 +88,10 @@ void make_row_statistics(const Context& context, const BackwardArgs& args,
                          const hopper::BackwardSchedule& schedule = {}) {
   int lanes = 2;
   while (lanes < 32 && lanes * 16 < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
-  const int padded = padded_rows(args.visibility.queries);
   with_bool(args.is_packed(), [&](auto packed) {
     launch(context, "attention_row_statistics", attention_row_statistics<T, Acc, decltype(packed)::value>,
-           args.heads() * (padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args, schedule, padded,
-           lanes);
+           hopper::query_heads(args) * (args.rows_padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args,
+           schedule, lanes);
   });
 }
 

@@ -107,9 +107,18 @@ template <int kCount>
 __device__ __forceinline__ void hide_scores(const Visibility<int>& visibility, int row0, int column0,
                                             float (&s)[kCount]) {
   if (!visibility.hides_any(row0, row0 + 16, column0, column0 + 2 * kCount)) return;
+  static_assert(kCount <= 64, "a bit for each column of a lane");
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (!visibility.sees(row0 + lane_row(i % 4), column0 + i / 4 * 8 + lane_column(i % 2))) s[i] = -INFINITY;
+  for (int half = 0; half < 2; ++half) {
+    const Range<int> keys = visibility.keys_of(row0 + lane_row(2 * half));
+    const uint32_t seen = lane_columns_in(keys.first - column0, keys.end - column0);
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (!(seen & 1u << (2 * n + j))) s[4 * n + 2 * half + j] = -INFINITY;
+      }
+    }
   }
 }
 

@@ -18,8 +18,15 @@ namespace cuda {
 namespace hopper {
 namespace {
 
-// How many heads have sums, and how far behind them d_q is brought to its place.
-BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
+// Of a head's sums.
+int columns_of(const BackwardArgs& args) { return args.head_dim() > 64 ? 128 : 64; }
+int64_t slot_bytes(const BackwardArgs& args) {
+  return static_cast<int64_t>(sizeof(float)) * args.layout.group * args.rows_padded * columns_of(args);
+}
+
+// How many heads have sums, and how far behind them d_q is brought to its place. `sorted`: by the lengths of walks that
+// are known on the device only.
+BackwardSchedule plan(const Context& context, const BackwardArgs& args, bool sorted) {
   const bool uneven = has_uneven_walks(args);
   const int64_t blocks = thread_blocks(context, args);
   const int64_t tiles = key_tiles(args);
@@ -27,21 +34,31 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
   // hardly anyone waits.
   const int64_t at_work = uneven ? ceil_div(2 * blocks, tiles + 1) : ceil_div(blocks, tiles);
   const int64_t spare = 1 + at_work / (uneven ? 6 : 2);
+  const int64_t walk_bytes =
+      4 * args.layout.keys + 8 * args.layout.queries * args.layout.group;  // k, v; q, d_out, sums of d_q
+  const int64_t cached = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
+  // A group of fewer heads than half of those at work has less to do for each thread block than half its longest tile:
+  // at the end most would have nothing left while a few are at such tiles. Where the lengths of walks are unknown, the
+  // longest may be far longer than the others: there must be a few tiles for each thread block, and many if there is
+  // memory for their sums.
+  int64_t least = ceil_div(at_work, 2);
+  if (has_unknown_walks(args)) {
+    constexpr int64_t kFewTiles = 4, kManyTiles = 16;
+    constexpr int64_t kSumBytes = 128 << 20;
+    const int64_t with_room = kSumBytes / std::max<int64_t>(1, slot_bytes(args));
+    least = std::max(ceil_div(kFewTiles * blocks, tiles), std::min(ceil_div(kManyTiles * blocks, tiles), with_room));
+    least = ceil_div(key_heads(args), std::max<int64_t>(1, key_heads(args) / least));  // of like size
+  }
+  const int64_t group = uneven ? std::min(key_heads(args), std::max(cached, least)) : cached;
   // The heads of a group are worked on together, so what is taken must be of an earlier group. Where the shortest tiles
   // come last in it, the longest of a head `at_work` heads before are done when these are. Else a whole group or more
   // must lie between.
-  const int64_t walk_bytes = 4 * int64_t{args.visibility.keys} +
-                             8 * int64_t{args.visibility.queries} * args.layout.group;  // k, v; q, d_out, sums of d_q
-  // A group of fewer heads than half of those at work has less to do for each thread block than half its longest tile:
-  // at the end most would have nothing left while a few are at such tiles.
-  const int64_t cached = heads_per_group(args, key_heads(args), walk_bytes * args.layout.head_dim);
-  const int64_t group = uneven ? std::min(key_heads(args), std::max(cached, ceil_div(at_work, 2))) : cached;
   const int64_t between = ceil_div(ceil_div(blocks, tiles), group) * group;
-  const int64_t behind = !uneven                  ? spare
-                         : has_sorted_walks(args) ? std::max(group, at_work - group + spare)
-                                                  : group + between;
+  const int64_t behind = !uneven                              ? spare
+                         : has_unknown_walks(args) && !sorted ? group + between
+                                                              : std::max(group, at_work - group + spare);
   BackwardSchedule schedule{};
-  schedule.columns = args.head_dim() > 64 ? 128 : 64;
+  schedule.columns = columns_of(args);
   schedule.heads_per_group = static_cast<int>(group);
   schedule.heads_behind = static_cast<int>(behind);
   schedule.slots = static_cast<int>(std::min(key_heads(args), behind + std::max(at_work, group) + spare));
@@ -54,13 +71,15 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args) {
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
 size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args,
-             BackwardSchedule& schedule, HiddenTiles& hidden) {
+             BackwardSchedule& schedule, HiddenTiles& hidden, TileOrder& order) {
   Arena arena(memory);
   place_row_statistics(arena, p, args);
   hidden = place_hidden_tiles(arena, args, backward_queries(args.head_dim()));
-  schedule = plan(context, args);
+  order = place_tile_order(arena, args, key_tiles(args), key_heads(args), context.num_sms,
+                           args.is_packed() ? 1 : hidden.heads);
+  schedule = plan(context, args, order.tiles > 0);
   // The first sums lie in memory that is lent.
-  const size_t slot = sizeof(float) * args.layout.group * args.rows_padded * schedule.columns;
+  const size_t slot = slot_bytes(args);
   if (p.spare && is_vector_aligned(p.spare)) {
     schedule.lent_sums = static_cast<float*>(p.spare);
     schedule.lent_slots = static_cast<int>(std::min<size_t>(schedule.slots, p.spare_bytes / slot));
@@ -80,20 +99,24 @@ size_t hopper_attention_backward_workspace_bytes(const Context& context, const A
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
   hopper::HiddenTiles hidden;
-  return hopper::place(context, p, nullptr, args, schedule, hidden);
+  hopper::TileOrder order;
+  return hopper::place(context, p, nullptr, args, schedule, hidden, order);
 }
 
 void hopper_attention_backward(Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   hopper::BackwardSchedule schedule;
   hopper::HiddenTiles hidden;
-  hopper::place(context, p, p.stage_workspace, args, schedule, hidden);
-  hopper::make_hidden_tiles(context, args, hidden, hopper::backward_queries(args.head_dim()));
+  hopper::TileOrder order;
+  hopper::place(context, p, p.stage_workspace, args, schedule, hidden, order);
+  const int tile_queries = hopper::backward_queries(args.head_dim());
+  hopper::make_hidden_tiles(context, args, hidden, order, tile_queries);
+  hopper::sort_packed_tiles(context, args, order, tile_queries);
   dispatch_16bit(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     make_row_statistics<T, float>(context, args, schedule);
     with_head_dim<64, 128>(args.head_dim(), [&](auto head_dim) {
-      hopper::backward<T, decltype(head_dim)::value>(context, args, schedule, hidden);
+      hopper::backward<T, decltype(head_dim)::value>(context, args, schedule, hidden, order);
     });
   });
   if (p.d_qkv_bias) {

@@ -13,7 +13,8 @@
 //
 // Where the mask is the same for all queries, a thread holds its two keys' elements, and a tile of keys that nobody
 // sees has no walk. The elements of any other mask are loaded a step ahead. Of ranges of hidden queries the thread that
-// copies finds the tiles that they leave (hidden_tiles.cuh), and tells the others.
+// copies finds the tiles that they leave (hidden_tiles.cuh), and tells the others. What position or ranges hide of a
+// tile a thread knows as bits of the queries that see its keys.
 #pragma once
 
 #include "core/cuda/attention/hopper/backward_shared.cuh"
@@ -62,6 +63,8 @@ struct BackwardRoles {
   const BackwardArgs& args;
   const BackwardSchedule& schedule;
   const HiddenTiles& hidden;
+  const TileOrder& order;
+  const float& scale_log2;  // of scores, a parameter of the kernel: it would be a product of doubles in each step
   BackwardShared<kArrivals>& shared;
   char* tiles;  // by stages: of k and v [kKeys][D], q and d_out [kQueries][D], dS^T [kKeys][kQueries], statistics
                 // [kQueries]
@@ -92,9 +95,15 @@ struct BackwardRoles {
       }
       if (!visible) return {0, 0};
     }
-    const Range<int> queries = head_visibility<kPacked>(args, head).queries_of(key0, key0 + kKeys);
-    if (queries.first >= queries.end) return {0, 0};
-    return {queries.first / kQueries, (queries.end + kQueries - 1) / kQueries};
+    return walk_over_queries(head_visibility<kPacked>(args, head), key0, kQueries);
+  }
+
+  __device__ __forceinline__ SequenceTile keys_of(const OrderedTile& tile) const {
+    const uint32_t head = tile.head * static_cast<uint32_t>(args.layout.group);  // of queries
+    if ((kPacked || kMask == kRanges) && order.places) {
+      return order.at<kPacked>(args, kPacked ? 0 : hidden.head_of(args.layout.head(head)), head, tile.tile);
+    }
+    return sequence_tile<kPacked>(args, args.layout.key_starts, head, tile.tile);
   }
 
   // One thread takes tiles of keys, and copies them and what their walks read.
@@ -112,8 +121,7 @@ struct BackwardRoles {
       }
       const OrderedTile tile = ordered_tile(heads, index, schedule.heads_per_group, tiles_of_head());
       wait_for_count(schedule.tiles_taken(tile.head), tile.head / schedule.slots * tiles_of_head());
-      const SequenceTile keys = sequence_tile<kPacked>(args, args.layout.key_starts,
-                                                       tile.head * static_cast<uint32_t>(args.layout.group), tile.tile);
+      const SequenceTile keys = keys_of(tile);
       const HeadState first = head_state<kPacked>(args, keys.head, false);
       const Range<int> walk = walk_of(first, keys.first);
       work.place = tile;
@@ -199,11 +207,35 @@ struct BackwardRoles {
     });
   }
 
+  // Makes -inf of the scores s [64 keys][kQueries] of keys that a query from row0 on does not see: by position if
+  // `hides`, and by ranges if `ranges_hide`.
+  __device__ __forceinline__ void hide_keys(const KeyTile& tile, int row0, bool hides, bool ranges_hide,
+                                            float (&s)[kQueries / 2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = tile.key0 + tile.strip + lane_row(2 * half);
+      uint32_t seeing = ~0u;  // the lane's queries that do, as bits (lane_columns_before)
+      if (hides) {
+        const Range<int> queries = head_visibility<kPacked>(args, tile.head).queries_of(key);
+        seeing = lane_columns_in(queries.first - row0, queries.end - row0);
+      }
+      if (ranges_hide) {
+        for (int r = 0; r < hidden.ranges_of_key; ++r) {
+          seeing &= ~hidden_columns(hidden.ranges_of(tile.head.index, r)[key], row0);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kQueries / 8; ++n) {
+        if (!(seeing & 1u << 2 * n)) s[4 * n + 2 * half] = -INFINITY;
+        if (!(seeing & 1u << (2 * n + 1))) s[4 * n + 2 * half + 1] = -INFINITY;
+      }
+    }
+  }
+
   // Scores s [64 keys][kQueries] to probabilities s, and p in 16 bits. Those that dropout drops get a minus sign, in p
   // only where s is not kept.
-  __device__ __forceinline__ void probabilities(const KeyTile& tile, int row0, int stage, bool large,
+  __device__ __forceinline__ void probabilities(const KeyTile& tile, int row0, int stage, bool large, bool ranges_hide,
                                                 float (&s)[kQueries / 2], uint32_t (&p)[kQueries / 16][4]) const {
-    const float scale_log2 = static_cast<float>(args.score_scale * kLog2e);
     const float* lse2 = lse2_tile(stage);
     const float* shift2 = shift2_tile(stage);
     float added_by_mask[2];  // to the scores of the lane's keys
@@ -214,20 +246,24 @@ struct BackwardRoles {
       });
     }
     float to_log2 = kMask == kFullMask ? 1.0f : scale_log2;  // what scores are still to be multiplied with
+    const bool hides =
+        head_visibility<kPacked>(args, tile.head).hides_any(row0, row0 + kQueries, tile.key0, tile.key0 + kKeys);
+    if (kMask == kKeyMask && (large || hides)) {
+#pragma unroll
+      for (int i = 0; i < kQueries / 2; ++i) s[i] = fmaf(s[i], scale_log2, added_by_mask[i / 2 % 2]);
+      to_log2 = 1.0f;
+      added_by_mask[0] = added_by_mask[1] = 0.0f;
+    }
     if (large) {
 #pragma unroll
       for (int i = 0; i < kQueries / 2; ++i) {
         const int query = i / 8 * 16 + lane_column(i % 8);
-        float score = s[i];
-        if (kMask == kKeyMask) score = fmaf(score, scale_log2, added_by_mask[i / 2 % 2]);
-        score = kUnmasked ? fmaf(score, scale_log2, -shift2[query]) : score - shift2[query];
+        const float score = kUnmasked ? fmaf(s[i], scale_log2, -shift2[query]) : s[i] - shift2[query];
         s[i] = fminf(score, lse2[query]);  // at most that, however roundings fall
       }
       to_log2 = 1.0f;
-      if (kMask == kKeyMask) added_by_mask[0] = added_by_mask[1] = 0.0f;
     }
-    const Visibility<int>& visibility = head_visibility<kPacked>(args, tile.head);
-    const bool hides = visibility.hides_any(row0, row0 + kQueries, tile.key0, tile.key0 + kKeys);
+    if (hides || ranges_hide) hide_keys(tile, row0, hides, ranges_hide, s);
 #pragma unroll
     for (int m = 0; m < kQueries / 16; ++m) {
       float (&piece)[8] = reinterpret_cast<float (&)[8]>(s[8 * m]);
@@ -240,13 +276,6 @@ struct BackwardRoles {
           if (kMask == kKeyMask) score = fmaf(score, to_log2, added_by_mask[i / 2]);
           const float exponent = fmaf(score, kUnmasked ? to_log2 : 1.0f, -(i % 2 ? l.y : l.x));
           piece[e + i] = exp2_of(exponent);
-        }
-      }
-      if (hides) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int key = tile.key0 + tile.strip + lane_row(e);
-          if (!visibility.sees(row0 + 16 * m + lane_column(e), key)) piece[e] = 0.0f;
         }
       }
       if (kDrops) {
@@ -341,8 +370,7 @@ struct BackwardRoles {
 
     const Range<int> walk = shared.work[kv_stage].walk;
     if (kMask == kFullMask) fetch_mask<true>(args, tile.head.mask_offset, key0, walk.first * kQueries, mask_elements);
-    const auto at_tile = [&](int i, auto ranges_hide) {
-      constexpr bool kHides = decltype(ranges_hide)::value;
+    for (int i = walk.first; i < walk.end; ++i) {
       const RingStep from = ring_step<kStages>(step);
       shared.q.wait_full(from);
       const int n = kMask == kRanges ? shared.query_tiles[from.stage] : i;
@@ -353,22 +381,17 @@ struct BackwardRoles {
       if (kMask == kFullMask) {
         wgmma_wait<0>();
         pin(s);
-        add_fetched<true>(args, tile.head.mask_offset, key0, row0, static_cast<float>(args.score_scale * kLog2e),
-                          mask_elements, s);
+        add_fetched<true>(args, tile.head.mask_offset, key0, row0, scale_log2, mask_elements, s);
       }
-      if (kHides) {  // before there is dp, for want of registers
-        wgmma_wait<0>();
-        pin(s);
-        hide_by_key(hidden, tile.head.index, key0, row0, s);
-      }
+      const bool ranges_hide = kMask == kRanges && i >= shared.work[kv_stage].plain;
       shared.d_out.wait_full(from);
       multiply_rows<T, kHeadDim, kQueries>(dp, v_rows, rows_operand(d_out_tile(from.stage)));
       wgmma_commit();
-      if (kMask != kFullMask && !kHides) {
+      if (kMask != kFullMask) {
         wgmma_wait<1>();
         pin(s);
       }
-      probabilities(tile, row0, from.stage, large, s, p);
+      probabilities(tile, row0, from.stage, large, ranges_hide, s, p);
       if constexpr (kSignedOperand) {
         wgmma_wait<0>();
       } else {
@@ -394,11 +417,6 @@ struct BackwardRoles {
       pin(tile.dk);
       shared.q.release(from);
       ++step;
-    };
-    int i = walk.first;
-    for (; i < (kMask == kRanges ? shared.work[kv_stage].plain : walk.end); ++i) at_tile(i, std::false_type{});
-    if constexpr (kMask == kRanges) {
-      for (; i < walk.end; ++i) at_tile(i, std::true_type{});
     }
   }
 

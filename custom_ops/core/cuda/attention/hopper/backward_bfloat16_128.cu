@@ -9,7 +9,7 @@ namespace cuda {
 namespace hopper {
 
 template void backward<__nv_bfloat16, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&,
-                                           const HiddenTiles&);
+                                           const HiddenTiles&, const TileOrder&);
 
 }  // namespace hopper
 }  // namespace cuda

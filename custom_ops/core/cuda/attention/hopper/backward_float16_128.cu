@@ -8,7 +8,8 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void backward<__half, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&, const HiddenTiles&);
+template void backward<__half, 128>(const Context&, const BackwardArgs&, const BackwardSchedule&, const HiddenTiles&,
+                                    const TileOrder&);
 
 }  // namespace hopper
 }  // namespace cuda

@@ -14,7 +14,7 @@ namespace hopper {
 template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 __global__ void __launch_bounds__(BackwardShape<kHeadDim>::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardMaps maps, const BackwardArgs args, const BackwardSchedule schedule,
-                    const HiddenTiles hidden) {
+                    const HiddenTiles hidden, const TileOrder order, const float scale_log2) {
 #if PFA_HOPPER_CODE
   constexpr int kArrivals = BackwardShape<kHeadDim>::kArrivals;
   extern __shared__ unsigned char unaligned[];
@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(BackwardShape<kHeadDim>::kThreads, 1)
   }
   __syncthreads();
 
-  const BackwardRoles<T, kHeadDim, kMask, kDrops, kPacked> roles{maps, args, schedule, hidden, shared, tiles};
+  const BackwardRoles<T, kHeadDim, kMask, kDrops, kPacked> roles{maps,  args,       schedule, hidden,
+                                                                 order, scale_log2, shared,   tiles};
   if (threadIdx.x < 128) {
     registers_give<24>();
     if (threadIdx.x == 0) roles.produce();
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(256)
 
 template <class T, int kHeadDim>
 void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule,
-              const HiddenTiles& hidden) {
+              const HiddenTiles& hidden, const TileOrder& order) {
   using Shape = BackwardShape<kHeadDim>;
   const BackwardMaps maps{query_tensor_map<T>(args.query, args), key_tensor_map<T>(args.key, args),
                           key_tensor_map<T>(args.value, args), query_tensor_map<T>(args.d_out, args)};
@@ -74,7 +75,8 @@ void backward(const Context& context, const BackwardArgs& args, const BackwardSc
     with_bool(args.drops, [&](auto drops) {
       launch(context, "attention_backward_hopper",
              backward_kernel<T, kHeadDim, decltype(mask)::value, decltype(drops)::value, kPacked>,
-             thread_blocks(context, args), Shape::kThreads, Shape::kSharedBytes, maps, args, schedule, hidden);
+             thread_blocks(context, args), Shape::kThreads, Shape::kSharedBytes, maps, args, schedule, hidden, order,
+             static_cast<float>(args.score_scale * kLog2e));
     });
     const int64_t heads = std::min<int64_t>(schedule.heads_behind, key_heads(args));
     launch(context, "attention_query_gradient", query_gradient_kernel<T, kHeadDim, kPacked>,

@@ -5,6 +5,7 @@
 
 #include "core/arena.h"
 #include "core/cuda/attention/hopper/passes.h"
+#include "core/cuda/attention/hopper/tile_order.h"
 #include "core/cuda/attention/launch.h"
 #include "core/cuda/attention/passes.h"
 #include "core/cuda/numbers.cuh"
@@ -12,21 +13,41 @@
 namespace pfa {
 namespace cuda {
 
-size_t hopper_attention_forward_workspace_bytes(const Context&, const AttentionParams& p) {
+namespace hopper {
+namespace {
+
+// Places the pass's memory in `arena`.
+void place(Arena& arena, const Context& context, const AttentionArgs& args, HiddenTiles& hidden, TileOrder& order) {
+  hidden = place_hidden_tiles(arena, args, 0);
+  const int64_t at_once = context.num_sms * (args.head_dim() > 64 ? 1 : 2);
+  order =
+      place_tile_order(arena, args, query_tiles(args), query_heads(args), at_once, args.is_packed() ? 1 : hidden.heads);
+}
+
+}  // namespace
+}  // namespace hopper
+
+size_t hopper_attention_forward_workspace_bytes(const Context& context, const AttentionParams& p) {
   Arena arena;
-  hopper::place_hidden_tiles(arena, attention_args(p), 0);
+  hopper::HiddenTiles hidden;
+  hopper::TileOrder order;
+  hopper::place(arena, context, attention_args(p), hidden, order);
   return arena.used();
 }
 
 void hopper_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
   Arena arena(p.stage_workspace);
-  const hopper::HiddenTiles hidden = hopper::place_hidden_tiles(arena, args, 0);
-  hopper::make_hidden_tiles(context, args, hidden, 0);
+  hopper::HiddenTiles hidden;
+  hopper::TileOrder order;
+  hopper::place(arena, context, args, hidden, order);
+  hopper::make_hidden_tiles(context, args, hidden, order, 0);
+  hopper::sort_packed_tiles(context, args, order, 0);
   dispatch_16bit(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    with_head_dim<64, 128>(
-        args.head_dim(), [&](auto head_dim) { hopper::forward<T, decltype(head_dim)::value>(context, args, hidden); });
+    with_head_dim<64, 128>(args.head_dim(), [&](auto head_dim) {
+      hopper::forward<T, decltype(head_dim)::value>(context, args, hidden, order);
+    });
   });
 }
 

@@ -11,7 +11,8 @@
 // tiles with the copy engine, or is read in place where its strides do not allow that.
 //
 // Ranges of hidden queries leave out tiles anywhere: a warp lists the others before the walk (hidden_tiles.cuh), first
-// those of which nothing is hidden.
+// those of which nothing is hidden. The ranges of the others' keys come to shared memory beside the keys, and a
+// warpgroup passes over those of which it sees nothing.
 #pragma once
 
 #include "core/cuda/attention/dropout.cuh"
@@ -38,6 +39,7 @@ struct ForwardShape {
   static constexpr int kMaskPanels = kCopies ? 4 : 2;  // at most, of a part
   static constexpr int kTilesBytes = 2 * kQueryBytes + 2 * kStages * kTileBytes;
 };
+constexpr int kRangesBytes = kKeys * sizeof(uint2);  // of one range of each of a tile's keys
 
 struct ForwardMaps {
   CUtensorMap query;
@@ -103,7 +105,7 @@ struct ForwardRoles {
   const ForwardArgs& args;
   ForwardShared& shared;
   char* tiles;  // of queries [2][64][D], keys [kStages][kKeys][D] and values; then the mask,
-                // or the list of tiles that ranges leave
+                // or ranges [kStages][1 or 2][kKeys] and the list of tiles that they leave
   HeadState head;
   int row0;        // the thread block's first query
   int first_tile;  // of keys, and the one after the last
@@ -123,10 +125,9 @@ struct ForwardRoles {
         tiles(tiles),
         head(head_state<kPacked>(args, tile.head, kDrops)),
         row0(tile.first) {
-    // Queries that see no key walk over one tile of hidden keys.
-    const Range<int> keys = visibility().keys_of(row0, min(row0 + kQueries, visibility().queries));
-    first_tile = keys.first / kKeys;
-    end_tile = max((keys.end + kKeys - 1) / kKeys, first_tile + 1);
+    const Range<int> walk = walk_over_keys(visibility(), row0);
+    first_tile = walk.first;
+    end_tile = walk.end;
     steps = end_tile - first_tile - 1;
   }
 
@@ -144,14 +145,19 @@ struct ForwardRoles {
   __device__ __forceinline__ char* mask_tile(int group, int stage) const {
     return masks() + (stage * 2 + group) * mask_copies.panels * kCopyBytes;
   }
-  __device__ __forceinline__ uint16_t* tile_list() const { return reinterpret_cast<uint16_t*>(masks()); }
+  __device__ __forceinline__ bool two_ranges() const { return hidden.ranges_of_key == 2; }
+  // [1 or 2][kKeys]
+  __device__ __forceinline__ uint2* ranges_tile(int stage) const {
+    return reinterpret_cast<uint2*>(masks() + stage * hidden.ranges_of_key * kRangesBytes);
+  }
+  __device__ __forceinline__ uint16_t* tile_list() const { return reinterpret_cast<uint16_t*>(ranges_tile(kStages)); }
   // [min(tiles, kMaskTiles)][kKeys]
   __device__ __forceinline__ float* key_mask() const { return reinterpret_cast<float*>(masks()); }
 
   // Which tile of keys is step n of the walk. Tiles are walked from the last to the first. Where the mask has to be
   // read to know the last, they are walked from the first, and then from that after `skipped` to the last that matters.
   __device__ __forceinline__ int tile_of(int n) const {
-    if (kMask == kRanges) return tile_list()[n];
+    if (kMask == kRanges) return tile_list()[n] & kTileOfEntry;
     return kMask != kKeyMask ? end_tile - 1 - n : n == 0 ? first_tile : skipped + n;
   }
   __device__ __forceinline__ int key0_of(int n) const { return tile_of(n) * kKeys; }
@@ -170,9 +176,13 @@ struct ForwardRoles {
 
   __device__ __forceinline__ void copy_keys(int n) const {
     const RingStep step = ring_step<kStages>(n);
-    uint64_t* full = shared.k.fill(step, Shape::kTileBytes);
+    const int ranges = kMask == kRanges && n >= shared.listed.x ? hidden.ranges_of_key : 0;
+    uint64_t* full = shared.k.fill(step, Shape::kTileBytes + ranges * kRangesBytes);
     copy_tile<kKeys, kHeadDim, kPacked>(k_tile(step.stage), *shared.key_map, full, shared.key_head,
                                         first_of(shared.key_rows) + key0_of(n), shared.key_rows.sequence);
+    for (int r = 0; r < ranges; ++r) {
+      copy_bytes(ranges_tile(step.stage) + r * kKeys, hidden.ranges_of(head.index, r) + key0_of(n), kRangesBytes, full);
+    }
   }
 
   __device__ __forceinline__ void copy_values(int n) const {
@@ -200,25 +210,23 @@ struct ForwardRoles {
     }
   }
 
-  // By a warp: what ranges leave of the walk. Queries that see no key walk over one tile all the same.
+  // By a warp, before others copy: what ranges leave of the walk. Queries that see no key walk over one tile all the
+  // same.
   __device__ __forceinline__ void list_walk() const {
-    __syncwarp();
     const TileBits* rows = hidden.row(head.index, row0 / kHalfTile);
-    const int2 listed = list_tiles<2>(rows, hidden.words, {first_tile, end_tile}, tile_list());
-    if (threadIdx.x == 0) {
+    const int2 listed = list_tiles(rows, hidden.words, {first_tile, end_tile}, tile_list());
+    if (threadIdx.x % 32 == 0) {
       const bool none = listed.x + listed.y == 0;
       if (none) tile_list()[0] = static_cast<uint16_t>(first_tile);
       shared.listed = make_int2(listed.x, none ? 1 : listed.y);
     }
-    __syncwarp();
   }
 
   // All threads call this before the walk. It starts the copies of the first step, and brings a key mask to shared
   // memory.
   __device__ __forceinline__ void begin() {
-    if (threadIdx.x == 0) copy_queries();
-    if (kMask == kRanges && threadIdx.x < 32) list_walk();
     if (threadIdx.x == 0) {
+      copy_queries();
       copy_keys(0);
       copy_values(0);
     }
@@ -239,7 +247,6 @@ struct ForwardRoles {
       steps = max(shared.key_tiles.last - skipped, 0);
     }
     if constexpr (kMask == kRanges) {
-      __syncthreads();
       plain = shared.listed.x;
       steps = plain + shared.listed.y - 1;
     }
@@ -317,13 +324,11 @@ struct ForwardRoles {
     }
   }
 
-  // Step n's scores s [64][kKeys] to probabilities, before dropout. `hidden_keys`: what ranges hide, or null.
-  __device__ __forceinline__ void exponentiate(int group, int strip, int n, const HiddenKeys* hidden_keys,
-                                               StripSoftmax& softmax, float (&correction)[2],
-                                               float (&s)[kKeys / 2]) const {
+  // Step n's scores s [64][kKeys] to probabilities, before dropout.
+  __device__ __forceinline__ void exponentiate(int group, int strip, int n, StripSoftmax& softmax,
+                                               float (&correction)[2], float (&s)[kKeys / 2]) const {
     const float scale = add_mask(group, strip, n, s);
     hide_scores(visibility(), strip, key0_of(n), s);
-    if (kMask == kRanges && hidden_keys) hidden_keys->hide(hidden, head.index, strip, key0_of(n), s);
     softmax.add_tile<kMask == kKeyMask || kMask == kTiledMask>(scale, correction, s);
   }
 
@@ -348,6 +353,9 @@ struct ForwardRoles {
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
   }
 
+  // Whether a warpgroup sees some of step n's tile.
+  __device__ __forceinline__ bool sees(int group, int n) const { return sees_entry(tile_list()[n], group); }
+
   // A warpgroup of two, the third of which copies.
   __device__ __forceinline__ void consume_in_turns(int group, int strip, StripSoftmax& softmax,
                                                    float (&o)[kHeadDim / 2]) const {
@@ -358,11 +366,12 @@ struct ForwardRoles {
     shared.k.wait_full(ring_step<kStages>(0));
     start_scores<T, kHeadDim>(s, q_tile(group), k_tile(0));
     HiddenKeys hidden_keys;
-    if (kMask == kRanges) hidden_keys.find(hidden, head.index, strip, key0_of(0));
+    if (kMask == kRanges && plain == 0) hidden_keys.find(ranges_tile(0), two_ranges(), strip);
     wgmma_wait<0>();
     pin(s);
+    if (kMask == kRanges && plain == 0) hidden_keys.hide(ranges_tile(0), two_ranges(), strip, s);
     shared.k.release(ring_step<kStages>(0));
-    exponentiate(group, strip, 0, &hidden_keys, softmax, correction, s);
+    exponentiate(group, strip, 0, softmax, correction, s);
     drop_and_pack(strip, 0, s, p);
     if (group == 1 && steps > 0) named_arrive(kTurnBarrier, 256);
     const auto step = [&](int n, auto ranges_hide) {
@@ -372,15 +381,28 @@ struct ForwardRoles {
       next_key_mask(n);
       shared.k.wait_full(step);
       named_sync(kTurnBarrier + group, 256);
+      if (kHides && !sees(group, n)) {
+        shared.v.wait_full(last);
+        start_sums<T, kHeadDim>(o, p, v_tile(last.stage), n > 1);
+        if (group == 0 || n < steps) named_arrive(kTurnBarrier + 1 - group, 256);
+        wgmma_wait<0>();
+        pin(o);
+        shared.k.release(step);
+        shared.v.release(last);
+#pragma unroll
+        for (int m = 0; m < kKeys / 16; ++m) p[m][0] = p[m][1] = p[m][2] = p[m][3] = 0;
+        return;
+      }
       start_scores<T, kHeadDim>(s, q_tile(group), k_tile(step.stage));
       shared.v.wait_full(last);
       start_sums<T, kHeadDim>(o, p, v_tile(last.stage), n > 1);
       if (group == 0 || n < steps) named_arrive(kTurnBarrier + 1 - group, 256);
-      if (kHides) hidden_keys.find(hidden, head.index, strip, key0_of(n));
+      if (kHides) hidden_keys.find(ranges_tile(step.stage), two_ranges(), strip);
       wgmma_wait<1>();
       pin(s);
+      if (kHides) hidden_keys.hide(ranges_tile(step.stage), two_ranges(), strip, s);
       shared.k.release(step);
-      exponentiate(group, strip, n, kHides ? &hidden_keys : nullptr, softmax, correction, s);
+      exponentiate(group, strip, n, softmax, correction, s);
       wgmma_wait<0>();
       pin(o);
       shared.v.release(last);
@@ -410,27 +432,45 @@ struct ForwardRoles {
     const auto step = [&](int n, auto ranges_hide) {
       constexpr bool kHides = decltype(ranges_hide)::value;
       const RingStep step = ring_step<kStages>(n);
+      if (kHides && !sees(group, n)) {
+        shared.k.wait_full(step);
+        shared.k.release(step);
+        if (copies && n < steps) {
+          copy_keys(n + 1);
+          copy_values(n + 1);
+        }
+        __syncwarp();
+        shared.v.wait_full(step);
+        shared.v.release(step);
+        return;
+      }
       if (n > 0) next_key_mask(n);
       shared.k.wait_full(step);
       start_scores<T, kHeadDim>(s, q_tile(group), k_tile(step.stage));
       if (copies && n < steps) copy_keys(n + 1);
       __syncwarp();
       HiddenKeys hidden_keys;
-      if (kHides) hidden_keys.find(hidden, head.index, strip, key0_of(n));
+      if (kHides) hidden_keys.find(ranges_tile(step.stage), two_ranges(), strip);
       wgmma_wait<0>();
       pin(s);
+      if (kHides) hidden_keys.hide(ranges_tile(step.stage), two_ranges(), strip, s);
       shared.k.release(step);
-      exponentiate(group, strip, n, kHides ? &hidden_keys : nullptr, softmax, correction, s);
+      exponentiate(group, strip, n, softmax, correction, s);
       if (copies && n < steps) copy_values(n + 1);
       __syncwarp();
-      if (n > 0) correct(correction, o);
+      if (kMask == kRanges || n > 0) correct(correction, o);
       drop_and_pack(strip, n, s, p);
       shared.v.wait_full(step);
-      start_sums<T, kHeadDim>(o, p, v_tile(step.stage), n > 0);
+      start_sums<T, kHeadDim>(o, p, v_tile(step.stage), kMask == kRanges || n > 0);
       wgmma_wait<0>();
       pin(o);
       shared.v.release(step);
     };
+    if constexpr (kMask == kRanges) {
+      // Which step is the first that the warpgroup sees is not known.
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    }
     int n = 0;
     for (; n < (kMask == kRanges ? plain : steps + 1); ++n) step(n, std::false_type{});
     if constexpr (kMask == kRanges) {

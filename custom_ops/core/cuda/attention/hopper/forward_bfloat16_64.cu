@@ -8,7 +8,7 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void forward<__nv_bfloat16, 64>(const Context&, const ForwardArgs&, const HiddenTiles&);
+template void forward<__nv_bfloat16, 64>(const Context&, const ForwardArgs&, const HiddenTiles&, const TileOrder&);
 
 }  // namespace hopper
 }  // namespace cuda

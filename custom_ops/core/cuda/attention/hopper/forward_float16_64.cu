@@ -8,7 +8,7 @@ namespace pfa {
 namespace cuda {
 namespace hopper {
 
-template void forward<__half, 64>(const Context&, const ForwardArgs&, const HiddenTiles&);
+template void forward<__half, 64>(const Context&, const ForwardArgs&, const HiddenTiles&, const TileOrder&);
 template bool is_built<__half, 64>(const Context&);
 
 }  // namespace hopper

@@ -15,7 +15,7 @@ constexpr int kMostTilesBytes = 225 * 1024;  // in a multiprocessor's only threa
 template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, ForwardShape<kHeadDim, kMask>::kBlocksPerSm)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const MaskCopies mask_copies, const HiddenTiles hidden,
-                   const ForwardArgs args, const int heads_per_group) {
+                   const TileOrder order, const ForwardArgs args, const int heads_per_group) {
 #if PFA_HOPPER_CODE
   write_random_state(args);
   using Shape = ForwardShape<kHeadDim, kMask>;
@@ -24,10 +24,17 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
   char* tiles = reinterpret_cast<char*>(unaligned) + (-shared_address(unaligned) & 1023);
   const int tiles_of_head = query_tiles<kPacked>(args);
   const OrderedTile place = ordered_tile(query_heads<kPacked>(args), blockIdx.x, heads_per_group, tiles_of_head);
-  const SequenceTile tile = sequence_tile<kPacked>(args, args.layout.query_starts, place.head,
-                                                   tiles_of_head - 1 - place.tile);  // the last have the longest walks
+  SequenceTile tile;
+  if ((kPacked || kMask == kRanges) && order.places) {
+    const int64_t of_head = kPacked ? 0 : hidden.head_of(args.layout.head(place.head));
+    tile = order.at<kPacked>(args, of_head, place.head, place.tile);
+  } else {
+    tile = sequence_tile<kPacked>(args, args.layout.query_starts, place.head,
+                                  tiles_of_head - 1 - place.tile);  // the last have the longest walks
+  }
   ForwardRoles<T, kHeadDim, kMask, kDrops, kPacked> roles(maps, mask_copies, hidden, args, shared, tiles, tile);
   if (kPacked && tile.first >= roles.visibility().queries) return;
+  if (kMask == kRanges && threadIdx.x / 32 == 1) roles.list_walk();
   if (threadIdx.x == 0) {
     prefetch_map(maps.query);
     prefetch_map(maps.key);
@@ -72,7 +79,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim, kMask>::kThreads, Forwa
 }
 
 template <class T, int kHeadDim, MaskKind kMask, bool kPacked>
-void launch_forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden,
+void launch_forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden, const TileOrder& order,
                     const ForwardMaps& maps) {
   using Shape = ForwardShape<kHeadDim, kMask>;
   MaskCopies mask_copies{};
@@ -80,8 +87,11 @@ void launch_forward(const Context& context, const ForwardArgs& args, const Hidde
   if (kMask == kKeyMask) {
     mask_bytes = std::min<int>(ceil_div(args.visibility.keys, kKeys), kMaskTiles) * kKeys * sizeof(float);
   }
-  // Of at most 2^22 keys (why_not_hopper), for which there is room.
-  if (kMask == kRanges) mask_bytes = static_cast<int>(ceil_div(args.visibility.keys, kKeys)) * sizeof(uint16_t);
+  // Of at most 2^21 keys (why_not_hopper), for which there is room.
+  if (kMask == kRanges) {
+    mask_bytes = kStages * hidden.ranges_of_key * kRangesBytes +
+                 static_cast<int>(ceil_div(args.visibility.keys, kKeys) * sizeof(uint16_t));
+  }
   if (kMask == kTiledMask) {
     const int panels = static_cast<int>(size_of(args.mask.dtype));
     mask_copies.log2_parts = panels > Shape::kMaskPanels ? 1 : 0;
@@ -99,31 +109,26 @@ void launch_forward(const Context& context, const ForwardArgs& args, const Hidde
       to_multiple -= kernel_attributes(context, reinterpret_cast<const void*>(kernel)).sharedSizeBytes % 1024;
     }
     const size_t shared_bytes = to_multiple + Shape::kTilesBytes + mask_bytes;
-    const int64_t head_bytes = 4 * args.visibility.keys * args.layout.head_dim / args.layout.group;  // k, v
+    const int64_t head_bytes = 4 * args.layout.keys * args.layout.head_dim / args.layout.group;  // k, v
     const int64_t heads = query_heads(args);
-    // With ranges walks read a part of that, nobody knows here which, and a group's last tiles need not be the
-    // shortest.
-    constexpr int64_t kMostHeads = 32;
-    const int64_t group = args.hidden_ranges.data ? std::min(heads, kMostHeads)
-                                                  : heads_per_group(args, heads, std::max<int64_t>(1, head_bytes));
     launch(context, "attention_forward_hopper", kernel, query_tiles(args) * heads, Shape::kThreads, shared_bytes, maps,
-           mask_copies, hidden, args, static_cast<int>(group));
+           mask_copies, hidden, order, args, heads_per_group(args, heads, std::max<int64_t>(1, head_bytes)));
   });
 }
 
 template <class T, int kHeadDim>
-void forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden) {
+void forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden, const TileOrder& order) {
   ForwardMaps maps{query_tensor_map<T>(args.query, args),
                    key_tensor_map<T>(args.key, args),
                    key_tensor_map<T>(args.value, args),
                    {}};
-  if (args.is_packed()) return launch_forward<T, kHeadDim, kNoMask, true>(context, args, hidden, maps);
+  if (args.is_packed()) return launch_forward<T, kHeadDim, kNoMask, true>(context, args, hidden, order, maps);
   with_mask_kind(args, [&](auto mask) {
     constexpr MaskKind kMask = decltype(mask)::value;
     if (kMask == kFullMask && mask_tensor_map(args, &maps.mask)) {
-      launch_forward<T, kHeadDim, kTiledMask, false>(context, args, hidden, maps);
+      launch_forward<T, kHeadDim, kTiledMask, false>(context, args, hidden, order, maps);
     } else {
-      launch_forward<T, kHeadDim, kMask, false>(context, args, hidden, maps);
+      launch_forward<T, kHeadDim, kMask, false>(context, args, hidden, order, maps);
     }
   });
 }

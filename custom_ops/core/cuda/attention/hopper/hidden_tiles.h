@@ -26,16 +26,28 @@ struct TileBits {
   uint32_t hides;
 };
 
+// What is known of the first or second ranges of a tile's keys.
+struct TileRanges {
+  Range<int> common;  // hidden from all keys; empty if one has an empty range
+  Range<int> any;     // beyond this nothing is hidden
+};
+struct alignas(16) TileSummary {
+  TileRanges first;
+  TileRanges second;
+};
+
 // All zero where there are no ranges.
 struct HiddenTiles {
-  int heads_of_sequence;  // that have ranges of their own: 1 or num_kv_heads
-  int ranges_of_key;      // 1 or 2
-  int64_t heads;          // of all sequences
-  int keys_padded;        // to whole tiles
-  int rows;               // of bits, of a head
-  int words;              // of a row
-  uint2* ranges;          // [ranges_of_key, heads, keys_padded]
-  TileBits* bits;         // [heads, rows, words]
+  int heads_of_sequence;   // that have ranges of their own: 1 or num_kv_heads
+  int ranges_of_key;       // 1 or 2
+  int64_t heads;           // of all sequences
+  int keys_padded;         // to whole tiles
+  int rows;                // of bits, of a head
+  int words;               // of a row
+  uint2* ranges;           // [ranges_of_key, heads, keys_padded]
+  TileBits* bits;          // [heads, rows, words]
+  TileSummary* summaries;  // [heads, tiles of keys]: what forward's bits are made of
+  int* lengths;            // [heads, tiles that walk]: of these walks
 
 #if defined(__CUDACC__)
   __device__ __forceinline__ int64_t head_of(const HeadIndex& h) const {
@@ -67,12 +79,17 @@ inline HiddenTiles place_hidden_tiles(Arena& arena, const AttentionArgs& args, i
       ceil_div(backward_queries ? ceil_div(args.visibility.queries, backward_queries) : tiles_of_keys, 32));
   tiles.ranges = static_cast<uint2*>(arena.take(sizeof(uint2) * tiles.ranges_of_key * tiles.heads * tiles.keys_padded));
   tiles.bits = static_cast<TileBits*>(arena.take(sizeof(TileBits) * tiles.heads * tiles.rows * tiles.words));
+  if (!backward_queries) {
+    tiles.summaries = static_cast<TileSummary*>(arena.take(sizeof(TileSummary) * tiles.heads * tiles_of_keys));
+  }
+  tiles.lengths =
+      static_cast<int*>(arena.take(sizeof(int) * tiles.heads * (backward_queries ? tiles_of_keys : query_tiles(args))));
   return tiles;
 }
 
-// Queues the kernel that fills them; as they were placed.
+// Queues the kernel that fills them, as they were placed, and the order of the tiles that walk.
 void make_hidden_tiles(const Context& context, const AttentionArgs& args, const HiddenTiles& tiles,
-                       int backward_queries);
+                       const TileOrder& order, int backward_queries);
 
 }  // namespace hopper
 }  // namespace cuda

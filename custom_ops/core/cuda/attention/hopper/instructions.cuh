@@ -105,6 +105,11 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
                : "memory");
 }
 
+// All threads of a cluster wait for each other, and see what the others have written.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Operand descriptors (PTX ISA, "Matrix Descriptor Format" of wgmma): bits 0-13 the address, 16-29 the leading and
 // 32-45 the stride byte offset, each over 16, and bits 62-63 the 128-byte swizzle. Rows along the product's M or N and
 // columns along its K:

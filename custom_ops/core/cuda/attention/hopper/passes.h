@@ -12,11 +12,11 @@ namespace hopper {
 
 // T: __half or __nv_bfloat16. kHeadDim: 64 or 128, what head_dim is rounded up to.
 template <class T, int kHeadDim>
-void forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden);
+void forward(const Context& context, const ForwardArgs& args, const HiddenTiles& hidden, const TileOrder& order);
 // After the row statistics.
 template <class T, int kHeadDim>
 void backward(const Context& context, const BackwardArgs& args, const BackwardSchedule& schedule,
-              const HiddenTiles& hidden);
+              const HiddenTiles& hidden, const TileOrder& order);
 // The queries of a tile of backward.
 constexpr int backward_queries(int64_t head_dim) { return head_dim > 64 ? 64 : 128; }
 

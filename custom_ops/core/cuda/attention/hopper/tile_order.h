@@ -3,10 +3,16 @@
 // Each head has its tiles; of packed sequences, a head's tiles are those of all sequences, one after the other.
 // Tiles start head by head. Where they differ in the length of their walk, heads go in groups that fit in the L2 cache,
 // and within a group the same tile of every head comes before the next, so that long walks start first.
+//
+// Under a causal mask or a window a tile's place says how long its walk is. How long those of packed sequences are, and
+// what ranges of hidden queries leave, is known on the device only: there a kernel before the others sorts the tiles of
+// a head, in segments so that neighbours stay together, and writes where they are. It does so where thread blocks get a
+// few tiles each, of which the last should be short; of many tiles neighbours had better stay together.
 #pragma once
 
 #include <algorithm>
 
+#include "core/arena.h"
 #include "core/cuda/attention/args.h"
 #include "core/cuda/context.h"
 
@@ -59,12 +65,12 @@ inline int64_t thread_blocks(const Context& context, const AttentionArgs& args) 
   return std::min<int64_t>(context.num_sms, key_tiles(args) * key_heads(args));
 }
 
+// Whether the lengths of walks are known on the device only.
+inline bool has_unknown_walks(const AttentionArgs& args) { return args.is_packed() || args.hidden_ranges.data; }
 // Whether walks may differ in length.
 inline bool has_uneven_walks(const AttentionArgs& args) {
-  return args.is_packed() || args.visibility.is_uneven() || args.hidden_ranges.data;
+  return has_unknown_walks(args) || args.visibility.is_uneven();
 }
-// Whether, if so, those of a head's first tiles of keys are the longest, and those of its last tiles of queries.
-inline bool has_sorted_walks(const AttentionArgs& args) { return !args.is_packed() && !args.hidden_ranges.data; }
 
 struct OrderedTile {
   uint32_t head;  // of those that are counted
@@ -79,11 +85,12 @@ __device__ __forceinline__ OrderedTile ordered_tile(uint32_t heads, uint32_t ind
   return {first + place % size, static_cast<int>(place / size)};
 }
 
-// head_bytes: of all that the walks of a head's tiles read. Groups are of like size, so that none has too little to do.
+// head_bytes: of all that the walks of a head's tiles read; where their lengths are unknown, neighbours read a small
+// part of that. Groups are of like size, so that none has too little to do.
 inline int heads_per_group(const AttentionArgs& args, int64_t heads, int64_t head_bytes) {
   if (!has_uneven_walks(args)) return 1;
-  constexpr int64_t kCacheBytes = 24 << 20;
-  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(heads, kCacheBytes / head_bytes));
+  const int64_t cache_bytes = (has_unknown_walks(args) ? 96 : 24) << 20;
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(heads, cache_bytes / head_bytes));
   return static_cast<int>(ceil_div(heads, ceil_div(heads, most)));
 }
 
@@ -111,6 +118,58 @@ __device__ __forceinline__ SequenceTile sequence_tile(const AttentionArgs& args,
             max(tile - first_tile(sequence), 0) * kStatisticsMultiple};
   }
 }
+
+#if defined(__CUDACC__)
+// The tiles of keys that the queries of a tile may see. Queries that see no key walk over one tile of hidden keys.
+__device__ __forceinline__ Range<int> walk_over_keys(const Visibility<int>& visibility, int row0) {
+  const Range<int> keys = visibility.keys_of(row0, min(row0 + kQueryTile, visibility.queries));
+  const int first = keys.first / kKeys;
+  return {first, max((keys.end + kKeys - 1) / kKeys, first + 1)};
+}
+
+// The tiles of `tile_queries` queries that may see the keys of a tile.
+__device__ __forceinline__ Range<int> walk_over_queries(const Visibility<int>& visibility, int key0, int tile_queries) {
+  const Range<int> queries = visibility.queries_of(key0, key0 + kKeys);
+  if (queries.first >= queries.end) return {0, 0};
+  return {queries.first / tile_queries, (queries.end + tile_queries - 1) / tile_queries};
+}
+#endif
+
+// A tile at its place in the order.
+struct PlacedTile {
+  int sequence;
+  int first;  // as SequenceTile's
+};
+
+// The order of sorted tiles; null where tiles are not sorted.
+struct TileOrder {
+  int tiles;           // of a head
+  PlacedTile* places;  // [heads that differ, tiles]: longest walks first
+
+#if defined(__CUDACC__)
+  // What begins at a place of the tiles of `head`, whose order is the `of_head`-th.
+  template <bool kPacked>
+  __device__ __forceinline__ SequenceTile at(const AttentionArgs& args, int64_t of_head, uint32_t head,
+                                             int place) const {
+    const PlacedTile tile = places[of_head * tiles + place];
+    const auto heads = static_cast<uint32_t>(args.layout.num_heads);
+    return {kPacked ? static_cast<uint32_t>(tile.sequence) * heads + head : head, tile.first};
+  }
+#endif
+};
+
+// Places it in `arena`, if `heads` with so many tiles are worth sorting for `at_once` thread blocks that run at once;
+// heads_that_differ: those of which the order differs.
+inline TileOrder place_tile_order(Arena& arena, const AttentionArgs& args, int tiles, int64_t heads, int64_t at_once,
+                                  int64_t heads_that_differ) {
+  constexpr int64_t kFewTiles = 16;  // of a thread block
+  if (!has_unknown_walks(args) || tiles * heads <= at_once || tiles * heads > kFewTiles * at_once) return {};
+  return {tiles, static_cast<PlacedTile*>(arena.take(sizeof(PlacedTile) * heads_that_differ * tiles))};
+}
+
+// Queues the kernel that fills it for packed sequences: of tiles of queries if backward_queries is 0, else of tiles of
+// keys that walk over tiles of so many queries.
+void sort_packed_tiles(const Context& context, const AttentionArgs& args, const TileOrder& order, int backward_queries);
 
 }  // namespace hopper
 }  // namespace cuda
