@@ -359,6 +359,12 @@ LARGE_KINDS = {
         sizes=(0, 0, 0, 16, 4), lengths=(draw_lengths(30, 500, 3), draw_lengths(30, 700, 4)), causal=True
     ),
     "packed, one long": dict(sizes=(0, 0, 0, 4, 4), lengths=((3, 2000, 1, 5, 0, 64),) * 2),
+    "packed, one long and many short": dict(
+        sizes=(0, 0, 0, 16, 8), lengths=((17,) * 20 + (1900,) + (0, 90) * 20,) * 2, causal=True
+    ),
+    "packed, equal": dict(sizes=(0, 0, 0, 12, 12), lengths=((256,) * 24,) * 2, dropout_rate=0.1),
+    "packed, many tiles": dict(sizes=(0, 0, 0, 40, 40), lengths=(draw_lengths(50, 400, 6),) * 2, causal=True),
+    "packed, more than a segment": dict(sizes=(0, 0, 0, 4, 2), lengths=(draw_lengths(700, 12, 5),) * 2, causal=True),
     "ranges of long documents": dict(sizes=(2, 1500, 1500, 16, 16), ranges=(2, 1, (3, 700, 1, 129, 400, 267))),
     "ranges of documents, causal": dict(
         sizes=(3, 1100, 1100, 24, 8), ranges=(1, 8, (300, 77, 500, 223)), causal=True, dropout_rate=0.1
@@ -369,6 +375,16 @@ LARGE_KINDS = {
     ),
     "ranges of 4 columns, many heads": dict(sizes=(3, 600, 1100, 16, 8), ranges=(4, 8)),
     "ranges, long": dict(sizes=(1, 200, 5000, 8, 8), ranges=(2, 1), window_left=900),
+    "ranges, more keys than a segment": dict(sizes=(1, 140, 66000, 2, 1), ranges=(2, 1)),
+    "ranges, more queries than a segment": dict(sizes=(1, 66000, 140, 2, 1), ranges=(4, 1)),
+    "ranges, many tiles": dict(sizes=(12, 384, 384, 64, 64), ranges=(2, 1, (100, 200, 84))),
+    "ranges of equal documents": dict(sizes=(2, 1536, 1536, 10, 10), ranges=(2, 1, (256,) * 6)),
+    "ranges of documents, one long and many short": dict(
+        sizes=(1, 1600, 1600, 24, 12), ranges=(1, 12, (0, 20, 31) * 6 + (1294,)), causal=True
+    ),
+    "ranges of documents that begin anywhere": dict(
+        sizes=(2, 1500, 1500, 16, 4), ranges=(2, 4, (0, 190, 33, 64, 0, 400, 97, 129, 587))
+    ),
 }
 
 
