@@ -1,6 +1,6 @@
-// Calls from dygraph that want no gradient, past Paddle's dispatch of custom operators, which takes longer than the work of
-// a short call: it copies what it knows of all such operators every time. What else it does, for gradients, strided
-// tensors and tensors that are spread over processes, is not needed where this is called, or is left to it.
+// Calls from dygraph that want no gradient, past Paddle's dispatch of custom operators, which takes longer than the
+// work of a short call: it copies what it knows of all such operators every time. What else it does, for gradients,
+// strided tensors and tensors that are spread over processes, is not needed where this is called, or is left to it.
 //
 // Python's objects are only handed through, so that one library serves all versions of Python.
 #pragma once

@@ -73,7 +73,7 @@ def test_same_bits_as_by_paddle(name, x, by_paddle, monkeypatch):
     with paddle.no_grad():
         direct = CALLS[name](x)
         assert by_paddle == []
-        assert direct.stop_gradient and direct.place == x.place
+        assert direct.stop_gradient and str(direct.place) == str(x.place)
         monkeypatch.setattr(paddle.profiler.utils, "_is_profiler_used", True)
         dispatched = CALLS[name](x)
     assert by_paddle == [f"{name}_forward"]
@@ -108,7 +108,7 @@ def test_strided_tensors_are_left_to_paddle(name, by_paddle):
 def test_empty_tensors(place):
     with paddle.no_grad():
         out = attend(on(place, (2, 0, 8)))
-    assert out.shape == [2, 0, 2, 4] and out.place == place
+    assert out.shape == [2, 0, 2, 4] and str(out.place) == str(place)
 
 
 def test_errors_are_the_same(x):

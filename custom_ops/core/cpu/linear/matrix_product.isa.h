@@ -2,12 +2,12 @@
 // on the way in and rounded on the way out.
 //
 // b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread a panel at a
-// time or not at all, or changes places with a. Then b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches
-// the panel that it takes next. a's rows are read where they lie, for the inner loop broadcasts their numbers one by
-// one; where they can't be, each thread packs those that it works at. c is cut into units, rectangles that one thread
-// takes at a time; a unit is made of products of some rows of a with one panel of b, whose sums are held in registers
-// (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs in its order for every element
-// of c, whatever the units: the bits do not depend on the number of threads.
+// time or not at all, or changes places with a. Then b, the weight, comes from memory no faster than it is multiplied,
+// so each thread prefetches the panel that it takes next. a's rows are read where they lie, for the inner loop
+// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
+// units, rectangles that one thread takes at a time; a unit is made of products of some rows of a with one panel of b,
+// whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs
+// in its order for every element of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
