@@ -1,9 +1,5 @@
 #include "op/direct.h"
 
-#include <memory>
-
-#include "paddle/phi/core/dense_tensor.h"
-
 // Of Python's stable interface.
 extern "C" {
 void Py_IncRef(_object*);
@@ -19,13 +15,28 @@ _object* ToPyObject(const Tensor&, bool none_if_not_initialized);
 }  // namespace paddle::pybind
 
 namespace pfa::op {
+namespace {
+
+// Paddle 2.6 tells it only in a header that asks for cuDNN's.
+bool is_contiguous(const paddle::Tensor& tensor) {
+  const auto& sizes = tensor.dims();
+  const auto& strides = tensor.strides();
+  if (strides.size() != sizes.size()) return false;
+  int64_t expected = 1;
+  for (int i = sizes.size(); i-- > 0;) {
+    if (sizes[i] != 1 && strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+}  // namespace
 
 const paddle::Tensor* plain_tensor(PythonObject* object) {
   if (!paddle::pybind::PyCheckTensor(object)) return nullptr;
   const paddle::Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
   if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) return nullptr;
-  const auto* dense = static_cast<const phi::DenseTensor*>(tensor.impl().get());
-  return dense->meta().is_contiguous() ? &tensor : nullptr;
+  return is_contiguous(tensor) ? &tensor : nullptr;
 }
 
 PythonObject* referred(PythonObject* object) {
