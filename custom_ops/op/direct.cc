@@ -1,5 +1,7 @@
 #include "op/direct.h"
 
+#include "paddle/common/ddim.h"
+
 // Of Python's stable interface.
 extern "C" {
 void Py_IncRef(_object*);
