@@ -80,7 +80,6 @@ class MatrixProduct {
   // Decides how the work is cut. Of that only run_ reaches the bits of the result, and it depends on k alone.
   MatrixProduct(const Context& context, const Product<T, R>& product)
       : product_(oriented(context, product)),
-        own_sums_(kNarrows || product_.transposes_c),
         threads_(context.threads),
         tiles_(kHasTileProducts<T> && context.implementation->has_tile_products),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
@@ -96,7 +95,7 @@ class MatrixProduct {
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
-    if (own_sums_ || reads_a_) columns_ = std::min(columns_, kMaxColumns);
+    if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
     // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more.
     const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
@@ -104,6 +103,9 @@ class MatrixProduct {
       columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
+
+  bool transposes_c() const { return kPaired<T> && product_.transposes_c; }
+  bool has_own_sums() const { return kNarrows || transposes_c(); }  // else they go to c itself
 
   int64_t row_units() const { return ceil_div(product_.m, rows_); }
   int64_t column_units() const { return ceil_div(product_.n, columns_); }
@@ -133,7 +135,7 @@ class MatrixProduct {
       thread_b_ = depth * kPanelColumns;
       packed_b_ = take<P>(arena, threads_ * thread_b_);
     }
-    if (!own_sums_) return;
+    if (!has_own_sums()) return;
     if (span_ < product_.k) {
       sums_stride_ = round_up(product_.n, kPanelColumns);
       sums_ = take<A>(arena, product_.m * sums_stride_);
@@ -212,7 +214,7 @@ class MatrixProduct {
 
   A* sums_of(const Unit& unit) const {
     if constexpr (!kNarrows) {
-      if (!own_sums_) return product_.c + unit.row * product_.n + unit.column;
+      if (!has_own_sums()) return product_.c + unit.row * product_.n + unit.column;
     }
     if (thread_sums_) return sums_ + unit.thread * thread_sums_;
     return sums_ + unit.row * sums_stride_ + unit.column;
@@ -222,8 +224,8 @@ class MatrixProduct {
   // memory next, a panel of b, comes near meanwhile.
   void multiply_unit(const Unit& unit, const Unit& next, int64_t k_begin, int64_t k_end) const {
     A* sums = sums_of(unit);
-    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
-    const int64_t writable_columns = own_sums_ ? round_up(unit.columns, kPanelColumns) : unit.columns;
+    const int64_t stride = has_own_sums() ? sums_stride_ : product_.n;
+    const int64_t writable_columns = has_own_sums() ? round_up(unit.columns, kPanelColumns) : unit.columns;
     const int64_t row_panels = ceil_div(unit.rows, panel_rows_);
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
@@ -239,7 +241,7 @@ class MatrixProduct {
         pack_a(unit, k, count, panels);
         a = panels;
       }
-      if (product_.transposes_c) {
+      if (transposes_c()) {
         multiply_weight_rows(unit, k, k_begin, count, a, a_stride, {sums, stride, A(1), continues});
         continue;
       }
@@ -384,7 +386,7 @@ class MatrixProduct {
   }
 
   // An addend that is c itself is there already where the sums go to c.
-  bool starts_from_addend() const { return !own_sums_ && static_cast<const void*>(product_.addend) == product_.c; }
+  bool starts_from_addend() const { return !has_own_sums() && static_cast<const void*>(product_.addend) == product_.c; }
 
   // What is added to element (row, column) of the product.
   A added_at(int64_t row, int64_t column) const {
@@ -394,11 +396,11 @@ class MatrixProduct {
 
   // Makes c of the unit's sums.
   void finish_unit(const Unit& unit) const {
-    if (product_.transposes_c) return transpose_unit(unit);
+    if (transposes_c()) return transpose_unit(unit);
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
-    if (!own_sums_ && !addend && !product_.bias && !product_.step) return;
+    if (!has_own_sums() && !addend && !product_.bias && !product_.step) return;
     const A* sums = sums_of(unit);
-    const int64_t stride = own_sums_ ? sums_stride_ : product_.n;
+    const int64_t stride = has_own_sums() ? sums_stride_ : product_.n;
     const T* bias = product_.bias ? product_.bias + unit.column : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t row = unit.row + r;
@@ -447,7 +449,6 @@ class MatrixProduct {
   }
 
   Product<T, R> product_;
-  bool own_sums_;  // else they go to c itself
   int threads_;
   bool tiles_;
   int64_t panel_rows_;
