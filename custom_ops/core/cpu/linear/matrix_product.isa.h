@@ -394,12 +394,11 @@ class MatrixProduct {
     return product_.addend ? bias + widen(product_.addend[row * product_.n + column]) : bias;
   }
 
-  // Makes c of the unit's sums.
+  // Makes c of the unit's sums, in their place.
   void finish_unit(const Unit& unit) const {
     if (transposes_c()) return transpose_unit(unit);
     const R* addend = starts_from_addend() ? nullptr : product_.addend;
     if (!has_own_sums() && !addend && !product_.bias && !product_.step) return;
-    const A* sums = sums_of(unit);
     const int64_t stride = has_own_sums() ? sums_stride_ : product_.n;
     const T* bias = product_.bias ? product_.bias + unit.column : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
@@ -408,8 +407,7 @@ class MatrixProduct {
       const R* added = addend ? addend + row * product_.n + unit.column : nullptr;
       for (int64_t first = 0; first < unit.columns; first += kPiece) {
         const int64_t count = std::min(kPiece, unit.columns - first);
-        A values[kPiece];
-        std::copy(sums + r * stride + first, sums + r * stride + first + count, values);
+        A* values = sums_of(unit) + r * stride + first;
         if (bias) {
           for (int64_t i = 0; i < count; ++i) values[i] += widen(bias[first + i]);
         }
@@ -419,7 +417,7 @@ class MatrixProduct {
         if constexpr (std::is_same_v<T, R>) {
           if (product_.step) product_.step->run(row, unit.column + first, count, values);
         }
-        store_row(values, count, c + first);
+        if (has_own_sums()) store_row(values, count, c + first);
       }
     }
   }
