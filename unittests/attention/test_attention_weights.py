@@ -71,6 +71,7 @@ def test_unknown_sizes(place):
     check(of_weights(MIXED.but(mask=None)), place, "program", unknown=(0, 1), wanted=[])
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @GRAPHS
 def test_both_results_have_gradients(graph, place):
     """The weights by which the values are multiplied anew give the same result, with the same gradients."""
@@ -101,6 +102,7 @@ def draws(tensors, config):
     return attention_with_weights(describe(tensors, config, seed=None))
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @GRAPHS
 def test_what_is_drawn_is_dropped_from_both(graph, place):
     """Nobody knows the seed, but the two operators."""
@@ -115,6 +117,7 @@ def test_what_is_drawn_is_dropped_from_both(graph, place):
     assert abs(run(graph, difference, arrays, [], place)[0]).max() < 1e-12
 
 
+@pytest.mark.usefixtures("needs_paddle")
 @pytest.mark.parametrize("form, name", [pair for pair in FORMS_OF_CASES if not FORM_CASES[pair[1]].lengths])
 def test_shared_tensors(form, name, place):
     case = of_weights(FORM_CASES[name])
