@@ -308,6 +308,7 @@ struct Functions<Operator, std::index_sequence<kInputs...>, std::index_sequence<
 
   static phi::distributed::SpmdInfo backward_spmd(Repeated<const phi::distributed::DistMetaTensor&, kInputs>... tensors,
                                                   const phi::distributed::DistMetaTensor&,
+                                                  Repeated<const phi::distributed::DistMetaTensor&, kOuts>...,
                                                   const phi::distributed::DistMetaTensor& d_out, bool is_test,
                                                   Repeated<int64_t, kNumbers>... numbers) {
     return Spread<Operator>({&tensors...}, parse(is_test, numbers...)).backward(d_out);

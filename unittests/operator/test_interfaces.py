@@ -11,6 +11,7 @@ import paddle.nn.functional as F
 import pytest
 import reference
 from paddle_fused_attention import _op
+from paddle_fused_attention._attention import Attention, attention, attention_with_weights
 
 PRE_LAYER_NORM, FINAL_LAYER_NORM, ADD_RESIDUAL, UPSCALE, SAVE, FIXED_SEED = 1, 2, 4, 16, 32, 64
 NEEDS_GRAD_HOLDS, GATED, TRANSPOSE_X, TRANSPOSE_WEIGHT = 128, 256, 512, 1024
@@ -469,10 +470,48 @@ def test_the_twin_gives_the_same_bits(op):
 has_sharding_rules = os.path.exists(f"{paddle.sysconfig.get_include()}/paddle/phi/api/ext/spmd_infer.h")
 
 
+@pytest.fixture
+def mesh(monkeypatch):
+    """Of one process, with two axes."""
+    from paddle import distributed
+
+    # Paddle 3.0 reads these before it sums over an axis, though that has one process only.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", address)
+    monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", address)
+    return distributed.ProcessMesh([[0]], dim_names=["rows", "parts"])
+
+
+HEADS = (2, 3, 4, 8)
+
+
 @pytest.mark.skipif(not has_sharding_rules, reason="this Paddle has no sharding rules for custom operators")
 @pytest.mark.parametrize(
     ("op", "shapes", "placed", "values", "wanted"),
     [
+        (
+            "custom_attention",
+            [HEADS, HEADS, HEADS, (2, 1, 3, 3), None, None, None],
+            [(0, None), (), (), (), (), (), ()],
+            {"switches": SAVE | NEEDS_GRAD_HOLDS, "needs_grad": 15, "scale": 0.5},
+            [(0, None), (0, None), (0, None), (0, None), (0, None)],
+        ),
+        (
+            "custom_fused_attention_general",
+            [X, (3, 2, 4, 8), (8, 8), None, None, None, None, (3, 2, 4), None, (2, 1, 3, 3), None],
+            [(0, None), (), (), (), (), (), (), (), (), (), ()],
+            {"switches": SAVE | NEEDS_GRAD_HOLDS, "needs_grad": 1 | 2 | 4 | 128 | 512, "scale": 0.5},
+            [(0, None), (0, None), ("+", None), ("+", None), ("+", None), (0, None)],
+        ),
+        (  # a mask of all sequences
+            "custom_attention",
+            [HEADS, HEADS, HEADS, (4, 3, 3), None, None, None],
+            [(0, None), (), (), (), (), (), ()],
+            {"switches": SAVE | NEEDS_GRAD_HOLDS, "needs_grad": 15, "scale": 0.5},
+            [(0, None), (0, None), (0, None), (0, None), ("+", None)],
+        ),
         (
             "custom_fused_feedforward",
             [X, W1, W2, (8,), (8,), None, None, (16,), None],
@@ -510,18 +549,10 @@ has_sharding_rules = os.path.exists(f"{paddle.sysconfig.get_include()}/paddle/ph
         ),
     ],
 )
-def test_what_stays_spread_over_a_mesh(op, shapes, placed, values, wanted, monkeypatch):
+def test_what_stays_spread_over_a_mesh(op, shapes, placed, values, wanted, mesh):
     """`wanted` is of Out and of each gradient: the dimension that is sharded, or a part of a sum, on both axes."""
     from paddle import distributed
 
-    # Paddle 3.0 reads these before it sums over an axis, though that has one process only.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", address)
-    monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", address)
-
-    mesh = distributed.ProcessMesh([[0]], dim_names=["rows", "parts"])
     whole = [distributed.Replicate(), distributed.Replicate()]
     tensors = []
     for tensor, axes in zip(tensors_of(*shapes), placed):
@@ -537,3 +568,23 @@ def test_what_stays_spread_over_a_mesh(op, shapes, placed, values, wanted, monke
         return "+" if placement.is_partial() else placement.get_dim() if placement.is_shard() else None
 
     assert [tuple(map(on_axis, tensor.placements)) for tensor in (out, *gradients)] == wanted
+
+
+@pytest.mark.skipif(not has_sharding_rules, reason="this Paddle has no sharding rules for custom operators")
+def test_attention_and_its_weights_over_a_mesh(mesh):
+    """The same numbers, recorded or not."""
+    from paddle import distributed
+
+    def results(placed):
+        tensors = [placed(tensor) for tensor in tensors_of(HEADS, HEADS, HEADS)]
+        description = Attention(*tensors, scale=0.5).checked()
+        out, weights = attention_with_weights(description)
+        gradients = paddle.grad([(out * out).sum() + (weights * weights).sum()], tensors)
+        with paddle.no_grad():
+            return [out, weights, *gradients, attention(description), *attention_with_weights(description)]
+
+    placements = [distributed.Shard(0), distributed.Replicate()]
+    spread = results(lambda tensor: distributed.shard_tensor(tensor, mesh, placements, stop_gradient=False))
+    for tensor, expected in zip(spread, results(lambda tensor: tensor)):
+        assert tensor.placements == placements
+        np.testing.assert_array_equal(tensor._local_value().numpy(), expected.numpy())
