@@ -98,26 +98,22 @@ struct OneQuery {
   template <int kHeads>
   void compute_scores(int64_t h, const ScoreTile& tile) const {
     constexpr int lanes = kLanes<A>;
+    constexpr int vectors = kKeys / lanes;
     const Head<T>& head = heads[h];
     const HeadRows<const T> keys = head.layout.template key_rows<const T>(head.p.key, head.index);
-    for (int64_t j = 0; j < kKeys; j += lanes) {
-      const int64_t count = std::min<int64_t>(lanes, tile.keys - j);
-      A* target = memory.weights + h * kKeys + j;
-      if (count <= 0) {
-        for (int i = 0; i < kHeads; ++i) {
-          std::fill(target + i * kKeys, target + i * kKeys + lanes, -std::numeric_limits<A>::infinity());
-        }
-        continue;
-      }
-      Vec<A> products[kHeads] = {};
-      for (int64_t d = 0; d < head.shape.depth; d += lanes) {
+    Vec<A> products[kHeads][vectors] = {};
+    for (int64_t d = 0; d < head.shape.depth; d += lanes) {
+      const P* numbers = memory.queries + h * head.shape.stride + d;
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        if (v * lanes >= tile.keys) break;
+        const int64_t count = std::min<int64_t>(lanes, tile.keys - v * lanes);
         Vec<P> rows[lanes];  // [depths][keys]
-        load_keys(keys, tile.first_key + j, count, d * kNumbers<T>, head.p.head_dim, rows);
-        const P* numbers = memory.queries + h * head.shape.stride + d;
+        load_keys(keys, tile.first_key + v * lanes, count, d * kNumbers<T>, head.p.head_dim, rows);
         const auto add = [&](int l) {
 #pragma GCC unroll 4
           for (int i = 0; i < kHeads; ++i) {
-            products[i] = multiply_add(rows[l], broadcast(numbers[i * head.shape.stride + l]), products[i]);
+            products[i][v] = multiply_add(rows[l], broadcast(numbers[i * head.shape.stride + l]), products[i][v]);
           }
         };
         if (head.shape.depth - d >= lanes) {
@@ -127,10 +123,11 @@ struct OneQuery {
           for (int64_t l = 0; l < head.shape.depth - d; ++l) add(l);
         }
       }
-      for (int i = 0; i < kHeads; ++i) {
-        store(target + i * kKeys, products[i] * head.score_scale);
-        for (int64_t l = count; l < lanes; ++l) target[i * kKeys + l] = -std::numeric_limits<A>::infinity();
-      }
+    }
+    for (int i = 0; i < kHeads; ++i) {
+      A* target = memory.weights + (h + i) * kKeys;
+      for (int v = 0; v < vectors; ++v) store(target + v * lanes, products[i][v] * head.score_scale);
+      std::fill(target + tile.keys, target + kKeys, -std::numeric_limits<A>::infinity());
     }
   }
 
