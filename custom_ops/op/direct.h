@@ -5,9 +5,6 @@
 // Python's objects are only handed through, so that one library serves all versions of Python.
 #pragma once
 
-#include <cstdint>
-#include <utility>
-
 #include "paddle/extension.h"
 
 struct _object;
