@@ -393,8 +393,8 @@ PythonObject* call_directly(PythonObject* const* inputs, const int64_t* numbers,
 }  // namespace pfa::op
 
 // Registers the operator `type`, its gradient, and `type`_forward, the operator without one, for dygraph under no_grad
-// where call_directly leaves the call to Paddle: that records an operator that has a gradient even there. Without the refusal of a second-order gradient
-// that would silently be missing.
+// where call_directly leaves the call to Paddle: that records an operator that has a gradient even there. Without the
+// refusal of a second-order gradient that would silently be missing.
 #define PFA_REGISTER(type, Operator)                                                                                 \
   PD_BUILD_OP(type)                                                                                                  \
       .Inputs(pfa::op::input_names<Operator>())                                                                      \

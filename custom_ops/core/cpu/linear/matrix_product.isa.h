@@ -97,7 +97,8 @@ class MatrixProduct {
     columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
-    // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more.
+    // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more. Columns may then be cut
+    // finely, and threads end together.
     const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
     while (units() < (shares_b_ ? 4 : 16) * threads_ && columns_ > least_columns)
       columns_ = round_up(columns_ / 2, kPanelColumns);
