@@ -1,7 +1,7 @@
 // Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend. 16-bit numbers are widened, or paired,
 // on the way in and rounded on the way out.
 //
-// b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread a panel at a
+// b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread some panels at a
 // time or not at all, or changes places with a. Then b, the weight, comes from memory no faster than it is multiplied,
 // so each thread prefetches the panel that it takes next. a's rows are read where they lie, for the inner loop
 // broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
@@ -55,11 +55,15 @@ class MatrixProduct {
   static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
   static constexpr int64_t kMaxRows = 144;
   // Of a unit, so that its sums are still in the L2 cache when it is finished (only where a is packed for every unit
-  // and the sums go to c, wider units are better); and of b that a thread packs by itself.
+  // and the sums go to c, wider units are better); and where a thread reads b by itself.
   static constexpr int64_t kMaxColumns = 384;
-  static constexpr int64_t kMaxPackedColumns = 128;
-  // With so few rows a product reads b in place, if it lies as panels do.
-  static constexpr int64_t kFewRows = 64;
+  static constexpr int64_t kMaxUnsharedColumns = 128;
+  // Of b that a thread packs at a time where columns lie beside each other: so much of each row that memory and the
+  // tables of pages keep up, and so little that it stays in the L2 cache.
+  static constexpr int64_t kStripColumns = std::max<int64_t>(kPanelColumns, 64);
+  // With so few rows a product reads b in place, if it lies as panels do and a panel's rows are some lines each: pages
+  // apart, single lines come slowly and are all in the same few lines of the caches.
+  static constexpr int64_t kFewRows = kPanelColumns * sizeof(P) >= 128 ? 64 : 0;
   // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
@@ -96,12 +100,15 @@ class MatrixProduct {
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
-    if (!shares_b_) columns_ = std::min(columns_, kMaxPackedColumns);
+    if (!shares_b_) columns_ = std::min(columns_, kMaxUnsharedColumns);
     // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
     const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
-    while (units() < (shares_b_ ? 4 : 16) * threads_ && columns_ > least_columns)
+    const bool packs_strips = !shares_b_ && !reads_b_ && product_.b.stride == 1;
+    while (units() < (shares_b_ ? 4 : 16) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
       columns_ = round_up(columns_ / 2, kPanelColumns);
+    while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
+    strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : kPanelColumns;
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
@@ -133,7 +140,7 @@ class MatrixProduct {
       packed_b_ =
           take<P>(arena, depth_of(round_up(std::min(span_, product_.k), run_)) * round_up(product_.n, kPanelColumns));
     } else {
-      thread_b_ = depth * kPanelColumns;
+      thread_b_ = depth * strip_columns_;
       packed_b_ = take<P>(arena, threads_ * thread_b_);
     }
     if (!has_own_sums()) return;
@@ -250,10 +257,17 @@ class MatrixProduct {
         const bool is_last = j + kPanelColumns >= unit.columns;
         const Panel panel = panel_of(unit, j, k, k_begin, count);
         Lines after;
-        if (!is_last) {
-          after = lines_of_b(unit, j + kPanelColumns, k, k_begin, count);
-        } else if (!shares_b_) {
-          after = lines_of_b(unit_after, 0, k_after, k_begin, std::min(run_, k_end - k_after));
+        if (shares_b_) {
+          if (!is_last) after = lines_of_shared(unit, j + kPanelColumns, k - k_begin, count);
+        } else {
+          // A part of the next strip, as large as the panel is of its own.
+          const int64_t strip = j / strip_columns_ * strip_columns_;
+          const int64_t panels = ceil_div(std::min(strip_columns_, unit.columns - strip), kPanelColumns);
+          const int64_t panel_index = (j - strip) / kPanelColumns;
+          const int64_t next_strip = strip + strip_columns_;
+          after = next_strip < unit.columns
+                      ? lines_of_strip(unit, next_strip, k, count, panel_index, panels)
+                      : lines_of_strip(unit_after, 0, k_after, std::min(run_, k_end - k_after), panel_index, panels);
         }
         const int64_t share = ceil_div(after.lines(), row_panels * ceil_div(depth, Prefetch::kStep));
         for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
@@ -290,16 +304,18 @@ class MatrixProduct {
     int64_t stride;
   };
 
-  // The panel from column j of the unit on: shared, as it lies in b, or packed by this thread.
+  // The panel from column j of the unit on: shared, as it lies in b, or of a strip that this thread packs. The panels of
+  // a strip are asked for one after another.
   Panel panel_of(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
     if (shares_b_) return {shared_run(k - k_begin) + (unit.column + j) * depth_of(count), kPanelColumns};
     if (reads_b_ && j + kPanelColumns <= unit.columns) {
       const T* data = product_.b.data + k * product_.b.depth_stride + unit.column + j;
       return {reinterpret_cast<const P*>(data), product_.b.depth_stride};
     }
-    P* const packed = packed_b_ + unit.thread * thread_b_;
-    pack_b(unit.column + j, std::min(kPanelColumns, unit.columns - j), k, count, packed);
-    return {packed, kPanelColumns};
+    P* const strip = packed_b_ + unit.thread * thread_b_;
+    const int64_t column = j % strip_columns_;
+    if (column == 0) pack_b(unit.column + j, std::min(strip_columns_, unit.columns - j), k, count, strip);
+    return {strip + column * depth_of(count), kPanelColumns};
   }
 
   // Pieces of memory, `bytes` each, which begin `stride` bytes after each other.
@@ -336,15 +352,18 @@ class MatrixProduct {
     }
   };
 
-  // Where panel_of reads from.
-  Lines lines_of_b(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
-    if (shares_b_) {
-      const P* data = shared_run(k - k_begin) + (unit.column + j) * depth_of(count);
-      constexpr int64_t bytes = kPanelColumns * sizeof(P);
-      return {reinterpret_cast<const char*>(data), depth_of(count), bytes, bytes};
-    }
-    const int64_t columns = std::min(kPanelColumns, unit.columns - j);
-    return lines_of(product_.b, unit.column + j, columns, k, count);
+  // Where panel_of reads from, the shared panel from column j of the unit on.
+  Lines lines_of_shared(const Unit& unit, int64_t j, int64_t k_in_span, int64_t count) const {
+    const P* data = shared_run(k_in_span) + (unit.column + j) * depth_of(count);
+    constexpr int64_t bytes = kPanelColumns * sizeof(P);
+    return {reinterpret_cast<const char*>(data), depth_of(count), bytes, bytes};
+  }
+
+  // Part `part` of `parts`, along k, of the strip of b from column j of the unit on.
+  Lines lines_of_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, int64_t part, int64_t parts) const {
+    const int64_t first = count * part / parts;
+    const int64_t last = count * (part + 1) / parts;
+    return lines_of(product_.b, unit.column + j, std::min(strip_columns_, unit.columns - j), k + first, last - first);
   }
 
   static Lines lines_of(const MatrixView<T>& view, int64_t first, int64_t rows, int64_t k, int64_t count) {
@@ -454,12 +473,13 @@ class MatrixProduct {
   int64_t depth_step_;  // what the depth of a panel is a multiple of
   bool reads_a_;        // a is read in place; else each thread packs a unit's rows
   bool reads_b_;        // b, stored as [k, n], is read in place
-  bool shares_b_;       // one packed b for all threads; else each thread packs a panel at a time
+  bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
+  int64_t strip_columns_;   // kPanelColumns where b is read in place
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
   P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
-  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of one panel
+  P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a strip's panels
   A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [m, sums_stride_]
 };
 
