@@ -13,6 +13,7 @@ namespace pfa {
 namespace cuda {
 
 constexpr int kStatisticsThreads = 256;
+constexpr int kStatisticsVectors = 2;  // of a row, that a thread has on their way at once
 
 // The rows of a sequence's statistics.
 inline int padded_rows(int queries) {
@@ -42,16 +43,17 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const int rows = kStatisticsThreads / lanes;
   const int lane = threadIdx.x % lanes;
   const uint32_t groups = args.rows_padded / rows;  // of rows, in a head
+  const uint32_t head = blockIdx.x / groups;
   const int of_head = blockIdx.x % groups * rows + threadIdx.x / lanes;
-  const int64_t index = static_cast<int64_t>(blockIdx.x / groups) * args.rows_padded + of_head;
-  const hopper::SequenceTile tile = hopper::sequence_tile<kPacked>(args, args.layout.query_starts, blockIdx.x / groups,
-                                                                   of_head / kStatisticsMultiple);
+  const int64_t index = static_cast<int64_t>(head) * args.rows_padded + of_head;
+  const hopper::SequenceTile tile =
+      hopper::sequence_tile<kPacked>(args, args.layout.query_starts, head, of_head / kStatisticsMultiple);
   const HeadIndex h = args.layout.head(tile.head);
   const int row = tile.first + of_head % kStatisticsMultiple;
   const int queries = visibility_of_sequence<kPacked>(args, h.batch).queries;
   hopper::clear_counts(args, schedule);
   if (kPacked && tile.first >= queries) return;
-  hopper::clear_sums(args, schedule, index, lane, lanes);
+  hopper::clear_sums(args, schedule, head, of_head, lane, lanes);
   Acc delta = 0;
   RowNormaliser<Acc> normaliser{infinity<Acc>(), 0};
   if (row < queries) {
@@ -64,11 +66,20 @@ __global__ void __launch_bounds__(kStatisticsThreads)
       for (int j = lane; j < args.visibility.keys; j += lanes) delta += widen(out[j]) * widen(d_out[j]);
     } else if (args.vectors) {
       constexpr int kVec = kVectorSize<T>;
-      for (int d = lane * kVec; d < args.head_dim(); d += lanes * kVec) {
-        const Vector<T, kVec> a = load_vector<kVec>(out + d);
-        const Vector<T, kVec> b = load_vector<kVec>(d_out + d);
+      for (int first = lane * kVec; first < args.head_dim(); first += kStatisticsVectors * lanes * kVec) {
+        Vector<T, kVec> a[kStatisticsVectors] = {}, b[kStatisticsVectors] = {};
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) delta += widen(a.value[e]) * widen(b.value[e]);
+        for (int i = 0; i < kStatisticsVectors; ++i) {
+          const int d = first + i * lanes * kVec;
+          if (d >= args.head_dim()) break;
+          a[i] = load_vector<kVec>(out + d);
+          b[i] = load_vector<kVec>(d_out + d);
+        }
+#pragma unroll
+        for (int i = 0; i < kStatisticsVectors; ++i) {
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) delta += widen(a[i].value[e]) * widen(b[i].value[e]);
+        }
       }
     } else {
       for (int d = lane; d < args.head_dim(); d += lanes) delta += widen(out[d]) * widen(d_out[d]);
@@ -87,7 +98,8 @@ template <class T, class Acc>
 void make_row_statistics(const Context& context, const BackwardArgs& args,
                          const hopper::BackwardSchedule& schedule = {}) {
   int lanes = 2;
-  while (lanes < 32 && lanes * 16 < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
+  constexpr int kLaneBytes = 16 * kStatisticsVectors;
+  while (lanes < 32 && lanes * kLaneBytes < args.head_dim() * static_cast<int>(sizeof(T))) lanes *= 2;
   with_bool(args.is_packed(), [&](auto packed) {
     launch(context, "attention_row_statistics", attention_row_statistics<T, Acc, decltype(packed)::value>,
            hopper::query_heads(args) * (args.rows_padded / (kStatisticsThreads / lanes)), kStatisticsThreads, 0, args,

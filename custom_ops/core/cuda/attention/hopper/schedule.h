@@ -56,13 +56,15 @@ __device__ __forceinline__ void clear_counts(const BackwardArgs& args, const Bac
   }
 }
 
-// Called by `lanes` neighbouring threads for each row statistic, `index` among all: zeros for the row's sums.
-__device__ __forceinline__ void clear_sums(const BackwardArgs& args, const BackwardSchedule& schedule, int64_t index,
-                                           int lane, int lanes) {
-  const int64_t head_rows = args.layout.group * args.rows_padded;
-  if (index >= schedule.slots * head_rows) return;
-  const auto head = static_cast<uint32_t>(index / head_rows);
-  float4* sums = reinterpret_cast<float4*>(schedule.sums_of(args, head) + index % head_rows * schedule.columns);
+// Called by `lanes` neighbouring threads for each row of a head of queries: zeros for the row's sums.
+__device__ __forceinline__ void clear_sums(const BackwardArgs& args, const BackwardSchedule& schedule, uint32_t head,
+                                           int row, int lane, int lanes) {
+  const auto group = static_cast<uint32_t>(args.layout.group);
+  const uint32_t key_head = head / group;
+  if (key_head >= static_cast<uint32_t>(schedule.slots)) return;
+  const int64_t of_key_head = static_cast<int64_t>(head % group) * args.rows_padded + row;
+  float4* sums = reinterpret_cast<float4*>(schedule.sums_of(args, key_head) + of_key_head * schedule.columns);
+#pragma unroll 4
   for (int i = lane; i < schedule.columns / 4; i += lanes) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 #endif
