@@ -394,6 +394,8 @@ def feed_forward_features():
         "dropout": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, seed=7),
         "dropout-pre": plain.but(pre_layer_norm=True, final_layer_norm=False, dropout1_rate=0.3, seed=2**40),
         "dropout-output-only": plain.but(dropout2_rate=0.5, seed=-1),
+        "dropout-no-norm": plain.but(final_layer_norm=False, dropout1_rate=0.2, dropout2_rate=0.3, seed=3),
+        "full-pre": FULL_FEED_FORWARD.but(final_layer_norm=False),
         "dropout-all-hidden": plain.but(dropout1_rate=1.0),
         "dropout-all": plain.but(dropout1_rate=1.0, dropout2_rate=1.0),
         "downscale": plain.but(dropout1_rate=0.2, dropout2_rate=0.3, mode="downscale_in_infer"),

@@ -63,8 +63,8 @@ void run_forward(Context& context, const FeedForwardParams& params, void* saved,
 // already.
 //
 // d_linear and the hidden activations, of which linear2_backward is the last reader, lie where hidden, and then
-// d_hidden, will. layer_norm_backward and linear1_backward find what they read where they write, in numbers of one
-// type.
+// d_hidden, will; d_linear rather where d_x will, unless d_residual waits there. layer_norm_backward and
+// linear1_backward find what they read where they write, in numbers of one type.
 template <class Context>
 FeedForwardPlan plan_backward(const Context& context, FeedForwardParams p, const void* saved, void* workspace) {
   place_saved(p, const_cast<void*>(saved));
@@ -74,7 +74,8 @@ FeedForwardPlan plan_backward(const Context& context, FeedForwardParams p, const
   const size_t width = activation_bytes(p, p.embed_dim);
   p.d_pre_activation = needs_d_pre ? arena.take(activation_bytes(p, p.linear1_dim())) : nullptr;
 
-  const size_t d_linear_bytes = needs_d_linear(p) && has_own_d_linear(p) ? width : 0;
+  const bool in_d_x = p.d_x && !p.final_layer_norm;
+  const size_t d_linear_bytes = needs_d_linear(p) && has_own_d_linear(p) && !in_d_x ? width : 0;
   // A gated block's gradient of the hidden activations takes the place of these first.
   const bool makes_activated = !saves_activated(p) && (p.d_linear2_weight || (p.gated && needs_d_pre));
   const size_t activated_bytes = makes_activated ? activation_bytes(p, p.hidden_dim) : 0;
@@ -83,7 +84,7 @@ FeedForwardPlan plan_backward(const Context& context, FeedForwardParams p, const
   Arena before_hidden(shared);
   void* const d_linear = before_hidden.take(d_linear_bytes);
   void* const activated = before_hidden.take(activated_bytes);
-  p.d_linear = !needs_d_linear(p) ? nullptr : has_own_d_linear(p) ? d_linear : p.d_residual;
+  p.d_linear = !needs_d_linear(p) ? nullptr : !has_own_d_linear(p) ? p.d_residual : in_d_x ? p.d_x : d_linear;
   if (!saves_activated(p)) p.activated = makes_activated ? activated : nullptr;
   p.hidden = !has_own_hidden(p) ? const_cast<void*>(p.x) : p.d_linear1_weight ? shared : nullptr;
   p.d_hidden = p.pre_layer_norm && needs_d_hidden(p) ? shared : nullptr;

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, FEED_FORWARD_FEATURES, FULL_FEED_FORWARD, SIXTEEN_BIT, FeedForwardCase
 from checks import check, check_deterministic, check_empty, check_forward_alone, check_graph, offset_of
-from device import run_case
+from device import Run, run_case
 
 # Enough numbers for a fair comparison of 16-bit errors.
 WIDE = dict(shape=(130,), width=96)
@@ -101,10 +101,25 @@ def test_forward_alone_has_the_same_bits(feature, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("final", (False, True))
 @pytest.mark.parametrize("activation", ("relu", "gelu"))
-def test_unaligned(activation, gated, dtype):
-    case = FULL_FEED_FORWARD.but(dtype=dtype, activation=activation, gated=gated, **WIDE)
+def test_unaligned(activation, final, gated, dtype):
+    case = FULL_FEED_FORWARD.but(dtype=dtype, activation=activation, gated=gated, final_layer_norm=final, **WIDE)
     check(case, offset=offset_of(dtype))
+
+
+def test_gradient_of_the_product_waits_where_d_x_will_be():
+    rows, width = 1000, 64
+    case = FULL_FEED_FORWARD.but(dtype="float16", shape=(rows,), width=width, hidden=width, final_layer_norm=False)
+    inputs = common.make_inputs(case)
+    wanted = common.differentiable(inputs)
+    sizes = []
+    for names in (wanted, [name for name in wanted if name != "x"]):
+        run = Run(case, inputs)
+        run.forward()
+        run.backward(names)
+        sizes.append(run.backward_workspace.numel())
+    assert sizes[0] == sizes[1] - 2 * rows * width
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
