@@ -363,7 +363,9 @@ LARGE_KINDS = {
         sizes=(0, 0, 0, 16, 8), lengths=((17,) * 20 + (1900,) + (0, 90) * 20,) * 2, causal=True
     ),
     "packed, equal": dict(sizes=(0, 0, 0, 12, 12), lengths=((256,) * 24,) * 2, dropout_rate=0.1),
-    "packed, many tiles": dict(sizes=(0, 0, 0, 40, 40), lengths=(draw_lengths(50, 400, 6),) * 2, causal=True),
+    "packed, many tiles": dict(
+        sizes=(0, 0, 0, 30, 30), lengths=(draw_lengths(130, 25, 6) + (300, 129, 257, 1),) * 2, causal=True
+    ),
     "packed, more than a segment": dict(sizes=(0, 0, 0, 4, 2), lengths=(draw_lengths(700, 12, 5),) * 2, causal=True),
     "ranges of long documents": dict(sizes=(2, 1500, 1500, 16, 16), ranges=(2, 1, (3, 700, 1, 129, 400, 267))),
     "ranges of documents, causal": dict(
@@ -377,7 +379,7 @@ LARGE_KINDS = {
     "ranges, long": dict(sizes=(1, 200, 5000, 8, 8), ranges=(2, 1), window_left=900),
     "ranges, more keys than a segment": dict(sizes=(1, 140, 66000, 2, 1), ranges=(2, 1)),
     "ranges, more queries than a segment": dict(sizes=(1, 66000, 140, 2, 1), ranges=(4, 1)),
-    "ranges, many tiles": dict(sizes=(12, 384, 384, 64, 64), ranges=(2, 1, (100, 200, 84))),
+    "ranges, many tiles": dict(sizes=(17, 130, 130, 64, 64), ranges=(2, 1, (40, 64, 26))),
     "ranges of equal documents": dict(sizes=(2, 1536, 1536, 10, 10), ranges=(2, 1, (256,) * 6)),
     "ranges of documents, one long and many short": dict(
         sizes=(1, 1600, 1600, 24, 12), ranges=(1, 12, (0, 20, 31) * 6 + (1294,)), causal=True
@@ -417,6 +419,16 @@ def test_hopper_serves(kind, head_dim):
     assert any("hopper" in name and "backward_kernel" in name for name in names) != refuses, names
     assert any("attention_one_query" in name for name in names) == one_query, names
     assert any("_mma" in name for name in names) == refuses, names
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="this kernel is for Hopper")
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("kind", ("packed, equal", "packed, many tiles"))
+def test_few_tiles_of_a_thread_block_are_sorted(kind, head_dim):
+    options = dict(LARGE_KINDS[kind])
+    names = kernels_of(Problem((*options.pop("sizes"), head_dim), "bfloat16", **options))
+    sorts = {of_keys: any(f"sort_packed_kernel<{of_keys}>" in name for name in names) for of_keys in ("false", "true")}
+    assert sorts == dict.fromkeys(sorts, "many tiles" not in kind), names
 
 
 @pytest.mark.parametrize("head_dim", (64, 128))
