@@ -51,22 +51,40 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
     meanwhile();
     const int64_t steps = std::min(k_size, Meanwhile::kStep);
     k_size -= steps;
-    for (int64_t k = 0; k < steps; ++k) {
+    // Of step `ahead` from where the pointers are.
+    const auto multiply = [&](int64_t ahead) __attribute__((always_inline)) {
       Vec<P> row[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
       b += b_k;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride]);
+        const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride + ahead]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
       }
+    };
+    const auto advance = [&](int64_t distance) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < kPointers; ++i) {
-        at[i] += a.k_stride;
+        at[i] += distance;
         __asm__("" : "+r"(at[i]));
       }
+    };
+    int64_t k = 0;
+    // With narrow vectors a step is so short that moving the pointers counts.
+    if (PFA_VECTOR_BYTES == 32 && a.k_stride == 1) {
+      constexpr int64_t kUnrolled = 4;
+#pragma GCC unroll 1
+      for (; k + kUnrolled <= steps; k += kUnrolled) {
+#pragma GCC unroll 4
+        for (int64_t ahead = 0; ahead < kUnrolled; ++ahead) multiply(ahead);
+        advance(kUnrolled);
+      }
+    }
+    for (; k < steps; ++k) {
+      multiply(0);
+      advance(a.k_stride);
     }
   }
   // Else the compiler knows the rows' addresses from before the loop, and keeps them in registers that the sums need.
