@@ -344,7 +344,7 @@ class MatrixProduct {
 
   // Lets `count` lines come near at a time: more at once would make the product wait.
   struct Prefetch {
-      static constexpr int64_t kStep = PFA_VECTOR_BYTES == 32 ? 16 : 4;
+    static constexpr int64_t kStep = PFA_VECTOR_BYTES == 32 ? 16 : 4;
     Lines& lines;
     int64_t count;
     void operator()() const {

@@ -28,6 +28,37 @@ struct NothingMeanwhile {
   void operator()() const {}
 };
 
+#if PFA_VECTOR_BYTES == 32
+// sum [6, 2 vectors] += a [6, 1] @ b [1, 2 vectors]; rows 0 to 2 of a lie a stride apart from `first` on, the others from
+// `fourth` on, all kAhead numbers behind that. All 16 registers are in use: in the compiler's own code, which chooses
+// forms of instructions one by one, sums move about and go to memory.
+#define PFA_ROW(type, address, row)                \
+  "vbroadcasts" type " %c[ahead]" address          \
+  ", %%ymm13\n\t"                                  \
+  "vfmadd231p" type " %%ymm14, %%ymm13, %[sum" row \
+  "0]\n\t"                                         \
+  "vfmadd231p" type " %%ymm15, %%ymm13, %[sum" row "1]\n\t"
+#define PFA_SIX_ROWS(T, type)                                                                                       \
+  template <int kAhead>                                                                                             \
+  inline void multiply_six_rows(const T* first, const T* fourth, int64_t stride, const T* b, Vec<T>(&sum)[6][2]) {  \
+    __asm__(                                                                                                        \
+        "vmovups (%[b]), %%ymm14\n\t"                                                                               \
+        "vmovups 32(%[b]), %%ymm15\n\t" PFA_ROW(type, "(%[first])", "0") PFA_ROW(type, "(%[first],%[stride])", "1") \
+            PFA_ROW(type, "(%[first],%[stride],2)", "2") PFA_ROW(type, "(%[fourth])", "3")                          \
+                PFA_ROW(type, "(%[fourth],%[stride])", "4") PFA_ROW(type, "(%[fourth],%[stride],2)", "5")           \
+        : [sum00] "+x"(sum[0][0]), [sum01] "+x"(sum[0][1]), [sum10] "+x"(sum[1][0]), [sum11] "+x"(sum[1][1]),       \
+          [sum20] "+x"(sum[2][0]), [sum21] "+x"(sum[2][1]), [sum30] "+x"(sum[3][0]), [sum31] "+x"(sum[3][1]),       \
+          [sum40] "+x"(sum[4][0]), [sum41] "+x"(sum[4][1]), [sum50] "+x"(sum[5][0]), [sum51] "+x"(sum[5][1])        \
+        : [first] "r"(first), [fourth] "r"(fourth), [stride] "r"(stride * int64_t{sizeof(T)}), [b] "r"(b),          \
+          [ahead] "i"(kAhead * sizeof(T))                                                                           \
+        : "memory", "xmm13", "xmm14", "xmm15");                                                                     \
+  }
+PFA_SIX_ROWS(float, "s")
+PFA_SIX_ROWS(double, "d")
+#undef PFA_SIX_ROWS
+#undef PFA_ROW
+#endif
+
 // c [kRows, kVectors * lanes] (+)= scale * a [kRows, k_size] @ b [k_size, kVectors * lanes]; row k of b begins at b + k
 // * b_k.
 template <int kRows, int kVectors, class T, class P, class Meanwhile = NothingMeanwhile>
@@ -51,8 +82,15 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
     meanwhile();
     const int64_t steps = std::min(k_size, Meanwhile::kStep);
     k_size -= steps;
-    // Of step `ahead` from where the pointers are.
-    const auto multiply = [&](int64_t ahead) __attribute__((always_inline)) {
+    // Step `ahead` from where the pointers are.
+    const auto multiply = [&](auto ahead) __attribute__((always_inline)) {
+#if PFA_VECTOR_BYTES == 32
+      if constexpr (kRows == 6 && kVectors == 2) {
+        multiply_six_rows<ahead>(at[0], at[1], a.row_stride, b, sum);
+        b += b_k;
+        return;
+      }
+#endif
       Vec<P> row[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
@@ -77,13 +115,15 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
       constexpr int64_t kUnrolled = 4;
 #pragma GCC unroll 1
       for (; k + kUnrolled <= steps; k += kUnrolled) {
-#pragma GCC unroll 4
-        for (int64_t ahead = 0; ahead < kUnrolled; ++ahead) multiply(ahead);
+        multiply(std::integral_constant<int, 0>{});
+        multiply(std::integral_constant<int, 1>{});
+        multiply(std::integral_constant<int, 2>{});
+        multiply(std::integral_constant<int, 3>{});
         advance(kUnrolled);
       }
     }
     for (; k < steps; ++k) {
-      multiply(0);
+      multiply(std::integral_constant<int, 0>{});
       advance(a.k_stride);
     }
   }
