@@ -9,6 +9,7 @@ mode without gradients, forward and backward in training with dropout 0.1; the m
 Peers that are not installed are left out (benchmarks/requirements.txt):
 
     ours           paddle.nn.TransformerEncoder after paddle_fused_attention.convert
+    ours_saved     forward only: the same, saved by paddle.jit.save and run by paddle.inference's predictor
     paddle         paddle.nn.TransformerEncoder; its layers have no bfloat16 on the CPU
     torch          PyTorch: one projection for query, key and value, scaled_dot_product_attention
     torch_nn       torch.nn.TransformerEncoder, in eval mode on its fast path
@@ -57,6 +58,7 @@ DEFAULT_CASES = tuple(name for name in CASES if name != "tiny")  # which is ther
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
 PEERS = {  # what each imports
+    "ours_saved": ("paddle",),
     "paddle": ("paddle",),
     "torch": ("torch",),
     "torch_nn": ("torch",),
@@ -65,7 +67,8 @@ PEERS = {  # what each imports
     "openvino": ("onnx", "openvino"),
 }
 PACKAGES = ("paddlepaddle", "torch", "onnxruntime", "openvino")
-FORWARD_ONLY = ("onnxruntime", "openvino")
+ONNX = ("onnxruntime", "openvino")
+FORWARD_ONLY = ("ours_saved", *ONNX)
 FLOAT32_ONLY = ("paddle", "onnxruntime")
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of the norm of the difference, relative to that of the tensor
 DROPOUT = 0.1
@@ -138,6 +141,31 @@ class PaddleEncoder:
         self._model.clear_gradients()
         self._x.clear_gradient()
         return gradient
+
+
+class SavedEncoder:
+    def __init__(self, case, dtype):
+        from paddle import inference, jit, static
+
+        encoder = PaddleEncoder(case, dtype, converted=True)
+        encoder.set_training(False)
+        self._x = encoder._x.detach()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "encoder")
+            jit.save(encoder._model, path, [static.InputSpec(self._x.shape, dtype, "x")])
+            program = path + (".json" if os.path.exists(path + ".json") else ".pdmodel")
+            config = inference.Config(program, path + ".pdiparams")
+            config.set_cpu_math_library_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one by default
+            self._predictor = inference.create_predictor(config)
+
+    def set_training(self, training):
+        pass
+
+    def forward(self):
+        return self._predictor.run([self._x])[0]
+
+    def output(self):
+        return self.forward().astype("float64").numpy()
 
 
 def torch_state(case):
@@ -254,7 +282,9 @@ class OnnxEncoder:
 def make_encoder(library, case, dtype):
     if library in ("ours", "paddle"):
         return PaddleEncoder(case, dtype, converted=library == "ours")
-    return (OnnxEncoder if library in FORWARD_ONLY else TorchEncoder)(case, dtype, library)
+    if library == "ours_saved":
+        return SavedEncoder(case, dtype)
+    return (OnnxEncoder if library in ONNX else TorchEncoder)(case, dtype, library)
 
 
 def serve(library):

@@ -63,6 +63,11 @@ def _program(directory: Path) -> Path | None:
     return next((directory / name for name in PROGRAMS if (directory / name).is_file()), None)
 
 
+def _num_threads() -> int:
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else len(os.sched_getaffinity(0))
+
+
 class SavedEncoder:
     """Texts to embeddings by a saved model, which computes no padding, however different their lengths are. One call
     at a time runs the predictor; others wait.
@@ -86,6 +91,7 @@ class SavedEncoder:
             config.enable_use_gpu(256, 0)
         else:
             config.disable_gpu()
+            config.set_cpu_math_library_num_threads(_num_threads())  # else one, for the operator too
         self._predictor = inference.create_predictor(config)
         names = sorted(self._predictor.get_input_names())
         if names != sorted(name for _, name in INPUTS):
