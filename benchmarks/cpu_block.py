@@ -1,24 +1,33 @@
-"""The attention block on the CPU: ours against the same block composed of Paddle's layers and of PyTorch's.
+"""The attention block on the CPU: ours against the same block of Paddle's layers, PyTorch, ONNX Runtime and OpenVINO.
 
     python benchmarks/cpu_block.py [--threads 2 1] [--dtype float32 bfloat16] [--rounds 7] [--case NAME ...]
-        [--json FILE] [--chart FILE]
+        [--library NAME ...] [--no-stages] [--json FILE] [--chart FILE]
 
 Each library runs in a process of its own. They take turns at a case for several rounds (three if these take long), and
 the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
-Paddle's layers have no bfloat16 on the CPU. A fresh process that runs nothing else measures by how much a training step
-raises the peak of its memory. Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for
-which g++ is needed). benchmarks/requirements.txt has PyTorch, which is left out if it is not installed, and matplotlib.
+Peers that are not installed are left out (benchmarks/requirements.txt):
+
+    paddle         the block of Paddle's layers, which have no bfloat16 on the CPU
+    torch          one projection for query, key and value, scaled_dot_product_attention
+    onnxruntime    forward in float32 only, constant weights: its own Attention and SkipLayerNormalization
+    openvino       forward only, constant weights: the graph before these, which it fuses by itself
+
+Before that each library's output is compared with NumPy's in float64 on the same weights; one that differs ends the
+benchmark. A fresh process that runs nothing else measures by how much a training step raises the peak of its memory.
+Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for which g++ is needed).
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from glob import glob
 
+import numpy as np
 import peers
 
 CASES = {  # batch, seq_len, embed_dim, num_heads
@@ -27,104 +36,215 @@ CASES = {  # batch, seq_len, embed_dim, num_heads
     "b1_s2048_e1024": (1, 2048, 1024, 16),
     "b1_s8192_e512": (1, 8192, 512, 8),
     "minilm_b32_s128": (32, 128, 384, 12),  # one layer of the encoder in examples/semantic_search
+    "b1_s64_e384": (1, 64, 384, 12),
+    "b1_s64_e768": (1, 64, 768, 12),
+    "tiny": (2, 9, 32, 4),
 }
-LIBRARIES = ("ours", "paddle", "torch")
+DEFAULT_CASES = tuple(name for name in CASES if name != "tiny")  # which is there to try the benchmark itself
+LIBRARIES = {  # what each imports
+    "ours": ("paddle",),
+    "paddle": ("paddle",),
+    "torch": ("torch",),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}
+FORWARD_ONLY = ("onnxruntime", "openvino")
+FLOAT32_ONLY = ("paddle", "onnxruntime")
 PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16")
+TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
 DROPOUT = 0.1
+EPSILON = 1e-5
 TURN = 0.25  # seconds of steps
 MEMORY = "memory"
+OUTPUT = "output"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def paddle_steps(case, dtype, fused):
-    import paddle
-    import paddle.nn.functional as F
+def draw_weights(case):
+    """The attention half of paddle.nn.TransformerEncoder's state: float32, linear weights [in, out]."""
+    generator = np.random.default_rng(0)
+    embed_dim = CASES[case][2]
+    state = {}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        weight = generator.standard_normal((embed_dim, embed_dim), np.float32)
+        state[f"layers.0.self_attn.{name}.weight"] = weight * embed_dim**-0.5
+        state[f"layers.0.self_attn.{name}.bias"] = 0.1 * generator.standard_normal(embed_dim, np.float32)
+    state["layers.0.norm1.weight"] = 1 + 0.1 * generator.standard_normal(embed_dim, np.float32)
+    state["layers.0.norm1.bias"] = 0.1 * generator.standard_normal(embed_dim, np.float32)
+    return state
 
+
+def packed_weights(case):
+    """Weights and biases [in, out] of query, key and value side by side, of the output, and scale and bias of the layer
+    norm."""
+    state = draw_weights(case)
+    linear = {
+        part: [state[f"layers.0.self_attn.{name}_proj.{part}"] for name in ("q", "k", "v", "out")]
+        for part in ("weight", "bias")
+    }
+    packed = [np.concatenate(linear[part][:3], axis=-1) for part in ("weight", "bias")]
+    norm = [state[f"layers.0.norm1.{part}"] for part in ("weight", "bias")]
+    return [*packed, linear["weight"][3], linear["bias"][3], *norm]
+
+
+def draw_inputs(case):
+    """x and the gradient of the output, [B, S, E] float32."""
+    return np.random.default_rng(1).standard_normal((2, *CASES[case][:3]), np.float32)
+
+
+def expected_output(case):
+    """The block's output in float64, by NumPy."""
     batch, seq_len, embed_dim, num_heads = CASES[case]
-    head_dim = embed_dim // num_heads
+    x = draw_inputs(case)[0].astype(np.float64)
+    qkv_weight, qkv_bias, weight, bias, scale, shift = (array.astype(np.float64) for array in packed_weights(case))
+    qkv = (x @ qkv_weight + qkv_bias).reshape(batch, seq_len, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
+    attended = np.empty_like(qkv[0])
+    rows = 1024  # of scores at a time
+    for index in np.ndindex(batch, num_heads):
+        query, key, value = (part[index] for part in qkv)
+        for first in range(0, seq_len, rows):
+            scores = query[first : first + rows] @ key.T * query.shape[-1] ** -0.5
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            attended[index][first : first + rows] = weights @ value / weights.sum(axis=-1, keepdims=True)
+    z = x + attended.transpose(0, 2, 1, 3).reshape(x.shape) @ weight + bias
+    centred = z - z.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPSILON) * scale + shift
 
-    class Composed(paddle.nn.Layer):
-        def __init__(self):
-            super().__init__()
-            self.qkv = paddle.nn.Linear(embed_dim, 3 * embed_dim)
-            self.out = paddle.nn.Linear(embed_dim, embed_dim)
-            self.norm = paddle.nn.LayerNorm(embed_dim)
 
-        def forward(self, x):
-            qkv = self.qkv(x).reshape([batch, seq_len, 3, num_heads, head_dim]).transpose([2, 0, 3, 1, 4])
-            scores = paddle.matmul(qkv[0] * head_dim**-0.5, qkv[1], transpose_y=True)
-            probabilities = F.dropout(F.softmax(scores), DROPOUT, training=self.training)
-            attended = paddle.matmul(probabilities, qkv[2]).transpose([0, 2, 1, 3]).reshape([batch, seq_len, embed_dim])
-            return self.norm(x + F.dropout(self.out(attended), DROPOUT, training=self.training))
+class PaddleBlock:
+    def __init__(self, case, dtype, fused):
+        import paddle
+        import paddle.nn.functional as F
 
-    if fused:
-        from paddle_fused_attention import FusedMultiHeadAttention
+        batch, seq_len, embed_dim, num_heads = CASES[case]
+        head_dim = embed_dim // num_heads
 
-        layer = FusedMultiHeadAttention(embed_dim, num_heads, DROPOUT, DROPOUT)
-    else:
+        class Composed(paddle.nn.Layer):
+            def __init__(self):
+                super().__init__()
+                self.qkv = paddle.nn.Linear(embed_dim, 3 * embed_dim)
+                self.out = paddle.nn.Linear(embed_dim, embed_dim)
+                self.norm = paddle.nn.LayerNorm(embed_dim)
+
+            def forward(self, x):
+                qkv = self.qkv(x).reshape([batch, seq_len, 3, num_heads, head_dim]).transpose([2, 0, 3, 1, 4])
+                scores = paddle.matmul(qkv[0] * head_dim**-0.5, qkv[1], transpose_y=True)
+                probabilities = F.dropout(F.softmax(scores), DROPOUT, training=self.training)
+                attended = paddle.matmul(probabilities, qkv[2]).transpose([0, 2, 1, 3])
+                out = self.out(attended.reshape([batch, seq_len, embed_dim]))
+                return self.norm(x + F.dropout(out, DROPOUT, training=self.training))
+
+        arrays = packed_weights(case)
+        if fused:
+            from paddle_fused_attention import FusedMultiHeadAttention
+
+            layer = FusedMultiHeadAttention(embed_dim, num_heads, DROPOUT, DROPOUT, epsilon=EPSILON)
+            arrays[0] = arrays[0].T
+            parameters = (layer.qkv_weight, layer.qkv_bias, layer.linear_weight, layer.linear_bias)
+            parameters += (layer.ln_scale, layer.ln_bias)
+        else:
+            layer = Composed()
+            parts = (layer.qkv, layer.out, layer.norm)
+            parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
+        for parameter, array in zip(parameters, arrays):
+            parameter.set_value(np.ascontiguousarray(array).reshape(parameter.shape))
+        self._paddle, self._layer = paddle, layer.to(dtype=dtype)
+        self._x, self._d_out = (paddle.to_tensor(array).astype(dtype) for array in draw_inputs(case))
+        self._x.stop_gradient = False
+
+    def forward(self):
+        self._layer.eval()
+        with self._paddle.no_grad():
+            return self._layer(self._x)
+
+    def train(self):
+        self._layer.train()
+        self._layer(self._x).backward(self._d_out)
+        self._layer.clear_gradients()
+        self._x.clear_gradient()
+
+    def output(self):
+        return self.forward().astype("float64").numpy()
+
+
+class TorchBlock:
+    def __init__(self, case, dtype):
+        import torch
+        import torch.nn.functional as F
+
+        batch, seq_len, embed_dim, num_heads = CASES[case]
+        head_dim = embed_dim // num_heads
+
+        class Composed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.qkv = torch.nn.Linear(embed_dim, 3 * embed_dim)
+                self.out = torch.nn.Linear(embed_dim, embed_dim)
+                self.norm = torch.nn.LayerNorm(embed_dim)
+
+            def forward(self, x):
+                q, k, v = self.qkv(x).view(batch, seq_len, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+                attended = F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT if self.training else 0.0)
+                attended = attended.transpose(1, 2).reshape(batch, seq_len, embed_dim)
+                return self.norm(x + F.dropout(self.out(attended), DROPOUT, self.training))
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch_dtype = getattr(torch, dtype)
         layer = Composed()
-    layer.to(dtype=dtype)
-    x = paddle.randn([batch, seq_len, embed_dim]).astype(dtype)
-    x.stop_gradient = False
-    d_out = paddle.randn(x.shape).astype(dtype)
-
-    def forward():
-        layer.eval()
-        with paddle.no_grad():
-            layer(x)
-
-    def train():
-        layer.train()
-        layer(x).backward(d_out)
-        layer.clear_gradients()
-        x.clear_gradient()
-
-    return forward, train
-
-
-def torch_steps(case, dtype):
-    import torch
-    import torch.nn.functional as F
-
-    batch, seq_len, embed_dim, num_heads = CASES[case]
-    head_dim = embed_dim // num_heads
-
-    class Composed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv = torch.nn.Linear(embed_dim, 3 * embed_dim)
-            self.out = torch.nn.Linear(embed_dim, embed_dim)
-            self.norm = torch.nn.LayerNorm(embed_dim)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).view(batch, seq_len, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT if self.training else 0.0)
-            attended = attended.transpose(1, 2).reshape(batch, seq_len, embed_dim)
-            return self.norm(x + F.dropout(self.out(attended), DROPOUT, self.training))
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch_dtype = getattr(torch, dtype)
-    layer = Composed().to(torch_dtype)
-    x = torch.randn(batch, seq_len, embed_dim, dtype=torch_dtype, requires_grad=True)
-    d_out = torch.randn(batch, seq_len, embed_dim).to(torch_dtype)
-
-    def forward():
-        layer.eval()
         with torch.no_grad():
-            layer(x)
+            for parameter, array in zip(layer.parameters(), packed_weights(case)):
+                parameter.copy_(torch.from_numpy(np.ascontiguousarray(array.T)))
+        self._torch, self._layer = torch, layer.to(torch_dtype)
+        self._x, self._d_out = (torch.from_numpy(array).to(torch_dtype) for array in draw_inputs(case))
+        self._x.requires_grad_()
 
-    def train():
-        layer.train()
-        layer(x).backward(d_out)
-        layer.zero_grad()
-        x.grad = None
+    def forward(self):
+        self._layer.eval()
+        with self._torch.no_grad():
+            return self._layer(self._x)
 
-    return forward, train
+    def train(self):
+        self._layer.train()
+        self._layer(self._x).backward(self._d_out)
+        self._layer.zero_grad()
+        self._x.grad = None
+
+    def output(self):
+        return self.forward().double().numpy()
 
 
-def steps(library, case, dtype):
-    return torch_steps(case, dtype) if library == "torch" else paddle_steps(case, dtype, fused=library == "ours")
+class OnnxBlock:
+    def __init__(self, case, dtype, library):
+        sys.path.insert(0, ROOT)
+        from onnx import TensorProto
+
+        from examples.semantic_search import onnx_encoder
+
+        *shape, num_heads = CASES[case]
+        graph = onnx_encoder.Graph()
+        output = onnx_encoder.add_attention(graph, "x", draw_weights(case), num_heads, EPSILON)
+        model = graph.model([("x", TensorProto.FLOAT, shape)], output, shape)
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        if library == "onnxruntime":
+            model = onnx_encoder.fuse(model, num_heads, shape[-1], 1, feed_forward=False)
+            self._run = onnx_encoder.onnxruntime_run(model, threads)
+        else:
+            precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+            self._run = onnx_encoder.openvino_run(model, threads, precision)
+        self._inputs = {"x": draw_inputs(case)[0]}
+
+    def forward(self):
+        return self._run(self._inputs)
+
+    def output(self):
+        return self.forward().astype("float64")
+
+
+def make_block(library, case, dtype):
+    if library in ("ours", "paddle"):
+        return PaddleBlock(case, dtype, fused=library == "ours")
+    return OnnxBlock(case, dtype, library) if library in FORWARD_ONLY else TorchBlock(case, dtype)
 
 
 def peak_bytes():
@@ -134,38 +254,50 @@ def peak_bytes():
 
 def measure_memory(library, case):
     """By how many bytes one training step raises the peak of this fresh process."""
-    _, train = steps(library, case, "float32")
+    block = make_block(library, case, "float32")
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # the peak begins anew
     before = peak_bytes()
-    train()
+    block.train()
     return peak_bytes() - before
 
 
 def serve(library):
-    """Answers with the seconds of a pass, or with the growth of the memory."""
-    prepared = {}
+    """Answers with the seconds of a pass, the growth of the memory, or nothing once the output is saved in `file`."""
+    made, warm = {}, set()
 
-    def answer(case, dtype, which):
-        if which == MEMORY:
+    def answer(case, dtype, do, file=None):
+        if do == MEMORY:
             return measure_memory(library, case)
-        if (case, dtype) not in prepared:
-            prepared.clear()
-            prepared[case, dtype] = steps(library, case, dtype)
-            for step in prepared[case, dtype]:
-                step()
-        return peers.time_step(prepared[case, dtype][PASSES.index(which)], TURN)
+        if (case, dtype) not in made:
+            made.clear()
+            warm.clear()
+            made[case, dtype] = make_block(library, case, dtype)
+        block = made[case, dtype]
+        if do == OUTPUT:
+            return np.save(file, block.output())
+        step = block.forward if do == "forward" else block.train
+        if do not in warm:
+            step()
+            warm.add(do)
+        return peers.time_step(step, TURN)
 
     peers.serve(answer)
 
 
-def run_case(workers, case, dtype, rounds):
-    """The median seconds by pass and library."""
-    taking = {name: worker for name, worker in workers.items() if name != "paddle" or dtype == "float32"}
-    return {which: peers.take_turns(taking, rounds, case=case, dtype=dtype, which=which) for which in PASSES}
+def computes(library, dtype, which):
+    return not (library in FORWARD_ONLY and which != "forward" or library in FLOAT32_ONLY and dtype != "float32")
 
 
-def compare(libraries, threads, arguments):
+def check_outputs(workers, case, dtype, expected):
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "got.npy")
+        for name, worker in workers.items():
+            worker.ask(case=case, dtype=dtype, do=OUTPUT, file=file)
+            peers.relative_error(name, f"{case} {dtype}", np.load(file), expected, TOLERANCES[dtype])
+
+
+def compare(libraries, threads, arguments, expected):
     """Runs and prints all cases; {"case dtype": {pass: {library: seconds}}}."""
     print(f"{threads} threads, median of {arguments.rounds} rounds; milliseconds, and (the time / ours)")
     peers.print_header(libraries)
@@ -174,25 +306,31 @@ def compare(libraries, threads, arguments):
         workers = {name: stack.enter_context(peers.Worker(__file__, name, threads)) for name in libraries}
         for dtype in arguments.dtype:
             for case in arguments.case:
-                results[f"{case} {dtype}"] = medians = run_case(workers, case, dtype, arguments.rounds)
-                for which, seconds in medians.items():
-                    peers.print_row(case, dtype, which, seconds, libraries)
+                if case not in expected:
+                    expected[case] = expected_output(case)
+                row = results[f"{case} {dtype}"] = {}
+                for which in PASSES:
+                    taking = {name: worker for name, worker in workers.items() if computes(name, dtype, which)}
+                    if which == "forward":
+                        check_outputs(taking, case, dtype, expected[case])
+                    row[which] = peers.take_turns(taking, arguments.rounds, case=case, dtype=dtype, do=which)
+                    peers.print_row(case, dtype, which, row[which], libraries)
     print(flush=True)
     return results
 
 
 def memory_growth(library, case, threads):
     with peers.Worker(__file__, library, threads) as worker:
-        return worker.ask(case=case, dtype="float32", which=MEMORY)
+        return worker.ask(case=case, dtype="float32", do=MEMORY)
 
 
 def compare_memory(libraries, threads, cases):
-    print("growth of the peak memory in a training step, float32, MiB, and relative to Paddle's layers")
+    print("growth of the peak memory in a training step, float32: MiB, and (that over ours)")
     results = {}
     for case in cases:
         results[case] = growth = {name: memory_growth(name, case, threads) for name in libraries}
-        sizes = "".join(f"{name}: {size / 2**20:.0f}   " for name, size in growth.items())
-        print(f"{case:<18}{sizes}ours / paddle: {growth['ours'] / growth['paddle']:.2f}", flush=True)
+        sizes = "   ".join(f"{name} {size / 2**20:.0f} ({size / growth['ours']:.2f})" for name, size in growth.items())
+        print(f"{case:<18}{sizes}", flush=True)
     print(flush=True)
     return results
 
@@ -254,7 +392,14 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({os.cpu_count(), 1}, reverse=True))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(DEFAULT_CASES))
+    parser.add_argument(
+        "--library",
+        choices=[name for name in LIBRARIES if name != "ours"],
+        nargs="*",
+        default=[name for name in LIBRARIES if name != "ours"],
+        help="the peers",
+    )
     parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
     parser.add_argument("--json", default="build/cpu_block.json")
     parser.add_argument("--chart", default="build/cpu_block.png")
@@ -264,11 +409,13 @@ def main():
         return serve(arguments.worker)
 
     program = None if arguments.no_stages else build_stages()
-    libraries = [name for name in LIBRARIES if name != "torch" or importlib.util.find_spec(name)]
+    libraries = ["ours", *peers.installed(arguments.library, LIBRARIES)]
+    training = [name for name in libraries if name not in FORWARD_ONLY]
+    expected = {}
     results = {"rounds": arguments.rounds, "seconds": {}, "stages": {}}
     for threads in arguments.threads:
-        results["seconds"][threads] = compare(libraries, threads, arguments)
-    results["peak growth"] = compare_memory(libraries, arguments.threads[0], arguments.case)
+        results["seconds"][threads] = compare(libraries, threads, arguments, expected)
+    results["peak growth"] = compare_memory(training, arguments.threads[0], arguments.case)
     for threads in arguments.threads if program else ():
         results["stages"][threads] = time_stages(program, threads, arguments)
     peers.write(results, arguments.json)

@@ -26,7 +26,6 @@ compiled once more for that.)
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -334,14 +333,8 @@ class Reference:
         """
         file = os.path.join(self._folder, "got.npy")
         worker.ask(case=case, dtype=dtype, do=do, file=file)
-        got, expected = np.load(file), self._expected(case, do)
-        error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-        if not error < TOLERANCES[dtype]:
-            raise SystemExit(
-                f"{worker.library} at {case} {dtype}: its {do} is off by {error:.1e}, expected less than "
-                f"{TOLERANCES[dtype]:.0e}"
-            )
-        return error
+        what = f"{case} {dtype}: its {do}"
+        return peers.relative_error(worker.library, what, np.load(file), self._expected(case, do), TOLERANCES[dtype])
 
 
 def compare(libraries, threads, reference, arguments):
@@ -378,17 +371,6 @@ def print_errors(errors):
             print(f"{row:<28}{do:<10}{shown}")
 
 
-def installed_peers(names):
-    found = []
-    for name in names:
-        missing = [module for module in PEERS[name] if importlib.util.find_spec(module) is None]
-        if missing:
-            print(f"{name} is left out: {' and '.join(missing)} not installed")
-        else:
-            found.append(name)
-    return found
-
-
 def installed_versions():
     versions = {}
     for name in PACKAGES:
@@ -399,7 +381,7 @@ def installed_versions():
 
 def measure(arguments):
     """Runs everything; the report that becomes the JSON file."""
-    libraries = ["ours", *installed_peers(arguments.peers)]
+    libraries = ["ours", *peers.installed(arguments.peers, PEERS)]
     versions = installed_versions()
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     report = {"versions": versions, "libraries": libraries, "passes": arguments.passes, "turns": arguments.turns}

@@ -5,6 +5,7 @@ A benchmark starts itself anew as the process of a library, a `Worker`, which an
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 LONG = 20.0  # seconds that a library's turns may take, once it has had three
 PAUSE = 0.3  # seconds before a turn: the threads of the library before wait busily for 0.2 seconds for more work
@@ -93,6 +96,30 @@ def time_step(step, seconds):
         if times[0] >= seconds:
             return times[0]
     return statistics.median(times[1:])
+
+
+def relative_error(library, what, got, expected, tolerance):
+    """The norm of the difference over that of what is expected.
+
+    Raises:
+        SystemExit: it is above the tolerance, or not a number.
+    """
+    error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    if not error < tolerance:
+        raise SystemExit(f"{library} at {what} is off by {error:.1e}, expected less than {tolerance:.0e}")
+    return error
+
+
+def installed(libraries, modules):
+    """Those of the libraries whose modules, by `modules[library]`, are installed; says which are not."""
+    found = []
+    for name in libraries:
+        missing = [module for module in modules[name] if importlib.util.find_spec(module) is None]
+        if missing:
+            print(f"{name} is left out: {' and '.join(missing)} not installed")
+        else:
+            found.append(name)
+    return found
 
 
 def take_turns(workers, turns, **request):

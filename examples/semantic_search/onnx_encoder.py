@@ -63,6 +63,41 @@ class Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
 
+def add_attention(
+    graph: Graph,
+    x: str,
+    state: Mapping[str, np.ndarray],
+    num_heads: int,
+    epsilon: float,
+    mask: str | None = None,
+    layer: str = "layers.0.",
+) -> str:
+    """Append the attention half of a layer, with residual and layer norm; see :func:`add_encoder`.
+
+    Args:
+        mask: the name of a value that is added to the scores, or None.
+        layer: what stands before the names in `state`.
+    """
+    width = state[f"{layer}norm1.weight"].size
+    split = graph.constant([0, 0, num_heads, width // num_heads], np.int64)
+    query, key, value = (
+        graph.add(
+            "Transpose",
+            graph.add("Reshape", graph.linear(x, state, f"{layer}self_attn.{name}_proj"), split),
+            perm=order,
+        )
+        for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
+    )
+    scores = graph.add("Div", graph.add("MatMul", query, key), graph.constant((width // num_heads) ** 0.5))
+    if mask is not None:
+        scores = graph.add("Add", scores, mask)
+    attended = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), value)
+    merge = graph.constant([0, 0, width], np.int64)
+    attended = graph.add("Reshape", graph.add("Transpose", attended, perm=[0, 2, 1, 3]), merge)
+    attended = graph.linear(attended, state, f"{layer}self_attn.out_proj")
+    return graph.layer_norm(graph.add("Add", attended, x), state, f"{layer}norm1", epsilon)
+
+
 def add_encoder(
     graph: Graph,
     x: str,
@@ -86,10 +121,6 @@ def add_encoder(
     Returns:
         The name of the result [B, S, E].
     """
-    width = state[f"{prefix}layers.0.norm1.weight"].size
-    split = graph.constant([0, 0, num_heads, width // num_heads], np.int64)
-    merge = graph.constant([0, 0, width], np.int64)
-    scale = graph.constant((width // num_heads) ** 0.5)
     half, one, root_2 = (graph.constant(value) for value in (0.5, 1.0, 2**0.5))
     mask = None
     if keep is not None:
@@ -100,21 +131,7 @@ def add_encoder(
     i = 0
     while f"{prefix}layers.{i}.norm1.weight" in state:
         layer = f"{prefix}layers.{i}."
-        query, key, value = (
-            graph.add(
-                "Transpose",
-                graph.add("Reshape", graph.linear(x, state, f"{layer}self_attn.{name}_proj"), split),
-                perm=order,
-            )
-            for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
-        )
-        scores = graph.add("Div", graph.add("MatMul", query, key), scale)
-        if mask is not None:
-            scores = graph.add("Add", scores, mask)
-        attended = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), value)
-        attended = graph.add("Reshape", graph.add("Transpose", attended, perm=[0, 2, 1, 3]), merge)
-        attended = graph.linear(attended, state, f"{layer}self_attn.out_proj")
-        x = graph.layer_norm(graph.add("Add", attended, x), state, f"{layer}norm1", epsilon)
+        x = add_attention(graph, x, state, num_heads, epsilon, mask, layer)
         u = graph.linear(x, state, f"{layer}linear1")
         cumulative = graph.add("Add", graph.add("Erf", graph.add("Div", u, root_2)), one)
         u = graph.add("Mul", graph.add("Mul", u, cumulative), half)
@@ -156,8 +173,11 @@ def _no_remarks() -> Iterator[None]:
         logging.disable(level)
 
 
-def fuse(model: Any, num_heads: int, width: int, num_layers: int) -> Any:
+def fuse(model: Any, num_heads: int, width: int, num_layers: int, feed_forward: bool = True) -> Any:
     """Let ONNX Runtime's transformer optimizer put its own operators in the place of what it finds.
+
+    Args:
+        feed_forward: whether the layers have it, or attention alone.
 
     Raises:
         RuntimeError: attention, bias with GELU, or layer norm with residual was not found in every layer.
@@ -170,7 +190,8 @@ def fuse(model: Any, num_heads: int, width: int, num_layers: int) -> Any:
         fused = optimizer.optimize_model(
             str(path), model_type="bert", num_heads=num_heads, hidden_size=width, opt_level=0, use_gpu=False
         )
-    expected = {"Attention": num_layers, "BiasGelu": num_layers, "SkipLayerNormalization": 2 * num_layers}
+    halves = num_layers if feed_forward else 0
+    expected = {"Attention": num_layers, "BiasGelu": halves, "SkipLayerNormalization": num_layers + halves}
     found = {name: len(fused.get_nodes_by_op_type(name)) for name in expected}
     if found != expected:
         raise RuntimeError(f"ONNX Runtime's optimizer: expected {expected}, got {found}")

@@ -33,14 +33,15 @@ def installed(*modules):
 @pytest.mark.slow
 def test_tiny_run(tmp_path):
     report_file, chart = tmp_path / "encoder.json", tmp_path / "encoder.svg"
-    peers = ("paddle", "torch", "torch_nn", "onnxruntime", "openvino")  # the compiled one takes long
+    peers = ("ours_saved", "paddle", "torch", "torch_nn", "onnxruntime", "openvino")  # the compiled one takes long
     command = [sys.executable, str(BENCHMARKS / "encoder.py"), "--cases", "tiny", "--dtypes", "float32"]
     command += ["--threads", "1", "--turns", "1", "--peers", *peers, "--json", str(report_file), "--chart", str(chart)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(report_file.read_text())
     training = ["ours", "paddle"] + ["torch", "torch_nn"] * installed("torch")
-    forward = training + [name for name in ("onnxruntime", "openvino") if installed("onnx", name)]
+    forward = ["ours", "ours_saved", *training[1:]]
+    forward += [name for name in ("onnxruntime", "openvino") if installed("onnx", name)]
     row = "tiny float32"
     expected = {"forward": ("output", forward), "forward+backward": ("gradient", training)}
     assert report["libraries"] == forward
@@ -56,7 +57,7 @@ def test_tiny_run(tmp_path):
     assert chart.exists() == installed("matplotlib")
 
 
-@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("library", ["ours_saved", "onnxruntime", "openvino"])
 def test_forward_only(encoder, library):
     assert encoder.computes(library, "float32", "forward")
     assert not encoder.computes(library, "float32", "forward+backward")
