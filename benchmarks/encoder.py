@@ -9,7 +9,7 @@ mode without gradients, forward and backward in training with dropout 0.1; the m
 Peers that are not installed are left out (benchmarks/requirements.txt):
 
     ours           paddle.nn.TransformerEncoder after paddle_fused_attention.convert
-    ours_saved     forward only: the same, saved by paddle.jit.save and run by paddle.inference's predictor
+    ours_saved     forward only: the same after arrange_weights, saved by paddle.jit.save, by paddle.inference
     paddle         paddle.nn.TransformerEncoder; its layers have no bfloat16 on the CPU
     torch          PyTorch: one projection for query, key and value, scaled_dot_product_attention
     torch_nn       torch.nn.TransformerEncoder, in eval mode on its fast path
@@ -145,9 +145,11 @@ class PaddleEncoder:
 class SavedEncoder:
     def __init__(self, case, dtype):
         from paddle import inference, jit, static
+        from paddle_fused_attention import arrange_weights
 
         encoder = PaddleEncoder(case, dtype, converted=True)
         encoder.set_training(False)
+        arrange_weights(encoder._model)
         self._x = encoder._x.detach()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "encoder")

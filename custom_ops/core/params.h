@@ -94,6 +94,7 @@ struct BlockParams {
   bool pre_layer_norm = false;
   bool final_layer_norm = true;
   bool add_residual = true;
+  bool has_arranged_weights = false;  // arranged_weights.h: on the CPU, and without gradients
   double pre_ln_epsilon = 1e-5;
   double ln_epsilon = 1e-5;
   Dropout dropout;

@@ -4,6 +4,7 @@
 #include "core/attention_block.h"
 
 #include "core/inputs.h"
+#include "op/arranged.h"
 #include "op/blocks.h"
 #include "op/operator.h"
 #include "op/scores.h"
@@ -62,8 +63,15 @@ struct GeneralAttention : BlockOperator {
     check_dtypes(arguments);
     check_scores(arguments.op, attributes.scale, attributes.window_left, attributes.window_right);
     check_longest(arguments.op, "max_seqlen", attributes.max_seqlen);
-    check_shapes(arguments, attributes);
+    if (!is_arranged(arguments.shapes[kLinearWeight])) return check_shapes(arguments, attributes);
+    const size_t rank = arguments.shapes[kQKVWeight].rank;
+    if (rank < 3 + kArrangedDimensions) arguments.refuse_shape(kQKVWeight, "an arranged weight, as linear_weight is");
+    const PlainArguments<kInputCount<GeneralAttention>> plain(
+        arguments, attributes, {{{kQKVWeight, rank - kArrangedDimensions - 1}, {kLinearWeight, 0}}});
+    check_shapes(*plain, attributes);
   }
+
+  static PlainShape plain_qkv_weight(Shape arranged) { return {arranged, arranged.rank - kArrangedDimensions - 1}; }
 
   static void check_dtypes(const Arguments& arguments) {
     arguments.check_dtypes(kX, kQKVWeight, {kLinearWeight, kQKVBias, kLinearBias});
@@ -148,7 +156,8 @@ struct GeneralAttention : BlockOperator {
     Params p;
     describe_block(p, tensors, kQKVWeight, {kPreLnScale, kPreLnBias, kLnScale, kLnBias}, attributes);
     const Shape x = shape_of(*tensors[kX]);
-    const Shape weight = shape_of(*tensors[kQKVWeight]);
+    p.has_arranged_weights = is_arranged(shape_of(*tensors[kLinearWeight]));
+    if (p.has_arranged_weights) check_on_cpu(kType, *tensors[kLinearWeight], "linear_weight");
     if (attributes.is_packed()) {
       p.batch = tensors[kCuSeqlens]->numel() - 1;
       p.seq_len = attributes.max_seqlen;
@@ -157,7 +166,8 @@ struct GeneralAttention : BlockOperator {
       p.batch = x[0];
       p.seq_len = x[1];
     }
-    const HeadSizes heads(weight);
+    const Shape weight = shape_of(*tensors[kQKVWeight]);
+    const HeadSizes heads = p.has_arranged_weights ? HeadSizes(plain_qkv_weight(weight).shape()) : HeadSizes(weight);
     p.num_heads = heads.num_heads;
     p.num_kv_heads = heads.num_kv_heads;
     p.head_dim = heads.head_dim;

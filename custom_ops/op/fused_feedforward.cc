@@ -4,6 +4,7 @@
 
 #include "core/inputs.h"
 #include "op/activations.h"
+#include "op/arranged.h"
 #include "op/blocks.h"
 #include "op/operator.h"
 
@@ -35,7 +36,10 @@ struct FusedFeedForward : BlockOperator {
     arguments.check_dtypes(kX, kLinear1Weight, {kLinear2Weight, kLinear1Bias, kLinear2Bias});
     arguments.check_norm_dtypes(kX, {kLn1Scale, kLn1Bias, kLn2Scale, kLn2Bias});
     check_activation(kType, attributes.activation, Activation::kRelu);
-    check_shapes(arguments, attributes);
+    if (!is_arranged(arguments.shapes[kLinear2Weight])) return check_shapes(arguments, attributes);
+    const PlainArguments<kInputCount<FusedFeedForward>> plain(arguments, attributes,
+                                                              {{{kLinear1Weight, 0}, {kLinear2Weight, 0}}});
+    check_shapes(*plain, attributes);
   }
 
   static void check_shapes(const Arguments& arguments, const Attributes& attributes) {
@@ -71,7 +75,10 @@ struct FusedFeedForward : BlockOperator {
   static Params describe(const paddle::Tensor* const* tensors, const Attributes& attributes) {
     Params p;
     describe_block(p, tensors, kLinear1Weight, {kLn1Scale, kLn1Bias, kLn2Scale, kLn2Bias}, attributes);
-    p.hidden_dim = shape_of(*tensors[kLinear2Weight])[0];
+    const Shape weight = shape_of(*tensors[kLinear2Weight]);
+    p.has_arranged_weights = is_arranged(weight);
+    if (p.has_arranged_weights) check_on_cpu(kType, *tensors[kLinear2Weight], "linear2_weight");
+    p.hidden_dim = p.has_arranged_weights ? PlainShape(weight, 0).shape()[0] : weight[0];
     p.first_hidden = attributes.first_hidden;
     p.total_hidden = attributes.total_hidden;
     p.gated = attributes.has(kGated);

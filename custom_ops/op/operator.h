@@ -171,6 +171,12 @@ std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tenso
   }
   const Shapes<Operator> shapes = shapes_of<Operator>(tensors, attributes);
   typename Operator::Params p = describe<Operator>(tensors, shapes, attributes);
+  if constexpr (std::is_base_of_v<BlockParams, typename Operator::Params>) {
+    if (p.has_arranged_weights) {
+      raise(Operator::kType,
+            common::errors::Unimplemented("%s has no gradient with arranged weights", Operator::kType));
+    }
+  }
   const Sizes out_shape = Operator::out_shape(shapes.data(), attributes);
   check_memory(Operator::kType, d_out, "Grad(Out)");
   if (d_out.shape() != out_shape || d_out.dtype() != x.dtype()) {

@@ -100,6 +100,12 @@ void check_place(const char* op, const paddle::Tensor& tensor, const std::string
          "one on " + tensor.place().DebugString());
 }
 
+void check_on_cpu(const char* op, const paddle::Tensor& weight, const std::string& name) {
+  if (weight.is_cpu()) return;
+  refuse(op, "ValueError", name, "a weight that is arranged for the CPU there",
+         "it on " + weight.place().DebugString());
+}
+
 void check_device(const char* op, const paddle::Tensor& x) {
   if (has_kernels_for(x)) return;
   refuse(op, "ValueError", "x", "a tensor on a device that this build has kernels for",

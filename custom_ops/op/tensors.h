@@ -26,6 +26,9 @@ void check_memory(const char* op, const paddle::Tensor& tensor, const std::strin
 // Throws unless the tensor lies where x does.
 void check_place(const char* op, const paddle::Tensor& tensor, const std::string& name, const paddle::Tensor& x);
 
+// Throws unless an arranged weight lies on the CPU.
+void check_on_cpu(const char* op, const paddle::Tensor& weight, const std::string& name);
+
 // Throws unless this build has kernels for the device of x.
 void check_device(const char* op, const paddle::Tensor& x);
 

@@ -9,6 +9,7 @@ is the operator's own ends in a segmentation fault when it is called.
 from . import incubate
 from ._explain import explain
 from ._flops import count_flops
+from .arranging import arrange_weights, restore_weights
 from .conversion import (
     AttentionAdapter,
     FeedForwardAdapter,
@@ -51,6 +52,7 @@ __all__ = [
     "ParallelFusedMultiHeadAttention",
     "VisionTransformerAdapter",
     "VisionTransformerMlpAdapter",
+    "arrange_weights",
     "convert",
     "count_flops",
     "explain",
@@ -69,6 +71,7 @@ __all__ = [
     "pad",
     "patch",
     "register_adapter",
+    "restore_weights",
     "revert",
     "separate_optimizer_state",
     "separate_state_dict",

@@ -16,6 +16,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _amp, _op
 from ._amp import without_auto_cast
+from ._arranged import check_plain
 from ._attention import Attention, attention, attention_with_weights, separate
 from ._block import TENSORS, Block
 from ._checks import dtype_name
@@ -118,6 +119,7 @@ def with_tail(block: Block, y: Any) -> Any:
 
 def _before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> tuple:
     """The block with its tensors as auto_cast wants them, the output projection, the weights and the cache."""
+    check_plain("linear_weight", block.linear_weight)
     mask, amp_dtype = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer())
     if source.projections is None:
         block = _op.checked_block(block._replace(attn_mask=None), first_head, total_heads)
@@ -263,6 +265,7 @@ def _keys_normalised(block: Block, source: Source, h: Any) -> tuple:
 def projected_keys(block: Block, source: Source) -> tuple:
     """The keys and values of the source, which has both, as a cache holds them. Of the block only parameters are
     read."""
+    check_plain("linear_weight", block.linear_weight)
     any_float = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
     _op.check_tensors(("key", "value"), (source.key, source.value))
     weights = (None, block.linear_weight, block.linear_weight)  # [embed_dim, embed_dim]

@@ -14,6 +14,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
+from ._arranged import check_plain
 from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
 from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
@@ -191,6 +192,7 @@ def activate(name: str, x: Any) -> Any:
 
 def _feed_forward_of_ordinary_ops(description: FeedForward) -> Any:
     """With Paddle's own dropout."""
+    check_plain("linear2_weight", description.linear2_weight)
     tensors = FEED_FORWARD.checked_inputs(*_arguments(description, 0, 0))
     dtype = tensors[0].dtype
     d = FeedForward._make((*tensors, *description[_OF_TENSORS.stop :]))

@@ -12,6 +12,8 @@ import paddle
 from paddle import nn
 from paddle.framework import in_dynamic_mode
 
+from ._arranged import check_all_plain
+
 # The functions on the stack between set_state_dict and the layer whose entries it wants.
 _CALLS_IN_BETWEEN = (
     *("_state_dict_impl", "state_dict", "_own_entries"),
@@ -35,6 +37,9 @@ class OwnEntries(nn.Layer):
         *rest: Any,
         **more: Any,
     ) -> Any:
+        # With buffers that do not persist it is asked for by what saves programs, which hold weights as they lie.
+        if not (rest[0] if rest else more.get("include_non_persistable_buffer", False)):
+            check_all_plain("state_dict", self.parameters())
         # In a dict of its own: Paddle 2.6 keeps everything that the dict which it hands on has ever held.
         state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
         state = self._own_entries(state, structured_name_prefix)

@@ -14,6 +14,7 @@ from paddle import nn
 
 from .._descriptions import MODES
 from .._feed_forward import FeedForward, feed_forward
+from .._loading import OwnEntries
 from .._parts import is_plain, is_plain_dropout, parameters_of, reason_against_class, reason_against_linear
 from ..weights import KINDS
 from .activations import reason_against_activation
@@ -60,7 +61,7 @@ def describe(
     # fmt: on
 
 
-class FusedFeedForward(nn.Layer):
+class FusedFeedForward(OwnEntries):
     """The base that a fused feed-forward's class has beside the layer's own. It sets ``_adapter`` and ``_original``,
     the layer's own class."""
 
@@ -77,6 +78,9 @@ class FusedFeedForward(nn.Layer):
     def _describe(self, args: tuple, kwargs: dict) -> FeedForward | None:
         x = self._adapter.inputs(self, *args, **kwargs)
         return None if x is None else describe(self, self._adapter, x)
+
+    def _own_entries(self, state: dict, prefix: str) -> dict:
+        return state
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # Pickle finds no class by name that is made at run time.

@@ -11,6 +11,7 @@ from typing import Any, Iterable
 import paddle
 from paddle import nn
 
+from .._arranged import check_all_plain
 from .._checks import check_model
 from ..report import Report
 from .adapters import AttentionAdapter
@@ -123,10 +124,11 @@ def revert(model: nn.Layer) -> nn.Layer:
     Raises:
         TypeError: ``model`` is not a layer.
         RuntimeError: Static-graph mode is on, or the model is wrapped for several devices or made static
-            (:func:`separate_state_dict` saves such a model under the names from before). If an optimizer holds packed
-            parameters, there is a warning.
+            (:func:`separate_state_dict` saves such a model under the names from before), or its weights are arranged.
+            If an optimizer holds packed parameters, there is a warning.
     """
     _check_model("revert", model)
+    check_all_plain("revert", model.parameters())
     layers = model.sublayers(include_self=True)
     transformer_layers = [layer for layer in layers if isinstance(layer, TransformerLayer)]
     inside = {

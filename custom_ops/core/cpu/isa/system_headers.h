@@ -16,6 +16,7 @@
 #endif
 
 #include "core/arena.h"
+#include "core/arranged_weights.h"
 #include "core/attention_block.h"
 #include "core/cpu/context.h"
 #include "core/cpu/parallel.h"

@@ -54,6 +54,7 @@ struct Linear {
     const void* weight;
     bool transpose_weight = false;
     bool transpose_x = false;
+    bool is_weight_arranged = false;  // for forward
 
     MatrixView<T> x_by_rows() const { return transpose_x ? by_columns<T>(x, rows) : by_rows<T>(x, in); }
     MatrixView<T> x_by_columns() const { return transpose_x ? by_rows<T>(x, rows) : by_columns<T>(x, in); }
@@ -67,7 +68,10 @@ struct Linear {
     // The layer's result in C.
     template <class C>
     Product<T, C> forward(const void* bias, void* y) const {
-      return {rows, out, in, x_by_rows(), weight_by_out(), static_cast<const T*>(bias), nullptr, static_cast<C*>(y)};
+      Product<T, C> product{
+          rows, out, in, x_by_rows(), weight_by_out(), static_cast<const T*>(bias), nullptr, static_cast<C*>(y)};
+      product.is_b_arranged = is_weight_arranged;
+      return product;
     }
 
     Product<T, T> d_weight(const void* d_y, void* target) const {
@@ -109,10 +113,10 @@ struct Linear {
   }
 
   static Layer qkv_layer(const AttentionBlockParams& p) {
-    return {p.rows, p.embed_dim, p.qkv_dim(), p.hidden, p.qkv_weight, true};
+    return {p.rows, p.embed_dim, p.qkv_dim(), p.hidden, p.qkv_weight, true, false, p.has_arranged_weights};
   }
   static Layer output_layer(const AttentionBlockParams& p) {
-    return {p.rows, p.heads_dim(), p.embed_dim, p.attn_out, p.linear_weight};
+    return {p.rows, p.heads_dim(), p.embed_dim, p.attn_out, p.linear_weight, false, false, p.has_arranged_weights};
   }
 
   static void qkv_linear_forward(Context& context, const AttentionBlockParams& p) {
@@ -155,10 +159,10 @@ struct Linear {
   }
 
   static Layer linear1(const FeedForwardParams& p) {
-    return {p.rows, p.embed_dim, p.linear1_dim(), p.hidden, p.linear1_weight};
+    return {p.rows, p.embed_dim, p.linear1_dim(), p.hidden, p.linear1_weight, false, false, p.has_arranged_weights};
   }
   static Layer linear2(const FeedForwardParams& p) {
-    return {p.rows, p.hidden_dim, p.embed_dim, p.activated, p.linear2_weight};
+    return {p.rows, p.hidden_dim, p.embed_dim, p.activated, p.linear2_weight, false, false, p.has_arranged_weights};
   }
 
   static void linear1_forward(Context& context, const FeedForwardParams& p) {

@@ -22,7 +22,8 @@ struct Product {
   const R* addend;
   R* c;
   const ActivationStep<T>* step = nullptr;
-  bool transposes_c = false;  // c [n, m] and bias [m]; without addend and step
+  bool transposes_c = false;   // c [n, m] and bias [m]; without addend and step
+  bool is_b_arranged = false;  // b.data is an ArrangedMatrix; nothing else of b counts
 };
 
 template <class T, class R>
@@ -74,8 +75,9 @@ class MatrixProduct {
   // The bits are the same. With one number to an operand packing takes too small a part of the time.
   static Product<T, R> oriented(const Context& context, const Product<T, R>& product) {
     const bool has_tiles = kHasTileProducts<T> && context.implementation->has_tile_products;
-    if (!kPaired<T> || has_tiles || product.m > kMaxRows || product.n < product.m || product.k == 0 || product.addend ||
-        product.step || !can_be_read_in_place(product.b) || aliases(product.b.stride)) {
+    if (!kPaired<T> || has_tiles || product.is_b_arranged || product.m > kMaxRows || product.n < product.m ||
+        product.k == 0 || product.addend || product.step || !can_be_read_in_place(product.b) ||
+        aliases(product.b.stride)) {
       return product;
     }
     return {product.n, product.m, product.k, product.b, product.a, product.bias, nullptr, product.c, nullptr, true};
@@ -92,20 +94,25 @@ class MatrixProduct {
     const int64_t runs = std::max<int64_t>(1, ceil_div(k, kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
     reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
-    reads_b_ = !tiles_ && product_.m <= kFewRows && std::is_same_v<T, P> && product_.b.stride == 1 &&
-               !aliases(product_.b.depth_stride);
-    shares_b_ = product_.m > kMaxRows;
+    has_few_rows_ = product_.m <= kMaxRows;
+    if (product_.is_b_arranged) {
+      reads_b_ = ArrangedMatrix<T>::kReadInPlace && (has_few_rows_ || kPanelColumns == kArrangedColumns);
+    } else {
+      reads_b_ = !tiles_ && product_.m <= kFewRows && std::is_same_v<T, P> && product_.b.stride == 1 &&
+                 !aliases(product_.b.depth_stride);
+    }
+    shares_b_ = !has_few_rows_ && !reads_b_;
     span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
-    if (!shares_b_) columns_ = std::min(columns_, kMaxUnsharedColumns);
-    // Where b is read for a unit alone, rows are cut last: each cut reads all of b once more. Columns may then be cut
+    if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
+    // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
-    const int64_t least_columns = (shares_b_ || !reads_a_ ? 4 : 1) * kPanelColumns;
-    const bool packs_strips = !shares_b_ && !reads_b_ && product_.b.stride == 1;
-    while (units() < (shares_b_ ? 4 : 16) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
+    const int64_t least_columns = (!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns;
+    const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
+    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
       columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
     strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : kPanelColumns;
@@ -164,10 +171,10 @@ class MatrixProduct {
         multiply_unit(unit, unit_of(next, thread), k, k_end);
         if (k_end == product_.k) finish_unit(unit);
       };
-      if (shares_b_) {
-        parallel_for(units(), threads_, [&](int64_t index, int thread) { do_unit(index, units(), thread); });
-      } else {
+      if (has_few_rows_) {
         parallel_for_with_next(units(), threads_, do_unit);
+      } else {
+        parallel_for(units(), threads_, [&](int64_t index, int thread) { do_unit(index, units(), thread); });
       }
     }
     if (product_.k > 0) return;
@@ -210,8 +217,18 @@ class MatrixProduct {
   }
 
   void pack_b(int64_t column, int64_t columns, int64_t k, int64_t count, P* panels) const {
-    PanelPacker<kPanelColumns, T>::pack(product_.b, column, columns, k, count, depth_of(count), panels);
+    if (!product_.is_b_arranged) {
+      return PanelPacker<kPanelColumns, T>::pack(product_.b, column, columns, k, count, depth_of(count), panels);
+    }
+    if constexpr (!kPaired<T>) {
+      for (int64_t i = 0; i < columns; i += kPanelColumns) {
+        arranged_b().template pack<kPanelColumns>(column + i, std::min(kPanelColumns, columns - i), k, count,
+                                                  panels + i * depth_of(count));
+      }
+    }
   }
+
+  ArrangedMatrix<T> arranged_b() const { return {product_.b.data, product_.k}; }
 
   void pack_a(const Unit& unit, int64_t k, int64_t count, P* panels) const {
     if constexpr (kHasTileProducts<T>) {
@@ -257,8 +274,8 @@ class MatrixProduct {
         const bool is_last = j + kPanelColumns >= unit.columns;
         const Panel panel = panel_of(unit, j, k, k_begin, count);
         Lines after;
-        if (shares_b_) {
-          if (!is_last) after = lines_of_shared(unit, j + kPanelColumns, k - k_begin, count);
+        if (!has_few_rows_) {
+          if (!is_last) after = lines_of_panel(panel_of(unit, j + kPanelColumns, k, k_begin, count), depth);
         } else {
           // A part of the next strip, as large as the panel is of its own.
           const int64_t strip = j / strip_columns_ * strip_columns_;
@@ -308,6 +325,9 @@ class MatrixProduct {
   // a strip are asked for one after another.
   Panel panel_of(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
     if (shares_b_) return {shared_run(k - k_begin) + (unit.column + j) * depth_of(count), kPanelColumns};
+    if (product_.is_b_arranged && reads_b_) {
+      return {reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k)), kArrangedColumns};
+    }
     if (reads_b_ && j + kPanelColumns <= unit.columns) {
       const T* data = product_.b.data + k * product_.b.depth_stride + unit.column + j;
       return {reinterpret_cast<const P*>(data), product_.b.depth_stride};
@@ -352,18 +372,24 @@ class MatrixProduct {
     }
   };
 
-  // Where panel_of reads from, the shared panel from column j of the unit on.
-  Lines lines_of_shared(const Unit& unit, int64_t j, int64_t k_in_span, int64_t count) const {
-    const P* data = shared_run(k_in_span) + (unit.column + j) * depth_of(count);
-    constexpr int64_t bytes = kPanelColumns * sizeof(P);
-    return {reinterpret_cast<const char*>(data), depth_of(count), bytes, bytes};
+  static Lines lines_of_panel(Panel panel, int64_t depth) {
+    constexpr int64_t size = sizeof(P);
+    return {reinterpret_cast<const char*>(panel.data), depth, panel.stride * size, kPanelColumns * size};
   }
 
   // Part `part` of `parts`, along k, of the strip of b from column j of the unit on.
   Lines lines_of_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, int64_t part, int64_t parts) const {
     const int64_t first = count * part / parts;
     const int64_t last = count * (part + 1) / parts;
-    return lines_of(product_.b, unit.column + j, std::min(strip_columns_, unit.columns - j), k + first, last - first);
+    const int64_t columns = std::min(strip_columns_, unit.columns - j);
+    if (product_.is_b_arranged) {
+      if (columns <= 0) return {};
+      constexpr int64_t size = sizeof(T) * kArrangedNumbers<T>;
+      const T* data = arranged_b().at(unit.column + j, k + first);
+      return {reinterpret_cast<const char*>(data), (last - first) / kArrangedNumbers<T>, kArrangedColumns * size,
+              std::min(columns, kArrangedColumns) * size};
+    }
+    return lines_of(product_.b, unit.column + j, columns, k + first, last - first);
   }
 
   static Lines lines_of(const MatrixView<T>& view, int64_t first, int64_t rows, int64_t k, int64_t count) {
@@ -472,7 +498,8 @@ class MatrixProduct {
   int64_t panel_rows_;
   int64_t depth_step_;  // what the depth of a panel is a multiple of
   bool reads_a_;        // a is read in place; else each thread packs a unit's rows
-  bool reads_b_;        // b, stored as [k, n], is read in place
+  bool has_few_rows_;   // c
+  bool reads_b_;        // b, stored as [k, n] or arranged, is read in place
   bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit

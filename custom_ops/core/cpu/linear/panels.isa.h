@@ -12,6 +12,39 @@ struct MatrixView {
   int64_t depth_stride;
 };
 
+template <class T>
+constexpr int kArrangedNumbers = arranged_numbers(std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat32);
+
+// A matrix [count, depth] that is an arranged weight, by its columns.
+template <class T>
+struct ArrangedMatrix {
+  using P = Operand<T>;
+  // Whether products can read operands where they lie.
+  static constexpr bool kReadInPlace = kPaired<T> || std::is_same_v<T, P>;
+
+  const T* data;
+  int64_t depth;
+
+  // Where the numbers of row `first` begin at k, for as many rows as share its panel. They lie beside each other, and
+  // for each k, or each two of bfloat16, kArrangedColumns after the last.
+  const T* at(int64_t first, int64_t k) const {
+    constexpr int numbers = kArrangedNumbers<T>;
+    return data + (first / kArrangedColumns * (depth / numbers) + k / numbers) * (kArrangedColumns * numbers) +
+           first % kArrangedColumns * numbers;
+  }
+
+  // Packs one panel as PanelPacker does; kWidth divides kArrangedColumns, as `first` is divided by kWidth.
+  template <int kWidth>
+  void pack(int64_t first, int64_t count, int64_t k0, int64_t k_count, P* out) const {
+    constexpr int numbers = kArrangedNumbers<T>;
+    for (int64_t k = 0; k < k_count; ++k) {
+      const T* source = at(first, k0 + k) + (k0 + k) % numbers;
+      for (int64_t i = 0; i < count; ++i) out[k * kWidth + i] = widen(source[i * numbers]);
+      for (int64_t i = count; i < kWidth; ++i) out[k * kWidth + i] = P(0);
+    }
+  }
+};
+
 // Packs the k_count numbers from k0 on of rows first..first + count - 1: out [panels][depth][kWidth] operands, where
 // depth is operands(k_count) or more. A vector more than that may be written.
 template <int kWidth, class T>

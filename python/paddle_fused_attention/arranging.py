@@ -1,0 +1,128 @@
+"""Models whose weights lie as the CPU's kernels read them, for inference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Iterator
+
+import paddle
+from paddle import nn
+
+from . import _arranged
+from ._checks import check_model
+from ._parts import is_plain
+from .conversion.encoder_layer import ConvertedEncoderLayer
+from .conversion.feed_forward import FusedFeedForward
+from .conversion.transformer_layer import TransformerLayer
+from .incubate.feed_forward import FusedFeedForward as IncubateFeedForward
+from .layer import FusedMultiHeadAttention
+
+_DTYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)
+
+
+def arrange_weights(model: nn.Layer) -> list[str]:
+    """Puts the weights of a model's fused layers, in place, into the order in which the CPU's kernels read them.
+
+    That is for inference: calls of few tokens are faster, since nothing is packed in them, and so are programs that
+    ``paddle.jit.save`` makes of the model afterwards, which hold the weights as they lie then. Results have the same
+    bits. There is no gradient, and ``state_dict`` and ``set_state_dict`` of the fused layers refuse until
+    :func:`restore_weights`.
+
+    Arranged are, on the CPU, the attention and the feed-forward of ``paddle.nn.TransformerEncoderLayer`` after
+    :func:`convert`, the feed-forward of decoder layers and of other converted ones, and the layers
+    :class:`FusedMultiHeadAttention` and ``incubate.FusedFeedForward``; where the sizes that are multiplied are
+    multiples of 32, and no other layer has the same parameter. Other attentions stay as they are: their keys may be of
+    other tensors or from a cache, and a :class:`FusedMultiHeadAttention` refuses these once it is arranged.
+
+    Args:
+        model: A layer, in dygraph. Its dtype must stay: call ``to(dtype=...)`` before.
+
+    Returns:
+        The names of the parameters that are arranged now, as ``model.named_parameters()`` gives them.
+
+    Raises:
+        TypeError: ``model`` is not a layer.
+        RuntimeError: Static-graph mode is on.
+    """
+    _check_model("arrange_weights", model)
+    layers = model.sublayers(include_self=True)
+    owners = Counter(id(parameter) for layer in layers for parameter in layer._parameters.values())
+    for layer in layers:
+        for weights in _weights_of_operators(layer):
+            found = [(owner._parameters.get(name), axis) for owner, name, axis in weights]
+            if all(parameter is not None and _serves(parameter, axis, owners) for parameter, axis in found):
+                for parameter, axis in found:
+                    _arrange(parameter, axis)
+    return [name for name, parameter in model.named_parameters() if _is_arranged(parameter)]
+
+
+def restore_weights(model: nn.Layer) -> nn.Layer:
+    """The inverse of :func:`arrange_weights`, in place: every parameter has its values and its ``stop_gradient`` again.
+
+    Raises:
+        TypeError: ``model`` is not a layer.
+        RuntimeError: Static-graph mode is on.
+    """
+    _check_model("restore_weights", model)
+    for parameter in model.parameters():
+        if _is_arranged(parameter):
+            _replace(parameter, _arranged.plain(parameter.detach(), parameter.plain_axis))
+            parameter.stop_gradient = parameter.plain_stop_gradient
+            parameter.plain_axis = None
+    return model
+
+
+def _check_model(function: str, model: Any) -> None:
+    check_model(model)
+    if not paddle.in_dynamic_mode():
+        raise RuntimeError(f"{function}: expected dygraph mode, got static-graph mode; {function} before")
+
+
+def _weights_of_operators(layer: Any) -> Iterator[list]:
+    """For every operator that a layer runs, its weights: a layer, the name of its parameter, and the dimension that is
+    multiplied with the input. An operator takes arranged weights only, or none."""
+    if isinstance(layer, TransformerLayer):
+        part = layer._attentions.get("attention")
+        if isinstance(layer, ConvertedEncoderLayer) and part is not None and layer._is_untouched(part):
+            attention: Any = layer._sub_layers[part.attention]
+            yield [(attention, "qkv_weight", -1), (attention._sub_layers["out_proj"], "weight", 0)]
+        if layer._serves_feed_forward:
+            yield from _linear_layers(layer, layer._feed_forward_part.adapter)
+    elif isinstance(layer, FusedFeedForward):
+        yield from _linear_layers(layer, layer._adapter)
+    elif isinstance(layer, IncubateFeedForward):
+        if layer._ring_id == -1:
+            yield [(layer, "_linear1_weight", 0), (layer, "_linear2_weight", 0)]
+    elif type(layer) is FusedMultiHeadAttention and layer.qkv_weight is not None and not layer.need_weights:
+        yield [(layer, "qkv_weight", -1), (layer, "linear_weight", 0)]
+
+
+def _linear_layers(layer: Any, adapter: Any) -> Iterator[list]:
+    parts = [layer._sub_layers.get(name) for name in (adapter.linear1, adapter.linear2)]
+    if all(is_plain(part, nn.Linear) for part in parts):
+        yield [(part, "weight", 0) for part in parts]
+
+
+def _is_arranged(parameter: Any) -> bool:
+    return getattr(parameter, "plain_axis", None) is not None
+
+
+def _serves(parameter: Any, in_axis: int, owners: Counter) -> bool:
+    return (
+        not _is_arranged(parameter)
+        and owners[id(parameter)] == 1
+        and not parameter.is_dist()
+        and parameter.place.is_cpu_place()
+        and parameter.dtype in _DTYPES
+        and _arranged.can_be_arranged(parameter.shape, in_axis)
+    )
+
+
+def _arrange(parameter: Any, in_axis: int) -> None:
+    parameter.plain_axis, parameter.plain_stop_gradient = in_axis, parameter.stop_gradient
+    _replace(parameter, _arranged.arranged(parameter.detach(), in_axis))
+    parameter.stop_gradient = True
+
+
+def _replace(parameter: Any, value: Any) -> None:
+    parameter.get_tensor()._share_data_with(value.get_tensor())

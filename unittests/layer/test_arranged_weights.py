@@ -1,0 +1,299 @@
+"""Arranged weights: the bits of results stay, and whatever can't take them says so."""
+
+import copy
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+from paddle_fused_attention import (
+    FusedMultiHeadAttention,
+    _amp,
+    arrange_weights,
+    convert,
+    fused_multi_head_attention,
+    incubate,
+    restore_weights,
+    revert,
+)
+from paddle_fused_attention._arranged import arranged, plain
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+SHAPES = [(1, 1), (1, 7), (2, 40), (3, 64)]  # few rows, and more than products of few rows have
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    device = paddle.get_device()
+    paddle.set_device("cpu")
+    yield
+    paddle.set_device(device)
+
+
+def encoder(dtype="float32", before=False, hidden=96):
+    paddle.seed(3)
+    layer = nn.TransformerEncoderLayer(64, 2, hidden, dropout=0.1, activation="gelu", normalize_before=before)
+    model = nn.TransformerEncoder(layer, 2)
+    convert(model)
+    model.to(dtype=dtype)
+    model.eval()
+    return model
+
+
+def draw(*shape, dtype="float32"):
+    array = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    return paddle.to_tensor(array).astype(dtype)
+
+
+def bits(tensor):
+    return tensor.numpy().tobytes()
+
+
+def values(model):
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def call(model, *arguments, **more):
+    with paddle.no_grad():
+        return model(*arguments, **more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order(dtype):
+    weight = paddle.to_tensor(np.arange(64 * 96).reshape(64, 96).astype("float32")).astype(dtype)
+    panels = arranged(weight, 0)
+    numbers = 2 if dtype == "bfloat16" else 1
+    assert panels.shape == [64 // numbers, 96, numbers, 1]
+    expected = weight.numpy().reshape(64 // numbers, numbers, 3, 32).transpose(2, 0, 3, 1)
+    assert bits(panels) == np.ascontiguousarray(expected).tobytes()
+    assert bits(plain(panels, 0)) == bits(weight)
+    assert bits(arranged(weight.transpose([1, 0]), -1)) == bits(panels)
+    assert bits(plain(arranged(weight.transpose([1, 0]), -1), -1)) == bits(weight.transpose([1, 0]))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encoder_has_the_same_bits(dtype, before):
+    model = encoder(dtype, before)
+    original = values(model)
+    inputs = [draw(*shape, 64, dtype=dtype) for shape in SHAPES]
+    expected = [bits(call(model, x)) for x in inputs]
+    names = arrange_weights(model)
+    per_layer = ("self_attn.qkv_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert sorted(names) == sorted(f"layers.{i}.{name}" for i in range(2) for name in per_layer)
+    assert arrange_weights(model) == names
+    assert [bits(call(model, x)) for x in inputs] == expected
+    restore_weights(model)
+    assert values(model) == original
+    assert [bits(call(model, x)) for x in inputs] == expected
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_has_the_same_bits(dtype, num_kv_heads):
+    paddle.seed(0)
+    layer = FusedMultiHeadAttention(64, 4, 0.0, 0.0, num_kv_heads=num_kv_heads)
+    layer.to(dtype=dtype)
+    layer.eval()
+    inputs = [draw(*shape, 64, dtype=dtype) for shape in SHAPES]
+    expected = [bits(call(layer, x)) for x in inputs]
+    assert arrange_weights(layer) == ["qkv_weight", "linear_weight"]
+    assert [bits(call(layer, x)) for x in inputs] == expected
+    packed = draw(10, 64, dtype=dtype)
+    starts = paddle.to_tensor([0, 3, 10], dtype="int32")
+    found = bits(call(layer, packed, cu_seqlens=starts))
+    restore_weights(layer)
+    assert found == bits(call(layer, packed, cu_seqlens=starts))
+
+
+def test_residual_wider_than_the_weights():
+    paddle.seed(0)
+    layer = FusedMultiHeadAttention(64, 4, 0.0, 0.0)
+    layer.eval()
+    layer.to(dtype="bfloat16")
+    x = draw(2, 5, 64)
+    expected = bits(call(layer, x))
+    arrange_weights(layer)
+    assert bits(call(layer, x)) == expected
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_feed_forward_of_incubate(activation):
+    layer = incubate.FusedFeedForward(32, 64, activation=activation)
+    layer.eval()
+    x = draw(2, 5, 32)
+    expected = bits(call(layer, x))
+    assert arrange_weights(layer) == ["_linear1_weight", "_linear2_weight"]
+    assert bits(call(layer, x)) == expected
+
+
+def test_decoder_layer_keeps_its_attentions():
+    model = nn.TransformerDecoderLayer(64, 2, 96)
+    convert(model)
+    model.eval()
+    x, memory = draw(2, 5, 64), draw(2, 7, 64)
+    expected = bits(call(model, x, memory))
+    assert arrange_weights(model) == ["linear1.weight", "linear2.weight"]
+    assert bits(call(model, x, memory)) == expected
+
+
+def test_other_sizes_stay_as_they_are():
+    model = encoder(hidden=80)
+    assert all("self_attn" in name for name in arrange_weights(model))
+    layer = FusedMultiHeadAttention(48, 4)
+    assert arrange_weights(layer) == []
+
+
+def test_shared_parameters_stay_as_they_are():
+    class Both(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first = FusedMultiHeadAttention(64, 2)
+            self.second = nn.Linear(64, 64)
+            self.second.weight = self.first.linear_weight
+
+    model = Both()
+    assert arrange_weights(model) == []
+
+
+def test_several_threads_give_the_same_bits():
+    model = encoder()
+    arrange_weights(model)
+    x = draw(1, 50, 64)
+    assert len({bits(call(model, x)) for _ in range(5)}) == 1
+
+
+def test_gradients_are_refused():
+    model = encoder()
+    arrange_weights(model)
+    assert all(p.stop_gradient for name, p in model.named_parameters() if len(p.shape) > 3)
+    with pytest.raises(ValueError, match="weight: expected a weight that is not arranged, where a gradient is wanted"):
+        model(draw(1, 3, 64))
+    restore_weights(model)
+    model(draw(1, 3, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_state_dicts_are_refused(tmp_path):
+    model = encoder()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    arrange_weights(model)
+    for refused in (model.state_dict, lambda: model.set_state_dict(state), lambda: revert(model)):
+        with pytest.raises(RuntimeError, match="which arrange_weights has arranged; restore_weights"):
+            refused()
+    with pytest.raises(RuntimeError, match="state_dict: expected plain weights"):
+        model.layers[0].self_attn.state_dict()
+    restore_weights(model)
+    assert {name: bits(value) for name, value in model.state_dict().items()} == {
+        name: bits(value) for name, value in state.items()
+    }
+    revert(model)
+
+
+def test_frozen_parameters_stay_frozen():
+    layer = FusedMultiHeadAttention(64, 4)
+    layer.linear_weight.stop_gradient = True
+    restore_weights((arrange_weights(layer), layer)[1])
+    assert layer.linear_weight.stop_gradient
+    assert not layer.qkv_weight.stop_gradient
+
+
+def test_another_dtype_is_refused():
+    layer = FusedMultiHeadAttention(64, 4)
+    layer.eval()
+    arrange_weights(layer)
+    layer.to(dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"shape that ends in \[2, 1\], as that of a weight arranged in bfloat16"):
+        call(layer, draw(1, 3, 64, dtype="bfloat16"))
+
+
+def test_auto_cast_is_refused(monkeypatch):
+    monkeypatch.setattr(_amp, "target_dtype", lambda *_: paddle.bfloat16)  # on the CPU Paddle switches auto_cast off
+    layer = FusedMultiHeadAttention(64, 4)
+    layer.eval()
+    arrange_weights(layer)
+    with pytest.raises(ValueError, match="arranged in bfloat16"):
+        call(layer, draw(1, 3, 64))
+
+
+@pytest.mark.parametrize("arguments", ["other keys", "cache"])
+def test_ordinary_ops_refuse(arguments):
+    layer = FusedMultiHeadAttention(64, 4)
+    layer.eval()
+    x = draw(1, 3, 64)
+    cache = layer.gen_cache(x)
+    arrange_weights(layer)
+    with pytest.raises(NotImplementedError, match="linear_weight: expected a plain weight here"):
+        if arguments == "cache":
+            call(layer, x, cache=cache)
+        else:
+            call(layer, x, draw(1, 5, 64))
+
+
+def test_only_one_weight_is_refused():
+    layer = FusedMultiHeadAttention(64, 4)
+    x = draw(1, 3, 64)
+    qkv, linear = layer.qkv_weight.detach(), layer.linear_weight.detach()
+    for weights in ((arranged(qkv, -1), linear), (qkv, arranged(linear, 0))):
+        with pytest.raises(ValueError, match="weight: expected"), paddle.no_grad():
+            fused_multi_head_attention(x, *weights, training=False)
+
+
+def test_a_linear_layer_does_not_take_one():
+    linear = nn.Linear(64, 64)
+    x = draw(1, 3, 64)
+    weight = arranged(linear.weight.detach(), 0)
+    linear.weight.get_tensor()._share_data_with(weight.get_tensor())
+    with pytest.raises(ValueError):
+        call(linear, x)
+
+
+def test_copies():
+    model = encoder()
+    x = draw(1, 3, 64)
+    expected = bits(call(model, x))
+    arrange_weights(model)
+    copied = copy.deepcopy(model)
+    assert bits(call(copied, x)) == expected
+    restore_weights(copied)
+    assert bits(call(copied, x)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_programs(tmp_path, dtype):
+    model = encoder(dtype)
+    x = draw(2, 9, 64, dtype=dtype)
+    expected = bits(call(model, x))
+    arrange_weights(model)
+    path = str(tmp_path / "encoder")
+    paddle.jit.save(model, path, [paddle.static.InputSpec([None, None, 64], dtype, "x")])
+    restore_weights(model)
+    assert bits(call(model, x)) == expected
+    loaded = paddle.jit.load(path)
+    loaded.eval()
+    assert bits(call(loaded, x)) == expected
+
+
+def test_gradient_of_a_saved_program_is_refused(tmp_path):
+    model = encoder()
+    x = draw(2, 9, 64)
+    arrange_weights(model)
+    path = str(tmp_path / "encoder")
+    paddle.jit.save(model, path, [paddle.static.InputSpec([None, None, 64], "float32", "x")])
+    loaded = paddle.jit.load(path)
+    loaded.train()
+    x.stop_gradient = False
+    with pytest.raises(Exception, match="arranged|gradient|grad"):
+        loaded(x).sum().backward()
+
+
+def test_bad_arguments():
+    for function in (arrange_weights, restore_weights):
+        with pytest.raises(TypeError, match="model: expected a paddle.nn.Layer, got int"):
+            function(3)
+    paddle.enable_static()
+    try:
+        with pytest.raises(RuntimeError, match="arrange_weights: expected dygraph mode"):
+            arrange_weights(nn.Linear(2, 2))
+    finally:
+        paddle.disable_static()
