@@ -222,8 +222,7 @@ class MatrixProduct {
     }
     if constexpr (!kPaired<T>) {
       for (int64_t i = 0; i < columns; i += kPanelColumns) {
-        arranged_b().template pack<kPanelColumns>(column + i, std::min(kPanelColumns, columns - i), k, count,
-                                                  panels + i * depth_of(count));
+        arranged_b().template pack<kPanelColumns>(column + i, k, count, panels + i * depth_of(count));
       }
     }
   }

@@ -33,14 +33,24 @@ struct ArrangedMatrix {
            first % kArrangedColumns * numbers;
   }
 
-  // Packs one panel as PanelPacker does; kWidth divides kArrangedColumns, as `first` is divided by kWidth.
+  // Packs the rows first..first + kWidth - 1, all of which there are, as PanelPacker does; kWidth divides
+  // kArrangedColumns and `first`.
   template <int kWidth>
-  void pack(int64_t first, int64_t count, int64_t k0, int64_t k_count, P* out) const {
-    constexpr int numbers = kArrangedNumbers<T>;
-    for (int64_t k = 0; k < k_count; ++k) {
-      const T* source = at(first, k0 + k) + (k0 + k) % numbers;
-      for (int64_t i = 0; i < count; ++i) out[k * kWidth + i] = widen(source[i * numbers]);
-      for (int64_t i = count; i < kWidth; ++i) out[k * kWidth + i] = P(0);
+  void pack(int64_t first, int64_t k0, int64_t k_count, P* out) const {
+    for (int64_t k = 0; k < k_count; k += kArrangedNumbers<T>) {
+      const T* source = at(first, k0 + k);
+      P* row = out + k * kWidth;
+      if constexpr (kArrangedNumbers<T> == 1) {
+        load_row(source, kWidth, row);
+      } else {
+        constexpr int lanes = kLanes<uint32_t>;
+        for (int64_t i = 0; i < kWidth; i += lanes) {
+          Vec<uint32_t> pairs;
+          std::memcpy(&pairs, source + 2 * i, sizeof pairs);
+          store(row + i, bit_cast<Vec<float>>(pairs << 16));
+          store(row + kWidth + i, bit_cast<Vec<float>>(pairs & 0xFFFF0000u));
+        }
+      }
     }
   }
 };
