@@ -1,13 +1,14 @@
 // Matrix products of any size by all threads: c = op(a) @ op(b) + bias + addend. 16-bit numbers are widened, or paired,
 // on the way in and rounded on the way out.
 //
-// b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread some panels at a
-// time or not at all, or changes places with a. Then b, the weight, comes from memory no faster than it is multiplied,
-// so each thread prefetches the panel that it takes next. a's rows are read where they lie, for the inner loop
-// broadcasts their numbers one by one; where they can't be, each thread packs those that it works at. c is cut into
-// units, rectangles that one thread takes at a time; a unit is made of products of some rows of a with one panel of b,
-// whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs
-// in its order for every element of c, whatever the units: the bits do not depend on the number of threads.
+// b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread some panels at
+// a time or not at all, or changes places with a; or it comes arranged as panels. With few rows b, the weight, comes
+// from memory no faster than it is multiplied, so each thread prefetches what it takes next. a's rows are read where
+// they lie, for the inner loop broadcasts their numbers one by one; where they can't be, each thread packs those that
+// it works at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products of some rows
+// of a with one panel of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX
+// (tile_products.isa.h). The sum over k runs in its order for every element of c, whatever the units: the bits do not
+// depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -320,8 +321,8 @@ class MatrixProduct {
     int64_t stride;
   };
 
-  // The panel from column j of the unit on: shared, as it lies in b, or of a strip that this thread packs. The panels of
-  // a strip are asked for one after another.
+  // The panel from column j of the unit on: shared, as it lies in b, or of a strip that this thread packs. The panels
+  // of a strip are asked for one after another.
   Panel panel_of(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
     if (shares_b_) return {shared_run(k - k_begin) + (unit.column + j) * depth_of(count), kPanelColumns};
     if (product_.is_b_arranged && reads_b_) {

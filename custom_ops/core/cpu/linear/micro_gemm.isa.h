@@ -29,30 +29,33 @@ struct NothingMeanwhile {
 };
 
 #if PFA_VECTOR_BYTES == 32
-// sum [6, 2 vectors] += a [6, 1] @ b [1, 2 vectors]; rows 0 to 2 of a lie a stride apart from `first` on, the others from
-// `fourth` on, all kAhead numbers behind that. All 16 registers are in use: in the compiler's own code, which chooses
-// forms of instructions one by one, sums move about and go to memory.
-#define PFA_ROW(type, address, row)                \
-  "vbroadcasts" type " %c[ahead]" address          \
-  ", %%ymm13\n\t"                                  \
-  "vfmadd231p" type " %%ymm14, %%ymm13, %[sum" row \
-  "0]\n\t"                                         \
+// sum [6, 2 vectors] += a [6, 1] @ b [1, 2 vectors]; rows 0 to 2 of a lie a stride apart from `first` on, the others
+// from `fourth` on, all kAhead numbers behind that. All 16 registers are in use: in the compiler's own code, which
+// chooses forms of instructions one by one, sums move about and go to memory.
+// clang-format off
+#define PFA_ROW(type, address, row)                         \
+  "vbroadcasts" type " %c[ahead]" address ", %%ymm13\n\t"   \
+  "vfmadd231p" type " %%ymm14, %%ymm13, %[sum" row "0]\n\t" \
   "vfmadd231p" type " %%ymm15, %%ymm13, %[sum" row "1]\n\t"
 #define PFA_SIX_ROWS(T, type)                                                                                       \
   template <int kAhead>                                                                                             \
-  inline void multiply_six_rows(const T* first, const T* fourth, int64_t stride, const T* b, Vec<T>(&sum)[6][2]) {  \
-    __asm__(                                                                                                        \
-        "vmovups (%[b]), %%ymm14\n\t"                                                                               \
-        "vmovups 32(%[b]), %%ymm15\n\t" PFA_ROW(type, "(%[first])", "0") PFA_ROW(type, "(%[first],%[stride])", "1") \
-            PFA_ROW(type, "(%[first],%[stride],2)", "2") PFA_ROW(type, "(%[fourth])", "3")                          \
-                PFA_ROW(type, "(%[fourth],%[stride])", "4") PFA_ROW(type, "(%[fourth],%[stride],2)", "5")           \
-        : [sum00] "+x"(sum[0][0]), [sum01] "+x"(sum[0][1]), [sum10] "+x"(sum[1][0]), [sum11] "+x"(sum[1][1]),       \
-          [sum20] "+x"(sum[2][0]), [sum21] "+x"(sum[2][1]), [sum30] "+x"(sum[3][0]), [sum31] "+x"(sum[3][1]),       \
-          [sum40] "+x"(sum[4][0]), [sum41] "+x"(sum[4][1]), [sum50] "+x"(sum[5][0]), [sum51] "+x"(sum[5][1])        \
-        : [first] "r"(first), [fourth] "r"(fourth), [stride] "r"(stride * int64_t{sizeof(T)}), [b] "r"(b),          \
-          [ahead] "i"(kAhead * sizeof(T))                                                                           \
-        : "memory", "xmm13", "xmm14", "xmm15");                                                                     \
+  inline void multiply_six_rows(const T* first, const T* fourth, int64_t stride, const T* b, Vec<T> (&sum)[6][2]) { \
+    __asm__("vmovups (%[b]), %%ymm14\n\t"                                                                           \
+            "vmovups 32(%[b]), %%ymm15\n\t"                                                                         \
+            PFA_ROW(type, "(%[first])", "0")                                                                        \
+            PFA_ROW(type, "(%[first],%[stride])", "1")                                                              \
+            PFA_ROW(type, "(%[first],%[stride],2)", "2")                                                            \
+            PFA_ROW(type, "(%[fourth])", "3")                                                                       \
+            PFA_ROW(type, "(%[fourth],%[stride])", "4")                                                             \
+            PFA_ROW(type, "(%[fourth],%[stride],2)", "5")                                                           \
+            : [sum00] "+x"(sum[0][0]), [sum01] "+x"(sum[0][1]), [sum10] "+x"(sum[1][0]), [sum11] "+x"(sum[1][1]),   \
+              [sum20] "+x"(sum[2][0]), [sum21] "+x"(sum[2][1]), [sum30] "+x"(sum[3][0]), [sum31] "+x"(sum[3][1]),   \
+              [sum40] "+x"(sum[4][0]), [sum41] "+x"(sum[4][1]), [sum50] "+x"(sum[5][0]), [sum51] "+x"(sum[5][1])    \
+            : [first] "r"(first), [fourth] "r"(fourth), [stride] "r"(stride * int64_t{sizeof(T)}), [b] "r"(b),      \
+              [ahead] "i"(kAhead * sizeof(T))                                                                       \
+            : "memory", "xmm13", "xmm14", "xmm15");                                                                 \
   }
+// clang-format on
 PFA_SIX_ROWS(float, "s")
 PFA_SIX_ROWS(double, "d")
 #undef PFA_SIX_ROWS
