@@ -69,7 +69,7 @@ def _seen_pairs(layer: Any, queries: int, keys: int) -> int:
 
 def _count_feed_forward(layer: Any, inputs: Any, output: Any) -> None:
     """Those of both projections."""
-    layer.total_ops += 2 * math.prod(inputs[0].shape) * layer._linear2_weight.shape[0]
+    layer.total_ops += 2 * math.prod(inputs[0].shape[:-1]) * math.prod(layer._linear2_weight.shape)
 
 
 def _count_linear(layer: Any, inputs: Any, output: Any) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from paddle.hapi.dynamic_flops import register_hooks
 from paddle_fused_attention import (
     FusedMultiHeadAttention,
     _amp,
@@ -154,6 +155,20 @@ def test_shared_parameters_stay_as_they_are():
 
     model = Both()
     assert arrange_weights(model) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flops(dtype):
+    layers = [FusedMultiHeadAttention(64, 4), incubate.FusedFeedForward(64, 96, 0.0)]
+    counts = []
+    for arranges in (False, True):
+        for layer in layers:
+            layer.to(dtype=dtype)
+            assert not arranges or len(arrange_weights(layer)) == 2
+            layer.total_ops = 0
+            register_hooks[type(layer)](layer, [draw(2, 5, 64)], None)
+        counts.append([layer.total_ops for layer in layers])
+    assert counts[0] == counts[1] == [2 * 5 * 64 * 64 * 4 + 2 * 2 * 64 * 25, 2 * 5 * 64 * 96 * 2]
 
 
 def test_several_threads_give_the_same_bits():
