@@ -245,6 +245,24 @@ def test_ordinary_ops_refuse(arguments):
             call(layer, x, draw(1, 5, 64))
 
 
+def test_they_belong_to_the_cpu(place):
+    layer = FusedMultiHeadAttention(64, 4)
+    x = draw(1, 3, 64)
+    weights = layer.qkv_weight.detach(), layer.linear_weight.detach()
+
+    def result(*tensors):
+        on_place = [paddle.to_tensor(tensor.numpy(), place=place) for tensor in tensors]
+        with paddle.no_grad():
+            return fused_multi_head_attention(*on_place, training=False)
+
+    panels = [arranged(weight, axis) for weight, axis in zip(weights, (-1, 0))]
+    if place.is_gpu_place():
+        with pytest.raises(ValueError, match="linear_weight: expected a weight that is arranged for the CPU there"):
+            result(x, *panels)
+    else:
+        assert bits(result(x, *panels)) == bits(result(x, *weights))
+
+
 def test_only_one_weight_is_refused():
     layer = FusedMultiHeadAttention(64, 4)
     x = draw(1, 3, 64)
