@@ -125,4 +125,5 @@ def _arrange(parameter: Any, in_axis: int) -> None:
 
 
 def _replace(parameter: Any, value: Any) -> None:
+    value = value.contiguous()  # not a view, of which programs would hold the memory as it lies
     parameter.get_tensor()._share_data_with(value.get_tensor())
