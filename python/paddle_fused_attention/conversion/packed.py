@@ -246,6 +246,7 @@ def _new_parameter(owner: nn.Layer, value: Any, like: Any, is_bias: bool, name: 
     if str(parameter.place) == str(value.place):
         parameter.set_value(value)
     else:  # the model is not on the current device
+        value = value.contiguous()
         parameter.get_tensor()._share_data_with(value.get_tensor())
     for attribute in _TRAINING_ATTRIBUTES:
         setattr(parameter, attribute, getattr(like, attribute))
