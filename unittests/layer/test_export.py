@@ -231,19 +231,21 @@ BY_JIT_LOAD = 'y = paddle.jit.load("block")(x)'
 def readme_example(tmp_path_factory):
     """The folder with the model that the example of the README saves, and the code that it loads it by."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    save, load = re.findall(
+    save, load, arrange = re.findall(
         "```python\n(.*?)```", readme.split("## Export and serving")[1].split("\n## ")[0], re.DOTALL
     )
     assert load.count(IMPORT) == load.count(BY_JIT_LOAD) == 1
+    assert "arrange_weights(layer)" in arrange
     directory = tmp_path_factory.mktemp("readme")
-    result = run_python(save, threads=1, directory=directory)
+    result = run_python(save + arrange, threads=1, directory=directory)
     assert result.returncode == 0, result.stderr[-3000:]
     return directory, load.replace("block.json", "block.pdmodel") if IS_PADDLE_2 else load
 
 
-def test_readme(readme_example):
+@pytest.mark.parametrize("model", ["block", "arranged"])
+def test_readme(readme_example, model):
     directory, load = readme_example
-    result = run_python(load, threads=1, directory=directory)
+    result = run_python(load.replace('"block', f'"{model}'), threads=1, directory=directory)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
