@@ -8,7 +8,8 @@ multiplies by plain ones takes it for one.
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+import math
+from typing import Any, NamedTuple, Sequence
 
 import paddle
 
@@ -16,20 +17,13 @@ COLUMNS = 32
 
 
 def can_be_arranged(shape: Sequence[int], in_axis: int) -> bool:
-    columns = 1
-    for size in shape:
-        columns *= size
-    columns //= max(1, shape[in_axis])
-    return columns > 0 and columns % COLUMNS == 0 and shape[in_axis] > 0 and shape[in_axis] % COLUMNS == 0
-
-
-def _numbers(weight: Any) -> int:
-    return 2 if weight.dtype == paddle.bfloat16 else 1
+    size, total = shape[in_axis], math.prod(shape)
+    return total > 0 and size % COLUMNS == 0 and total // size % COLUMNS == 0
 
 
 def arranged(weight: Any, in_axis: int) -> Any:
     """The weight in the kernels' order. `in_axis` is its first dimension or its last."""
-    shape, numbers = list(weight.shape), _numbers(weight)
+    shape, numbers = list(weight.shape), 2 if weight.dtype == paddle.bfloat16 else 1
     size = shape[in_axis]
     matrix = weight.reshape([size, -1]) if in_axis == 0 else weight.reshape([-1, size]).transpose([1, 0])
     panels = matrix.reshape([size // numbers, numbers, -1, COLUMNS]).transpose([2, 0, 3, 1])
@@ -38,8 +32,8 @@ def arranged(weight: Any, in_axis: int) -> Any:
 
 
 def plain(weight: Any, in_axis: int) -> Any:
-    """The inverse of :func:`arranged`; `in_axis` is that of the plain weight."""
-    shape, numbers = list(weight.shape[:-2]), _numbers(weight)
+    """The inverse of :func:`arranged`, also of what was cast since; `in_axis` is that of the plain weight."""
+    *shape, numbers, _ = weight.shape
     shape[in_axis] *= numbers
     size = shape[in_axis]
     panels = weight.reshape([-1, size // numbers, COLUMNS, numbers])
@@ -47,13 +41,13 @@ def plain(weight: Any, in_axis: int) -> Any:
     return (matrix if in_axis == 0 else matrix.transpose([1, 0])).reshape(shape)
 
 
-def check_plain(name: str, weight: Any, rank: int = 2) -> None:
-    """Refuses an arranged weight where ordinary ops, or operators for parts of a block, compute.
+def check_plain(name: str, weight: Any) -> None:
+    """Refuses an arranged weight ``[in, out]`` where ordinary ops, or operators for parts of a block, compute.
 
     Raises:
         NotImplementedError: It is one.
     """
-    if weight is not None and len(weight.shape) > rank:
+    if weight is not None and len(weight.shape) > 2:
         raise NotImplementedError(
             f"{name}: expected a plain weight here, got one that arrange_weights has arranged, which serves "
             "self-attention without a cache or attention weights, and feed-forward, by their operators; "
@@ -61,14 +55,33 @@ def check_plain(name: str, weight: Any, rank: int = 2) -> None:
         )
 
 
-def check_all_plain(what: str, parameters: Sequence[Any]) -> None:
+class Mark(NamedTuple):
+    """What a layer remembers of a parameter that is arranged. Unlike a parameter's attributes it is in pickles too."""
+
+    in_axis: int
+    stop_gradient: bool
+    shape: list  # as it is arranged; a parameter of another shape has taken its place
+
+
+def marks_of(layer: Any) -> dict[str, Mark]:
+    """Those of the layer's own parameters, by name."""
+    marks = layer.__dict__.get("_arranged_weights", {})
+    found = {name: layer._parameters.get(name) for name in marks}
+    return {name: marks[name] for name, p in found.items() if p is not None and list(p.shape) == marks[name].shape}
+
+
+def set_marks(layer: Any, marks: dict[str, Mark]) -> None:
+    layer.__dict__["_arranged_weights"] = marks
+
+
+def check_all_plain(what: str, model: Any) -> None:
     """
     Raises:
-        RuntimeError: One of the parameters is arranged.
+        RuntimeError: A parameter of the model is arranged.
     """
-    for parameter in parameters:
-        if getattr(parameter, "plain_axis", None) is not None:
+    for layer in model.sublayers(include_self=True):
+        for name in marks_of(layer):
             raise RuntimeError(
-                f"{what}: expected plain weights, got {parameter.name}, which arrange_weights has arranged; "
-                "restore_weights(model) first"
+                f"{what}: expected plain weights, got the {name} of a {type(layer).__name__}, which arrange_weights "
+                "has arranged; restore_weights(model) first"
             )

@@ -39,7 +39,7 @@ class OwnEntries(nn.Layer):
     ) -> Any:
         # With buffers that do not persist it is asked for by what saves programs, which hold weights as they lie.
         if not (rest[0] if rest else more.get("include_non_persistable_buffer", False)):
-            check_all_plain("state_dict", self.parameters())
+            check_all_plain("state_dict", self)
         # In a dict of its own: Paddle 2.6 keeps everything that the dict which it hands on has ever held.
         state = super()._state_dict_impl(None, include_sublayers, structured_name_prefix, *rest, **more)
         state = self._own_entries(state, structured_name_prefix)

@@ -49,11 +49,11 @@ def arrange_weights(model: nn.Layer) -> list[str]:
     owners = Counter(id(parameter) for layer in layers for parameter in layer._parameters.values())
     for layer in layers:
         for weights in _weights_of_operators(layer):
-            found = [(owner._parameters.get(name), axis) for owner, name, axis in weights]
-            if all(parameter is not None and _serves(parameter, axis, owners) for parameter, axis in found):
-                for parameter, axis in found:
-                    _arrange(parameter, axis)
-    return [name for name, parameter in model.named_parameters() if _is_arranged(parameter)]
+            if all(_serves(owner, name, axis, owners) for owner, name, axis in weights):
+                for owner, name, axis in weights:
+                    _arrange(owner, name, axis)
+    marked = {id(layer._parameters[name]) for layer in layers for name in _arranged.marks_of(layer)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in marked]
 
 
 def restore_weights(model: nn.Layer) -> nn.Layer:
@@ -64,11 +64,12 @@ def restore_weights(model: nn.Layer) -> nn.Layer:
         RuntimeError: Static-graph mode is on.
     """
     _check_model("restore_weights", model)
-    for parameter in model.parameters():
-        if _is_arranged(parameter):
-            _replace(parameter, _arranged.plain(parameter.detach(), parameter.plain_axis))
-            parameter.stop_gradient = parameter.plain_stop_gradient
-            parameter.plain_axis = None
+    for layer in model.sublayers(include_self=True):
+        for name, mark in _arranged.marks_of(layer).items():
+            parameter = layer._parameters[name]
+            _replace(parameter, _arranged.plain(parameter.detach(), mark.in_axis))
+            parameter.stop_gradient = mark.stop_gradient
+        _arranged.set_marks(layer, {})
     return model
 
 
@@ -103,13 +104,11 @@ def _linear_layers(layer: Any, adapter: Any) -> Iterator[list]:
         yield [(part, "weight", 0) for part in parts]
 
 
-def _is_arranged(parameter: Any) -> bool:
-    return getattr(parameter, "plain_axis", None) is not None
-
-
-def _serves(parameter: Any, in_axis: int, owners: Counter) -> bool:
+def _serves(owner: Any, name: str, in_axis: int, owners: Counter) -> bool:
+    parameter = owner._parameters.get(name)
     return (
-        not _is_arranged(parameter)
+        parameter is not None
+        and name not in _arranged.marks_of(owner)
         and owners[id(parameter)] == 1
         and not parameter.is_dist()
         and parameter.place.is_cpu_place()
@@ -118,10 +117,13 @@ def _serves(parameter: Any, in_axis: int, owners: Counter) -> bool:
     )
 
 
-def _arrange(parameter: Any, in_axis: int) -> None:
-    parameter.plain_axis, parameter.plain_stop_gradient = in_axis, parameter.stop_gradient
-    _replace(parameter, _arranged.arranged(parameter.detach(), in_axis))
+def _arrange(owner: Any, name: str, in_axis: int) -> None:
+    parameter = owner._parameters[name]
+    value, stop_gradient = _arranged.arranged(parameter.detach(), in_axis), parameter.stop_gradient
+    _replace(parameter, value)
     parameter.stop_gradient = True
+    mark = _arranged.Mark(in_axis, stop_gradient, list(value.shape))
+    _arranged.set_marks(owner, {**_arranged.marks_of(owner), name: mark})
 
 
 def _replace(parameter: Any, value: Any) -> None:

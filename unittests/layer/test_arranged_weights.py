@@ -1,6 +1,7 @@
 """Arranged weights: the bits of results stay, and whatever can't take them says so."""
 
 import copy
+import pickle
 
 import numpy as np
 import paddle
@@ -223,6 +224,19 @@ def test_another_dtype_is_refused():
         call(layer, draw(1, 3, 64, dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_restored_after_a_cast(dtypes):
+    layer, same = FusedMultiHeadAttention(64, 4), FusedMultiHeadAttention(64, 4)
+    same.set_state_dict(layer.state_dict())
+    for dtype in dtypes:
+        for each in (layer, same):
+            each.to(dtype=dtype)
+        if dtype == dtypes[0]:
+            arrange_weights(layer)
+    restore_weights(layer)
+    assert values(layer) == values(same)
+
+
 def test_auto_cast_is_refused(monkeypatch):
     monkeypatch.setattr(_amp, "target_dtype", lambda *_: paddle.bfloat16)  # on the CPU Paddle switches auto_cast off
     layer = FusedMultiHeadAttention(64, 4)
@@ -282,15 +296,32 @@ def test_a_linear_layer_does_not_take_one():
         call(linear, x)
 
 
-def test_copies():
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(copies):
     model = encoder()
+    original = values(model)
     x = draw(1, 3, 64)
     expected = bits(call(model, x))
-    arrange_weights(model)
-    copied = copy.deepcopy(model)
+    names = arrange_weights(model)
+    copied = copies(model)
+    assert arrange_weights(copied) == names
     assert bits(call(copied, x)) == expected
+    with pytest.raises(RuntimeError, match="state_dict: expected plain weights"):
+        copied.state_dict()
     restore_weights(copied)
     assert bits(call(copied, x)) == expected
+    assert values(copied) == original
+
+
+def test_parameter_that_was_replaced_is_plain():
+    layer = FusedMultiHeadAttention(64, 4)
+    arrange_weights(layer)
+    for name, shape in (("qkv_weight", [3, 4, 16, 64]), ("linear_weight", [64, 64])):
+        setattr(layer, name, layer.create_parameter(shape))
+    original = values(layer)
+    layer.state_dict()
+    restore_weights(layer)
+    assert values(layer) == original
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -317,7 +348,7 @@ def test_gradient_of_a_saved_program_is_refused(tmp_path):
     loaded = paddle.jit.load(path)
     loaded.train()
     x.stop_gradient = False
-    with pytest.raises(Exception, match="arranged|gradient|grad"):
+    with pytest.raises(Exception, match="arranged"):
         loaded(x).sum().backward()
 
 

@@ -128,7 +128,7 @@ def revert(model: nn.Layer) -> nn.Layer:
             If an optimizer holds packed parameters, there is a warning.
     """
     _check_model("revert", model)
-    check_all_plain("revert", model.parameters())
+    check_all_plain("revert", model)
     layers = model.sublayers(include_self=True)
     transformer_layers = [layer for layer in layers if isinstance(layer, TransformerLayer)]
     inside = {
