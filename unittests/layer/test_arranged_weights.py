@@ -296,8 +296,14 @@ def test_a_linear_layer_does_not_take_one():
         call(linear, x)
 
 
-@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
 def test_copies(copies):
+    if copies is by_pickle and (int(paddle.version.major), int(paddle.version.minor)) < (3, 3):
+        pytest.skip("parameters can be pickled since Paddle 3.3")
     model = encoder()
     original = values(model)
     x = draw(1, 3, 64)

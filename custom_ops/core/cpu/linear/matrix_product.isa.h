@@ -362,8 +362,8 @@ class MatrixProduct {
     }
   };
 
-  // Lets `count` lines come near at a time: more at once would make the product wait. Narrow vectors' steps are so short
-  // that asking more often costs more.
+  // Lets `count` lines come near at a time: more at once would make the product wait. Steps of narrow vectors are so
+  // short that asking as often costs more.
   struct Prefetch {
     static constexpr int64_t kStep = PFA_VECTOR_BYTES == 32 ? 16 : 4;
     Lines& lines;
