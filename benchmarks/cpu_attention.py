@@ -1,9 +1,9 @@
 """Attention by itself on the CPU: paddle_fused_attention.functional against PyTorch's scaled_dot_product_attention.
 
     python benchmarks/cpu_attention.py [--cases NAME ...] [--dtypes float32 bfloat16] [--threads 2 1]
-        [--passes forward training] [--turns 7] [--json FILE]
+        [--passes forward forward+backward] [--turns 7] [--json FILE]
 
-Training is forward and backward with the gradients of query, key and value, and of the mask where it is a float one.
+Backward gives the gradients of query, key and value, and of the mask where it is a float one.
 There is no dropout. The libraries:
 
     ours         scaled_dot_product_attention, flash_attention or flash_attn_unpadded, in Paddle's layout
@@ -19,7 +19,6 @@ keys and values by the time, beside those that as many threads read of a large a
 """
 
 import os
-import tempfile
 from contextlib import ExitStack
 from typing import NamedTuple, Tuple
 
@@ -57,12 +56,7 @@ CASES = {
     "tiny_window": Case(1, 12, 12, 2, 2, 8, window=3),
     "tiny_decode": Case(2, 1, 12, 2, 2, 8),
 }
-DEFAULT_CASES = tuple(name for name in CASES if "tiny" not in name)
-DTYPES = ("float32", "bfloat16")
-PASSES = ("forward", "training")
 LIBRARIES = ("ours", "torch", "torch_parts")
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of the norm of the difference, relative to that of the tensor
-TURN = 0.25  # seconds of steps
 MEASURED_BYTES = 1 << 29  # of the array by which the memory's bandwidth is measured
 
 
@@ -76,7 +70,7 @@ def draw(case):
     return arrays, mask
 
 
-class Ours:
+class Ours(peers.Model):
     def __init__(self, case, dtype):
         import paddle
         from paddle_fused_attention import functional
@@ -106,7 +100,7 @@ class Ours:
         with self._paddle.no_grad():
             return self._call(*self._inputs)
 
-    def training(self):
+    def train(self):
         self._call(*self._inputs).backward(self._d_out)
         gradient = self._inputs[0].grad
         for tensor in self._inputs:
@@ -121,7 +115,7 @@ class Ours:
         return self._inputs[0].grad.astype("float64").numpy()
 
 
-class Torch:
+class Torch(peers.Model):
     """One call, or `parts`."""
 
     def __init__(self, case, dtype, parts=False):
@@ -196,7 +190,7 @@ class Torch:
         with self._torch.no_grad():
             return self._call()
 
-    def training(self):
+    def train(self):
         out = self._call()
         if isinstance(out, list):
             self._torch.autograd.backward(out, self._d_out)
@@ -221,7 +215,7 @@ class Torch:
         return self._back(self.forward())
 
     def gradient(self):
-        gradients = self.training()
+        gradients = self.train()
         return self._back(gradients[: len(self._case.lengths)] if self._parts and self._case.lengths else gradients[0])
 
 
@@ -229,27 +223,14 @@ def has_parts(case):
     return bool(case.lengths or case.window)
 
 
+def make_attention(library, case, dtype):
+    return Ours(case, dtype) if library == "ours" else Torch(case, dtype, parts=library == "torch_parts")
+
+
 def serve(library):
-    """Answers what `do` says: "output" and "gradient", saved in a file; the seconds of a pass; "bandwidth"."""
-    made = {}
-
-    def answer(do, case=None, dtype=None, file=None):
-        if do == "bandwidth":
-            return bandwidth()
-        if (case, dtype) not in made:
-            made.clear()
-            made[case, dtype] = (
-                Ours(CASES[case], dtype)
-                if library == "ours"
-                else Torch(CASES[case], dtype, parts=library == "torch_parts")
-            )
-        attention = made[case, dtype]
-        if do not in PASSES:
-            return np.save(file, getattr(attention, do)())
-        getattr(attention, do)()
-        return peers.time_step(getattr(attention, do), TURN)
-
-    peers.serve(answer)
+    """Answers also with the "bandwidth"."""
+    answer_others = peers.answers(lambda case, dtype: make_attention(library, CASES[case], dtype))
+    peers.serve(lambda do, **request: bandwidth() if do == "bandwidth" else answer_others(do=do, **request))
 
 
 def bandwidth():
@@ -261,30 +242,11 @@ def bandwidth():
     return MEASURED_BYTES / min(peers.time_step(array.sum, 0.0) for _ in range(10))
 
 
-def check(workers, case, dtype, do, folder):
-    """Compares the outputs, or the gradients of the query, with PyTorch's in float64.
-
-    Raises:
-        SystemExit: one differs by more than the tolerance.
-    """
-    file = os.path.join(folder, "got.npy")
-    workers["torch"].ask(case=case, dtype="float64", do=do, file=file)
-    expected = np.load(file)
-    for name, worker in workers.items():
-        worker.ask(case=case, dtype=dtype, do=do, file=file)
-        error = np.linalg.norm(np.load(file) - expected) / np.linalg.norm(expected)
-        if not error < TOLERANCES[dtype]:
-            raise SystemExit(
-                f"{name} at {case} {dtype}: its {do} is off by {error:.1e}, expected less than {TOLERANCES[dtype]:.0e}"
-            )
-
-
 def measure(threads, arguments):
     """Prints the table; the seconds by "case dtype", pass and library."""
     results = {}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(peers.Worker(__file__, name, threads)) for name in LIBRARIES}
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
         limit = workers["torch"].ask(do="bandwidth")
         print(f"{threads} threads, median of {arguments.turns} turns; milliseconds, and (the time / ours)")
         print(f"a large array is read at {limit / 1e9:.1f} GB/s")
@@ -295,9 +257,12 @@ def measure(threads, arguments):
                 taking = {n: w for n, w in workers.items() if n != "torch_parts" or has_parts(case)}
                 row = results[f"{name} {dtype}"] = {}
                 for which in arguments.passes:
-                    if which == "training" and "decode" in name:
+                    if which == "forward+backward" and "decode" in name:
                         continue
-                    check(taking, name, dtype, "output" if which == "forward" else "gradient", folder)
+                    do = "output" if which == "forward" else "gradient"
+                    expected = peers.saved(workers["torch"], name, "float64", do)
+                    for worker in taking.values():
+                        peers.check(worker, name, dtype, do, expected)
                     row[which] = peers.take_turns(taking, arguments.turns, case=name, dtype=dtype, do=which)
                     peers.print_row(name, dtype, which, row[which], LIBRARIES)
                     if "decode" in name:
@@ -312,7 +277,7 @@ def measure(threads, arguments):
 
 
 def main():
-    parser = peers.parser_of(__doc__, CASES, DEFAULT_CASES, DTYPES, PASSES, LIBRARIES)
+    parser = peers.parser_of(__doc__, CASES, LIBRARIES)
     parser.add_argument("--json", help="where to write all numbers")
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,12 +1,13 @@
 """The attention block on the CPU: ours against the same block of Paddle's layers, PyTorch, ONNX Runtime and OpenVINO.
 
-    python benchmarks/cpu_block.py [--threads 2 1] [--dtype float32 bfloat16] [--rounds 7] [--case NAME ...]
-        [--library NAME ...] [--no-stages] [--json FILE] [--chart FILE]
+    python benchmarks/cpu_block.py [--cases NAME ...] [--dtypes float32 bfloat16] [--threads 2 1] [--peers NAME ...]
+        [--passes forward forward+backward] [--turns 7] [--no-stages] [--json FILE] [--chart FILE]
 
-Each library runs in a process of its own. They take turns at a case for several rounds (three if these take long), and
-the medians are compared: forward in eval mode without gradients, and forward and backward in training with dropout 0.1.
-Peers that are not installed are left out (benchmarks/requirements.txt):
+Each library runs in a process of its own, pinned to as many cores as it has threads. They take turns at a case (three
+if these take long), and the medians are compared: forward in eval mode without gradients, and forward and backward in
+training with dropout 0.1. Peers that are not installed are left out (benchmarks/requirements.txt):
 
+    ours_saved     forward only: the layer after arrange_weights, saved by paddle.jit.save, by paddle.inference
     paddle         the block of Paddle's layers, which have no bfloat16 on the CPU
     torch          one projection for query, key and value, scaled_dot_product_attention
     onnxruntime    forward in float32 only, constant weights: its own Attention and SkipLayerNormalization
@@ -17,12 +18,9 @@ benchmark. A fresh process that runs nothing else measures by how much a trainin
 Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for which g++ is needed).
 """
 
-import argparse
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from glob import glob
@@ -40,24 +38,16 @@ CASES = {  # batch, seq_len, embed_dim, num_heads
     "b1_s64_e768": (1, 64, 768, 12),
     "tiny": (2, 9, 32, 4),
 }
-DEFAULT_CASES = tuple(name for name in CASES if name != "tiny")  # which is there to try the benchmark itself
-LIBRARIES = {  # what each imports
-    "ours": ("paddle",),
+PEERS = {  # what each imports
+    "ours_saved": ("paddle",),
     "paddle": ("paddle",),
     "torch": ("torch",),
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
 }
-FORWARD_ONLY = ("onnxruntime", "openvino")
-FLOAT32_ONLY = ("paddle", "onnxruntime")
-PASSES = ("forward", "forward+backward")
-DTYPES = ("float32", "bfloat16")
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
 DROPOUT = 0.1
 EPSILON = 1e-5
-TURN = 0.25  # seconds of steps
 MEMORY = "memory"
-OUTPUT = "output"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -112,7 +102,7 @@ def expected_output(case):
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPSILON) * scale + shift
 
 
-class PaddleBlock:
+class PaddleBlock(peers.Model):
     def __init__(self, case, dtype, fused):
         import paddle
         import paddle.nn.functional as F
@@ -153,13 +143,14 @@ class PaddleBlock:
         self._x, self._d_out = (paddle.to_tensor(array).astype(dtype) for array in draw_inputs(case))
         self._x.stop_gradient = False
 
+    def set_training(self, training):
+        (self._layer.train if training else self._layer.eval)()
+
     def forward(self):
-        self._layer.eval()
         with self._paddle.no_grad():
             return self._layer(self._x)
 
     def train(self):
-        self._layer.train()
         self._layer(self._x).backward(self._d_out)
         self._layer.clear_gradients()
         self._x.clear_gradient()
@@ -168,7 +159,7 @@ class PaddleBlock:
         return self.forward().astype("float64").numpy()
 
 
-class TorchBlock:
+class TorchBlock(peers.Model):
     def __init__(self, case, dtype):
         import torch
         import torch.nn.functional as F
@@ -199,13 +190,14 @@ class TorchBlock:
         self._x, self._d_out = (torch.from_numpy(array).to(torch_dtype) for array in draw_inputs(case))
         self._x.requires_grad_()
 
+    def set_training(self, training):
+        self._layer.train(training)
+
     def forward(self):
-        self._layer.eval()
         with self._torch.no_grad():
             return self._layer(self._x)
 
     def train(self):
-        self._layer.train()
         self._layer(self._x).backward(self._d_out)
         self._layer.zero_grad()
         self._x.grad = None
@@ -214,37 +206,32 @@ class TorchBlock:
         return self.forward().double().numpy()
 
 
-class OnnxBlock:
-    def __init__(self, case, dtype, library):
-        sys.path.insert(0, ROOT)
-        from onnx import TensorProto
+def make_saved(case, dtype):
+    return peers.SavedModel(PaddleBlock(case, dtype, fused=True)._layer, dtype, draw_inputs(case)[0])
 
-        from examples.semantic_search import onnx_encoder
 
-        *shape, num_heads = CASES[case]
-        graph = onnx_encoder.Graph()
-        output = onnx_encoder.add_attention(graph, "x", draw_weights(case), num_heads, EPSILON)
-        model = graph.model([("x", TensorProto.FLOAT, shape)], output, shape)
-        threads = int(os.environ["OMP_NUM_THREADS"])
-        if library == "onnxruntime":
-            model = onnx_encoder.fuse(model, num_heads, shape[-1], 1, feed_forward=False)
-            self._run = onnx_encoder.onnxruntime_run(model, threads)
-        else:
-            precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-            self._run = onnx_encoder.openvino_run(model, threads, precision)
-        self._inputs = {"x": draw_inputs(case)[0]}
+def make_onnx(library, case, dtype):
+    from onnx import TensorProto
 
-    def forward(self):
-        return self._run(self._inputs)
+    from examples.semantic_search import onnx_encoder
 
-    def output(self):
-        return self.forward().astype("float64")
+    *shape, num_heads = CASES[case]
+    graph = onnx_encoder.Graph()
+    output = onnx_encoder.add_attention(graph, "x", draw_weights(case), num_heads, EPSILON)
+    model = graph.model([("x", TensorProto.FLOAT, shape)], output, shape)
+
+    def fuse(model):
+        return onnx_encoder.fuse(model, num_heads, shape[-1], 1, feed_forward=False)
+
+    return peers.OnnxModel(library, dtype, model, fuse, draw_inputs(case)[0])
 
 
 def make_block(library, case, dtype):
     if library in ("ours", "paddle"):
         return PaddleBlock(case, dtype, fused=library == "ours")
-    return OnnxBlock(case, dtype, library) if library in FORWARD_ONLY else TorchBlock(case, dtype)
+    if library == "ours_saved":
+        return make_saved(case, dtype)
+    return TorchBlock(case, dtype) if library == "torch" else make_onnx(library, case, dtype)
 
 
 def peak_bytes():
@@ -255,6 +242,7 @@ def peak_bytes():
 def measure_memory(library, case):
     """By how many bytes one training step raises the peak of this fresh process."""
     block = make_block(library, case, "float32")
+    block.set_training(True)
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # the peak begins anew
     before = peak_bytes()
@@ -263,57 +251,33 @@ def measure_memory(library, case):
 
 
 def serve(library):
-    """Answers with the seconds of a pass, the growth of the memory, or nothing once the output is saved in `file`."""
-    made, warm = {}, set()
+    """Answers also with the growth of the memory."""
+    answer_others = peers.answers(lambda case, dtype: make_block(library, case, dtype))
 
     def answer(case, dtype, do, file=None):
-        if do == MEMORY:
-            return measure_memory(library, case)
-        if (case, dtype) not in made:
-            made.clear()
-            warm.clear()
-            made[case, dtype] = make_block(library, case, dtype)
-        block = made[case, dtype]
-        if do == OUTPUT:
-            return np.save(file, block.output())
-        step = block.forward if do == "forward" else block.train
-        if do not in warm:
-            step()
-            warm.add(do)
-        return peers.time_step(step, TURN)
+        return measure_memory(library, case) if do == MEMORY else answer_others(case, dtype, do, file)
 
     peers.serve(answer)
 
 
-def computes(library, dtype, which):
-    return not (library in FORWARD_ONLY and which != "forward" or library in FLOAT32_ONLY and dtype != "float32")
-
-
-def check_outputs(workers, case, dtype, expected):
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "got.npy")
-        for name, worker in workers.items():
-            worker.ask(case=case, dtype=dtype, do=OUTPUT, file=file)
-            peers.relative_error(name, f"{case} {dtype}", np.load(file), expected, TOLERANCES[dtype])
-
-
 def compare(libraries, threads, arguments, expected):
     """Runs and prints all cases; {"case dtype": {pass: {library: seconds}}}."""
-    print(f"{threads} threads, median of {arguments.rounds} rounds; milliseconds, and (the time / ours)")
+    print(f"{threads} threads, median of {arguments.turns} turns; milliseconds, and (the time / ours)")
     peers.print_header(libraries)
     results = {}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(peers.Worker(__file__, name, threads)) for name in libraries}
-        for dtype in arguments.dtype:
-            for case in arguments.case:
+        for dtype in arguments.dtypes:
+            for case in arguments.cases:
                 if case not in expected:
                     expected[case] = expected_output(case)
                 row = results[f"{case} {dtype}"] = {}
-                for which in PASSES:
-                    taking = {name: worker for name, worker in workers.items() if computes(name, dtype, which)}
+                for which in arguments.passes:
+                    taking = {name: worker for name, worker in workers.items() if peers.computes(name, dtype, which)}
                     if which == "forward":
-                        check_outputs(taking, case, dtype, expected[case])
-                    row[which] = peers.take_turns(taking, arguments.rounds, case=case, dtype=dtype, do=which)
+                        for worker in taking.values():
+                            peers.check(worker, case, dtype, "output", expected[case])
+                    row[which] = peers.take_turns(taking, arguments.turns, case=case, dtype=dtype, do=which)
                     peers.print_row(case, dtype, which, row[which], libraries)
     print(flush=True)
     return results
@@ -369,9 +333,9 @@ def time_stages(program, threads, arguments):
     """Prints the stages of all cases; {"case dtype": {stage: [seconds, floor]}}."""
     print(f"{threads} threads, stages in training: milliseconds, and that over the floor")
     results = {}
-    for dtype in arguments.dtype:
-        for case in arguments.case:
-            command = [program, dtype, *map(str, CASES[case]), str(DROPOUT), str(arguments.rounds)]
+    for dtype in arguments.dtypes:
+        for case in arguments.cases:
+            command = [program, dtype, *map(str, CASES[case]), str(DROPOUT), str(arguments.turns)]
             output = subprocess.run(
                 command,
                 env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
@@ -388,40 +352,29 @@ def time_stages(program, threads, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({os.cpu_count(), 1}, reverse=True))
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--case", choices=CASES, nargs="+", default=list(DEFAULT_CASES))
-    parser.add_argument(
-        "--library",
-        choices=[name for name in LIBRARIES if name != "ours"],
-        nargs="*",
-        default=[name for name in LIBRARIES if name != "ours"],
-        help="the peers",
-    )
+    parser = peers.parser_of(__doc__, CASES, ("ours", *PEERS))
+    parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
     parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
     parser.add_argument("--json", default="build/cpu_block.json")
     parser.add_argument("--chart", default="build/cpu_block.png")
-    parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments.worker)
 
     program = None if arguments.no_stages else build_stages()
-    libraries = ["ours", *peers.installed(arguments.library, LIBRARIES)]
-    training = [name for name in libraries if name not in FORWARD_ONLY]
+    libraries = ["ours", *peers.installed(arguments.peers, PEERS)]
+    training = [name for name in libraries if name not in peers.FORWARD_ONLY]
     expected = {}
-    results = {"rounds": arguments.rounds, "seconds": {}, "stages": {}}
+    results = {"turns": arguments.turns, "seconds": {}, "stages": {}}
     for threads in arguments.threads:
         results["seconds"][threads] = compare(libraries, threads, arguments, expected)
-    results["peak growth"] = compare_memory(training, arguments.threads[0], arguments.case)
+    results["peak growth"] = compare_memory(training, arguments.threads[0], arguments.cases)
     for threads in arguments.threads if program else ():
         results["stages"][threads] = time_stages(program, threads, arguments)
     peers.write(results, arguments.json)
     try:
         threads = arguments.threads[0]
-        peers.draw(results["seconds"][threads], libraries, PASSES, threads, arguments.chart)
+        peers.draw(results["seconds"][threads], libraries, arguments.passes, threads, arguments.chart)
     except ImportError:
         print("no chart: matplotlib is not installed")
 

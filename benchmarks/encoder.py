@@ -28,8 +28,6 @@ compiled once more for that.)
 import importlib.metadata
 import json
 import os
-import sys
-import tempfile
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
@@ -53,9 +51,6 @@ CASES = {
     "bert_2x512": Case(2, 512, 768, 12, 3072, 12),
     "tiny": Case(2, 9, 32, 4, 64, 2),
 }
-DEFAULT_CASES = tuple(name for name in CASES if name != "tiny")  # which is there to try the benchmark itself
-PASSES = ("forward", "forward+backward")
-DTYPES = ("float32", "bfloat16")
 PEERS = {  # what each imports
     "ours_saved": ("paddle",),
     "paddle": ("paddle",),
@@ -67,13 +62,8 @@ PEERS = {  # what each imports
 }
 PACKAGES = ("paddlepaddle", "torch", "onnxruntime", "openvino")
 ONNX = ("onnxruntime", "openvino")
-FORWARD_ONLY = ("ours_saved", *ONNX)
-FLOAT32_ONLY = ("paddle", "onnxruntime")
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of the norm of the difference, relative to that of the tensor
 DROPOUT = 0.1
 EPSILON = 1e-5
-TURN = 0.25  # seconds of steps
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def draw_weights(case):
@@ -101,7 +91,7 @@ def draw_inputs(case):
     return np.random.default_rng(1).standard_normal((2, case.batch, case.seq_len, case.embed_dim), np.float32)
 
 
-class PaddleEncoder:
+class PaddleEncoder(peers.Model):
     def __init__(self, case, dtype, converted=False):
         import paddle
 
@@ -142,31 +132,8 @@ class PaddleEncoder:
         return gradient
 
 
-class SavedEncoder:
-    def __init__(self, case, dtype):
-        from paddle import inference, jit, static
-        from paddle_fused_attention import arrange_weights
-
-        encoder = PaddleEncoder(case, dtype, converted=True)
-        encoder.set_training(False)
-        arrange_weights(encoder._model)
-        self._x = encoder._x.detach()
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "encoder")
-            jit.save(encoder._model, path, [static.InputSpec(self._x.shape, dtype, "x")])
-            program = path + (".json" if os.path.exists(path + ".json") else ".pdmodel")
-            config = inference.Config(program, path + ".pdiparams")
-            config.set_cpu_math_library_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one by default
-            self._predictor = inference.create_predictor(config)
-
-    def set_training(self, training):
-        pass
-
-    def forward(self):
-        return self._predictor.run([self._x])[0]
-
-    def output(self):
-        return self.forward().astype("float64").numpy()
+def make_saved(case, dtype):
+    return peers.SavedModel(PaddleEncoder(case, dtype, converted=True)._model, dtype, draw_inputs(case)[0])
 
 
 def torch_state(case):
@@ -212,7 +179,7 @@ def torch_model(case, own):
     return model
 
 
-class TorchEncoder:
+class TorchEncoder(peers.Model):
     def __init__(self, case, dtype, way):
         import torch
 
@@ -250,93 +217,41 @@ class TorchEncoder:
         return gradient
 
 
-class OnnxEncoder:
-    def __init__(self, case, dtype, library):
-        sys.path.insert(0, ROOT)
-        from onnx import TensorProto
+def make_onnx(library, case, dtype):
+    from onnx import TensorProto
 
-        from examples.semantic_search import onnx_encoder
+    from examples.semantic_search import onnx_encoder
 
-        shape = [case.batch, case.seq_len, case.embed_dim]
-        graph = onnx_encoder.Graph()
-        output = onnx_encoder.add_encoder(graph, "x", draw_weights(case), case.num_heads, EPSILON)
-        model = graph.model([("x", TensorProto.FLOAT, shape)], output, shape)
-        threads = int(os.environ["OMP_NUM_THREADS"])
-        if library == "onnxruntime":
-            model = onnx_encoder.fuse(model, case.num_heads, case.embed_dim, case.num_layers)
-            self._run = onnx_encoder.onnxruntime_run(model, threads)
-        else:
-            precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-            self._run = onnx_encoder.openvino_run(model, threads, precision)
-        self._inputs = {"x": draw_inputs(case)[0]}
+    shape = [case.batch, case.seq_len, case.embed_dim]
+    graph = onnx_encoder.Graph()
+    output = onnx_encoder.add_encoder(graph, "x", draw_weights(case), case.num_heads, EPSILON)
+    model = graph.model([("x", TensorProto.FLOAT, shape)], output, shape)
 
-    def set_training(self, training):
-        pass
+    def fuse(model):
+        return onnx_encoder.fuse(model, case.num_heads, case.embed_dim, case.num_layers)
 
-    def forward(self):
-        return self._run(self._inputs)
-
-    def output(self):
-        return self.forward().astype("float64")
+    return peers.OnnxModel(library, dtype, model, fuse, draw_inputs(case)[0])
 
 
 def make_encoder(library, case, dtype):
     if library in ("ours", "paddle"):
         return PaddleEncoder(case, dtype, converted=library == "ours")
     if library == "ours_saved":
-        return SavedEncoder(case, dtype)
-    return (OnnxEncoder if library in ONNX else TorchEncoder)(case, dtype, library)
-
-
-def serve(library):
-    """Answers what `do` says: "output" and "gradient", saved in a file; the seconds of a pass."""
-    made, warm = {}, set()
-
-    def answer(case, dtype, do, file=None):
-        if (case, dtype) not in made:
-            made.clear()
-            warm.clear()
-            made[case, dtype] = make_encoder(library, CASES[case], dtype)
-        encoder = made[case, dtype]
-        encoder.set_training(do == "forward+backward")
-        if do not in PASSES:
-            return np.save(file, getattr(encoder, do)())
-        step = encoder.train if do == "forward+backward" else encoder.forward
-        if do not in warm:
-            step()
-            warm.add(do)
-        return peers.time_step(step, TURN)
-
-    peers.serve(answer)
-
-
-def computes(library, dtype, which):
-    return not (library in FORWARD_ONLY and which != "forward" or library in FLOAT32_ONLY and dtype != "float32")
+        return make_saved(case, dtype)
+    return make_onnx(library, case, dtype) if library in ONNX else TorchEncoder(case, dtype, library)
 
 
 class Reference:
     """Outputs and gradients of Paddle's layers in float64, each computed once."""
 
-    def __init__(self, folder):
-        self._folder = folder
+    def __init__(self):
+        self._arrays = {}
 
-    def _expected(self, case, do):
-        file = os.path.join(self._folder, f"{case}-{do}.npy")
-        if not os.path.exists(file):
+    def expected(self, case, do):
+        if (case, do) not in self._arrays:
             with peers.Worker(__file__, "paddle", len(os.sched_getaffinity(0))) as worker:
-                worker.ask(case=case, dtype="float64", do=do, file=file)
-        return np.load(file)
-
-    def error(self, worker, case, dtype, do):
-        """The relative error of a library's output or gradient.
-
-        Raises:
-            SystemExit: it is above the tolerance, or not a number.
-        """
-        file = os.path.join(self._folder, "got.npy")
-        worker.ask(case=case, dtype=dtype, do=do, file=file)
-        what = f"{case} {dtype}: its {do}"
-        return peers.relative_error(worker.library, what, np.load(file), self._expected(case, do), TOLERANCES[dtype])
+                self._arrays[case, do] = peers.saved(worker, case, "float64", do)
+        return self._arrays[case, do]
 
 
 def compare(libraries, threads, reference, arguments):
@@ -351,10 +266,10 @@ def compare(libraries, threads, reference, arguments):
                 row = f"{case} {dtype}"
                 results[row], errors[row] = {}, {}
                 for which in arguments.passes:
-                    taking = {name: workers[name] for name in libraries if computes(name, dtype, which)}
+                    taking = {name: workers[name] for name in libraries if peers.computes(name, dtype, which)}
                     do = "output" if which == "forward" else "gradient"
                     errors[row][do] = {
-                        name: reference.error(worker, case, dtype, do)
+                        name: peers.check(worker, case, dtype, do, reference.expected(case, do))
                         for name, worker in taking.items()
                         if (name, do) != ("torch_compile", "gradient")
                     }
@@ -388,24 +303,24 @@ def measure(arguments):
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     report = {"versions": versions, "libraries": libraries, "passes": arguments.passes, "turns": arguments.turns}
     report.update(seconds={}, errors={})
-    with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(folder)
-        for threads in arguments.threads:
-            results, errors = compare(libraries, threads, reference, arguments)
-            report["seconds"][threads], report["errors"][threads] = results, errors
+    reference = Reference()
+    for threads in arguments.threads:
+        results, errors = compare(libraries, threads, reference, arguments)
+        report["seconds"][threads], report["errors"][threads] = results, errors
     print_errors(report["errors"][arguments.threads[0]])
     return report
 
 
 def main():
-    parser = peers.parser_of(__doc__, CASES, DEFAULT_CASES, DTYPES, PASSES, ("ours", *PEERS))
+    parser = peers.parser_of(__doc__, CASES, ("ours", *PEERS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
     parser.add_argument("--json", default="build/encoder.json")
     parser.add_argument("--chart", default="build/encoder.svg")
     parser.add_argument("--draw", metavar="FILE", help="draw the chart of this JSON file, and measure nothing")
     arguments = parser.parse_args()
     if arguments.worker:
-        return serve(arguments.worker)
+        library = arguments.worker
+        return peers.serve(peers.answers(lambda case, dtype: make_encoder(library, CASES[case], dtype)))
     if arguments.draw:
         with open(arguments.draw) as file:
             report = json.load(file)

@@ -23,7 +23,7 @@ def test_tiny_run(tmp_path):
     assert set(report["seconds"]) == {f"{case} {dtype}" for case in cases for dtype in ("float32", "bfloat16")}
     for name, row in report["seconds"].items():
         parts = ["torch_parts"] * ("packed" in name or "window" in name)
-        passes = ["forward", "of_bandwidth"] if "decode" in name else ["forward", "training"]
+        passes = ["forward", "of_bandwidth"] if "decode" in name else ["forward", "forward+backward"]
         assert list(row) == passes
         for by_library in row.values():
             assert list(by_library) == ["ours", "torch", *parts] and all(value > 0 for value in by_library.values())
