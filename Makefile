@@ -50,7 +50,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core fuzz bench-attention install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core fuzz bench-block bench-attention install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -97,6 +97,9 @@ FUZZ_CASES ?= 10000
 
 fuzz: core
 	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
+
+bench-block: core $(STATE)/installed
+	$(RUN) benchmarks/cpu_block.py --stages $(CORE_BUILD)/cpu_stages $(BENCH)
 
 bench-attention: $(STATE)/installed
 	$(RUN) -m pip install torch

@@ -1,7 +1,7 @@
 """The attention block on the CPU: ours against the same block of Paddle's layers, PyTorch, ONNX Runtime and OpenVINO.
 
     python benchmarks/cpu_block.py [--cases NAME ...] [--dtypes float32 bfloat16] [--threads 2 1] [--peers NAME ...]
-        [--passes forward forward+backward] [--turns 7] [--no-stages] [--json FILE] [--chart FILE]
+        [--passes forward forward+backward] [--turns 7] [--stages PROGRAM] [--json FILE] [--chart FILE]
 
 Each library runs in a process of its own, pinned to as many cores as it has threads. They take turns at a case (three
 if these take long), and the medians are compared: forward in eval mode without gradients, and forward and backward in
@@ -15,15 +15,13 @@ training with dropout 0.1. Peers that are not installed are left out (benchmarks
 
 Before that each library's output is compared with NumPy's in float64 on the same weights; one that differs ends the
 benchmark. A fresh process that runs nothing else measures by how much a training step raises the peak of its memory.
-Then each stage of ours is timed alone and compared with its floor (cpu_stages.cc, for which g++ is needed).
+Then, if cpu_stages of the core's build is given, as `make bench-block` does, each stage of ours is timed alone and
+compared with its floor.
 """
 
 import os
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from glob import glob
 
 import numpy as np
 import peers
@@ -48,7 +46,6 @@ PEERS = {  # what each imports
 DROPOUT = 0.1
 EPSILON = 1e-5
 MEMORY = "memory"
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def draw_weights(case):
@@ -299,36 +296,6 @@ def compare_memory(libraries, threads, cases):
     return results
 
 
-def build_stages():
-    """Compiles cpu_stages.cc and the core; the program's path."""
-    import paddle
-
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise SystemExit(f"{compiler} was not found, which the times of the stages need: --no-stages leaves them out")
-    library = paddle.sysconfig.get_lib()
-    folder = os.path.join(ROOT, "build", "cpu_stages")
-    os.makedirs(folder, exist_ok=True)
-    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fopenmp", "-ffp-contract=fast", "-I" + os.path.join(ROOT, "custom_ops")]
-
-    def compile_source(source):
-        target = os.path.join(folder, os.path.basename(source) + ".o")
-        native = ["-march=native"] if source.endswith("cpu_stages.cc") else []
-        subprocess.run([compiler, *flags, *native, "-c", source, "-o", target], check=True)
-        return target
-
-    sources = [
-        os.path.join(ROOT, "benchmarks", "cpu_stages.cc"),
-        *glob(os.path.join(ROOT, "custom_ops", "core", "cpu", "*.cc")),
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_source, sources))
-    program = os.path.join(folder, "cpu_stages")
-    libraries = ["-L" + library, "-l:libiomp5.so", "-Wl,-rpath," + library]
-    subprocess.run([compiler, *objects, "-o", program, *libraries], check=True)
-    return program
-
-
 def time_stages(program, threads, arguments):
     """Prints the stages of all cases; {"case dtype": {stage: [seconds, floor]}}."""
     print(f"{threads} threads, stages in training: milliseconds, and that over the floor")
@@ -354,14 +321,13 @@ def time_stages(program, threads, arguments):
 def main():
     parser = peers.parser_of(__doc__, CASES, ("ours", *PEERS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
-    parser.add_argument("--no-stages", action="store_true", help="time the whole block only")
+    parser.add_argument("--stages", metavar="PROGRAM", help="cpu_stages of the core's build")
     parser.add_argument("--json", default="build/cpu_block.json")
     parser.add_argument("--chart", default="build/cpu_block.png")
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments.worker)
 
-    program = None if arguments.no_stages else build_stages()
     libraries = ["ours", *peers.installed(arguments.peers, PEERS)]
     training = [name for name in libraries if name not in peers.FORWARD_ONLY]
     expected = {}
@@ -369,8 +335,8 @@ def main():
     for threads in arguments.threads:
         results["seconds"][threads] = compare(libraries, threads, arguments, expected)
     results["peak growth"] = compare_memory(training, arguments.threads[0], arguments.cases)
-    for threads in arguments.threads if program else ():
-        results["stages"][threads] = time_stages(program, threads, arguments)
+    for threads in arguments.threads if arguments.stages else ():
+        results["stages"][threads] = time_stages(arguments.stages, threads, arguments)
     peers.write(results, arguments.json)
     try:
         threads = arguments.threads[0]

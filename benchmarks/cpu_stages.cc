@@ -1,5 +1,5 @@
 // Times every stage of the block in training, forward and backward, and what its time cannot be below; cpu_block.py
-// compiles and runs it.
+// runs it.
 //
 //   cpu_stages DTYPE BATCH SEQ_LEN EMBED_DIM NUM_HEADS DROPOUT ROUNDS
 //
@@ -146,7 +146,8 @@ int main(int count, char** arguments) {
   char* const saved = allocate(saved_bytes(p));
   const AttentionBlockParams forward =
       plan_forward(context, p, true, saved, allocate(forward_workspace_bytes(context, p, true))).params;
-  const BackwardPlan backward = plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
+  const AttentionBackwardPlan backward =
+      plan_backward(context, p, saved, allocate(backward_workspace_bytes(context, p)));
 
   const double qkv = 2.0 * rows * 3 * embed * embed, output = 2.0 * rows * embed * embed;
   const double attention = 4.0 * p.batch * p.seq_len * p.seq_len * embed;
@@ -162,8 +163,12 @@ int main(int count, char** arguments) {
        [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_forward(c, attention_of(p)); }, &forward,
        attention},
       {"output_linear_forward", cpu::output_linear_forward, &forward, output},
-      {"residual_forward", cpu::residual_forward, &forward, 0},            // projection, x; z, out
-      {"residual_backward", cpu::residual_backward, &backward.output, 0},  // d_out, z; d_residual, d_linear
+      // projection, x; z, out
+      {"residual_forward", [](cpu::Context& c, const AttentionBlockParams& p) { cpu::residual_forward(c, p); },
+       &forward, 0},
+      // d_out, z; d_residual, d_linear
+      {"residual_backward", [](cpu::Context& c, const AttentionBlockParams& p) { cpu::residual_backward(c, p); },
+       &backward.output, 0},
       {"output_linear_backward", cpu::output_linear_backward, &backward.output, 2 * output},
       {"attention_backward",
        [](cpu::Context& c, const AttentionBlockParams& p) { cpu::attention_backward(c, attention_of(p)); },

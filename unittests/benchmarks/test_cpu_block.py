@@ -27,7 +27,7 @@ def installed(*modules):
 def test_tiny_run(tmp_path):
     report_file = tmp_path / "cpu_block.json"
     command = [sys.executable, str(BENCHMARKS / "cpu_block.py"), "--cases", "tiny", "--dtypes", "float32"]
-    command += ["--threads", "1", "--turns", "1", "--no-stages"]
+    command += ["--threads", "1", "--turns", "1"]
     command += ["--json", str(report_file), "--chart", str(tmp_path / "cpu_block.png")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

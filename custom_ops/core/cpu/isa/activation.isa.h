@@ -10,7 +10,8 @@ namespace pfa::cpu::PFA_ISA {
 
 template <class A>
 inline Vec<A> vabs(Vec<A> x) {
-  return x < 0 ? -x : x;
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  return bit_cast<Vec<A>>(bit_cast<Vec<Bits>>(x) & (~Bits(0) >> 1));
 }
 
 // What lies beyond x >= 0 of the standard normal distribution, divided by exp(-x^2 / 2): t * p(2 t - 1) with

@@ -4,9 +4,9 @@
 // b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread some panels at
 // a time or not at all, or changes places with a; or it comes arranged as panels. With few rows b, the weight, comes
 // from memory no faster than it is multiplied, so each thread prefetches what it takes next. a's rows are read where
-// they lie, for the inner loop broadcasts their numbers one by one; where they can't be, each thread packs those that
-// it works at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products of some rows
-// of a with one panel of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX
+// they lie, for the inner loop broadcasts their numbers one by one; where they can't be, each thread copies or packs
+// those that it works at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products
+// of some rows of a with one panel of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX
 // (tile_products.isa.h). The sum over k runs in its order for every element of c, whatever the units: the bits do not
 // depend on the number of threads.
 
@@ -54,7 +54,7 @@ class MatrixProduct {
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
   // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
   // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
-  static constexpr int64_t kMaxRun = (PFA_VECTOR_BYTES == 64 ? 384 : 256) * kNumbers<T>;
+  static constexpr int64_t kMaxRun = 384 * kNumbers<T>;
   static constexpr int64_t kMaxRows = 144;
   // Of a unit, so that its sums are still in the L2 cache when it is finished (only where a is packed for every unit
   // and the sums go to c, wider units are better); and where a thread reads b by itself.
@@ -66,6 +66,12 @@ class MatrixProduct {
   // With so few rows a product reads b in place, if it lies as panels do and a panel's rows are some lines each: pages
   // apart, single lines come slowly and are all in the same few lines of the caches.
   static constexpr int64_t kFewRows = kPanelColumns * sizeof(P) >= 128 ? 64 : 0;
+  // So few rows read an arranged weight by its own panels, where these are wider and the sums fit the registers: lines
+  // that are read one after another come without being asked for, and sooner.
+  static constexpr int64_t kFewestRows = 2;
+  static constexpr int kArrangedVectors = kArrangedColumns / kLanes<A>;
+  static constexpr bool kReadsArrangedPanels = ArrangedMatrix<T>::kReadInPlace && kPanelColumns < kArrangedColumns &&
+                                               kFewestRows * kArrangedVectors <= kPanelRows * kVectors;
   // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
@@ -95,6 +101,7 @@ class MatrixProduct {
     const int64_t runs = std::max<int64_t>(1, ceil_div(k, kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
     reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
+    copies_a_ = !tiles_ && !reads_a_ && !kPaired<T> && product_.a.depth_stride == 1;
     has_few_rows_ = product_.m <= kMaxRows;
     if (product_.is_b_arranged) {
       reads_b_ = ArrangedMatrix<T>::kReadInPlace && (has_few_rows_ || kPanelColumns == kArrangedColumns);
@@ -117,6 +124,10 @@ class MatrixProduct {
       columns_ = round_up(columns_ / 2, kPanelColumns);
     while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
     strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : kPanelColumns;
+    if (product_.is_b_arranged && reads_b_) {
+      strip_columns_ = std::max(kPanelColumns, kArrangedColumns);
+      columns_ = round_up(columns_, strip_columns_);
+    }
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 
@@ -230,11 +241,17 @@ class MatrixProduct {
 
   ArrangedMatrix<T> arranged_b() const { return {product_.b.data, product_.k}; }
 
-  void pack_a(const Unit& unit, int64_t k, int64_t count, P* panels) const {
+  // Packs the unit's rows of a: [panels][depth][panel_rows_], or copies them, widened.
+  void pack_a(const Unit& unit, int64_t k, int64_t count, P* out) const {
+    const MatrixView<T>& a = product_.a;
     if constexpr (kHasTileProducts<T>) {
-      if (tiles_) return pack_tile_rows(product_.a, unit.row, unit.rows, k, count, depth_of(count), panels);
+      if (tiles_) return pack_tile_rows(a, unit.row, unit.rows, k, count, depth_of(count), out);
     }
-    PanelPacker<kPanelRows, T>::pack(product_.a, unit.row, unit.rows, k, count, depth_of(count), panels);
+    if (!copies_a_) return PanelPacker<kPanelRows, T>::pack(a, unit.row, unit.rows, k, count, depth_of(count), out);
+    if constexpr (!kPaired<T>) {
+      for (int64_t i = 0; i < unit.rows; ++i)
+        load_row(a.data + (unit.row + i) * a.stride + k, count, out + i * depth_of(count));
+    }
   }
 
   A* sums_of(const Unit& unit) const {
@@ -262,38 +279,47 @@ class MatrixProduct {
       const auto* a = reinterpret_cast<const P*>(product_.a.data + unit.row * product_.a.stride + k);
       const int64_t a_stride = reads_a_ ? product_.a.stride / kNumbers<T> : depth;
       if (!reads_a_) {
-        P* panels = packed_a_ + unit.thread * thread_a_;  // the unit's rows: [panels][depth][panel_rows_]
-        pack_a(unit, k, count, panels);
-        a = panels;
+        P* packed = packed_a_ + unit.thread * thread_a_;
+        pack_a(unit, k, count, packed);
+        a = packed;
       }
       if (transposes_c()) {
         multiply_weight_rows(unit, k, k_begin, count, a, a_stride, {sums, stride, A(1), continues});
         continue;
       }
-      for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
-        const bool is_last = j + kPanelColumns >= unit.columns;
-        const Panel panel = panel_of(unit, j, k, k_begin, count);
-        Lines after;
-        if (!has_few_rows_) {
-          if (!is_last) after = lines_of_panel(panel_of(unit, j + kPanelColumns, k, k_begin, count), depth);
-        } else {
-          // A part of the next strip, as large as the panel is of its own.
-          const int64_t strip = j / strip_columns_ * strip_columns_;
-          const int64_t panels = ceil_div(std::min(strip_columns_, unit.columns - strip), kPanelColumns);
-          const int64_t panel_index = (j - strip) / kPanelColumns;
-          const int64_t next_strip = strip + strip_columns_;
-          after = next_strip < unit.columns
-                      ? lines_of_strip(unit, next_strip, k, count, panel_index, panels)
-                      : lines_of_strip(unit_after, 0, k_after, std::min(run_, k_end - k_after), panel_index, panels);
-        }
-        const int64_t share = ceil_div(after.lines(), row_panels * ceil_div(depth, Prefetch::kStep));
-        for (int64_t i = 0; i < unit.rows; i += panel_rows_) {
-          const int64_t i_end = std::min(i + panel_rows_, unit.rows);
-          // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
-          multiply_panels(depth, a + i * a_stride, panel, i_end - i, std::min(kPanelColumns, writable_columns - j),
-                          {sums + i * stride + j, stride, A(1), continues}, {after, share});
+      if constexpr (kReadsArrangedPanels) {
+        if (product_.is_b_arranged && product_.m <= kFewestRows) {
+          multiply_by_arranged_panels(unit, k, depth, operand_of(a, a_stride), {sums, stride, A(1), continues});
+          continue;
         }
       }
+      for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
+        const Panel panel = panel_of(unit, j, k, k_begin, count);
+        Lines after = has_few_rows_ ? part_of_next_strip(unit, j, k, count, unit_after, k_after, k_end)
+                                    : next_shared_panel(unit, j, k, k_begin, count);
+        const Prefetch prefetch = spread(after, row_panels, depth);
+        for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
+          // Rows in place are cut evenly: a tile of one or two would wait for its sums.
+          const int64_t i_end =
+              reads_a_ || copies_a_ ? unit.rows * tile / row_panels : std::min(i + panel_rows_, unit.rows);
+          // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
+          multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel, i_end - i,
+                          std::min(kPanelColumns, writable_columns - j),
+                          {sums + i * stride + j, stride, A(1), continues}, prefetch);
+          i = i_end;
+        }
+      }
+    }
+  }
+
+  // The same of one run of k for at most kFewestRows.
+  void multiply_by_arranged_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a,
+                                   TileResult<A> sums) const {
+    for (int64_t j = 0; j < unit.columns; j += kArrangedColumns) {
+      const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
+      TileResult<A> c = sums;
+      c.data += j;
+      multiply_last_rows<kFewestRows, kArrangedVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
     }
   }
 
@@ -307,10 +333,11 @@ class MatrixProduct {
       const int64_t next = unit.row + i + rows;
       Lines after = lines_of(product_.a, next, std::min(panel_rows_, product_.m - next), k, count);
       const int64_t column_panels = ceil_div(unit.columns, kPanelColumns);
-      const int64_t share = ceil_div(after.lines(), column_panels * ceil_div(depth, Prefetch::kStep));
+      const Prefetch prefetch = spread(after, column_panels, depth);
       for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
-        multiply_panels(depth, a + i * a_stride, panel_of(unit, j, k, k_begin, count), rows, kPanelColumns,
-                        {sums.data + i * sums.row_stride + j, sums.row_stride, A(1), sums.accumulate}, {after, share});
+        multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel_of(unit, j, k, k_begin, count), rows,
+                        kPanelColumns, {sums.data + i * sums.row_stride + j, sums.row_stride, A(1), sums.accumulate},
+                        prefetch);
       }
     }
   }
@@ -362,20 +389,45 @@ class MatrixProduct {
     }
   };
 
-  // Lets `count` lines come near at a time: more at once would make the product wait. Steps of narrow vectors are so
-  // short that asking as often costs more.
+  // Lets `count` lines come near before every `step` steps.
   struct Prefetch {
-    static constexpr int64_t kStep = PFA_VECTOR_BYTES == 32 ? 16 : 4;
     Lines& lines;
     int64_t count;
+    int64_t step;
     void operator()() const {
       for (int64_t i = 0; i < count; ++i) lines.prefetch();
     }
   };
 
-  static Lines lines_of_panel(Panel panel, int64_t depth) {
+  // The lines come near in the course of `tiles` tiles of `depth` steps: a few at a time, since more would make the
+  // product wait. Steps of narrow vectors are so short that it counts to ask for them often.
+  static Prefetch spread(Lines& lines, int64_t tiles, int64_t depth) {
+    int64_t step = 4;
+    if (PFA_VECTOR_BYTES == 32) {
+      constexpr int64_t few = 8;
+      step = std::clamp<int64_t>(few * tiles * depth / std::max<int64_t>(lines.lines(), 1) / 16 * 16, 16, 128);
+    }
+    return {lines, ceil_div(lines.lines(), tiles * ceil_div(depth, step)), step};
+  }
+
+  // The packed panel after that at column j of the unit, if it has one.
+  Lines next_shared_panel(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
+    if (j + kPanelColumns >= unit.columns) return {};
     constexpr int64_t size = sizeof(P);
-    return {reinterpret_cast<const char*>(panel.data), depth, panel.stride * size, kPanelColumns * size};
+    const Panel panel = panel_of(unit, j + kPanelColumns, k, k_begin, count);
+    return {reinterpret_cast<const char*>(panel.data), depth_of(count), panel.stride * size, kPanelColumns * size};
+  }
+
+  // Of the strip after that which has column j of the unit a part, as large as the panel is of its own; the strip may
+  // be the first of `unit_after` at k_after.
+  Lines part_of_next_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, const Unit& unit_after,
+                           int64_t k_after, int64_t k_end) const {
+    const int64_t strip = j / strip_columns_ * strip_columns_;
+    const int64_t panels = ceil_div(std::min(strip_columns_, unit.columns - strip), kPanelColumns);
+    const int64_t panel = (j - strip) / kPanelColumns;
+    const int64_t next = strip + strip_columns_;
+    if (next < unit.columns) return lines_of_strip(unit, next, k, count, panel, panels);
+    return lines_of_strip(unit_after, 0, k_after, std::min(run_, k_end - k_after), panel, panels);
   }
 
   // Part `part` of `parts`, along k, of the strip of b from column j of the unit on.
@@ -401,7 +453,7 @@ class MatrixProduct {
   }
 
   // c [rows, columns] (+)= a panel of a, or so many of its rows in place, @ a panel of b [depth, kPanelColumns].
-  void multiply_panels(int64_t depth, const P* a, Panel b, int64_t rows, int64_t columns, TileResult<A> c,
+  void multiply_panels(int64_t depth, TileOperand<P> a, Panel b, int64_t rows, int64_t columns, TileResult<A> c,
                        const Prefetch& prefetch) const {
     if (columns == kPanelColumns && (rows == panel_rows_ || !tiles_)) {
       return multiply_rows(depth, a, b, rows, c, prefetch);
@@ -416,20 +468,24 @@ class MatrixProduct {
   }
 
   // The same for all columns of the panel; on tiles for all panel_rows_ too.
-  void multiply_rows(int64_t depth, const P* a, Panel b, int64_t rows, TileResult<A> c,
+  void multiply_rows(int64_t depth, TileOperand<P> a, Panel b, int64_t rows, TileResult<A> c,
                      const Prefetch& prefetch) const {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) {
-        for (int64_t k = 0; k < depth; k += Prefetch::kStep) prefetch();
-        return multiply_tiles(depth, a, b.data, c);
+        for (int64_t k = 0; k < depth; k += prefetch.step) prefetch();
+        return multiply_tiles(depth, a.data, b.data, c);
       }
     }
-    const TileOperand<P> rows_of_a =
-        reads_a_ ? TileOperand<P>{a, product_.a.stride / kNumbers<T>, 1} : TileOperand<P>{a, 1, kPanelRows};
     if (rows == kPanelRows) {
-      return multiply_register_tile<kPanelRows, kVectors>(depth, rows_of_a, b.data, b.stride, c, prefetch);
+      return multiply_register_tile<kPanelRows, kVectors>(depth, a, b.data, b.stride, c, prefetch);
     }
-    multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, rows_of_a, b.data, b.stride, c, prefetch);
+    multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, a, b.data, b.stride, c, prefetch);
+  }
+
+  // Rows of a, in place or copied, or a packed panel of them.
+  TileOperand<P> operand_of(const P* a, int64_t stride) const {
+    if (reads_a_ || copies_a_) return {a, stride, 1};
+    return {a, 1, kPanelRows};
   }
 
   // An addend that is c itself is there already where the sums go to c.
@@ -498,13 +554,14 @@ class MatrixProduct {
   bool tiles_;
   int64_t panel_rows_;
   int64_t depth_step_;  // what the depth of a panel is a multiple of
-  bool reads_a_;        // a is read in place; else each thread packs a unit's rows
+  bool reads_a_;        // a is read in place
+  bool copies_a_;       // each thread copies a unit's rows; else, if they aren't read in place, it packs them
   bool has_few_rows_;   // c
   bool reads_b_;        // b, stored as [k, n] or arranged, is read in place
   bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
-  int64_t strip_columns_;   // kPanelColumns where b is read in place
+  int64_t strip_columns_;   // kPanelColumns where plain b is read in place
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
   P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
   P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a strip's panels

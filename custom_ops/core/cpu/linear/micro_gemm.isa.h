@@ -22,9 +22,9 @@ struct TileResult {
   bool accumulate;
 };
 
-// What a product does meanwhile: called before every kStep steps along k.
+// What a product does meanwhile: called before every `step` steps along k.
 struct NothingMeanwhile {
-  static constexpr int64_t kStep = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t step = std::numeric_limits<int64_t>::max();
   void operator()() const {}
 };
 
@@ -83,7 +83,7 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
   for (int i = 0; i < kPointers; ++i) at[i] = a.data + 3 * i * a.row_stride;
   while (k_size > 0) {
     meanwhile();
-    const int64_t steps = std::min(k_size, Meanwhile::kStep);
+    const int64_t steps = std::min(k_size, meanwhile.step);
     k_size -= steps;
     // Step `ahead` from where the pointers are.
     const auto multiply = [&](auto ahead) __attribute__((always_inline)) {
