@@ -71,6 +71,25 @@ def port(encoder):
     server.server_close()
 
 
+@pytest.mark.skipif(
+    paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0, reason="the model runs on the GPU"
+)
+@pytest.mark.parametrize("setting", ["3", None])
+def test_threads(directory, monkeypatch, setting):
+    """The predictor has all cores, or as many threads as OMP_NUM_THREADS says; Paddle's own default is one."""
+    configs = []
+    create_predictor = saved_model.inference.create_predictor
+    monkeypatch.setattr(
+        saved_model.inference, "create_predictor", lambda config: configs.append(config) or create_predictor(config)
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if setting:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    saved_model.SavedEncoder(directory)
+    expected = int(setting or len(os.sched_getaffinity(0)))
+    assert [config.cpu_math_library_num_threads() for config in configs] == [expected]
+
+
 def request(port, path, body=None):
     """The status and the value of an answer; a body makes it a POST."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
