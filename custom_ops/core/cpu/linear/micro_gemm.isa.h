@@ -72,7 +72,7 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
   // A store too waits for its line.
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
   }
   // Every third row of a has a pointer; the others lie one stride and two behind it, as addresses can say. So there are
@@ -95,13 +95,13 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
       }
 #endif
       Vec<P> row[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * lanes);
       b += b_k;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec<P> factor = broadcast(at[r / 3][r % 3 * a.row_stride + ahead]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
       }
     };
@@ -134,7 +134,7 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
   __asm__("" : "+r"(c.row_stride));
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       T* target = c.data + r * c.row_stride + v * lanes;
       store(target, (c.accumulate ? load(target) : Vec<T>{}) + sum[r][v] * c.scale);
