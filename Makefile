@@ -99,6 +99,7 @@ fuzz: core
 	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
 
 bench-block: core $(STATE)/installed
+	$(RUN) -m pip install -r benchmarks/requirements.txt
 	$(RUN) benchmarks/cpu_block.py --stages $(CORE_BUILD)/cpu_stages $(BENCH)
 
 bench-attention: $(STATE)/installed
