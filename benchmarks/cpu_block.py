@@ -269,11 +269,11 @@ def compare(libraries, threads, arguments, expected):
                 if case not in expected:
                     expected[case] = expected_output(case)
                 row = results[f"{case} {dtype}"] = {}
+                for name, worker in workers.items():
+                    if any(peers.computes(name, dtype, which) for which in arguments.passes):
+                        peers.check(worker, case, dtype, "output", expected[case])
                 for which in arguments.passes:
                     taking = {name: worker for name, worker in workers.items() if peers.computes(name, dtype, which)}
-                    if which == "forward":
-                        for worker in taking.values():
-                            peers.check(worker, case, dtype, "output", expected[case])
                     row[which] = peers.take_turns(taking, arguments.turns, case=case, dtype=dtype, do=which)
                     peers.print_row(case, dtype, which, row[which], libraries)
     print(flush=True)

@@ -13,9 +13,9 @@ import os
 import time
 
 import numpy as np
+import peers
 
 EMBED, HEADS, HIDDEN, LAYERS = 384, 12, 1536, 6
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of the norm of the difference, relative to that of the result
 
 
 def draw_lengths(batch, longest):
@@ -30,7 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
+    parser.add_argument("--dtype", choices=peers.DTYPES, default="float32")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--longest", type=int, default=128)
     arguments = parser.parse_args()
@@ -76,8 +76,9 @@ def main():
         expected = run_padded().astype("float64").numpy()[keep.numpy()]
         difference = run_packed().astype("float64").numpy() - expected
         error = np.linalg.norm(difference) / np.linalg.norm(expected)
-        if not error < TOLERANCES[arguments.dtype]:
-            raise SystemExit(f"packed differs from padded by {error:.1e}, allowed is {TOLERANCES[arguments.dtype]}")
+        tolerance = peers.TOLERANCES[arguments.dtype]
+        if not error < tolerance:
+            raise SystemExit(f"packed differs from padded by {error:.1e}, allowed is {tolerance}")
         seconds = {name: [] for name in ways}
         for turn in range(arguments.turns + 1):  # the first is not counted
             for name, run in ways.items():

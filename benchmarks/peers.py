@@ -49,7 +49,8 @@ class Worker:
     def __init__(self, script, library, threads):
         self.library = library
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # before the library is imported
+        # Before the library is imported; GPUs are hidden, which it would take by itself.
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="")
         for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they would hold back peers
             environment.pop(name, None)
         self._process = subprocess.Popen(

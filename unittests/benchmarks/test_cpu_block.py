@@ -42,6 +42,24 @@ def test_tiny_run(tmp_path):
     assert all(value > 0 for row in seconds.values() for value in row.values())
 
 
+@pytest.mark.slow
+def test_stages(tmp_path):
+    """What `make bench-block` runs, by the program that lies beside pfa_core."""
+    program = (
+        Path(pytest.importorskip("pfa_core", reason="the core is not built (make core)").__file__).parent / "cpu_stages"
+    )
+    report_file = tmp_path / "cpu_block.json"
+    command = [sys.executable, str(BENCHMARKS / "cpu_block.py"), "--cases", "tiny", "--threads", "1", "--turns", "1"]
+    command += ["--peers", "--passes", "forward", "--stages", str(program), "--json", str(report_file)]
+    run = subprocess.run([*command, "--chart", str(tmp_path / "chart.png")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    stages = json.loads(report_file.read_text())["stages"]["1"]
+    assert set(stages) == {"tiny float32", "tiny bfloat16"}
+    for row in stages.values():
+        assert {"qkv_linear_forward", "attention_backward", "residual_forward"} < set(row)
+        assert all(seconds > 0 and floor > 0 for seconds, floor in row.values())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_output(cpu_block, fused):
     block = cpu_block.PaddleBlock("tiny", "float32", fused)

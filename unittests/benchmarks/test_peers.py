@@ -91,12 +91,15 @@ def test_one_model_at_a_time_answers(peers, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_saved_model(peers, monkeypatch, dtype):
+def test_saved_model(peers, monkeypatch, request, dtype):
     """The predictor's program gives what the layer gives, in float32."""
     paddle = pytest.importorskip("paddle")
     from paddle_fused_attention import FusedMultiHeadAttention
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    device = paddle.get_device()
+    paddle.set_device("cpu")
+    request.addfinalizer(lambda: paddle.set_device(device))
     layer = FusedMultiHeadAttention(32, 4).to(dtype=dtype)
     layer.eval()
     x = np.random.default_rng(0).standard_normal((2, 9, 32), np.float32)
@@ -138,9 +141,10 @@ def make_script(tmp_path, answer):
 
 
 def test_worker_answers_on_its_cores(peers, tmp_path):
-    script = make_script(tmp_path, "return [number, len(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS']]")
+    seen = "[os.environ[name] for name in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')]"
+    script = make_script(tmp_path, f"return [number, len(os.sched_getaffinity(0)), *{seen}]")
     with peers.Worker(script, "theirs", 1) as worker:
-        assert worker.ask(number=3) == [3, 1, "1"]
+        assert worker.ask(number=3) == [3, 1, "1", ""]
         assert worker.ask(number=4)[0] == 4
 
 

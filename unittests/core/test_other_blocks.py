@@ -132,7 +132,7 @@ def test_linear(case, dtype, isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 12, 31, 64, 65, 200])
 def test_rows_and_widths_of_linear(rows, dtype, transpose_weight, isa):
-    for width, out_width in ((40, 33), (300, 128), (17, 1024)):
+    for width, out_width in ((40, 33), (300, 128), (800, 96), (17, 1024)):
         case = cases.LinearCase(shape=(rows,), width=width, out_width=out_width, dtype=dtype)
         check_case(case.but(transpose_weight=transpose_weight, activation="gelu"), isa)
 

@@ -91,6 +91,16 @@ def test_encoder_has_the_same_bits(dtype, before):
     assert [bits(call(model, x)) for x in inputs] == expected
 
 
+@pytest.mark.parametrize("hidden", [1024, 1056])  # sums in several runs, of rows 4 KB apart or not
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_have_the_same_bits(dtype, hidden):
+    model = encoder(dtype, hidden=hidden)
+    inputs = [draw(*shape, 64, dtype=dtype) for shape in [(1, 1), (2, 1), (1, 5), (1, 13), (1, 64), (3, 64)]]
+    expected = [bits(call(model, x)) for x in inputs]
+    arrange_weights(model)
+    assert [bits(call(model, x)) for x in inputs] == expected
+
+
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_has_the_same_bits(dtype, num_kv_heads):

@@ -113,23 +113,24 @@ class MatrixProduct {
     span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
-    columns_ = round_up(std::max<int64_t>(product_.n, 1), kPanelColumns);
+    // Of an arranged b whole panels are taken, so that its lines come in their order.
+    const int64_t step = product_.is_b_arranged && reads_b_ ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
+    columns_ = round_up(std::max<int64_t>(product_.n, 1), step);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
     // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
-    const int64_t least_columns = (!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns;
+    const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns, step);
     const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
     while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
-      columns_ = round_up(columns_ / 2, kPanelColumns);
-    while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, kPanelColumns);
-    strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : kPanelColumns;
-    if (product_.is_b_arranged && reads_b_) {
-      strip_columns_ = std::max(kPanelColumns, kArrangedColumns);
-      columns_ = round_up(columns_, strip_columns_);
-    }
+      columns_ = round_up(columns_ / 2, step);
+    while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, step);
+    strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : step;
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
+
+  // Rows of a have a stride, in place or copied; else panels of them are packed.
+  bool has_rows_of_a() const { return reads_a_ || copies_a_; }
 
   bool transposes_c() const { return kPaired<T> && product_.transposes_c; }
   bool has_own_sums() const { return kNarrows || transposes_c(); }  // else they go to c itself
@@ -299,9 +300,8 @@ class MatrixProduct {
                                     : next_shared_panel(unit, j, k, k_begin, count);
         const Prefetch prefetch = spread(after, row_panels, depth);
         for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
-          // Rows in place are cut evenly: a tile of one or two would wait for its sums.
-          const int64_t i_end =
-              reads_a_ || copies_a_ ? unit.rows * tile / row_panels : std::min(i + panel_rows_, unit.rows);
+          // Rows are cut evenly where panels don't cut them: a tile of one or two would wait for its sums.
+          const int64_t i_end = has_rows_of_a() ? unit.rows * tile / row_panels : std::min(i + panel_rows_, unit.rows);
           // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
           multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel, i_end - i,
                           std::min(kPanelColumns, writable_columns - j),
@@ -400,7 +400,7 @@ class MatrixProduct {
   };
 
   // The lines come near in the course of `tiles` tiles of `depth` steps: a few at a time, since more would make the
-  // product wait. Steps of narrow vectors are so short that it counts to ask for them often.
+  // product wait. Steps of narrow vectors are short, so there these are asked for as seldom as that allows.
   static Prefetch spread(Lines& lines, int64_t tiles, int64_t depth) {
     int64_t step = 4;
     if (PFA_VECTOR_BYTES == 32) {
@@ -484,7 +484,7 @@ class MatrixProduct {
 
   // Rows of a, in place or copied, or a packed panel of them.
   TileOperand<P> operand_of(const P* a, int64_t stride) const {
-    if (reads_a_ || copies_a_) return {a, stride, 1};
+    if (has_rows_of_a()) return {a, stride, 1};
     return {a, 1, kPanelRows};
   }
 
@@ -563,7 +563,7 @@ class MatrixProduct {
   int64_t rows_, columns_;  // of a unit
   int64_t strip_columns_;   // kPanelColumns where plain b is read in place
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
-  P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]
+  P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]; copied [threads][rows_][depth]
   P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a strip's panels
   A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [m, sums_stride_]
 };
