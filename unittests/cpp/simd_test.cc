@@ -6,6 +6,8 @@
 #define PFA_VECTOR_BYTES 16
 #include "core/cpu/isa/simd.isa.h"
 
+#include "core/cpu/isa/vectors.isa.h"
+
 #include "core/cpu/isa/exp.isa.h"
 
 #include "core/cpu/isa/activation.isa.h"
@@ -86,26 +88,49 @@ void test_exp(A lowest, double units) {
   expect(std::isnan(vexp(broadcast(std::numeric_limits<A>::quiet_NaN()))[0]), "exp(NaN)", 0);
 }
 
+// Some vectors at a time have the numbers of each by itself.
+template <class A>
+void test_vectors() {
+  A numbers[kTogether * kLanes<A>];
+  for (double first = -90.0; first < 0.5; first += 1.0 / 64) {
+    for (size_t i = 0; i < std::size(numbers); ++i) numbers[i] = static_cast<A>(first - 0.37 * i);
+    const auto together = load_vectors<kTogether>(numbers);
+    const auto exps = vexp(together);
+    const auto gelus = value_and_slope<Activation::kGelu, false>(together);
+    for (int v = 0; v < kTogether; ++v) {
+      const auto exp = vexp(together.v[v]);
+      const auto gelu = value_and_slope<Activation::kGelu, false>(Vectors<A, 1>{{together.v[v]}});
+      for (int l = 0; l < kLanes<A>; ++l) {
+        expect(exps.v[v][l] == exp[l], "exp of vectors", together.v[v][l]);
+        expect(gelus.value.v[v][l] == gelu.value.v[0][l], "gelu of vectors", together.v[v][l]);
+        expect(gelus.slope.v[v][l] == gelu.slope.v[0][l], "slope of vectors", together.v[v][l]);
+      }
+    }
+  }
+}
+
 void test_16bit_activations() {
   const auto expect_near = [](float got, double expected, double error, const char* what, double x) {
     expect(std::fabs(got - expected) <= error * std::fabs(expected), what, x);
   };
   for (double x = -13.0; x <= 13.0; x += 1.0 / 512) {
-    const Vec<float> at = broadcast(static_cast<float>(x));
+    const Vectors<float, 1> at{{broadcast(static_cast<float>(x))}};
     const double normal = std::erfc(-x * std::sqrt(0.5)) / 2;
     const double bell = std::exp(-x * x / 2);
-    expect_near(vexp_16bit(at - 14.0f)[0], std::exp(x - 14), 8e-6, "exp for 16 bits", x - 14);
-    const auto gelu = value_and_slope<Activation::kGelu, true, float>(at);
-    expect_near(gelu.value[0], x * normal, 2e-5, "gelu for 16 bits", x);
-    expect(std::fabs(gelu.slope[0] - (normal + x * bell * 0.3989422804014327)) <= 2e-5 * std::max(1.0, std::fabs(x)),
-           "the slope of gelu for 16 bits", x);
-    const auto silu = value_and_slope<Activation::kSilu, true, float>(at);
-    expect_near(silu.value[0], x / (1 + std::exp(-x)), 2e-5, "silu for 16 bits", x);
+    expect_near(vexp_16bit(at - 14.0f).v[0][0], std::exp(x - 14), 8e-6, "exp for 16 bits", x - 14);
+    const auto gelu = value_and_slope<Activation::kGelu, true>(at);
+    expect_near(gelu.value.v[0][0], x * normal, 2e-5, "gelu for 16 bits", x);
+    expect(
+        std::fabs(gelu.slope.v[0][0] - (normal + x * bell * 0.3989422804014327)) <= 2e-5 * std::max(1.0, std::fabs(x)),
+        "the slope of gelu for 16 bits", x);
+    const auto silu = value_and_slope<Activation::kSilu, true>(at);
+    expect_near(silu.value.v[0][0], x / (1 + std::exp(-x)), 2e-5, "silu for 16 bits", x);
   }
   const float infinity = std::numeric_limits<float>::infinity();
-  expect(vexp_16bit(broadcast(-infinity))[0] == 0, "exp(-inf) for 16 bits", 0);
-  expect(std::isnan(vexp_16bit(broadcast(std::numeric_limits<float>::quiet_NaN()))[0]), "exp(NaN) for 16 bits", 0);
-  expect(value_and_slope<Activation::kGelu, true, float>(broadcast(infinity)).value[0] == infinity, "gelu(inf)", 0);
+  const auto alone = [](float x) { return Vectors<float, 1>{{broadcast(x)}}; };
+  expect(vexp_16bit(alone(-infinity)).v[0][0] == 0, "exp(-inf) for 16 bits", 0);
+  expect(std::isnan(vexp_16bit(alone(std::numeric_limits<float>::quiet_NaN())).v[0][0]), "exp(NaN) for 16 bits", 0);
+  expect(value_and_slope<Activation::kGelu, true>(alone(infinity)).value.v[0][0] == infinity, "gelu(inf)", 0);
 }
 
 void test_philox() {
@@ -164,6 +189,8 @@ int main() {
   test_16bit<BFloat16>(8, 7);
   test_exp<float>(-86.9f, 2.0);
   test_exp<double>(-707.0, 2.0);
+  test_vectors<float>();
+  test_vectors<double>();
   test_16bit_activations();
   test_philox();
   test_greater_bits();

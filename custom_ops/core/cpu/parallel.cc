@@ -22,9 +22,11 @@ void run_parallel(int64_t count, int threads, bool ahead, LoopBody body, void* c
   {
     const int thread = omp_get_thread_num();
     for (int64_t i = next++; i < count;) {
-      const int64_t after = ahead ? next++ : count;
+      // While others still find some, the next index may be held in reserve.
+      const bool reserves = ahead && i + 2 * threads < count;
+      const int64_t after = reserves ? next++ : i + threads;
       body(closure, i, after, thread);
-      i = ahead ? after : next++;
+      i = reserves ? after : next++;
     }
   }
 }

@@ -23,8 +23,8 @@ void parallel_for(int64_t count, int threads, F&& f) {
       [](void* closure, int64_t index, int64_t, int thread) { (*static_cast<Closure*>(closure))(index, thread); }, &f);
 }
 
-// The same with f(index, next, thread): the thread's next index, `count` or more after its last. It holds that index in
-// reserve, so this is for short work.
+// The same with f(index, next, thread): `next` is what the thread will take after that, or is likely to, or at least
+// `count`.
 template <class F>
 void parallel_for_with_next(int64_t count, int threads, F&& f) {
   using Closure = std::remove_reference_t<F>;

@@ -109,9 +109,10 @@ struct AttentionBackward {
   static void run(Context& context, const AttentionParams& p) {
     const std::vector<Unit> units = split(context, p);
     const size_t bytes = thread_bytes(context, p);
-    parallel_for(units.size(), threads(context, p), [&](int64_t index, int thread) {
+    const auto count = static_cast<int64_t>(units.size());
+    parallel_for_with_next(count, threads(context, p), [&](int64_t index, int64_t next, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(p, units[index], group_of_tiles(arena, context, p));
+      run_unit(p, units[index], next < count ? &units[next] : nullptr, group_of_tiles(arena, context, p));
     });
   }
 
@@ -165,9 +166,21 @@ struct AttentionBackward {
     return units;
   }
 
-  // `of_scores` gets the unrounded gradient of every tile of scores, if it wants that.
+  static int64_t first_head(const AttentionParams& p, const Unit& unit) {
+    return unit.batch * p.num_heads + unit.kv_head * (p.num_heads / p.num_kv_heads);
+  }
+
+  // The unit's queries of one of its heads.
+  static Range<int64_t> queries_of(const Head<T>& head, const Unit& unit) {
+    if (unit.wants_query) return unit.queries;
+    const Range<int64_t> seen = head.visibility.queries_of(unit.keys.first, unit.keys.end);
+    return whole_tiles(unit.queries, seen, kQueryTile);
+  }
+
+  // `next` comes after that, unless it is null. `of_scores` gets the unrounded gradient of every tile of scores, if it
+  // wants that.
   template <class OfScores = NoMaskGradient>
-  static void run_unit(const AttentionParams& p, const Unit& unit, std::vector<Tiles> group,
+  static void run_unit(const AttentionParams& p, const Unit& unit, const Unit* next, std::vector<Tiles> group,
                        const OfScores& of_scores = {}) {
     const HeadShape<T> shape(p);
     const int64_t unit_keys = unit.keys.end - unit.keys.first;
@@ -177,21 +190,30 @@ struct AttentionBackward {
       std::fill(d_key, d_key + unit_keys * shape.padded, A(0));
       std::fill(d_value, d_value + unit_keys * shape.padded, A(0));
     }
-    const int64_t heads = p.num_heads / p.num_kv_heads;
-    const int64_t first_head = unit.batch * p.num_heads + unit.kv_head * heads;
-    for (int64_t flat = first_head; flat < first_head + heads; ++flat) {
+    const int64_t first = first_head(p, unit);
+    const int64_t end = first + p.num_heads / p.num_kv_heads;
+    const auto group_queries = static_cast<int64_t>(group.size()) * kQueryTile;
+    for (int64_t flat = first; flat < end; ++flat) {
       const Head<T> head(p, flat);
-      Range<int64_t> queries = unit.queries;
-      if (!unit.wants_query) {
-        queries = whole_tiles(queries, head.visibility.queries_of(unit.keys.first, unit.keys.end), kQueryTile);
-      }
-      for (int64_t first = queries.first; first < queries.end; first += group.size() * kQueryTile) {
-        for (Tiles& tiles : group) start(head, unit, first + (&tiles - group.data()) * kQueryTile, queries.end, tiles);
-        query_tiles(head, unit, group, of_scores);
+      const Range<int64_t> queries = queries_of(head, unit);
+      for (int64_t query = queries.first; query < queries.end; query += group_queries) {
+        for (Tiles& tiles : group) start(head, unit, query + (&tiles - group.data()) * kQueryTile, queries.end, tiles);
+        const auto expect_next = [&](ComingRows& coming) {
+          const int64_t after = query + group_queries;
+          if (after < queries.end)
+            return expect(head, unit, {after, std::min(after + group_queries, queries.end)}, coming);
+          if (flat + 1 == end && !next) return;
+          const Unit& unit_after = flat + 1 < end ? unit : *next;
+          const Head<T> head_after(p, flat + 1 < end ? flat + 1 : first_head(p, *next));
+          const Range<int64_t> all = queries_of(head_after, unit_after);
+          expect(head_after, unit_after, {all.first, std::min(all.first + group_queries, all.end)}, coming);
+        };
+        const bool is_last = unit.wants_key_value && flat + 1 == end && query + group_queries >= queries.end;
+        query_tiles(head, unit, group, of_scores, is_last, expect_next);
       }
     }
     if (!unit.wants_key_value) return;
-    const Head<T> head(p, first_head);
+    const Head<T> head(p, first);
     if (p.d_key.data) {
       write(head.layout.template key_rows<T>(p.d_key, head.index), shape, unit.keys.first, unit_keys, d_key);
     }
@@ -217,16 +239,52 @@ struct AttentionBackward {
     if (unit.wants_query) std::fill(tiles.d_query, tiles.d_query + tiles.queries * head.shape.padded, A(0));
   }
 
-  // What tiles of queries that follow each other give to the unit.
-  template <class OfScores>
+  // What start and the first tile of keys will read for some queries.
+  static void expect(const Head<T>& head, const Unit& unit, Range<int64_t> queries, ComingRows& coming) {
+    const AttentionParams& p = head.p;
+    const int64_t count = queries.end - queries.first;
+    coming.add(head.layout.template query_rows<const T>(p.query, head.index), queries.first, count, p.head_dim);
+    if (!p.of_weights) {
+      coming.add(head.layout.template query_rows<const T>(p.d_out, head.index), queries.first, count, p.head_dim);
+      coming.add(head.layout.template query_rows<const T>(p.out, head.index), queries.first, count, p.head_dim);
+    }
+    const Range<int64_t> keys = whole_tiles(unit.keys, head.visibility.keys_of(queries.first, queries.end), kKeyTile);
+    Scores<T>::expect_keys(head, keys.first, std::min(kKeyTile, keys.end - keys.first), coming);
+  }
+
+  // What tiles of queries that follow each other give to the unit. `is_last`: no others come after them, so the unit's
+  // gradients of keys and values are written next. `expect_next` tells what is read after that.
+  template <class OfScores, class ExpectNext>
   static void query_tiles(const Head<T>& head, const Unit& unit, const std::vector<Tiles>& group,
-                          const OfScores& of_scores) {
+                          const OfScores& of_scores, bool is_last, const ExpectNext& expect_next) {
+    const AttentionParams& p = head.p;
     Range<int64_t> keys{unit.keys.end, unit.keys.first};  // of all
     for (const Tiles& tiles : group) {
       if (tiles.keys.first >= tiles.keys.end) continue;
       keys = {std::min(keys.first, tiles.keys.first), std::max(keys.end, tiles.keys.end)};
     }
+    ComingRows coming;
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
+      const int64_t count = std::min(kKeyTile, keys.end - first_key);
+      const int64_t next_key = first_key + kKeyTile;
+      coming.clear();
+      if (is_last && p.d_key.data) {
+        coming.add(head.layout.template key_rows<T>(p.d_key, head.index), first_key, count, p.head_dim);
+      }
+      if (is_last && p.d_value.data) {
+        coming.add(head.layout.template key_rows<T>(p.d_value, head.index), first_key, count, p.head_dim);
+      }
+      if (next_key < keys.end) {
+        Scores<T>::expect_keys(head, next_key, std::min(kKeyTile, keys.end - next_key), coming);
+      } else {
+        if (unit.wants_query) {
+          for (const Tiles& tiles : group) {
+            coming.add(head.layout.template query_rows<T>(p.d_query, head.index), tiles.first_query, tiles.queries,
+                       p.head_dim);
+          }
+        }
+        expect_next(coming);
+      }
       const P* key_rows = nullptr;  // of the tile of keys, once somebody sees one
       for (const Tiles& tiles : group) {
         if (first_key < tiles.keys.first || first_key >= tiles.keys.end) continue;
@@ -234,25 +292,24 @@ struct AttentionBackward {
                              std::min(kKeyTile, tiles.keys.end - first_key)};
         if (hides_tile(head.ranges, tile)) continue;
         if (!key_rows) {
-          const int64_t count = std::min(kKeyTile, keys.end - first_key);
           load_keys(head, first_key, count, tiles);
           key_rows = pack_along_rows<T>(tiles.scores.key, count, head.shape, tiles.key_rows);
         }
-        score_gradient<OfScores::kIsWanted>(head, tile, tiles);
+        score_gradient<OfScores::kIsWanted>(head, tile, tiles, coming);
         of_scores(head.index, tile, tiles.gradient.d_probability);
-        add_products(head, unit, tile, key_rows, tiles);
+        add_products(head, unit, tile, key_rows, tiles, coming);
       }
     }
     if (!unit.wants_query) return;
     for (const Tiles& tiles : group) {
-      write(head.layout.template query_rows<T>(head.p.d_query, head.index), head.shape, tiles.first_query,
-            tiles.queries, tiles.d_query);
+      write(head.layout.template query_rows<T>(p.d_query, head.index), head.shape, tiles.first_query, tiles.queries,
+            tiles.d_query);
     }
   }
 
   // Adds to the sums what the gradients of a tile of scores give.
   static void add_products(const Head<T>& head, const Unit& unit, const ScoreTile& tile, const P* key_rows,
-                           const Tiles& tiles) {
+                           const Tiles& tiles, ComingRows& coming) {
     constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
     const int64_t padded = head.shape.padded;
     const ScoreGradient<T>& gradient = tiles.gradient;
@@ -260,18 +317,19 @@ struct AttentionBackward {
       const int64_t offset = (tile.first_key - unit.keys.first) * padded;
       // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
       if (!head.p.of_weights) {
-        micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.probability, score_stride, 1},
-                         tiles.d_out_rows, padded,
-                         {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true});
+        micro_gemm<A, P>(
+            tile.keys, padded, operands<T>(tile.queries), {gradient.probability, score_stride, 1}, tiles.d_out_rows,
+            padded, {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true}, coming.fetching());
       }
       // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
       micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.d_score, score_stride, 1},
-                       tiles.query_rows, padded, {tiles.d_key + offset, padded, head.score_scale, true});
+                       tiles.query_rows, padded, {tiles.d_key + offset, padded, head.score_scale, true},
+                       coming.fetching());
     }
     if (unit.wants_query) {
       // dq [queries, padded] += scale * ds^T [queries, keys] @ k [keys, padded]
       micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile}, key_rows,
-                       padded, {tiles.d_query, padded, head.score_scale, true});
+                       padded, {tiles.d_query, padded, head.score_scale, true}, coming.fetching());
     }
   }
 
@@ -282,18 +340,19 @@ struct AttentionBackward {
 
   // With its queries and keys loaded: r p and ds [keys, queries] of a tile (ScoreGradient::compute).
   template <bool kKeepsExact = false>
-  static void score_gradient(const Head<T>& head, const ScoreTile& tile, const Tiles& tiles) {
+  static void score_gradient(const Head<T>& head, const ScoreTile& tile, const Tiles& tiles, ComingRows& coming) {
     const int64_t width = round_up(tile.queries, kLanes<A>);
     const HeadShape<T>& shape = head.shape;
     const ScoreGradient<T>& gradient = tiles.gradient;
     // scores [keys, queries] = scale * k @ q^T + mask
-    tiles.scores.compute(head, tile);
+    tiles.scores.compute(head, tile, coming);
     if (head.p.of_weights) {
       load_weight_gradient(head, tile, gradient.d_probability);
     } else {
       // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
       micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
-                       kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false});
+                       kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false},
+                       coming.fetching());
     }
     gradient.template compute<kKeepsExact>(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
   }

@@ -77,14 +77,17 @@ struct AttentionForward {
     const int64_t count = group(context, p);
     const int64_t groups = ceil_div(ceil_div(p.queries, kQueryTile), count);
     const size_t bytes = thread_bytes(context, p);
-    parallel_for(p.batch * p.num_heads * groups, context.threads, [&](int64_t index, int thread) {
+    const int64_t units = p.batch * p.num_heads * groups;
+    // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
+    const auto first_query = [&](int64_t index) { return (groups - 1 - index % groups) * count * kQueryTile; };
+    parallel_for_with_next(units, context.threads, [&](int64_t index, int64_t next, int thread) {
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
       const Head<T> head(p, index / groups);
-      // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
-      const int64_t first_query = (groups - 1 - index % groups) * count * kQueryTile;
       std::vector<Tiles> tiles = group_of_tiles(arena, p, count);
-      for (Tiles& tile : tiles) start(head, first_query + (&tile - tiles.data()) * kQueryTile, tile);
-      query_tiles(head, tiles);
+      for (Tiles& tile : tiles) start(head, first_query(index) + (&tile - tiles.data()) * kQueryTile, tile);
+      query_tiles(head, tiles, [&](ComingRows& coming) {
+        if (next < units) expect(Head<T>(p, next / groups), first_query(next), count * kQueryTile, coming);
+      });
     });
   }
 
@@ -99,13 +102,34 @@ struct AttentionForward {
     tiles.softmax.start(round_up(tiles.queries, kLanes<A>));
   }
 
-  static void query_tiles(const Head<T>& head, std::vector<Tiles>& group) {
+  // What start and the first tile of keys will read for queries first..first + count - 1, of which none may be there.
+  static void expect(const Head<T>& head, int64_t first, int64_t count, ComingRows& coming) {
+    count = std::min(count, head.visibility.queries - first);
+    if (count <= 0) return;
+    coming.add(head.layout.template query_rows<const T>(head.p.query, head.index), first, count, head.p.head_dim);
+    const Range<int64_t> seen = head.visibility.keys_of(first, first + count);
+    const Range<int64_t> keys = whole_tiles({0, head.visibility.keys}, seen, kKeyTile);
+    Scores<T>::expect_keys(head, keys.first, std::min(kKeyTile, keys.end - keys.first), coming);
+  }
+
+  // The results of tiles of queries that follow each other. `expect_next` tells what is read after that.
+  template <class ExpectNext>
+  static void query_tiles(const Head<T>& head, std::vector<Tiles>& group, const ExpectNext& expect_next) {
     Range<int64_t> keys{head.visibility.keys, 0};  // of all
     for (const Tiles& tiles : group) {
       if (tiles.keys.first >= tiles.keys.end) continue;
       keys = {std::min(keys.first, tiles.keys.first), std::max(keys.end, tiles.keys.end)};
     }
+    ComingRows coming;
     for (int64_t first_key = keys.first; first_key < keys.end; first_key += kKeyTile) {
+      const int64_t count = std::min(kKeyTile, keys.end - first_key);
+      const int64_t next_key = first_key + kKeyTile;
+      coming.clear();
+      if (next_key < keys.end) {
+        Scores<T>::expect_keys(head, next_key, std::min(kKeyTile, keys.end - next_key), coming);
+      } else {
+        expect_next(coming);
+      }
       const P* value_rows = nullptr;  // of the tile of keys, once somebody sees one
       for (Tiles& tiles : group) {
         if (first_key < tiles.keys.first || first_key >= tiles.keys.end) continue;
@@ -113,12 +137,11 @@ struct AttentionForward {
                              std::min(kKeyTile, tiles.keys.end - first_key)};
         if (hides_tile(head.ranges, tile)) continue;
         if (!value_rows) {
-          const int64_t count = std::min(kKeyTile, keys.end - first_key);
           tiles.scores.load_keys(head, first_key, count);
           tiles.scores.load_values(head, first_key, count);
           value_rows = pack_along_rows<T>(tiles.scores.value, count, head.shape, tiles.value_rows);
         }
-        add_keys(head, tile, value_rows, tiles);
+        add_keys(head, tile, value_rows, tiles, coming);
       }
     }
     for (const Tiles& tiles : group) {
@@ -130,17 +153,18 @@ struct AttentionForward {
   }
 
   // Brings the results of a tile of queries up to date with a tile of keys, which is loaded.
-  static void add_keys(const Head<T>& head, const ScoreTile& tile, const P* value_rows, Tiles& tiles) {
+  static void add_keys(const Head<T>& head, const ScoreTile& tile, const P* value_rows, Tiles& tiles,
+                       ComingRows& coming) {
     const int64_t padded = head.shape.padded;
     // scores [keys, queries] = scale * k @ q^T + mask
-    tiles.scores.compute(head, tile);
+    tiles.scores.compute(head, tile, coming);
     // p [keys, queries] = exp(scores - maximum)
     tiles.softmax.add_tile(tile.keys, round_up(tile.queries, kLanes<A>), tiles.scores.scores, tiles.scores.kept,
                            tiles.probability);
     // o [queries, padded] = o * rescale + p^T [queries, keys] @ v [keys, padded]
     if (tiles.continues) rescale_out(tile.queries, padded, tiles);
     micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows,
-                     padded, {tiles.out, padded, A(1), tiles.continues});
+                     padded, {tiles.out, padded, A(1), tiles.continues}, coming.fetching());
     tiles.continues = true;
   }
 

@@ -80,7 +80,7 @@ struct MaskGradient {
         const auto add = [&](const HeadIndex& head, const ScoreTile& tile, const A* gradients) {
           add_tile(p.mask, tile, gradients, tile_at(head.head - kv_head * group, tile.first_query, tile.first_key));
         };
-        Backward::run_unit(p, unit, tiles, Adds<decltype(add)>{add});
+        Backward::run_unit(p, unit, nullptr, tiles, Adds<decltype(add)>{add});
       }
       for (int64_t in_group = 0; in_group < group; ++in_group) {
         const int64_t head = kv_head * group + in_group;
@@ -151,7 +151,8 @@ struct MaskGradient {
             const ScoreTile tile{query, queries, key, std::min(kKeyTile, keys.end - key)};
             if (hides_tile(head.ranges, tile)) continue;
             AttentionBackward<T>::load_keys(head, key, tile.keys, tiles);
-            AttentionBackward<T>::template score_gradient<true>(head, tile, tiles);
+            ComingRows none;
+            AttentionBackward<T>::template score_gradient<true>(head, tile, tiles, none);
             add_tile(p.mask, tile, tiles.gradient.d_probability, sums);
           }
         }

@@ -46,29 +46,42 @@ struct ScoreGradient {
   // `width`: the queries in whole vectors.
   template <bool kKeepsExact>
   void compute(int64_t keys, int64_t width, const A* scores, const uint64_t* kept_bits) const {
+    int64_t i = 0;
+    for (; i + kTogether * kLanes<A> <= width; i += kTogether * kLanes<A>) {
+      compute_columns<kKeepsExact, kTogether>(keys, i, scores, kept_bits);
+    }
+    for (; i < width; i += kLanes<A>) compute_columns<kKeepsExact, 1>(keys, i, scores, kept_bits);
+  }
+
+ private:
+  // The same of kCount vectors of queries, from i on.
+  template <bool kKeepsExact, int kCount>
+  void compute_columns(int64_t keys, int64_t i, const A* scores, const uint64_t* kept_bits) const {
     constexpr int numbers = kNumbers<T>;
     constexpr int64_t score_stride = kQueryTile / numbers;
-    for (int64_t i = 0; i < width; i += kLanes<A>) {
-      const Vec<A> shift_of = load(score_shift + i);
-      const Vec<A> log_sum_exp_of = load(log_sum_exp + i);
-      const Vec<A> delta_of = load(delta + i);
-      for (int64_t j = 0; j < keys; j += numbers) {
-        Vec<A> gradient[numbers] = {};
-        for (int n = 0; n < numbers && j + n < keys; ++n) {
-          const int64_t at = (j + n) * kQueryTile + i;
-          const Vec<A> p = vexp(load(scores + at) - shift_of - log_sum_exp_of);
-          Vec<A> kept = p;
-          Vec<A> d_kept = load(d_probability + at);
-          if (kept_bits) {
-            kept = keep_lanes<A>(kept_bits + j + n, i, kept);
-            d_kept = keep_lanes<A>(kept_bits + j + n, i, d_kept);
-          }
-          gradient[n] = p * (d_kept - delta_of);
-          store_operands(probability + (j + n) * score_stride + i / numbers, kept);
-          store_operands(d_score + (j + n) * score_stride + i / numbers, gradient[n]);
-          if constexpr (kKeepsExact && kPaired<T>) store(d_probability + at, gradient[n]);
+    const auto shift_of = load_vectors<kCount>(score_shift + i);
+    const auto log_sum_exp_of = load_vectors<kCount>(log_sum_exp + i);
+    const auto delta_of = load_vectors<kCount>(delta + i);
+    for (int64_t j = 0; j < keys; j += numbers) {
+      Vectors<A, kCount> gradient[numbers] = {};
+      for (int n = 0; n < numbers && j + n < keys; ++n) {
+        const int64_t at = (j + n) * kQueryTile + i;
+        const auto p = vexp(load_vectors<kCount>(scores + at) - shift_of - log_sum_exp_of);
+        auto kept = p;
+        auto d_kept = load_vectors<kCount>(d_probability + at);
+        if (kept_bits) {
+          kept = keep_lanes(kept_bits + j + n, i, kept);
+          d_kept = keep_lanes(kept_bits + j + n, i, d_kept);
         }
-        if constexpr (kPaired<T>) store(d_score_rows + j / 2 * kQueryTile + i, narrow_pair(gradient[0], gradient[1]));
+        gradient[n] = p * (d_kept - delta_of);
+        store_operands(probability + (j + n) * score_stride + i / numbers, kept);
+        store_operands(d_score + (j + n) * score_stride + i / numbers, gradient[n]);
+        if constexpr (kKeepsExact && kPaired<T>) store(d_probability + at, gradient[n]);
+      }
+      if constexpr (kPaired<T>) {
+        for (int v = 0; v < kCount; ++v) {
+          store(d_score_rows + j / 2 * kQueryTile + i + v * kLanes<A>, narrow_pair(gradient[0].v[v], gradient[1].v[v]));
+        }
       }
     }
   }

@@ -49,11 +49,18 @@ struct Scores {
                         value);
   }
 
+  // What load_keys and load_values will read.
+  static void expect_keys(const Head<T>& head, int64_t first, int64_t count, ComingRows& coming) {
+    coming.add(head.layout.template key_rows<const T>(head.p.key, head.index), first, count, head.p.head_dim);
+    if (head.p.of_weights) return;
+    coming.add(head.layout.template key_rows<const T>(head.p.value, head.index), first, count, head.p.head_dim);
+  }
+
   // With the tile's queries and keys loaded: their scores, and what is kept of the probabilities.
-  void compute(const Head<T>& head, const ScoreTile& tile) const {
+  void compute(const Head<T>& head, const ScoreTile& tile, ComingRows& coming) const {
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
     micro_gemm<A, P>(tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth, {key, head.shape.stride, 1},
-                     query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false});
+                     query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false}, coming.fetching());
     if (head.p.mask.data) add_mask(head.p.mask, head.index, tile, scores);
     hide_unseen(head.visibility, head.ranges, tile, scores);
     if (kept) keep_tile(head.p, head.index, tile, kept);

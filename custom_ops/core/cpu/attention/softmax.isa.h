@@ -25,32 +25,47 @@ struct OnlineSoftmax {
   // Turns scores [keys][kQueryTile] into probabilities [operands(keys)][kQueryTile], of which those that are not `kept`
   // are 0; these may lie where the scores are.
   void add_tile(int64_t keys, int64_t width, const A* scores, const uint64_t* kept, P* probabilities) const {
-    constexpr int numbers = kNumbers<T>;
-    for (int64_t i = 0; i < width; i += kLanes<A>) {
-      const Vec<A> old_maximum = load(maximum + i);
-      Vec<A> new_maximum = old_maximum;
-      for (int64_t j = 0; j < keys; ++j) new_maximum = vmax<A>(load(scores + j * kQueryTile + i), new_maximum);
-      const Vec<A> finite = new_maximum == -std::numeric_limits<A>::infinity() ? Vec<A>{} : new_maximum;
-      Vec<A> tile_sum{};
-      for (int64_t j = 0; j < keys; j += numbers) {
-        Vec<A> probability[numbers] = {};
-        for (int n = 0; n < numbers && j + n < keys; ++n) {
-          probability[n] = vexp(load(scores + (j + n) * kQueryTile + i) - finite);
-          tile_sum += probability[n];
-          if (kept) probability[n] = keep_lanes<A>(kept + j + n, i, probability[n]);
-        }
-        P* target = probabilities + j / numbers * kQueryTile + i;
-        if constexpr (kPaired<T>) {
-          store(target, narrow_pair(probability[0], probability[1]));
-        } else {
-          store(target, probability[0]);
-        }
-      }
-      const Vec<A> factor = vexp(old_maximum - finite);
-      store(maximum + i, new_maximum);
-      store(sum + i, load(sum + i) * factor + tile_sum);
-      store(rescale + i, factor);
+    int64_t i = 0;
+    for (; i + kTogether * kLanes<A> <= width; i += kTogether * kLanes<A>) {
+      add_columns<kTogether>(keys, i, scores, kept, probabilities);
     }
+    for (; i < width; i += kLanes<A>) add_columns<1>(keys, i, scores, kept, probabilities);
+  }
+
+ private:
+  // The same of kCount vectors of queries, from i on.
+  template <int kCount>
+  void add_columns(int64_t keys, int64_t i, const A* scores, const uint64_t* kept, P* probabilities) const {
+    constexpr int numbers = kNumbers<T>;
+    const auto old_maximum = load_vectors<kCount>(maximum + i);
+    auto new_maximum = old_maximum;
+    for (int64_t j = 0; j < keys; ++j) {
+      const auto score = load_vectors<kCount>(scores + j * kQueryTile + i);
+      new_maximum = each<kCount>([&](int n) { return vmax<A>(score.v[n], new_maximum.v[n]); });
+    }
+    const auto finite = each<kCount>(
+        [&](int n) { return new_maximum.v[n] == -std::numeric_limits<A>::infinity() ? Vec<A>{} : new_maximum.v[n]; });
+    Vectors<A, kCount> tile_sum{};
+    for (int64_t j = 0; j < keys; j += numbers) {
+      Vectors<A, kCount> probability[numbers] = {};
+      for (int n = 0; n < numbers && j + n < keys; ++n) {
+        probability[n] = vexp(load_vectors<kCount>(scores + (j + n) * kQueryTile + i) - finite);
+        tile_sum = tile_sum + probability[n];
+        if (kept) probability[n] = keep_lanes(kept + j + n, i, probability[n]);
+      }
+      P* target = probabilities + j / numbers * kQueryTile + i;
+      if constexpr (kPaired<T>) {
+        for (int v = 0; v < kCount; ++v) {
+          store(target + v * kLanes<A>, narrow_pair(probability[0].v[v], probability[1].v[v]));
+        }
+      } else {
+        store(target, probability[0]);
+      }
+    }
+    const auto factor = vexp(old_maximum - finite);
+    store(maximum + i, new_maximum);
+    store(sum + i, load_vectors<kCount>(sum + i) * factor + tile_sum);
+    store(rescale + i, factor);
   }
 };
 

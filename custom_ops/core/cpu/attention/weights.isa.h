@@ -92,7 +92,8 @@ struct AttentionWeights {
       }
       // scores [keys, queries] = scale * k @ q^T + mask
       scores.load_keys(head, first_key, tile.keys);
-      scores.compute(head, tile);
+      ComingRows none;
+      scores.compute(head, tile, none);
       const A factor = static_cast<A>(p.dropout.scale);
       for (int64_t i = 0; i < round_up(queries, kLanes<A>); i += kLanes<A>) {
         for (int64_t j = 0; j < tile.keys; ++j) {

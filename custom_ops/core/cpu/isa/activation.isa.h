@@ -8,10 +8,10 @@
 
 namespace pfa::cpu::PFA_ISA {
 
-template <class A>
-inline Vec<A> vabs(Vec<A> x) {
+template <class A, int kCount>
+[[gnu::always_inline]] inline Vectors<A, kCount> vabs(const Vectors<A, kCount>& x) {
   using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
-  return bit_cast<Vec<A>>(bit_cast<Vec<Bits>>(x) & (~Bits(0) >> 1));
+  return each<kCount>([&](int i) { return bit_cast<Vec<A>>(bit_cast<Vec<Bits>>(x.v[i]) & (~Bits(0) >> 1)); });
 }
 
 // What lies beyond x >= 0 of the standard normal distribution, divided by exp(-x^2 / 2): t * p(2 t - 1) with
@@ -46,54 +46,57 @@ struct NormalTail16Bit {
 };
 
 // exp and 1 / x of vectors of A; k16Bit: for what will be rounded to 16 bits.
-template <bool k16Bit, class A>
-inline Vec<A> exp_of(Vec<A> x) {
+template <bool k16Bit, class A, int kCount>
+[[gnu::always_inline]] inline Vectors<A, kCount> exp_of(const Vectors<A, kCount>& x) {
   if constexpr (k16Bit) {
     return vexp_16bit(x);
   } else {
     return vexp(x);
   }
 }
-template <bool k16Bit, class A>
-inline Vec<A> reciprocal(Vec<A> x) {
+template <bool k16Bit, class A, int kCount>
+[[gnu::always_inline]] inline Vectors<A, kCount> reciprocal(const Vectors<A, kCount>& x) {
 #if PFA_VECTOR_BYTES == 64
   // Off by 2^-14 of it at most. The masked form, for GCC warns of the plain one.
-  if constexpr (k16Bit) return bit_cast<Vec<A>>(_mm512_maskz_rcp14_ps(0xFFFF, bit_cast<__m512>(x)));
+  if constexpr (k16Bit) {
+    return each<kCount>(
+        [&](int i) { return bit_cast<Vec<A>>(_mm512_maskz_rcp14_ps(0xFFFF, bit_cast<__m512>(x.v[i]))); });
+  }
 #endif
   return A(1) / x;
 }
 
 // The standard normal distribution up to x, and exp(-x^2 / 2).
-template <bool k16Bit, class A>
+template <bool k16Bit, class A, int kCount>
 struct NormalDistribution {
-  Vec<A> below;
-  Vec<A> bell;
+  Vectors<A, kCount> below;
+  Vectors<A, kCount> bell;
 
-  explicit NormalDistribution(Vec<A> x) {
+  [[gnu::always_inline]] explicit NormalDistribution(const Vectors<A, kCount>& x) {
     using Tail = std::conditional_t<k16Bit, NormalTail16Bit, NormalTail<A>>;
     constexpr int degree = static_cast<int>(std::size(Tail::kCoefficients)) - 1;
-    bell = exp_of<k16Bit, A>(x * x * A(-0.5));
-    const Vec<A> t = reciprocal<k16Bit, A>(vabs<A>(x) * Tail::kSlope + A(1));
-    const Vec<A> s = t + t - A(1);
-    Vec<A> poly = broadcast(Tail::kCoefficients[degree]);
+    bell = exp_of<k16Bit>(x * x * A(-0.5));
+    const auto t = reciprocal<k16Bit>(vabs(x) * Tail::kSlope + A(1));
+    const auto s = t + t - A(1);
+    auto poly = s * Tail::kCoefficients[degree] + Tail::kCoefficients[degree - 1];
 #pragma GCC unroll 32
-    for (int i = degree - 1; i >= 0; --i) poly = poly * s + Tail::kCoefficients[i];
-    const Vec<A> tail = poly * t * bell;
-    below = x < 0 ? tail : A(1) - tail;
+    for (int i = degree - 2; i >= 0; --i) poly = poly * s + Tail::kCoefficients[i];
+    const auto tail = poly * t * bell;
+    below = each<kCount>([&](int i) { return x.v[i] < 0 ? tail.v[i] : A(1) - tail.v[i]; });
   }
 };
 
-template <bool k16Bit, class A>
-inline Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> e = exp_of<k16Bit, A>(-vabs<A>(x));
-  const Vec<A> larger = reciprocal<k16Bit, A>(e + A(1));
-  return x < 0 ? e * larger : larger;
+template <bool k16Bit, class A, int kCount>
+[[gnu::always_inline]] inline Vectors<A, kCount> sigmoid(const Vectors<A, kCount>& x) {
+  const auto e = exp_of<k16Bit>(A(0) - vabs(x));
+  const auto larger = reciprocal<k16Bit>(e + A(1));
+  return each<kCount>([&](int i) { return x.v[i] < 0 ? e.v[i] * larger.v[i] : larger.v[i]; });
 }
 
-template <class A>
+template <class A, int kCount>
 struct ValueAndSlope {
-  Vec<A> value;
-  Vec<A> slope;
+  Vectors<A, kCount> value;
+  Vectors<A, kCount> slope;
 };
 
 // Beyond this the functions are 0 or x, and their slopes 0 or 1: what is farther out, up to the infinities, is taken to
@@ -101,26 +104,29 @@ struct ValueAndSlope {
 constexpr int kFarthest = 1000;
 
 // k16Bit: both will be rounded to 16 bits.
-template <Activation kActivation, bool k16Bit, class A>
-inline ValueAndSlope<A> value_and_slope(Vec<A> given) {
-  const Vec<A> factor_x = given < A(-kFarthest) ? broadcast(A(-kFarthest)) : given;
-  const Vec<A> x = factor_x > A(kFarthest) ? broadcast(A(kFarthest)) : factor_x;
+template <Activation kActivation, bool k16Bit, class A, int kCount>
+[[gnu::always_inline]] inline ValueAndSlope<A, kCount> value_and_slope(const Vectors<A, kCount>& given) {
+  const auto factor_x =
+      each<kCount>([&](int i) { return given.v[i] < A(-kFarthest) ? broadcast(A(-kFarthest)) : given.v[i]; });
+  const auto x =
+      each<kCount>([&](int i) { return factor_x.v[i] > A(kFarthest) ? broadcast(A(kFarthest)) : factor_x.v[i]; });
   if constexpr (kActivation == Activation::kRelu) {
     // As written NaN stays NaN.
-    return {given < 0 ? Vec<A>{} : given, given > 0 ? broadcast(A(1)) : Vec<A>{}};
+    return {each<kCount>([&](int i) { return given.v[i] < 0 ? Vec<A>{} : given.v[i]; }),
+            each<kCount>([&](int i) { return given.v[i] > 0 ? broadcast(A(1)) : Vec<A>{}; })};
   } else if constexpr (kActivation == Activation::kGelu) {
-    const NormalDistribution<k16Bit, A> normal(x);
+    const NormalDistribution<k16Bit, A, kCount> normal(x);
     return {factor_x * normal.below, normal.below + x * normal.bell * A(0.39894228040143267794)};  // 1 / sqrt(2 pi)
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     constexpr A factor = A(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi)
-    const Vec<A> square = x * x;
-    const Vec<A> s = sigmoid<k16Bit, A>(x * (square * A(0.044715) + A(1)) * factor);
+    const auto square = x * x;
+    const auto s = sigmoid<k16Bit>(x * (square * A(0.044715) + A(1)) * factor);
     return {factor_x * s, s + x * s * (A(1) - s) * (square * A(3 * 0.044715) + A(1)) * factor};
   } else if constexpr (kActivation == Activation::kSilu) {
-    const Vec<A> s = sigmoid<k16Bit, A>(x);
+    const auto s = sigmoid<k16Bit>(x);
     return {factor_x * s, s + x * s * (A(1) - s)};
   } else {
-    return {given, broadcast(A(1))};
+    return {given, each<kCount>([&](int) { return broadcast(A(1)); })};
   }
 }
 

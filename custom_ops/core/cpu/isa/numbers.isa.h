@@ -194,6 +194,12 @@ inline void store_operands(uint32_t* pairs, Vec<float> v) {
 inline void store_operands(float* operands, Vec<float> v) { store(operands, v); }
 inline void store_operands(double* operands, Vec<double> v) { store(operands, v); }
 
+template <class P, class A, int kCount>
+inline void store_operands(P* operands, const Vectors<A, kCount>& x) {
+  constexpr int step = kLanes<A> / (std::is_same_v<P, A> ? 1 : 2);
+  for (int i = 0; i < kCount; ++i) store_operands(operands + i * step, x.v[i]);
+}
+
 template <class T>
 using Operand = typename OperandOf<T>::type;
 

@@ -8,6 +8,8 @@
 
 #include "core/cpu/isa/simd.isa.h"
 
+#include "core/cpu/isa/vectors.isa.h"
+
 #include "core/cpu/isa/exp.isa.h"
 
 #include "core/cpu/isa/activation.isa.h"
@@ -35,6 +37,7 @@
 
 #include "core/cpu/linear/linear.isa.h"
 
+#include "core/cpu/attention/coming_rows.isa.h"
 #include "core/cpu/attention/tile.isa.h"
 
 #include "core/cpu/attention/dropout.isa.h"

@@ -166,28 +166,30 @@ inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, c
 }
 
 // c [m, kVectors * lanes] (+)= scale * a [m, k_size] @ b [k_size, kVectors * lanes], register tile by register tile.
-template <int kVectors, class T, class P>
-inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
+template <int kVectors, class T, class P, class Meanwhile>
+inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c,
+                                const Meanwhile& meanwhile) {
   constexpr int rows = kRegisterTileRows[kVectors];
   for (; m >= rows; m -= rows) {
-    multiply_register_tile<rows, kVectors>(k_size, a, b, b_k, c);
+    multiply_register_tile<rows, kVectors>(k_size, a, b, b_k, c, meanwhile);
     a.data += rows * a.row_stride;
     c.data += rows * c.row_stride;
   }
-  multiply_last_rows<rows - 1, kVectors>(m, k_size, a, b, b_k, c);
+  multiply_last_rows<rows - 1, kVectors>(m, k_size, a, b, b_k, c, meanwhile);
 }
 
 // c [m, n] (+)= scale * a [m, k] @ b [k, n]; n is a multiple of the vector's lanes.
-template <class T, class P>
-void micro_gemm(int64_t m, int64_t n, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c) {
+template <class T, class P, class Meanwhile>
+void micro_gemm(int64_t m, int64_t n, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c,
+                const Meanwhile& meanwhile) {
   constexpr int lanes = kLanes<T>;
   while (n > 0) {
     const int64_t vectors = std::min<int64_t>(n / lanes, kRegisterTileVectors);
-    if (vectors == 1) multiply_with_panel<1>(m, k_size, a, b, b_k, c);
-    if (vectors == 2) multiply_with_panel<2>(m, k_size, a, b, b_k, c);
+    if (vectors == 1) multiply_with_panel<1>(m, k_size, a, b, b_k, c, meanwhile);
+    if (vectors == 2) multiply_with_panel<2>(m, k_size, a, b, b_k, c, meanwhile);
     if constexpr (kRegisterTileVectors > 2) {
-      if (vectors == 3) multiply_with_panel<3>(m, k_size, a, b, b_k, c);
-      if (vectors == 4) multiply_with_panel<4>(m, k_size, a, b, b_k, c);
+      if (vectors == 3) multiply_with_panel<3>(m, k_size, a, b, b_k, c, meanwhile);
+      if (vectors == 4) multiply_with_panel<4>(m, k_size, a, b, b_k, c, meanwhile);
     }
     b += vectors * lanes;
     c.data += vectors * lanes;

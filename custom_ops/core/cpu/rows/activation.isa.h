@@ -13,16 +13,17 @@ void activate(Activation activation, int64_t count, Accumulator<T>* __restrict v
   using A = Accumulator<T>;
   for_activation(activation, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
+    constexpr int64_t together = kTogether * kLanes<A>;
     int64_t i = 0;
-    for (; i + kLanes<A> <= count; i += kLanes<A>) {
-      const ValueAndSlope<A> result = value_and_slope<kActivation, sizeof(T) == 2, A>(load(values + i));
+    for (; i + together <= count; i += together) {
+      const auto result = value_and_slope<kActivation, sizeof(T) == 2>(load_vectors<kTogether>(values + i));
       store(values + i, result.value);
       if (slopes) store(slopes + i, result.slope);
     }
     if (i == count) return;
-    A last[kLanes<A>] = {};
+    A last[together] = {};
     std::copy(values + i, values + count, last);
-    const ValueAndSlope<A> result = value_and_slope<kActivation, sizeof(T) == 2, A>(load(last));
+    const auto result = value_and_slope<kActivation, sizeof(T) == 2>(load_vectors<kTogether>(last));
     store(last, result.value);
     std::copy(last, last + (count - i), values + i);
     store(last, result.slope);
