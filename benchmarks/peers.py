@@ -138,6 +138,8 @@ class SavedModel(Model):
             config.disable_glog_info()
             config.set_cpu_math_library_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one by default
             config.disable_mkldnn()  # whose casts are slow
+            # Else a thread that frees tensors spins beside the operator's threads.
+            paddle.set_flags({"FLAGS_eager_delete_tensor_gb": -1.0})
             self._predictor = paddle.inference.create_predictor(config)
         self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])

@@ -92,6 +92,8 @@ class SavedEncoder:
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(_num_threads())  # else one, for the operator too
+            # Else a thread that frees tensors spins beside the operator's threads.
+            paddle.set_flags({"FLAGS_eager_delete_tensor_gb": -1.0})
         self._predictor = inference.create_predictor(config)
         names = sorted(self._predictor.get_input_names())
         if names != sorted(name for _, name in INPUTS):
