@@ -22,7 +22,7 @@ A block's tail: layer_norm(residual + dropout(x + bias)). Linear: activation(x @
 `Config` holds the switches of attention, `FeedForwardConfig` and its like those of the others. `forward` and `backward`
 take a dict of float64 arrays under the names of the public function's arguments (an absent input is missing or None).
 `composed_16bit` is the same block as a chain of 16-bit ops. `forward_of` and its like do this for any block, by its
-switches. The attention stands alone too. Dropout masks are Philox4x32-10 numbers; their layout is that of
+switches. The attention stands alone too. Dropout masks are Philox4x32-7 numbers; their layout is that of
 custom_ops/core/philox.h, written here a second time.
 """
 
@@ -70,12 +70,12 @@ class Config:
 
 
 def philox4x32(counter, key):
-    """Philox4x32-10: four uint32 arrays of counters and two of keys (broadcast) to four uint32 arrays."""
+    """Philox4x32-7: four uint32 arrays of counters and two of keys (broadcast) to four uint32 arrays."""
     low = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
     c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
     k0, k1 = (np.asarray(k, np.uint64) for k in key)
-    for _ in range(10):
+    for _ in range(7):
         product0 = np.uint64(0xD2511F53) * c0
         product1 = np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = (

@@ -8,6 +8,7 @@ class ComingRows {
   // What a product does before each of its register tiles.
   struct Fetch {
     ComingRows& rows;
+    static constexpr bool fetches_result = false;
     static constexpr int64_t step = std::numeric_limits<int64_t>::max();
     void operator()() const {
       if (rows.next_ != rows.end_) rows.fetch();

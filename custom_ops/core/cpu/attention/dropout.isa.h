@@ -8,7 +8,6 @@ namespace pfa::cpu::PFA_ISA {
 inline void keep_tile(const AttentionParams& p, const HeadIndex& head, const ScoreTile& tile, uint64_t* kept) {
   static_assert(kQueryTile == 64, "a row of the tile is a word of bits");
   constexpr int lanes = kLanes<uint32_t>;
-  constexpr int together = lanes < 8 ? lanes : 8;  // lanes of queries that follow each other
   const PhiloxState state = philox_state(p.random_state[0], p.random_state[1], DropoutStage::kAttention);
   // A number is at least the threshold when the word that begins with it is greater than this.
   const Vec<uint32_t> below = broadcast((p.dropout.threshold << 16) - 1);
@@ -23,12 +22,14 @@ inline void keep_tile(const AttentionParams& p, const HeadIndex& head, const Sco
         for (int word = 0; word < 4; ++word) {
           for (int half = 0; half < 2; ++half) {
             const uint64_t bits = greater_bits(half ? words.w[word] : words.w[word] << 16, below);
-            uint64_t spread = 0;
-            for (int first = 0; first < lanes; first += together) {
-              const int64_t row = (group + first) / 8 * 16 + (group + first) % 8 + 8 * (word / 2);
-              spread |= (bits >> first & ((1u << together) - 1)) << row;
+            const int64_t key = j + 8 * (word % 2) + 2 * t + half;
+            if constexpr (lanes >= 8) {
+              // Of x86, where the first byte is the lowest.
+              auto* const bytes = reinterpret_cast<unsigned char*>(kept + key) + group / 8 * 2 + word / 2;
+              for (int first = 0; first < lanes; first += 8) bytes[first / 8 * 2] = bits >> first & 0xFF;
+            } else {
+              kept[key] |= bits << (group / 8 * 16 + group % 8 + 8 * (word / 2));
             }
-            kept[j + 8 * (word % 2) + 2 * t + half] |= spread;
           }
         }
       }

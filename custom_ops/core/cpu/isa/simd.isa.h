@@ -129,6 +129,20 @@ inline uint32_t greater_bits(Vec<uint32_t> a, Vec<uint32_t> b) {
 #endif
 }
 
+#if PFA_VECTOR_BYTES == 32
+// For every byte of bits, a byte of ones for each that is set.
+struct BytesOfBits {
+  alignas(64) uint64_t bytes[256] = {};
+
+  constexpr BytesOfBits() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int l = 0; l < 8; ++l) bytes[bits] |= bits >> l & 1 ? uint64_t{0xFF} << (8 * l) : 0;
+    }
+  }
+};
+constexpr BytesOfBits kBytesOfBits;
+#endif
+
 // Lane l of value where bit first + l is set, else 0; first is a multiple of the lanes.
 template <class A>
 inline Vec<A> keep_lanes(const uint64_t* bits, int64_t first, Vec<A> value) {
@@ -140,6 +154,12 @@ inline Vec<A> keep_lanes(const uint64_t* bits, int64_t first, Vec<A> value) {
     return bit_cast<Vec<A>>(_mm512_maskz_mov_pd(static_cast<__mmask8>(selected), bit_cast<__m512d>(value)));
   }
 #else
+#if PFA_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    const auto bytes = _mm_cvtsi64_si128(static_cast<int64_t>(kBytesOfBits.bytes[selected & 0xFF]));
+    return bit_cast<Vec<A>>(_mm256_and_si256(_mm256_cvtepi8_epi32(bytes), bit_cast<__m256i>(value)));
+  }
+#endif
   using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
   Vec<Bits> lane_bit{};
   for (int l = 0; l < kLanes<A>; ++l) lane_bit[l] = Bits(1) << l;

@@ -391,6 +391,7 @@ class MatrixProduct {
 
   // Lets `count` lines come near before every `step` steps.
   struct Prefetch {
+    static constexpr bool fetches_result = true;
     Lines& lines;
     int64_t count;
     int64_t step;

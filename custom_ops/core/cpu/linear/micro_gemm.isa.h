@@ -24,6 +24,7 @@ struct TileResult {
 
 // What a product does meanwhile: called before every `step` steps along k.
 struct NothingMeanwhile {
+  static constexpr bool fetches_result = true;
   static constexpr int64_t step = std::numeric_limits<int64_t>::max();
   void operator()() const {}
 };
@@ -70,10 +71,12 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
   // A store too waits for its line.
+  if constexpr (Meanwhile::fetches_result) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c.data + r * c.row_stride + v * lanes, 1);
+    }
   }
   // Every third row of a has a pointer; the others lie one stride and two behind it, as addresses can say. So there are
   // general registers for all, whatever the strides. The compiler is kept from other ways, which spill.
@@ -125,6 +128,7 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
         advance(kUnrolled);
       }
     }
+#pragma GCC unroll 4
     for (; k < steps; ++k) {
       multiply(std::integral_constant<int, 0>{});
       advance(a.k_stride);
@@ -137,7 +141,7 @@ inline void multiply_register_tile(int64_t k_size, TileOperand<P> a, const P* __
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       T* target = c.data + r * c.row_stride + v * lanes;
-      store(target, (c.accumulate ? load(target) : Vec<T>{}) + sum[r][v] * c.scale);
+      store(target, c.accumulate ? load(target) + sum[r][v] * c.scale : sum[r][v] * c.scale);
     }
   }
 }
@@ -167,8 +171,8 @@ inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, c
 
 // c [m, kVectors * lanes] (+)= scale * a [m, k_size] @ b [k_size, kVectors * lanes], register tile by register tile.
 template <int kVectors, class T, class P, class Meanwhile>
-inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, TileResult<T> c,
-                                const Meanwhile& meanwhile) {
+[[gnu::flatten]] inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k,
+                                                 TileResult<T> c, const Meanwhile& meanwhile) {
   constexpr int rows = kRegisterTileRows[kVectors];
   for (; m >= rows; m -= rows) {
     multiply_register_tile<rows, kVectors>(k_size, a, b, b_k, c, meanwhile);
