@@ -48,6 +48,7 @@ Api load() {
   find(library, "cublasLtMatmulPreferenceDestroy", api.preference_destroy);
   find(library, "cublasLtMatmulPreferenceSetAttribute", api.preference_set);
   find(library, "cublasLtMatmulAlgoGetHeuristic", api.heuristic);
+  find(library, "cublasLtMatmulAlgoConfigGetAttribute", api.algorithm_get);
   find(library, "cublasLtMatmul", api.matmul);
   return api;
 }

@@ -32,6 +32,10 @@ enum PreferenceAttribute : int {
   kPreferenceMinAlignmentD = 8,
 };
 
+enum AlgorithmAttribute : int { kAlgorithmTile = 1, kAlgorithmParts = 2 };  // parts that a sum is cut into
+
+enum Tile : int { kTile128x128 = 20, kTile128x160 = 29, kTile176x128 = 201 };
+
 enum ReductionScheme : uint32_t { kReduceInComputeType = 2 };
 
 enum Operation : int32_t { kNormal = 0, kTransposed = 1 };
@@ -62,6 +66,7 @@ struct Api {
   Status (*preference_set)(Preference, PreferenceAttribute, const void*, size_t);
   Status (*heuristic)(Handle, MatmulDesc, MatrixLayout a, MatrixLayout b, MatrixLayout c, MatrixLayout d, Preference,
                       int requested, HeuristicResult*, int* returned);
+  Status (*algorithm_get)(const Algorithm*, AlgorithmAttribute, void*, size_t, size_t* written);
   Status (*matmul)(Handle, MatmulDesc, const void* alpha, const void* a, MatrixLayout, const void* b, MatrixLayout,
                    const void* beta, const void* c, MatrixLayout, void* d, MatrixLayout, const Algorithm*,
                    void* workspace, size_t workspace_bytes, cudaStream_t);
