@@ -78,7 +78,7 @@ FeedForwardPlan plan_backward(const Context& context, FeedForwardParams p, const
   const size_t d_linear_bytes = needs_d_linear(p) && has_own_d_linear(p) && !in_d_x ? width : 0;
   // A gated block's gradient of the hidden activations takes the place of these first.
   const bool makes_activated = !saves_activated(p) && (p.d_linear2_weight || (p.gated && needs_d_pre));
-  const size_t activated_bytes = makes_activated ? activation_bytes(p, p.hidden_dim) : 0;
+  const size_t activated_bytes = makes_activated ? activation_bytes(p, activated_columns(context, p)) : 0;
   const size_t hidden_bytes = needs_d_pre && has_own_hidden(p) ? width : 0;
   void* const shared = arena.take(std::max(Arena::aligned(d_linear_bytes) + activated_bytes, hidden_bytes));
   Arena before_hidden(shared);

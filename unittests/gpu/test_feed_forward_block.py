@@ -108,6 +108,23 @@ def test_unaligned(activation, final, gated, dtype):
     check(case, offset=offset_of(dtype))
 
 
+@pytest.mark.parametrize("dtype,rows", (("float16", 512), ("float64", 128)))
+@pytest.mark.parametrize("gated", (False, True))
+def test_hidden_numbers_in_parts(gated, dtype, rows):
+    """So many that backward makes them in two parts, and needs less memory than for a row less, where it makes one."""
+    case = FULL_FEED_FORWARD.but(dtype=dtype, gated=gated, shape=(rows,), width=256, hidden=2**15)
+    inputs = common.make_inputs(case)
+    common.check(case, common.expect(case, inputs), *run_case(case, inputs))
+    sizes = []
+    for count in (rows, rows - 1):
+        part = case.but(shape=(count,))
+        run = Run(part, common.make_inputs(part))
+        run.forward()
+        run.backward(["linear1_bias", "linear2_weight"])
+        sizes.append(run.backward_workspace.numel())
+    assert sizes[0] < sizes[1]
+
+
 def test_gradient_of_the_product_waits_where_d_x_will_be():
     rows, width = 1000, 64
     case = FULL_FEED_FORWARD.but(dtype="float16", shape=(rows,), width=width, hidden=width, final_layer_norm=False)

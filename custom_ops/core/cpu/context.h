@@ -26,6 +26,8 @@ inline void copy(Context&, const void* from, void* to, size_t bytes) {
   if (bytes) std::memcpy(to, from, bytes);
 }
 
+inline int64_t activated_columns(const Context&, const FeedForwardParams& p) { return p.hidden_dim; }
+
 inline size_t stage_workspace_bytes(const Context& context, const AttentionParams& p, Phase phase) {
   return context.implementation->attention_workspace_bytes(context, p, phase);
 }

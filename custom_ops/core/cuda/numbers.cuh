@@ -144,21 +144,23 @@ __device__ __forceinline__ PhiloxWords output_words(PhiloxState state, int64_t i
   return philox(state, static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), 0);
 }
 
-// Multiplies N elements by 0 or scale, threshold > 0; index is that of the first and a multiple of N, a divisor of 8.
+// Whether dropout keeps element `number` of the eight of a call, threshold > 0.
+__device__ __forceinline__ bool is_kept(const PhiloxWords& words, uint32_t threshold, int number) {
+  const uint32_t limit = (threshold << 16) - 1;  // a number in the upper half exceeds it when it is >= threshold
+  const uint32_t low = number & 2 ? words.w[1] : words.w[0];
+  const uint32_t high = number & 2 ? words.w[3] : words.w[2];
+  const uint32_t word = number & 4 ? high : low;
+  return (number & 1 ? word : word << 16) > limit;
+}
+
+// Multiplies N elements by 0 or scale; index is that of the first and a multiple of N, a divisor of 8.
 template <int N, class A>
 __device__ __forceinline__ void apply_output_dropout(const PhiloxWords& words, uint32_t threshold, A scale,
                                                      int64_t index, A (&value)[N]) {
   static_assert(N == 1 || N == 2 || N == 4 || N == 8, "one call serves eight elements");
   const int first = N == 8 ? 0 : static_cast<int>(index % 8);
-  const uint32_t limit = (threshold << 16) - 1;  // a number in the upper half exceeds it when it is >= threshold
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int number = first + i;
-    const uint32_t low = number & 2 ? words.w[1] : words.w[0];
-    const uint32_t high = number & 2 ? words.w[3] : words.w[2];
-    const uint32_t word = number & 4 ? high : low;
-    value[i] = (number & 1 ? word : word << 16) > limit ? value[i] * scale : A(0);
-  }
+  for (int i = 0; i < N; ++i) value[i] = is_kept(words, threshold, first + i) ? value[i] * scale : A(0);
 }
 
 // Calls f with a null pointer to the device type of a float dtype.

@@ -41,6 +41,7 @@ void linear1_forward(Context& context, const FeedForwardParams& p);
 void linear1_backward(Context& context, const FeedForwardParams& p);
 void linear2_forward(Context& context, const FeedForwardParams& p);
 void linear2_backward(Context& context, const FeedForwardParams& p);
+int64_t activated_columns(const Context& context, const FeedForwardParams& p);
 size_t linear_workspace_bytes(const Context& context, const FeedForwardParams& p, Phase phase);
 
 void linear_forward(Context& context, const LinearParams& p);

@@ -10,6 +10,8 @@
 // to the activation. Activations are kernels of their own, but for that of the feed-forward block where it is relu
 // without dropout.
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "core/arena.h"
 #include "core/cuda/linear/matrix_product.h"
@@ -156,6 +158,13 @@ Layer linear2(const FeedForwardParams& p) {
   return {p.dtype, p.rows, p.hidden_dim, p.embed_dim, p.activated, p.linear2_weight};
 }
 
+// Its backward pass by so many of the hidden numbers at a time, which are rows of the weight.
+Layer part_of_linear2(const FeedForwardParams& p, int64_t columns) {
+  Layer layer = linear2(p);
+  layer.in = columns;
+  return layer;
+}
+
 Layer linear(const LinearParams& p) {
   return {p.dtype, p.rows, p.in_features, p.out_features, p.x, p.weight, p.transpose_weight, p.transpose_x};
 }
@@ -246,28 +255,57 @@ void linear1_backward(Context& context, const FeedForwardParams& p) {
 
 void linear2_forward(Context& context, const FeedForwardParams& p) { last_layer_forward(context, p, linear2(p)); }
 
-void linear2_backward(Context& context, const FeedForwardParams& p) {
-  const Layer layer = linear2(p);
-  ActivationRows rows = activation_of(p);
-  if (needs_d_pre_activation(p)) {
-    // The gradient of the hidden activations.
-    void* const d_activated = p.gated ? p.activated : p.d_pre_activation;
-    matrix_product(context, layer.x_gradient(p.d_linear, p.dtype, d_activated), p.stage_workspace);
-    rows.d_u = d_activated;
-    rows.d_h = p.d_pre_activation;
-    rows.d_h_sums = p.d_linear1_bias;
-    rows.workspace = p.stage_workspace;
-    if (saves_activated(p)) {
-      relu_backward(context, rows);
-    } else {
-      if (!p.d_linear2_weight) rows.u = nullptr;
-      activate_backward(context, rows);
-    }
-  } else if (!saves_activated(p)) {
-    activate(context, rows);
+// Halved until little memory is left to win, or the gradient of the part of the weight has too few tiles for the whole
+// card.
+int64_t activated_columns(const Context&, const FeedForwardParams& p) {
+  constexpr int64_t kMostParts = 4;
+  constexpr int64_t kLeastNumbersOfWeight = 256 * 128 * 128;
+  constexpr int64_t kLeastBytes = int64_t{16} << 20;
+  int64_t columns = p.hidden_dim;
+  if (saves_activated(p) || !needs_d_pre_activation(p) || !(p.d_linear2_weight || p.gated)) return columns;
+  const int64_t column_bytes = p.rows * static_cast<int64_t>(size_of(p.dtype));
+  while (columns % 16 == 0 && p.hidden_dim / columns < kMostParts &&
+         columns / 2 * p.embed_dim >= kLeastNumbersOfWeight && columns / 2 * column_bytes >= kLeastBytes) {
+    columns /= 2;
   }
-  if (p.d_linear2_weight) {
-    matrix_product(context, layer.weight_gradient(p.d_linear, p.d_linear2_weight), p.stage_workspace);
+  return columns;
+}
+
+void linear2_backward(Context& context, const FeedForwardParams& p) {
+  const int64_t columns = activated_columns(context, p);
+  // The gradient of the hidden activations lies where these will.
+  const bool in_activated = p.activated && !saves_activated(p);
+  for (int64_t first = 0; first < p.hidden_dim; first += columns) {
+    const auto from = [&](auto* data, int64_t stride) {
+      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const char, char>;
+      return data ? static_cast<Byte*>(data) + first * stride * size_of(p.dtype) : nullptr;
+    };
+    Layer layer = part_of_linear2(p, columns);
+    layer.weight = from(p.linear2_weight, p.embed_dim);
+    if (needs_d_pre_activation(p)) {
+      ActivationRows rows = activation_of(p);
+      rows.cols = columns;
+      rows.all_cols = p.hidden_dim;
+      rows.first_element += first;
+      rows.h = from(rows.h, 1);
+      rows.d_h = from(p.d_pre_activation, 1);
+      rows.d_u = in_activated ? p.activated : rows.d_h;
+      rows.d_h_sums = from(p.d_linear1_bias, 1);
+      rows.workspace = p.stage_workspace;
+      matrix_product(context, layer.x_gradient(p.d_linear, p.dtype, const_cast<void*>(rows.d_u)), p.stage_workspace);
+      if (saves_activated(p)) {
+        relu_backward(context, rows);
+      } else {
+        if (!p.d_linear2_weight) rows.u = nullptr;
+        activate_backward(context, rows);
+      }
+    } else if (!saves_activated(p)) {
+      activate(context, activation_of(p));
+    }
+    if (p.d_linear2_weight) {
+      void* const d_weight = from(p.d_linear2_weight, p.embed_dim);
+      matrix_product(context, layer.weight_gradient(p.d_linear, d_weight), p.stage_workspace);
+    }
   }
 }
 
@@ -276,9 +314,13 @@ size_t linear_workspace_bytes(const Context& context, const FeedForwardParams& p
     case Phase::kForward:
       return std::max(matrix_product_workspace_bytes(context, linear1_product(p)),
                       last_layer_forward_bytes(context, p, linear2(p)));
-    case Phase::kOutputBackward:
-      return std::max(p.d_linear1_bias ? activation_sums_workspace_bytes(context, activation_of(p)) : 0,
-                      last_layer_backward_bytes(context, linear2(p), p.d_linear2_weight, needs_d_pre_activation(p)));
+    case Phase::kOutputBackward: {
+      ActivationRows rows = activation_of(p);
+      rows.cols = activated_columns(context, p);
+      return std::max(p.d_linear1_bias ? activation_sums_workspace_bytes(context, rows) : 0,
+                      last_layer_backward_bytes(context, part_of_linear2(p, rows.cols), p.d_linear2_weight,
+                                                needs_d_pre_activation(p)));
+    }
     case Phase::kInputBackward:
       return first_layer_backward_bytes(context, p, linear1(p), p.d_linear1_weight);
     default:

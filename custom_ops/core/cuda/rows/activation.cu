@@ -45,6 +45,15 @@ constexpr int kReluBackwardBlocks = sizeof(T) == 2 ? kMostBlocks : 4;
 // Numbers between the rows of the exchange of sums, so that reading neighbouring columns meets different banks.
 constexpr int kPadding = 4;
 
+// Of a thread's numbers of a row: where they begin in u and d_u, and in h and d_h, and as which element dropout counts
+// the first.
+struct Place {
+  int64_t row;
+  int64_t u;
+  int64_t h;
+  int64_t element;
+};
+
 template <class T>
 struct Kernel {
   using A = Accumulator<T>;
@@ -59,10 +68,12 @@ struct Kernel {
   T* u;
   const T* d_u;
   T* d_h;
-  A* partial;  // [row groups][columns of h]: sums of d_h; null: not wanted
-  // From a row of a thread to its next one, further up: in rows, in numbers, and in what dropout counts.
+  int64_t all_cols;  // of h, gated of each of its halves
+  A* partial;        // [halves of h][row groups][cols]: sums of d_h; null: not wanted
+  // From a row of a thread to its next one, further up: in rows, in numbers of u and of h, and in what dropout counts.
   int64_t row_step;
-  int64_t place_step;
+  int64_t u_step;
+  int64_t h_step;
   int64_t element_step;
 
   // kDrops: threshold is not 0.
@@ -86,26 +97,33 @@ struct Kernel {
     }
   }
 
+  // What dropout leaves of a value, element `number` of the eight of a call.
+  template <bool kDrops>
+  __device__ __forceinline__ A dropped(const PhiloxWords& words, int number, A value) const {
+    return !kDrops || is_kept(words, threshold, number) ? value * dropout_scale : A(0);
+  }
+
   // The first of this thread's N columns.
   template <int N>
   __device__ __forceinline__ int64_t col() const {
     return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   }
 
-  // Calls f(place, element) for the rows that are this thread's: where its numbers begin in a matrix of `cols` columns,
-  // and as which element dropout counts the first.
-  template <class F>
-  __device__ __forceinline__ void for_rows(int64_t col, F&& f) const {
-    if (col >= cols) return;
-    int64_t row = rows - 1 - static_cast<int64_t>(blockIdx.y) * blockDim.y - threadIdx.y;
-    int64_t place = row * cols + col;
-    int64_t element = row * elements_in_row + first_element + col;
-    for (; row >= 0; row -= row_step, place -= place_step, element -= element_step) f(place, element);
+  // The rows that are this thread's, from the last to the first; behind that `row` is below 0.
+  template <bool kGated>
+  __device__ __forceinline__ Place first_place(int64_t col) const {
+    if (col >= cols) return {-1, 0, 0, 0};
+    const int64_t row = rows - 1 - static_cast<int64_t>(blockIdx.y) * blockDim.y - threadIdx.y;
+    return {row, row * cols + col, row * (kGated ? 2 : 1) * all_cols + col,
+            row * elements_in_row + first_element + col};
+  }
+  __device__ __forceinline__ Place next_place(const Place& place) const {
+    return {place.row - row_step, place.u - u_step, place.h - h_step, place.element - element_step};
   }
 
-  // Adds the thread block's sums of N * blockDim.x columns and writes them behind `first` columns of kHalves * cols.
-  template <int kHalves, int N>
-  __device__ __forceinline__ void write_sums(const A (&sum)[N], int64_t first) const {
+  // Adds the thread block's sums of N * blockDim.x columns of a half of h and writes them.
+  template <int N>
+  __device__ __forceinline__ void write_sums(const A (&sum)[N], int half) const {
     __shared__ A exchange[N][kThreads + kPadding];
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     __syncthreads();
@@ -116,7 +134,7 @@ struct Kernel {
     for (int j = thread; j < static_cast<int>(blockDim.x) * N && first_col + j < cols; j += kThreads) {
       A total = 0;
       for (int i = j / N; i < kThreads; i += blockDim.x) total += exchange[j % N][i];
-      partial[(static_cast<int64_t>(blockIdx.y) * kHalves * cols) + first + first_col + j] = total;
+      partial[(static_cast<int64_t>(half) * gridDim.y + blockIdx.y) * cols + first_col + j] = total;
     }
   }
 };
@@ -254,67 +272,72 @@ template <class T, int N, Activation kActivation, bool kGated, bool kDrops>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) activate_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
   const PhiloxState state = k.template philox<kDrops>();
-  const int64_t col = k.template col<N>();
-  k.for_rows(col, [&](int64_t place, int64_t element) {
-    const T* h = k.h + (kGated ? 2 * place - col : place);
+  for (Place place = k.template first_place<kGated>(k.template col<N>()); place.row >= 0; place = k.next_place(place)) {
     A value[N];
-    load(h, value);
+    load(k.h + place.h, value);
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = value_and_slope<kActivation, T>(value[i]).value;
     if constexpr (kGated) {
       A gate[N];
-      load(h + k.cols, gate);
+      load(k.h + place.h + k.all_cols, gate);
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] *= gate[i];
     }
-    k.template drop<kDrops>(k.template words<kDrops>(state, element), element, value);
-    store(k.u + place, value);
-  });
+    k.template drop<kDrops>(k.template words<kDrops>(state, place.element), place.element, value);
+    store(k.u + place.u, value);
+  }
 }
 
+// What a thread reads next is on its way while it works on what it has.
 template <class T, int N, Activation kActivation, bool kGated, bool kDrops>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kGated>) activate_backward_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
   const PhiloxState state = k.template philox<kDrops>();
-  const int64_t col = k.template col<N>();
+  Place place = k.template first_place<kGated>(k.template col<N>());
+  Vector<T, N> d_u, h, h_gate;
+  const auto read = [&] {
+    if (place.row < 0) return;
+    d_u = load_vector<N>(k.d_u + place.u);
+    h = load_vector<N>(k.h + place.h);
+    if constexpr (kGated) h_gate = load_vector<N>(k.h + place.h + k.all_cols);
+  };
+  read();
   A sums[kGated ? 2 : 1][N] = {};
-  k.for_rows(col, [&](int64_t place, int64_t element) {
-    const int64_t place_h = kGated ? 2 * place - col : place;
-    A d[N], u[N], slope[N], gate[N];
-    load(k.d_u + place, d);
-    load(k.h + place_h, u);
-    if constexpr (kGated) load(k.h + place_h + k.cols, gate);
+  while (place.row >= 0) {
+    A d[N], value[N], gate[N];
+    widen(d_u, d);
+    widen(h, value);
+    if constexpr (kGated) widen(h_gate, gate);
+    T* const d_h = k.d_h + place.h;
+    T* const u = k.u + place.u;
+    const PhiloxWords words = k.template words<kDrops>(state, place.element);
+    const int number = N == kNumbers ? 0 : static_cast<int>(place.element % kNumbers);
+    place = k.next_place(place);
+    read();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const ValueAndSlope<A> a = value_and_slope<kActivation, T>(u[i]);
-      u[i] = a.value;
-      slope[i] = a.slope;
-    }
-    const PhiloxWords words = k.template words<kDrops>(state, element);
-    if constexpr (kGated) {
-      k.template drop<kDrops>(words, element, d);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        slope[i] *= d[i] * gate[i];
-        d[i] *= u[i];
-        sums[1][i] += d[i];
-        u[i] *= gate[i];
+      const ValueAndSlope<A> a = value_and_slope<kActivation, T>(value[i]);
+      value[i] = a.value;
+      if constexpr (kGated) {
+        d[i] = k.template dropped<kDrops>(words, number + i, d[i]);
+        value[i] *= gate[i];
+        const A d_gated = d[i] * gate[i];
+        gate[i] = d[i] * a.value;
+        sums[1][i] += gate[i];
+        d[i] = a.slope * d_gated;
+      } else {
+        d[i] = k.template dropped<kDrops>(words, number + i, a.slope * d[i]);
       }
-      store(k.d_h + place_h + k.cols, d);
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) slope[i] *= d[i];
-      k.template drop<kDrops>(words, element, slope);
+      sums[0][i] += d[i];
+      value[i] = k.template dropped<kDrops>(words, number + i, value[i]);
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) sums[0][i] += slope[i];
-    store(k.d_h + place_h, slope);
-    k.template drop<kDrops>(words, element, u);
-    if (k.u) store(k.u + place, u);
-  });
+    store(d_h, d);
+    if constexpr (kGated) store(d_h + k.all_cols, gate);
+    if (k.u) store(u, value);
+  }
   if (k.partial) {
-    k.template write_sums<kGated ? 2 : 1>(sums[0], 0);
-    if constexpr (kGated) k.template write_sums<2>(sums[1], k.cols);
+    k.write_sums(sums[0], 0);
+    if constexpr (kGated) k.write_sums(sums[1], 1);
   }
 }
 
@@ -322,18 +345,18 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kReluBackwardBlocks<T>) relu_backward_kernel(const Kernel<T> k) {
   using A = Accumulator<T>;
   A sums[N] = {};
-  k.for_rows(k.template col<N>(), [&](int64_t place, int64_t) {
+  for (Place place = k.template first_place<false>(k.template col<N>()); place.row >= 0; place = k.next_place(place)) {
     A d[N], u[N];
-    load(k.d_u + place, d);
-    load(k.u + place, u);
+    load(k.d_u + place.u, d);
+    load(k.u + place.u, u);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       d[i] = u[i] > A(0) ? d[i] * k.dropout_scale : A(0);
       sums[i] += d[i];
     }
-    store(k.d_h + place, d);
-  });
-  if (k.partial) k.template write_sums<1>(sums, 0);
+    store(k.d_h + place.h, d);
+  }
+  if (k.partial) k.write_sums(sums, 0);
 }
 
 template <class F>
@@ -384,7 +407,14 @@ Shape shape_of(int64_t rows, int64_t cols, int numbers, int64_t blocks) {
   return {width, col_blocks, ceil_div(turns_of_one, turns)};
 }
 
-int64_t cols_of_h(const ActivationRows& args) { return args.gated ? 2 * args.cols : args.cols; }
+int64_t halves_of_h(const ActivationRows& args) { return args.gated ? 2 : 1; }
+
+int64_t all_cols(const ActivationRows& args) { return args.all_cols ? args.all_cols : args.cols; }
+
+// Where the sums of the first columns of a half of d_h lie.
+void* sums_of_half(const ActivationRows& args, int half) {
+  return static_cast<char*>(args.d_h_sums) + half * all_cols(args) * size_of(args.dtype);
+}
 
 // A kernel, and how many of its thread blocks a multiprocessor runs.
 template <class T>
@@ -399,8 +429,10 @@ template <class F>
 void launch(Context& context, const ActivationRows& args, const char* name, F&& f) {
   if (args.cols == 0) return;
   if (args.rows == 0) {
-    if (!args.d_h_sums) return;
-    return check(cudaMemsetAsync(args.d_h_sums, 0, cols_of_h(args) * size_of(args.dtype), context.stream), name);
+    for (int half = 0; args.d_h_sums && half < halves_of_h(args); ++half) {
+      check(cudaMemsetAsync(sums_of_half(args, half), 0, args.cols * size_of(args.dtype), context.stream), name);
+    }
+    return;
   }
   dispatch_float(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -416,6 +448,7 @@ void launch(Context& context, const ActivationRows& args, const char* name, F&& 
                         static_cast<T*>(args.u),
                         static_cast<const T*>(args.d_u),
                         static_cast<T*>(args.d_h),
+                        all_cols(args),
                         static_cast<A*>(args.d_h_sums ? args.workspace : nullptr)};
     const auto start = [&](auto numbers) {
       const auto [function, blocks] = f(type, numbers);
@@ -423,20 +456,22 @@ void launch(Context& context, const ActivationRows& args, const char* name, F&& 
       const dim3 grid(static_cast<unsigned>(shape.col_blocks), static_cast<unsigned>(shape.row_groups));
       const dim3 block(shape.width, kThreads / shape.width);
       kernel.row_step = shape.row_groups * block.y;
-      kernel.place_step = kernel.row_step * args.cols;
+      kernel.u_step = kernel.row_step * args.cols;
+      kernel.h_step = kernel.row_step * halves_of_h(args) * kernel.all_cols;
       kernel.element_step = kernel.row_step * args.elements_in_row;
       function<<<grid, block, 0, context.stream>>>(kernel);
       check_launch(name);
       if (args.d_h_sums) {
-        add_row_groups(context, accumulator_of(args.dtype), args.workspace, shape.row_groups, cols_of_h(args),
-                       {{args.d_h_sums, args.dtype}, {}, {}});
+        void* const gate_sums = args.gated ? sums_of_half(args, 1) : nullptr;
+        add_row_groups(context, accumulator_of(args.dtype), args.workspace, shape.row_groups, args.cols,
+                       {{args.d_h_sums, args.dtype}, {gate_sums, args.dtype}, {}});
       }
     };
     const auto is_vector = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool counts_by_vectors =
         args.dropout.threshold == 0 || (args.first_element % kNumbers == 0 && args.elements_in_row % kNumbers == 0);
-    if (args.cols % kNumbers == 0 && counts_by_vectors && is_vector(args.h) && is_vector(args.u) &&
-        is_vector(args.d_u) && is_vector(args.d_h)) {
+    if (args.cols % kNumbers == 0 && all_cols(args) % kNumbers == 0 && counts_by_vectors && is_vector(args.h) &&
+        is_vector(args.u) && is_vector(args.d_u) && is_vector(args.d_h)) {
       start(std::integral_constant<int, kNumbers>{});
     } else {
       start(std::integral_constant<int, 1>{});
@@ -490,7 +525,7 @@ size_t activation_sums_workspace_bytes(const Context& context, const ActivationR
       }
     }
   });
-  return row_groups * cols_of_h(args) * size_of(accumulator_of(args.dtype));
+  return halves_of_h(args) * row_groups * args.cols * size_of(accumulator_of(args.dtype));
 }
 
 }  // namespace cuda

@@ -14,18 +14,21 @@ struct ActivationRows {
   bool gated = false;
   int64_t rows = 0;
   int64_t cols = 0;  // of u
+  // Backward, where the columns are part of h's: how many there are of h or, gated, of each of its halves. 0: cols.
+  int64_t all_cols = 0;
   Dropout dropout;
   const uint64_t* random_state = nullptr;
   // Dropout counts u[i][j] as element i * elements_in_row + first_element + j.
   int64_t first_element = 0;
   int64_t elements_in_row = 0;
 
-  const void* h = nullptr;  // [M, cols], gated [M, 2 * cols]
-  void* u = nullptr;        // [M, cols]; backward: null: not wanted
-  const void* d_u = nullptr;
-  void* d_h = nullptr;
+  const void* h = nullptr;    // [M, all_cols], gated [M, 2 * all_cols], from the first column on
+  void* u = nullptr;          // [M, cols]; backward: null: not wanted
+  const void* d_u = nullptr;  // [M, cols]
+  void* d_h = nullptr;        // as h
 
-  // Backward: the column sums of d_h, before it is rounded; null: not wanted. They need the workspace.
+  // Backward: the column sums of d_h, before it is rounded, likewise from the first column on; null: not wanted. They
+  // need the workspace.
   void* d_h_sums = nullptr;
   void* workspace = nullptr;
 };
