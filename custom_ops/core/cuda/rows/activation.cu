@@ -39,7 +39,7 @@ constexpr int kMostBlocks = 6;
 template <class T>
 constexpr int kForwardBlocks = sizeof(T) == 8 ? 2 : kMostBlocks;
 template <class T, bool kGated>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? (kGated ? 1 : 2) : (kGated ? 3 : 4);
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : (sizeof(T) == 4 ? 2 : 3) + (kGated ? 0 : 1);
 template <class T>
 constexpr int kReluBackwardBlocks = sizeof(T) == 2 ? kMostBlocks : 4;
 // Numbers between the rows of the exchange of sums, so that reading neighbouring columns meets different banks.
