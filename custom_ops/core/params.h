@@ -343,8 +343,9 @@ struct LinearParams {
   int64_t in_features = 0;
   int64_t out_features = 0;
   DType dtype = DType::kFloat32;
-  bool transpose_x = false;       // x is stored [in_features, M]
-  bool transpose_weight = false;  // weight is stored [out_features, in_features]
+  bool transpose_x = false;           // x is stored [in_features, M]
+  bool transpose_weight = false;      // weight is stored [out_features, in_features]
+  bool has_arranged_weights = false;  // arranged_weights.h: on the CPU, and without gradients
   Activation activation = Activation::kNone;
 
   const void* x = nullptr;       // [M, in_features]

@@ -33,8 +33,8 @@ class PlainShape {
   size_t rank_ = 0;
 };
 
-// An operator's arguments with plain shapes in the place of arranged ones, which are checked.
-template <size_t kInputs>
+// An operator's arguments with plain shapes in the place of its arranged weights', which are checked.
+template <size_t kInputs, size_t kWeights>
 class PlainArguments {
  public:
   struct Weight {
@@ -42,7 +42,7 @@ class PlainArguments {
     size_t in;  // the dimension of the plain weight
   };
 
-  PlainArguments(const Arguments& arguments, const Attributes& attributes, std::array<Weight, 2> weights)
+  PlainArguments(const Arguments& arguments, const Attributes& attributes, std::array<Weight, kWeights> weights)
       : arguments_(arguments) {
     for (size_t i = 0; i < kInputs; ++i) {
       if (arguments.has(static_cast<int>(i))) shapes_[i] = arguments.shapes[i];
@@ -85,7 +85,7 @@ class PlainArguments {
 
   Arguments arguments_;
   std::array<Shape, kInputs> shapes_;
-  std::array<PlainShape, 2> plain_;
+  std::array<PlainShape, kWeights> plain_;
 };
 
 }  // namespace pfa::op

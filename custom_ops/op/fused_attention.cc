@@ -66,7 +66,7 @@ struct GeneralAttention : BlockOperator {
     if (!is_arranged(arguments.shapes[kLinearWeight])) return check_shapes(arguments, attributes);
     const size_t rank = arguments.shapes[kQKVWeight].rank;
     if (rank < 3 + kArrangedDimensions) arguments.refuse_shape(kQKVWeight, "an arranged weight, as linear_weight is");
-    const PlainArguments<kInputCount<GeneralAttention>> plain(
+    const PlainArguments<kInputCount<GeneralAttention>, 2> plain(
         arguments, attributes, {{{kQKVWeight, rank - kArrangedDimensions - 1}, {kLinearWeight, 0}}});
     check_shapes(*plain, attributes);
   }

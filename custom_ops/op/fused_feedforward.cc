@@ -37,8 +37,8 @@ struct FusedFeedForward : BlockOperator {
     arguments.check_norm_dtypes(kX, {kLn1Scale, kLn1Bias, kLn2Scale, kLn2Bias});
     check_activation(kType, attributes.activation, Activation::kRelu);
     if (!is_arranged(arguments.shapes[kLinear2Weight])) return check_shapes(arguments, attributes);
-    const PlainArguments<kInputCount<FusedFeedForward>> plain(arguments, attributes,
-                                                              {{{kLinear1Weight, 0}, {kLinear2Weight, 0}}});
+    const PlainArguments<kInputCount<FusedFeedForward>, 2> plain(arguments, attributes,
+                                                                 {{{kLinear1Weight, 0}, {kLinear2Weight, 0}}});
     check_shapes(*plain, attributes);
   }
 

@@ -6,6 +6,7 @@
 
 #include "core/inputs.h"
 #include "op/activations.h"
+#include "op/arranged.h"
 #include "op/operator.h"
 
 namespace pfa::op {
@@ -35,7 +36,13 @@ struct FusedLinear {
     arguments.check_dtype_like(kWeight, kX);
     arguments.check_dtype_like(kBias, kX);
     check_activation(kType, attributes.activation, Activation::kNone);
+    if (!is_arranged(arguments.shapes[kWeight])) return check_shapes(arguments, attributes);
+    const size_t in = attributes.has(kTransposeWeight) ? 1 : 0;
+    const PlainArguments<kInputCount<FusedLinear>, 1> plain(arguments, attributes, {{{kWeight, in}}});
+    check_shapes(*plain, attributes);
+  }
 
+  static void check_shapes(const Arguments& arguments, const Attributes& attributes) {
     const Shape x = arguments.shapes[kX];
     const bool transpose_x = attributes.has(kTransposeX);
     if (transpose_x && x.rank != 2) arguments.refuse_shape(kX, "shape [in_features, rows], as it is transposed");
@@ -67,7 +74,8 @@ struct FusedLinear {
   static Sizes out_shape(const Shape* shapes, const Attributes& attributes) {
     Sizes sizes = oriented(sizes_of(shapes[kX]), attributes);
     const Shape weight = shapes[kWeight];
-    if (!sizes.empty()) sizes.back() = weight.rank == 2 ? weight[attributes.has(kTransposeWeight) ? 0 : 1] : -1;
+    const bool has_columns = weight.rank == 2 || is_arranged(weight);
+    if (!sizes.empty()) sizes.back() = has_columns ? weight[attributes.has(kTransposeWeight) ? 0 : 1] : -1;
     return sizes;
   }
 
@@ -80,6 +88,8 @@ struct FusedLinear {
     p.rows = p.transpose_x ? x[1] : rows_of(x);
     p.in_features = p.transpose_x ? x[0] : x.last();
     p.out_features = weight[p.transpose_weight ? 0 : 1];
+    p.has_arranged_weights = is_arranged(weight);
+    if (p.has_arranged_weights) check_on_cpu(kType, *tensors[kWeight], "weight");
     p.dtype = core_dtype(tensors[kX]->dtype());
     p.activation = static_cast<Activation>(attributes.activation);
     return p;

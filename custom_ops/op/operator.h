@@ -171,7 +171,8 @@ std::vector<paddle::Tensor> run_backward_operator(const Tensors<Operator>& tenso
   }
   const Shapes<Operator> shapes = shapes_of<Operator>(tensors, attributes);
   typename Operator::Params p = describe<Operator>(tensors, shapes, attributes);
-  if constexpr (std::is_base_of_v<BlockParams, typename Operator::Params>) {
+  using Params = typename Operator::Params;
+  if constexpr (std::is_base_of_v<BlockParams, Params> || std::is_same_v<LinearParams, Params>) {
     if (p.has_arranged_weights) {
       raise(Operator::kType,
             common::errors::Unimplemented("%s has no gradient with arranged weights", Operator::kType));

@@ -41,17 +41,42 @@ def plain(weight: Any, in_axis: int) -> Any:
     return (matrix if in_axis == 0 else matrix.transpose([1, 0])).reshape(shape)
 
 
+def is_arranged(weight: Any) -> bool:
+    """Whether a weight ``[in, out]``, or ``[out, in]``, is arranged. Others of its block are then too."""
+    return len(weight.shape) > 2
+
+
+def plain_shape(weight: Any, in_axis: int) -> list:
+    """The shape that an arranged weight has plain. `in_axis` is its first dimension or its last."""
+    *shape, numbers, _ = weight.shape
+    shape[in_axis] = shape[in_axis] * numbers if shape[in_axis] >= 0 else -1
+    return shape
+
+
+def rows_of(weight: Any, first: int, end: int) -> Any:
+    """Rows of an arranged weight ``[out, in]``.
+
+    Raises:
+        NotImplementedError: They are not whole panels.
+    """
+    if first % COLUMNS or end % COLUMNS:
+        raise NotImplementedError(
+            f"qkv_weight: expected a plain weight here, got one that arrange_weights has arranged, of which rows {first} "
+            f"to {end} do not begin and end with multiples of {COLUMNS}; restore_weights(model) first"
+        )
+    return weight[first:end]
+
+
 def check_plain(name: str, weight: Any) -> None:
-    """Refuses an arranged weight ``[in, out]`` where ordinary ops, or operators for parts of a block, compute.
+    """Refuses an arranged weight ``[in, out]`` where ordinary ops compute.
 
     Raises:
         NotImplementedError: It is one.
     """
-    if weight is not None and len(weight.shape) > 2:
+    if weight is not None and is_arranged(weight):
         raise NotImplementedError(
-            f"{name}: expected a plain weight here, got one that arrange_weights has arranged, which serves "
-            "self-attention without a cache or attention weights, and feed-forward, by their operators; "
-            "restore_weights(model) first"
+            f"{name}: expected a plain weight here, got one that arrange_weights has arranged, which serves the "
+            "operators; restore_weights(model) first"
         )
 
 

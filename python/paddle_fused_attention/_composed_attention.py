@@ -16,7 +16,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _amp, _op
 from ._amp import without_auto_cast
-from ._arranged import check_plain
+from ._arranged import is_arranged, plain_shape, rows_of
 from ._attention import Attention, attention, attention_with_weights, separate
 from ._block import TENSORS, Block
 from ._checks import dtype_name
@@ -119,7 +119,6 @@ def with_tail(block: Block, y: Any) -> Any:
 
 def _before_tail(block: Block, source: Source, first_head: int, total_heads: int) -> tuple:
     """The block with its tensors as auto_cast wants them, the output projection, the weights and the cache."""
-    check_plain("linear_weight", block.linear_weight)
     mask, amp_dtype = block.attn_mask, _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer())
     if source.projections is None:
         block = _op.checked_block(block._replace(attn_mask=None), first_head, total_heads)
@@ -160,9 +159,9 @@ def _checked_unpacked(block: Block, source: Source, amp_dtype: Any) -> tuple:
 def _check_width(name: str, tensor: Any, weight: Any, any_float: bool = False) -> None:
     """Refuses what is not [batch, tokens, width] for a weight [width, columns], or of a dtype that does not go with
     it."""
-    shape = list(tensor.shape)
-    if len(shape) != 3 or shape[2] not in (weight.shape[0], -1):
-        raise ValueError(f"{name}: expected shape [batch, tokens, {weight.shape[0]}], got {shape}")
+    shape, width = list(tensor.shape), (plain_shape(weight, 0) if is_arranged(weight) else weight.shape)[0]
+    if len(shape) != 3 or shape[2] not in (width, -1):
+        raise ValueError(f"{name}: expected shape [batch, tokens, {width}], got {shape}")
     found, wanted = dtype_name(tensor), dtype_name(weight)
     narrow = wanted in ("float16", "bfloat16")
     if found != wanted and not (narrow and found == "float32") and not (any_float and {found, wanted} <= _CASTABLE):
@@ -265,7 +264,6 @@ def _keys_normalised(block: Block, source: Source, h: Any) -> tuple:
 def projected_keys(block: Block, source: Source) -> tuple:
     """The keys and values of the source, which has both, as a cache holds them. Of the block only parameters are
     read."""
-    check_plain("linear_weight", block.linear_weight)
     any_float = _amp.target_dtype(_op.ATTENTION.type, _dygraph_tracer()) is not None
     _op.check_tensors(("key", "value"), (source.key, source.value))
     weights = (None, block.linear_weight, block.linear_weight)  # [embed_dim, embed_dim]
@@ -287,11 +285,13 @@ def _heads_of(block: Block, source: Source) -> tuple[int, int, int]:
     if projections is not None:
         head_dim = projections.q_weight.shape[1] // projections.num_heads
         return projections.num_heads, projections.k_weight.shape[1] // head_dim, head_dim
-    if len(weight.shape) == 4:
-        return weight.shape[1], weight.shape[1], weight.shape[2]
-    head_dim = weight.shape[1]
-    num_heads = block.linear_weight.shape[0] // head_dim
-    return num_heads, (weight.shape[0] - num_heads) // 2, head_dim
+    shape, rows = weight.shape, block.linear_weight.shape[0]
+    if is_arranged(block.linear_weight):
+        shape, rows = plain_shape(weight, -1), plain_shape(block.linear_weight, 0)[0]
+    if len(shape) == 4:
+        return shape[1], shape[1], shape[2]
+    num_heads = rows // shape[1]
+    return num_heads, (shape[0] - num_heads) // 2, shape[1]
 
 
 def _project(block: Block, source: Source, tensors: tuple, first: int = 0) -> list:
@@ -300,8 +300,10 @@ def _project(block: Block, source: Source, tensors: tuple, first: int = 0) -> li
     has the heads of all: the others are None."""
     num_heads, num_kv_heads, head_dim = _heads_of(block, source)
     counts, projections = (num_heads, num_kv_heads, num_kv_heads), source.projections
+    of_arranged = projections is None and is_arranged(block.linear_weight)
     if projections is None:
-        rows = block.qkv_weight.reshape([sum(counts) * head_dim, -1])
+        row = block.qkv_weight.shape[-3:] if of_arranged else [-1]
+        rows = block.qkv_weight.reshape([sum(counts) * head_dim, *row])
         bias = None if block.qkv_bias is None else block.qkv_bias.reshape([-1])
     result: list = [None] * len(tensors)
     begun = 0  # the first of the tensors that wait for their product
@@ -313,7 +315,8 @@ def _project(block: Block, source: Source, tensors: tuple, first: int = 0) -> li
             heads = counts[first + begun : part + 1]
             stop = sum(counts[: part + 1]) * head_dim
             of_heads = slice(stop - sum(heads) * head_dim, stop)
-            weight, own_bias = rows[of_heads], None if bias is None else bias[of_heads]
+            weight = rows_of(rows, of_heads.start, stop) if of_arranged else rows[of_heads]
+            own_bias = None if bias is None else bias[of_heads]
             names = ("qkv_weight", "qkv_bias")
         else:
             heads, weight, own_bias = counts[part : part + 1], projections[part], projections[3 + part]

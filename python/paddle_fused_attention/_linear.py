@@ -9,6 +9,7 @@ from paddle.framework import in_dynamic_mode
 
 from . import _op
 from ._amp import without_auto_cast
+from ._arranged import check_plain, is_arranged
 from ._checks import check_switches, check_tensor, renamed
 from ._descriptions import USUAL_TYPES
 from ._feed_forward import ACTIVATIONS, activate, check_activation
@@ -58,10 +59,12 @@ def linear(
 def _linear(x: Any, weight: Any, bias: Any, transpose_x: bool, transpose_weight: bool, activation: str | None) -> Any:
     switches = (_op.TRANSPOSE_X if transpose_x else 0) | (_op.TRANSPOSE_WEIGHT if transpose_weight else 0)
     integers = (0 if activation is None else ACTIVATIONS[activation],)
-    arguments: tuple = ((x, weight, bias), True, switches, (), integers)
+    # Of an arranged weight there is no gradient, whether a graph is in training or not.
+    arguments: tuple = ((x, weight, bias), not is_arranged(weight), switches, (), integers)
     # Auto-parallel weights may be sharded, which the operator would gather.
     if not (is_auto_parallel(x, weight) if in_dynamic_mode() else is_exported_to_onnx()):
         return LINEAR.call(*arguments)
+    check_plain("weight", weight)
     inputs = LINEAR.checked_inputs(*arguments)
     with without_auto_cast():
         x, weight, bias = cast_all(inputs, compute_dtype(inputs[0]))

@@ -11,8 +11,8 @@ from paddle import nn
 from . import _arranged
 from ._checks import check_model
 from ._parts import is_plain
-from .conversion.encoder_layer import ConvertedEncoderLayer
 from .conversion.feed_forward import FusedFeedForward
+from .conversion.multi_head_attention import PackedMultiHeadAttention
 from .conversion.transformer_layer import TransformerLayer
 from .incubate.feed_forward import FusedFeedForward as IncubateFeedForward
 from .layer import FusedMultiHeadAttention
@@ -28,11 +28,11 @@ def arrange_weights(model: nn.Layer) -> list[str]:
     bits. There is no gradient, and ``state_dict`` and ``set_state_dict`` of the fused layers refuse until
     :func:`restore_weights`.
 
-    Arranged are, on the CPU, the attention and the feed-forward of ``paddle.nn.TransformerEncoderLayer`` after
-    :func:`convert`, the feed-forward of decoder layers and of other converted ones, and the layers
-    :class:`FusedMultiHeadAttention` and ``incubate.FusedFeedForward``; where the sizes that are multiplied are
-    multiples of 32, and no other layer has the same parameter. Other attentions stay as they are: their keys may be of
-    other tensors or from a cache, and a :class:`FusedMultiHeadAttention` refuses these once it is arranged.
+    Arranged are, on the CPU, every ``paddle.nn.MultiHeadAttention`` with packed projections after :func:`convert`, so
+    also those of encoder and decoder layers, with other keys, caches and attention weights; the feed-forward of these
+    and of other converted layers; and the layers :class:`FusedMultiHeadAttention` and ``incubate.FusedFeedForward``;
+    where the sizes that are multiplied are multiples of 32, and no other layer has the same parameter. Attentions of
+    other classes stay as they are, as do projections of different widths.
 
     Args:
         model: A layer, in dygraph. Its dtype must stay: call ``to(dtype=...)`` before.
@@ -83,18 +83,17 @@ def _weights_of_operators(layer: Any) -> Iterator[list]:
     """For every operator that a layer runs, its weights: a layer, the name of its parameter, and the dimension that is
     multiplied with the input. An operator takes arranged weights only, or none."""
     if isinstance(layer, TransformerLayer):
-        part = layer._attentions.get("attention")
-        if isinstance(layer, ConvertedEncoderLayer) and part is not None and layer._is_untouched(part):
-            attention: Any = layer._sub_layers[part.attention]
-            yield [(attention, "qkv_weight", -1), (attention._sub_layers["out_proj"], "weight", 0)]
         if layer._serves_feed_forward:
             yield from _linear_layers(layer, layer._feed_forward_part.adapter)
+    elif is_plain(layer, PackedMultiHeadAttention):
+        if layer._is_untouched():
+            yield [(layer, "qkv_weight", -1), (layer._sub_layers["out_proj"], "weight", 0)]
     elif isinstance(layer, FusedFeedForward):
         yield from _linear_layers(layer, layer._adapter)
     elif isinstance(layer, IncubateFeedForward):
         if layer._ring_id == -1:
             yield [(layer, "_linear1_weight", 0), (layer, "_linear2_weight", 0)]
-    elif type(layer) is FusedMultiHeadAttention and layer.qkv_weight is not None and not layer.need_weights:
+    elif type(layer) is FusedMultiHeadAttention and layer.qkv_weight is not None:
         yield [(layer, "qkv_weight", -1), (layer, "linear_weight", 0)]
 
 

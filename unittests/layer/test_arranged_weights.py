@@ -140,14 +140,99 @@ def test_feed_forward_of_incubate(activation):
     assert bits(call(layer, x)) == expected
 
 
-def test_decoder_layer_keeps_its_attentions():
-    model = nn.TransformerDecoderLayer(64, 2, 96)
+def converted_decoder(dtype="float32"):
+    paddle.seed(1)
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 2, 96), 2)
     convert(model)
+    model.to(dtype=dtype)
     model.eval()
-    x, memory = draw(2, 5, 64), draw(2, 7, 64)
-    expected = bits(call(model, x, memory))
-    assert arrange_weights(model) == ["linear1.weight", "linear2.weight"]
-    assert bits(call(model, x, memory)) == expected
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoder_has_the_same_bits(dtype):
+    """With a memory, and token by token with caches."""
+    model = converted_decoder(dtype)
+    x, memory = draw(2, 5, 64, dtype=dtype), draw(2, 7, 64, dtype=dtype)
+
+    def results():
+        cache = call(model.gen_cache, memory)
+        found = [call(model, x, memory)]
+        for token in range(3):
+            out, cache = call(model, x[:, token : token + 1], memory, cache=cache)
+            found.append(out)
+        return [bits(out) for out in found]
+
+    expected = results()
+    attentions = [f"{of}.{name}" for of in ("self_attn", "cross_attn") for name in ("qkv_weight", "out_proj.weight")]
+    names = {*attentions, "linear1.weight", "linear2.weight"}
+    assert set(arrange_weights(model)) == {f"layers.{i}.{name}" for i in range(2) for name in names}
+    assert results() == expected
+    restore_weights(model)
+    assert results() == expected
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_keys_caches_and_weights(dtype, num_kv_heads):
+    paddle.seed(0)
+    layer = FusedMultiHeadAttention(
+        64, 4, 0.0, 0.0, num_kv_heads=num_kv_heads, need_weights=True, normalize_before=True
+    )
+    layer.to(dtype=dtype)
+    layer.eval()
+    x, key, value = (draw(2, length, 64, dtype=dtype) for length in (3, 5, 5))
+
+    def results():
+        found = [*call(layer, x), *call(layer, x, key, key), *call(layer, x, key, value)]
+        for cache in (call(layer.gen_cache, x), call(layer.gen_cache, key, type=layer.StaticCache)):
+            out, weights, cache = call(layer, x, cache=cache)
+            found += [out, weights, *cache]
+        return [bits(tensor) for tensor in found]
+
+    expected = results()
+    assert arrange_weights(layer) == ["qkv_weight", "linear_weight"]
+    assert results() == expected
+
+
+def test_other_keys_in_part_of_a_panel_are_refused():
+    layer = FusedMultiHeadAttention(64, 4, num_kv_heads=1)  # keys are rows 64 to 80 of the packed weight
+    layer.eval()
+    x, key, value = draw(2, 3, 64), draw(2, 5, 64), draw(2, 5, 64)
+    expected = bits(call(layer, x, key, key))
+    assert arrange_weights(layer)
+    assert bits(call(layer, x, key, key)) == expected
+    with pytest.raises(NotImplementedError, match="qkv_weight: expected a plain weight here, .* rows 64 to 80 do not"):
+        call(layer, x, key, value)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_operator(dtype, activation, transposed):
+    fused = incubate.functional.fused_linear_activation
+    weight, bias = draw(96, 64, dtype=dtype), draw(64, dtype=dtype)
+    panels = arranged(weight.transpose([1, 0]), -1) if transposed else arranged(weight, 0)
+    weight = weight.transpose([1, 0]).contiguous() if transposed else weight
+    for rows in (1, 3, 40, 200):
+        x = draw(rows, 96, dtype=dtype)
+        found, expected = (fused(x, w, bias, False, transposed, activation) for w in (panels, weight))
+        assert bits(found) == bits(expected)
+
+
+def test_bad_weights_of_the_linear_operator():
+    fused = incubate.functional.fused_linear
+    weight = arranged(draw(96, 64), 0)
+    x = draw(3, 96)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[64, out_features\]"):
+        fused(draw(3, 64), weight)
+    with pytest.raises(ValueError, match="weight: expected a shape that ends in"):
+        fused(x, weight.reshape([48, 64, 2, 1]))
+    with pytest.raises(ValueError, match="weight: expected an arranged weight, with multiples of 32"):
+        fused(x, arranged(draw(96, 64), 0)[:, :48])
+    x.stop_gradient = False
+    with pytest.raises(ValueError, match="weight: expected a weight that is not arranged, where a gradient is wanted"):
+        fused(x, weight).sum().backward()
 
 
 def test_other_sizes_stay_as_they_are():
@@ -201,15 +286,31 @@ def test_gradients_are_refused():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_state_dicts_are_refused(tmp_path):
-    model = encoder()
+def bare_attention():
+    paddle.seed(2)
+    model = nn.Sequential(nn.MultiHeadAttention(64, 4))
+    convert(model)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, attention",
+    [
+        (encoder, "layers.0.self_attn"),
+        (converted_decoder, "layers.0.cross_attn"),
+        (bare_attention, "0"),
+    ],
+)
+def test_state_dicts_are_refused(make, attention):
+    model = make()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     arrange_weights(model)
     for refused in (model.state_dict, lambda: model.set_state_dict(state), lambda: revert(model)):
         with pytest.raises(RuntimeError, match="which arrange_weights has arranged; restore_weights"):
             refused()
     with pytest.raises(RuntimeError, match="state_dict: expected plain weights"):
-        model.layers[0].self_attn.state_dict()
+        dict(model.named_sublayers())[attention].state_dict()
     restore_weights(model)
     assert {name: bits(value) for name, value in model.state_dict().items()} == {
         name: bits(value) for name, value in state.items()
@@ -254,20 +355,6 @@ def test_auto_cast_is_refused(monkeypatch):
     arrange_weights(layer)
     with pytest.raises(ValueError, match="arranged in bfloat16"):
         call(layer, draw(1, 3, 64))
-
-
-@pytest.mark.parametrize("arguments", ["other keys", "cache"])
-def test_ordinary_ops_refuse(arguments):
-    layer = FusedMultiHeadAttention(64, 4)
-    layer.eval()
-    x = draw(1, 3, 64)
-    cache = layer.gen_cache(x)
-    arrange_weights(layer)
-    with pytest.raises(NotImplementedError, match="linear_weight: expected a plain weight here"):
-        if arguments == "cache":
-            call(layer, x, cache=cache)
-        else:
-            call(layer, x, draw(1, 5, 64))
 
 
 def test_they_belong_to_the_cpu(place):
@@ -353,6 +440,29 @@ def test_saved_programs(tmp_path, dtype):
     loaded = paddle.jit.load(path)
     loaded.eval()
     assert bits(call(loaded, x)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_program_with_other_keys(tmp_path, dtype):
+    model = converted_decoder(dtype)
+    x, memory = draw(2, 4, 64, dtype=dtype), draw(2, 9, 64, dtype=dtype)
+    expected = bits(call(model, x, memory))
+    arrange_weights(model)
+    path = str(tmp_path / "decoder")
+    specs = [paddle.static.InputSpec([None, None, 64], dtype, name) for name in ("tgt", "memory")]
+    paddle.jit.save(model, path, specs)
+    loaded = paddle.jit.load(path)
+    loaded.eval()
+    assert bits(call(loaded, x, memory)) == expected
+
+
+def test_bare_attention_has_the_same_bits():
+    model = bare_attention()
+    x, key = draw(2, 3, 64), draw(2, 5, 64)
+    arguments = [(x,), (x, key, key)]
+    expected = [bits(call(model[0], *tensors)) for tensors in arguments]
+    assert arrange_weights(model) == ["0.qkv_weight", "0.out_proj.weight"]
+    assert [bits(call(model[0], *tensors)) for tensors in arguments] == expected
 
 
 def test_gradient_of_a_saved_program_is_refused(tmp_path):

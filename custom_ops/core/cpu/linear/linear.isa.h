@@ -206,7 +206,8 @@ struct Linear {
   }
 
   static Layer layer_of(const LinearParams& p) {
-    return {p.rows, p.in_features, p.out_features, p.x, p.weight, p.transpose_weight, p.transpose_x};
+    return {p.rows,   p.in_features,      p.out_features, p.x,
+            p.weight, p.transpose_weight, p.transpose_x,  p.has_arranged_weights};
   }
 
   static void linear_forward(Context& context, const LinearParams& p) {
