@@ -61,8 +61,8 @@ def rows_of(weight: Any, first: int, end: int) -> Any:
     """
     if first % COLUMNS or end % COLUMNS:
         raise NotImplementedError(
-            f"qkv_weight: expected a plain weight here, got one that arrange_weights has arranged, of which rows {first} "
-            f"to {end} do not begin and end with multiples of {COLUMNS}; restore_weights(model) first"
+            "qkv_weight: expected a plain weight here, got one that arrange_weights has arranged, of which rows "
+            f"{first} to {end} do not begin and end with multiples of {COLUMNS}; restore_weights(model) first"
         )
     return weight[first:end]
 
