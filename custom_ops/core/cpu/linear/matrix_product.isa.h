@@ -66,12 +66,12 @@ class MatrixProduct {
   // With so few rows a product reads b in place, if it lies as panels do and a panel's rows are some lines each: pages
   // apart, single lines come slowly and are all in the same few lines of the caches.
   static constexpr int64_t kFewRows = kPanelColumns * sizeof(P) >= 128 ? 64 : 0;
-  // So few rows read an arranged weight by its own panels, where these are wider and the sums fit the registers: lines
-  // that are read one after another come without being asked for, and sooner.
+  // So few rows read b where it lies by wider panels, if the sums fit the registers: an arranged weight's own, whose
+  // lines come without being asked for when they are read one after another, or as many columns of a plain one.
   static constexpr int64_t kFewestRows = 2;
-  static constexpr int kArrangedVectors = kArrangedColumns / kLanes<A>;
-  static constexpr bool kReadsArrangedPanels = ArrangedMatrix<T>::kReadInPlace && kPanelColumns < kArrangedColumns &&
-                                               kFewestRows * kArrangedVectors <= kPanelRows * kVectors;
+  static constexpr int kWideVectors = kArrangedColumns / kLanes<A>;
+  static constexpr bool kHasWidePanels = ArrangedMatrix<T>::kReadInPlace && kPanelColumns < kArrangedColumns &&
+                                         kFewestRows * kWideVectors <= kPanelRows * kVectors;
   // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
@@ -106,15 +106,18 @@ class MatrixProduct {
     if (product_.is_b_arranged) {
       reads_b_ = ArrangedMatrix<T>::kReadInPlace && (has_few_rows_ || kPanelColumns == kArrangedColumns);
     } else {
-      reads_b_ = !tiles_ && product_.m <= kFewRows && std::is_same_v<T, P> && product_.b.stride == 1 &&
-                 !aliases(product_.b.depth_stride);
+      const bool can_be_read = !tiles_ && std::is_same_v<T, P> && product_.b.stride == 1;
+      const bool is_wide = kHasWidePanels && product_.m <= kFewestRows && product_.n % kArrangedColumns == 0;
+      reads_b_ = can_be_read && (is_wide || (product_.m <= kFewRows && !aliases(product_.b.depth_stride)));
     }
+    reads_wide_panels_ = kHasWidePanels && reads_b_ && product_.m <= kFewestRows;
     shares_b_ = !has_few_rows_ && !reads_b_;
     span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     // Of an arranged b whole panels are taken, so that its lines come in their order.
-    const int64_t step = product_.is_b_arranged && reads_b_ ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
+    const bool takes_wide_panels = reads_wide_panels_ || (product_.is_b_arranged && reads_b_);
+    const int64_t step = takes_wide_panels ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
     columns_ = round_up(std::max<int64_t>(product_.n, 1), step);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
     if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
@@ -288,9 +291,9 @@ class MatrixProduct {
         multiply_weight_rows(unit, k, k_begin, count, a, a_stride, {sums, stride, A(1), continues});
         continue;
       }
-      if constexpr (kReadsArrangedPanels) {
-        if (product_.is_b_arranged && product_.m <= kFewestRows) {
-          multiply_by_arranged_panels(unit, k, depth, operand_of(a, a_stride), {sums, stride, A(1), continues});
+      if constexpr (kHasWidePanels) {
+        if (reads_wide_panels_) {
+          multiply_by_wide_panels(unit, k, depth, operand_of(a, a_stride), {sums, stride, A(1), continues});
           continue;
         }
       }
@@ -312,14 +315,35 @@ class MatrixProduct {
     }
   }
 
+  // The rows of a panel that is read where it lies: some come near before those in front of them are read.
+  struct RowsAhead {
+    static constexpr bool fetches_result = true;
+    static constexpr int64_t step = 8;
+    const char*& row;
+    int64_t stride;
+    void operator()() const {
+      for (int64_t i = 0; i < step; ++i) {
+        for (size_t byte = 0; byte < kArrangedColumns * sizeof(P); byte += 64) __builtin_prefetch(row + byte);
+        row += stride;
+      }
+    }
+  };
+
   // The same of one run of k for at most kFewestRows.
-  void multiply_by_arranged_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a,
-                                   TileResult<A> sums) const {
+  void multiply_by_wide_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a, TileResult<A> sums) const {
     for (int64_t j = 0; j < unit.columns; j += kArrangedColumns) {
-      const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
       TileResult<A> c = sums;
       c.data += j;
-      multiply_last_rows<kFewestRows, kArrangedVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
+      if (product_.is_b_arranged) {
+        const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
+        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
+      } else {
+        const int64_t stride = product_.b.depth_stride;
+        const auto* panel = reinterpret_cast<const P*>(product_.b.data + k * stride + unit.column + j);
+        const auto* ahead = reinterpret_cast<const char*>(panel + RowsAhead::step * stride);
+        const RowsAhead rows{ahead, stride * static_cast<int64_t>(sizeof(P))};
+        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, stride, c, rows);
+      }
     }
   }
 
@@ -559,7 +583,8 @@ class MatrixProduct {
   bool copies_a_;       // each thread copies a unit's rows; else, if they aren't read in place, it packs them
   bool has_few_rows_;   // c
   bool reads_b_;        // b, stored as [k, n] or arranged, is read in place
-  bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
+  bool reads_wide_panels_;
+  bool shares_b_;  // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
   int64_t strip_columns_;   // kPanelColumns where plain b is read in place
