@@ -129,7 +129,7 @@ def test_masks(mask, causal, isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", cases.MASKS_FOR_EVERY_DTYPE + cases.MASKS_OVER_TILES, ids=str)
 def test_masks_for_every_dtype(mask, dtype):
-    check_case(Case(2, 37, 2, 8, dtype, mask=mask).but(attn_dropout_rate=0.1))
+    check_case(Case(2, 37, 2, 8, dtype, mask=mask).but(attn_dropout_rate=0.1, seed=1))
 
 
 @EVERY_ISA
