@@ -22,7 +22,8 @@ struct TileResult {
   bool accumulate;
 };
 
-// What a product does meanwhile: called before every `step` steps along k.
+// What a product does meanwhile: called before every `step` steps along k. `fetches_result`: the lines of c are asked
+// for beforehand, which costs time where they are in the caches already.
 struct NothingMeanwhile {
   static constexpr bool fetches_result = true;
   static constexpr int64_t step = std::numeric_limits<int64_t>::max();
@@ -170,6 +171,7 @@ inline void multiply_last_rows(int64_t rows, int64_t k_size, TileOperand<P> a, c
 }
 
 // c [m, kVectors * lanes] (+)= scale * a [m, k_size] @ b [k_size, kVectors * lanes], register tile by register tile.
+// With all calls in it: beside sums as short as attention's they count.
 template <int kVectors, class T, class P, class Meanwhile>
 [[gnu::flatten]] inline void multiply_with_panel(int64_t m, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k,
                                                  TileResult<T> c, const Meanwhile& meanwhile) {
