@@ -103,14 +103,14 @@ class MatrixProduct {
     reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
     copies_a_ = !tiles_ && !reads_a_ && !kPaired<T> && product_.a.depth_stride == 1;
     has_few_rows_ = product_.m <= kMaxRows;
+    const bool has_wide_panels = kHasWidePanels && product_.m <= kFewestRows && product_.n % kArrangedColumns == 0;
     if (product_.is_b_arranged) {
       reads_b_ = ArrangedMatrix<T>::kReadInPlace && (has_few_rows_ || kPanelColumns == kArrangedColumns);
     } else {
-      const bool can_be_read = !tiles_ && std::is_same_v<T, P> && product_.b.stride == 1;
-      const bool is_wide = kHasWidePanels && product_.m <= kFewestRows && product_.n % kArrangedColumns == 0;
-      reads_b_ = can_be_read && (is_wide || (product_.m <= kFewRows && !aliases(product_.b.depth_stride)));
+      reads_b_ = !tiles_ && std::is_same_v<T, P> && product_.b.stride == 1 &&
+                 (has_wide_panels || (product_.m <= kFewRows && !aliases(product_.b.depth_stride)));
     }
-    reads_wide_panels_ = kHasWidePanels && reads_b_ && product_.m <= kFewestRows;
+    reads_wide_panels_ = has_wide_panels && reads_b_;
     shares_b_ = !has_few_rows_ && !reads_b_;
     span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
