@@ -152,6 +152,8 @@ def converted_decoder(dtype="float32"):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decoder_has_the_same_bits(dtype):
     """With a memory, and token by token with caches."""
+    if int(paddle.version.major) < 3 and dtype in ("float16", "bfloat16"):
+        pytest.skip("Paddle 2.6 can't make a cache of 16-bit tensors on the CPU")
     model = converted_decoder(dtype)
     x, memory = draw(2, 5, 64, dtype=dtype), draw(2, 7, 64, dtype=dtype)
 
