@@ -1,6 +1,6 @@
 // Dropout masks: Philox4x32-7 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as a
 // function of (seed, offset, stage, element), the same on every device and for every tiling. Seven rounds are the
-// fewest with which it passes TestU01's BigCrush (section 5.3 and table 2 there).
+// fewest with which its authors found it to pass TestU01's BigCrush.
 //
 // One call gives four 32-bit words, that is eight 16-bit numbers; an element is kept when its number is >= the
 // threshold. With n = 2 * offset + stage (64 bits; stage 0: attention, or the hidden activations of a feed-forward

@@ -33,8 +33,7 @@ def arranged(weight: Any, in_axis: int) -> Any:
 
 def plain(weight: Any, in_axis: int) -> Any:
     """The inverse of :func:`arranged`, also of what was cast since; `in_axis` is that of the plain weight."""
-    *shape, numbers, _ = weight.shape
-    shape[in_axis] *= numbers
+    shape, numbers = plain_shape(weight, in_axis), weight.shape[-2]
     size = shape[in_axis]
     panels = weight.reshape([-1, size // numbers, COLUMNS, numbers])
     matrix = panels.transpose([1, 3, 0, 2]).reshape([size, -1])

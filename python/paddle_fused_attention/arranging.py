@@ -32,7 +32,8 @@ def arrange_weights(model: nn.Layer) -> list[str]:
     also those of encoder and decoder layers, with other keys, caches and attention weights; the feed-forward of these
     and of other converted layers; and the layers :class:`FusedMultiHeadAttention` and ``incubate.FusedFeedForward``;
     where the sizes that are multiplied are multiples of 32, and no other layer has the same parameter. Attentions of
-    other classes stay as they are, as do projections of different widths.
+    other classes stay as they are, as do projections of different widths. Keys or values of other tensors are refused
+    where their part of a packed weight does not begin and end with a multiple of 32 rows.
 
     Args:
         model: A layer, in dygraph. Its dtype must stay: call ``to(dtype=...)`` before.

@@ -315,21 +315,8 @@ class MatrixProduct {
     }
   }
 
-  // The rows of a panel that is read where it lies: some come near before those in front of them are read.
-  struct RowsAhead {
-    static constexpr bool fetches_result = true;
-    static constexpr int64_t step = 8;
-    const char*& row;
-    int64_t stride;
-    void operator()() const {
-      for (int64_t i = 0; i < step; ++i) {
-        for (size_t byte = 0; byte < kArrangedColumns * sizeof(P); byte += 64) __builtin_prefetch(row + byte);
-        row += stride;
-      }
-    }
-  };
-
-  // The same of one run of k for at most kFewestRows.
+  // The same of one run of k for at most kFewestRows. Of a plain b the next rows come near before those in front of
+  // them are read.
   void multiply_by_wide_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a, TileResult<A> sums) const {
     for (int64_t j = 0; j < unit.columns; j += kArrangedColumns) {
       TileResult<A> c = sums;
@@ -338,11 +325,13 @@ class MatrixProduct {
         const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
         multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
       } else {
+        constexpr int64_t ahead = 8;
         const int64_t stride = product_.b.depth_stride;
         const auto* panel = reinterpret_cast<const P*>(product_.b.data + k * stride + unit.column + j);
-        const auto* ahead = reinterpret_cast<const char*>(panel + RowsAhead::step * stride);
-        const RowsAhead rows{ahead, stride * static_cast<int64_t>(sizeof(P))};
-        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, stride, c, rows);
+        Lines rows =
+            lines_of(product_.b, unit.column + j, kArrangedColumns, k + ahead, std::max<int64_t>(depth - ahead, 0));
+        const Prefetch prefetch{rows, ahead * ceil_div(rows.bytes, Lines::kLine), ahead};
+        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, stride, c, prefetch);
       }
     }
   }
@@ -578,13 +567,13 @@ class MatrixProduct {
   int threads_;
   bool tiles_;
   int64_t panel_rows_;
-  int64_t depth_step_;  // what the depth of a panel is a multiple of
-  bool reads_a_;        // a is read in place
-  bool copies_a_;       // each thread copies a unit's rows; else, if they aren't read in place, it packs them
-  bool has_few_rows_;   // c
-  bool reads_b_;        // b, stored as [k, n] or arranged, is read in place
-  bool reads_wide_panels_;
-  bool shares_b_;  // one packed b for all threads; else each thread packs a strip at a time
+  int64_t depth_step_;      // what the depth of a panel is a multiple of
+  bool reads_a_;            // a is read in place
+  bool copies_a_;           // each thread copies a unit's rows; else, if they aren't read in place, it packs them
+  bool has_few_rows_;       // c
+  bool reads_b_;            // b, stored as [k, n] or arranged, is read in place
+  bool reads_wide_panels_;  // of that
+  bool shares_b_;           // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
   int64_t strip_columns_;   // kPanelColumns where plain b is read in place
