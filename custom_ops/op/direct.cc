@@ -5,6 +5,8 @@
 // Of Python's stable interface.
 extern "C" {
 void Py_IncRef(_object*);
+_object* PyTuple_New(ssize_t size);
+int PyTuple_SetItem(_object* tuple, ssize_t position, _object* item);  // which it takes over
 void* PyEval_SaveThread();
 void PyEval_RestoreThread(void*);
 }
@@ -47,6 +49,14 @@ PythonObject* referred(PythonObject* object) {
 }
 
 PythonObject* python_tensor(const paddle::Tensor& tensor) { return paddle::pybind::ToPyObject(tensor, false); }
+
+PythonObject* python_tuple(const std::vector<paddle::Tensor>& tensors) {
+  PythonObject* const tuple = PyTuple_New(static_cast<ssize_t>(tensors.size()));
+  for (size_t i = 0; tuple && i < tensors.size(); ++i) {
+    PyTuple_SetItem(tuple, static_cast<ssize_t>(i), python_tensor(tensors[i]));
+  }
+  return tuple;
+}
 
 WithoutPython::WithoutPython() : state_(PyEval_SaveThread()) {}
 

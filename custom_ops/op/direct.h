@@ -5,6 +5,8 @@
 // Python's objects are only handed through, so that one library serves all versions of Python.
 #pragma once
 
+#include <vector>
+
 #include "paddle/extension.h"
 
 struct _object;
@@ -19,6 +21,7 @@ const paddle::Tensor* plain_tensor(PythonObject* object);
 // A new reference.
 PythonObject* referred(PythonObject* object);
 PythonObject* python_tensor(const paddle::Tensor& tensor);
+PythonObject* python_tuple(const std::vector<paddle::Tensor>& tensors);
 
 // Lets other threads of Python run while it lives.
 class WithoutPython {

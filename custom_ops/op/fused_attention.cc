@@ -1,8 +1,14 @@
 // custom_fused_attention_general: the attention block. custom_fused_attention: the same for most calls, with the inputs
-// and attributes that programs saved by earlier versions have.
+// and attributes that programs saved by earlier versions have. custom_fused_attention_cached: no operator, but a call
+// for dygraph, of the block with a cache.
 
 #include "core/attention_block.h"
 
+#include <optional>
+#include <vector>
+
+#include "core/cached_attention_block.h"
+#include "core/cpu/cached_keys.h"
 #include "core/inputs.h"
 #include "op/arranged.h"
 #include "op/blocks.h"
@@ -286,8 +292,107 @@ struct FusedAttention : BlockOperator {
   static bool comes_before_parts(int input, Shape shape) { return GeneralAttention::comes_before_parts(input, shape); }
 };
 
+// The keys and values that come before those of the block, or all that there are, [batch, num_kv_heads, length,
+// head_dim] each; or both in one tensor, [2, ...].
+struct Cache {
+  const paddle::Tensor* key;
+  const paddle::Tensor* value;  // null: in `key`
+  bool is_all;
+
+  // Whether its tensors are those of such a block; `length`: of its sequences.
+  bool fits(const paddle::Tensor& tensor, const AttentionBlockParams& block, const paddle::Place& place,
+            int64_t length) const {
+    Shape shape = shape_of(tensor);
+    if (!value && shape.rank == 5 && shape[0] == 2) shape = {shape.sizes + 1, 4};
+    return agree(std::array{block.batch, block.num_kv_heads, length, block.head_dim}, shape) &&
+           tensor.place() == place && core_dtype(tensor.dtype()) == block.dtype;
+  }
+};
+
+// The block with a cache, on the CPU. Nothing where it does not serve what came, or that does not fit; else the result
+// and, unless the cache is all, the new cache in as many tensors as the old.
+std::optional<std::vector<paddle::Tensor>> attend_with_cache(const Tensors<GeneralAttention>& tensors,
+                                                             const GeneralAttention::Attributes& attributes,
+                                                             const Cache& cache) {
+  const paddle::Tensor& x = *tensors[kX];
+  if (!x.is_cpu() || x.numel() == 0 || attributes.is_packed()) return std::nullopt;
+  const Shapes<GeneralAttention> shapes = shapes_of<GeneralAttention>(tensors, attributes);
+  GeneralAttention::Attributes without_mask = attributes;  // which has columns for the cache
+  without_mask.present &= ~(int64_t{1} << kAttnMask);
+  CachedAttentionParams p;
+  AttentionBlockParams& block = p.block;
+  block = describe<GeneralAttention>(tensors, shapes, without_mask);
+  if (GeneralAttention::drops(block)) return std::nullopt;
+  if (cache.is_all && block.has_arranged_weights && block.heads_dim() % kArrangedColumns != 0) return std::nullopt;
+
+  const Shape cached = shape_of(*cache.key);
+  if (cached.rank < 4) return std::nullopt;
+  p.cached_keys = cached[cached.rank - 2];
+  for (const paddle::Tensor* tensor : {cache.key, cache.value}) {
+    if (tensor && !cache.fits(*tensor, block, x.place(), p.cached_keys)) return std::nullopt;
+  }
+  const int64_t numbers = block.batch * block.num_kv_heads * block.head_dim;
+  const auto second = [&](const paddle::Tensor& both, int64_t keys) {
+    return static_cast<const char*>(both.data()) + numbers * keys * size_of(block.dtype);
+  };
+  p.cached_key = cache.key->data();
+  p.cached_value = cache.value ? cache.value->data() : second(*cache.key, p.cached_keys);
+
+  const int64_t keys = p.cached_keys + (cache.is_all ? 0 : block.seq_len);
+  if (attributes.has_input(kAttnMask)) {
+    Dtypes<GeneralAttention> dtypes;
+    dtypes[kAttnMask] = phi::DataTypeToString(tensors[kAttnMask]->dtype());
+    const Arguments arguments{GeneralAttention::kType, GeneralAttention::kArgumentNames, shapes.data(), dtypes.data(),
+                              attributes.present};
+    check_mask_dtype(arguments, kAttnMask);
+    check_mask_shape(arguments, kAttnMask, {block.batch, block.num_heads, block.seq_len, keys},
+                     "[batch, num_heads, queries, keys]");
+    check_place(GeneralAttention::kType, *tensors[kAttnMask], GeneralAttention::kArgumentNames[kAttnMask], x);
+    block.mask = mask_of(*tensors[kAttnMask]);
+    block.attn_mask = tensors[kAttnMask]->data();
+  }
+
+  std::vector<paddle::Tensor> results = {allocate(x.shape(), x.dtype(), x.place())};
+  block.out = results[0].data();
+  if (!cache.is_all) {
+    Sizes sizes = {block.batch, block.num_kv_heads, keys, block.head_dim};
+    if (!cache.value) sizes.insert(sizes.begin(), 2);
+    for (int i = 0; i < (cache.value ? 2 : 1); ++i) {
+      results.push_back(allocate(sizes, cache.key->dtype(), x.place()));
+    }
+    p.key = results[1].data();
+    p.value = cache.value ? results[2].data() : const_cast<char*>(second(results[1], keys));
+  }
+  CpuDevice device;
+  Workspace workspace(forward_workspace_bytes(device.context, p), x.place());
+  run_forward(device.context, p, workspace.data());
+  return results;
+}
+
 }  // namespace
 }  // namespace pfa::op
+
+// For Python: a tuple of the block's results with a cache, whose gradients nobody wants. `inputs` are those of
+// custom_fused_attention_general and the cache's key and value, or `otherwise`. `attributes` are the operator's.
+// Returns `otherwise` where the smaller operators serve, or raise what is wrong.
+extern "C" __attribute__((visibility("default"))) pfa::op::PythonObject* custom_fused_attention_cached(
+    pfa::op::PythonObject* const* inputs, const int64_t* attributes, int is_all, pfa::op::PythonObject* otherwise) {
+  using namespace pfa::op;
+  const auto parsed = attributes_of<GeneralAttention>(attributes);
+  Tensors<GeneralAttention> tensors;
+  PythonObject* const* const cached = inputs + tensors.size();
+  const Cache cache{plain_tensor(cached[0]), cached[1] == otherwise ? nullptr : plain_tensor(cached[1]), is_all != 0};
+  const bool is_plain = cache.key && (cache.value || cached[1] == otherwise);
+  if (!is_plain || !find_plain<GeneralAttention>(inputs, parsed, tensors)) return referred(otherwise);
+  std::optional<std::vector<paddle::Tensor>> results;
+  try {
+    const WithoutPython scope;
+    results = attend_with_cache(tensors, parsed, cache);
+  } catch (...) {
+    return referred(otherwise);
+  }
+  return results ? python_tuple(*results) : referred(otherwise);
+}
 
 PFA_REGISTER(custom_fused_attention, pfa::op::FusedAttention);
 PFA_REGISTER(custom_fused_attention_general, pfa::op::GeneralAttention);

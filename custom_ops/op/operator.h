@@ -376,17 +376,25 @@ const char* checked(const int64_t* shapes, const int32_t* ranks, const char* con
   return nullptr;
 }
 
+// The tensors behind Python's objects. False where one is not plain.
+template <class Operator>
+bool find_plain(PythonObject* const* inputs, const typename Operator::Attributes& attributes,
+                Tensors<Operator>& tensors) {
+  static const paddle::Tensor absent;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = attributes.has_input(i) ? plain_tensor(inputs[i]) : &absent;
+    if (!tensors[i]) return false;
+  }
+  return true;
+}
+
 // For Python: `type`_forward on the inputs, whose gradient nobody wants. `attributes` are all of them. Returns
 // `otherwise` where the call is Paddle's to make: for tensors that are not plain, and for what fails, that it raises.
 template <class Operator>
 PythonObject* call_directly(PythonObject* const* inputs, const int64_t* numbers, PythonObject* otherwise) {
   const auto attributes = attributes_of<Operator>(numbers);
-  const paddle::Tensor absent;
   Tensors<Operator> tensors;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    tensors[i] = attributes.has_input(i) ? plain_tensor(inputs[i]) : &absent;
-    if (!tensors[i]) return referred(otherwise);
-  }
+  if (!find_plain<Operator>(inputs, attributes, tensors)) return referred(otherwise);
   paddle::Tensor out;
   try {
     const WithoutPython scope;

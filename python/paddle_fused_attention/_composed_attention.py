@@ -91,6 +91,9 @@ def composed_attention(block: Block, source: Source) -> Composed:
         TypeError, ValueError: A tensor does not fit the others.
         NotImplementedError: Packed sequences attend to other keys, or their weights are asked for.
     """
+    found = _with_cache_at_once(block, source)
+    if found is not None:
+        return found
     draws_once = (
         in_dynamic_mode()
         and block.training
@@ -103,6 +106,20 @@ def composed_attention(block: Block, source: Source) -> Composed:
     if draws_once:
         generator_of(block.x).set_state(state)
     return Composed(with_tail(block, y), weights, cache)
+
+
+def _with_cache_at_once(block: Block, source: Source) -> Composed | None:
+    """By one call, where that serves; else None."""
+    is_own = source.key is source.value is None or source.is_static
+    if source.cache is None or source.projections is not None or source.needs_weights or not is_own:
+        return None
+    found = _op.fused_attention_with_cache(block, source.cache, source.is_static)
+    if found is None:
+        return None
+    out, *cache = found
+    if source.is_static:
+        return Composed(out, None, source.cache)
+    return Composed(out, None, tuple(cache) if isinstance(source.cache, tuple) else cache[0])
 
 
 @paddle.jit.not_to_static

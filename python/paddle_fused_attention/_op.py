@@ -414,14 +414,24 @@ def switches_of_block(description: Any) -> int:
 def _attention_call(block: Block, first_head: int, total_heads: int) -> tuple[Operator, tuple]:
     """The operator of a block, and the arguments of its call."""
     fields: Any = block
-    tensors = fields[OF_TENSORS]
-    switches = switches_of_block(block) | (CAUSAL if block.causal else 0)
-    integers: tuple[int, ...] = (block.seed or 0, first_head, total_heads)
     if block.scores is PLAIN_SCORES and len(block.qkv_weight.shape) != 3 and is_constant_mask(block.attn_mask):
-        return ATTENTION, (tensors, block.training, switches, fields[OF_NUMBERS], integers)
+        integers = (block.seed or 0, first_head, total_heads)
+        return ATTENTION, (fields[OF_TENSORS], block.training, _switches_of(block), fields[OF_NUMBERS], integers)
+    return GENERAL_ATTENTION, _general_arguments(block, first_head, total_heads)
+
+
+def _switches_of(block: Block) -> int:
+    return switches_of_block(block) | (CAUSAL if block.causal else 0)
+
+
+def _general_arguments(block: Block, first_head: int, total_heads: int) -> tuple:
+    """Those of a call of GENERAL_ATTENTION."""
+    fields: Any = block
     scale, window, longest = block.scores
-    integers = (*integers, *_float_bits((DEFAULT_SCALE if scale is None else scale,)), *window, longest or 0)
-    return GENERAL_ATTENTION, ((*tensors, block.cu_seqlens), block.training, switches, fields[OF_NUMBERS], integers)
+    scale_bits = _float_bits((DEFAULT_SCALE if scale is None else scale,))
+    integers = (block.seed or 0, first_head, total_heads, *scale_bits, *window, longest or 0)
+    inputs = (*fields[OF_TENSORS], block.cu_seqlens)
+    return inputs, block.training, _switches_of(block), fields[OF_NUMBERS], integers
 
 
 @paddle.jit.not_to_static
@@ -433,6 +443,35 @@ def fused_attention(block: Block, first_head: int = 0, total_heads: int = 0) -> 
     """
     operator, arguments = _attention_call(block, first_head, total_heads)
     return operator.call(*arguments)
+
+
+_call_cached = library["custom_fused_attention_cached"]
+_call_cached.restype = ctypes.py_object
+_CACHED_INPUTS = ctypes.py_object * (len(TENSORS) + 3)  # with cu_seqlens, and the cache's key and value
+
+
+def fused_attention_with_cache(block: Block, cache: Any, is_static: bool) -> Any:
+    """Computes a checked block with a cache by one call of the library: in dygraph on the CPU, where nobody wants a
+    gradient and nothing is dropped. Its host time is a tenth of that of the smaller operators.
+
+    Args:
+        cache: Keys and values as a pair or one tensor, as in :class:`paddle_fused_attention._composed_attention.Source`.
+        is_static: Whether they are all that there are.
+
+    Returns:
+        A tuple of the result and, unless the cache is static, the tensor or tensors of the new cache; None where the
+        smaller operators serve, or raise what is wrong.
+    """
+    tracer = _dygraph_tracer()
+    if tracer is None or _profiler._is_profiler_used or _amp.target_dtype(ATTENTION.type, tracer) is not None:
+        return None
+    inputs, training, switches, numbers, integers = _general_arguments(block, 0, 0)
+    inputs = (*inputs, *(cache if isinstance(cache, tuple) else (cache, None)))
+    if paddle.is_grad_enabled() and any(tensor is not None and not tensor.stop_gradient for tensor in inputs):
+        return None
+    present = sum(1 << i for i, tensor in enumerate(inputs[:-2]) if tensor is not None)
+    attributes = _bytes_of((not training, switches, present, 0), numbers, integers)
+    return _call_cached(_CACHED_INPUTS(*inputs), attributes, is_static, _NO_TENSOR)
 
 
 def checked_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Block:
