@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import paddle
-from paddle_fused_attention import FusedMultiHeadAttention, fused_multi_head_attention
+from paddle import nn
+from paddle_fused_attention import FusedMultiHeadAttention, convert, fused_multi_head_attention
 
 SHAPES = {"gpu": (8, 128, 1024, 16, "float16"), "cpu": (1, 2, 8, 2, "float32")}
 
@@ -55,11 +56,31 @@ def make_calls(device):
     def training_step():
         return paddle.grad([function()], [x, *parameters.values()], [d_out])
 
+    def decoder(converted):
+        """A step of a decoder of one layer, after seq_len cached tokens."""
+        model = nn.TransformerDecoder(nn.TransformerDecoderLayer(embed_dim, num_heads, 4 * embed_dim), 1)
+        if converted:
+            convert(model)
+        model.to(device=place, dtype=dtype)
+        model.eval()
+        with paddle.no_grad():
+            memory = x.detach()
+            _, caches = model(memory, memory, cache=model.gen_cache(memory))
+        token = memory[:, :1].contiguous()
+
+        def step():
+            with paddle.no_grad():
+                return model(token, memory, cache=caches)
+
+        return step
+
     return {
         "function, training": function,
         "layer, training": lambda: layer(x),
         "function, no_grad": inference,
         "function and its gradient": training_step,
+        "decoder layer, one token": decoder(True),
+        "Paddle's decoder layer": decoder(False),
         "paddle.matmul": lambda: paddle.matmul(x, parameters["linear_weight"]),
     }
 
