@@ -455,7 +455,7 @@ def fused_attention_with_cache(block: Block, cache: Any, is_static: bool) -> Any
     gradient and nothing is dropped. Its host time is a tenth of that of the smaller operators.
 
     Args:
-        cache: Keys and values as a pair or one tensor, as in :class:`paddle_fused_attention._composed_attention.Source`.
+        cache: Keys and values as a pair or one tensor, as ``_composed_attention.Source`` has them.
         is_static: Whether they are all that there are.
 
     Returns:
