@@ -130,11 +130,26 @@ def test_linear(case, dtype, isa):
 @EVERY_ISA
 @pytest.mark.parametrize("transpose_weight", [False, True], ids=["in-out", "out-in"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 12, 31, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 16, 31, 64, 65, 200])
 def test_rows_and_widths_of_linear(rows, dtype, transpose_weight, isa):
     for width, out_width in ((40, 33), (300, 128), (800, 96), (17, 1024)):
         case = cases.LinearCase(shape=(rows,), width=width, out_width=out_width, dtype=dtype)
         check_case(case.but(transpose_weight=transpose_weight, activation="gelu"), isa)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("transpose_weight", [False, True], ids=["in-out", "out-in"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(dtype, transpose_weight, isa):
+    """Few rows read a weight where it lies, many from panels."""
+    for width, out_width in ((40, 33), (805, 96), (23, 1027)):
+        case = cases.LinearCase(shape=(70,), width=width, out_width=out_width, dtype=dtype)
+        case = case.but(transpose_weight=transpose_weight)
+        arrays = common.stored_inputs(case, common.make_inputs(case))
+        expected, _ = run(case, arrays, [], isa, saves=False)
+        for rows in (1, 2, 3, 8, 9, 16, 17):
+            found, _ = run(case.but(shape=(rows,)), {**arrays, "x": arrays["x"][:rows]}, [], isa, saves=False)
+            np.testing.assert_array_equal(found, expected[:rows])
 
 
 def test_activations_far_out():

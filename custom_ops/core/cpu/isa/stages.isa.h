@@ -32,6 +32,7 @@
 #include "core/cpu/linear/panels.isa.h"
 
 #include "core/cpu/linear/tile_products.isa.h"
+#include "core/cpu/linear/weight_stream.isa.h"
 
 #include "core/cpu/linear/matrix_product.isa.h"
 

@@ -2,13 +2,13 @@
 // on the way in and rounded on the way out.
 //
 // b is packed into panels (panels.isa.h) once, by all threads; or, where c has few rows, by each thread some panels at
-// a time or not at all, or changes places with a; or it comes arranged as panels. With few rows b, the weight, comes
-// from memory no faster than it is multiplied, so each thread prefetches what it takes next. a's rows are read where
-// they lie, for the inner loop broadcasts their numbers one by one; where they can't be, each thread copies or packs
-// those that it works at. c is cut into units, rectangles that one thread takes at a time; a unit is made of products
-// of some rows of a with one panel of b, whose sums are held in registers (micro_gemm.isa.h) or on the tiles of AMX
-// (tile_products.isa.h). The sum over k runs in its order for every element of c, whatever the units: the bits do not
-// depend on the number of threads.
+// a time, or is read where it lies (weight_stream.isa.h), or changes places with a; or it comes arranged as panels.
+// With few rows b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches what it
+// takes next. a's rows are read where they lie, for the inner loop broadcasts their numbers one by one; where they
+// can't be, each thread copies or packs those that it works at. c is cut into units, rectangles that one thread takes
+// at a time; a unit is made of products of some rows of a with one panel of b, whose sums are held in registers
+// (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs in its order for every element
+// of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -66,8 +66,8 @@ class MatrixProduct {
   // With so few rows a product reads b in place, if it lies as panels do and a panel's rows are some lines each: pages
   // apart, single lines come slowly and are all in the same few lines of the caches.
   static constexpr int64_t kFewRows = kPanelColumns * sizeof(P) >= 128 ? 64 : 0;
-  // So few rows read b where it lies by wider panels, if the sums fit the registers: an arranged weight's own, whose
-  // lines come without being asked for when they are read one after another, or as many columns of a plain one.
+  // So few rows read an arranged b by its own panels, if the sums fit the registers: its lines come without being asked
+  // for when they are read one after another.
   static constexpr int64_t kFewestRows = 2;
   static constexpr int kWideVectors = kArrangedColumns / kLanes<A>;
   static constexpr bool kHasWidePanels = ArrangedMatrix<T>::kReadInPlace && kPanelColumns < kArrangedColumns &&
@@ -103,29 +103,33 @@ class MatrixProduct {
     reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
     copies_a_ = !tiles_ && !reads_a_ && !kPaired<T> && product_.a.depth_stride == 1;
     has_few_rows_ = product_.m <= kMaxRows;
-    const bool has_wide_panels = kHasWidePanels && product_.m <= kFewestRows && product_.n % kArrangedColumns == 0;
-    if (product_.is_b_arranged) {
+    streams_b_ = can_stream_b();
+    if (streams_b_) {
+      reads_b_ = true;
+    } else if (product_.is_b_arranged) {
       reads_b_ = ArrangedMatrix<T>::kReadInPlace && (has_few_rows_ || kPanelColumns == kArrangedColumns);
     } else {
-      reads_b_ = !tiles_ && std::is_same_v<T, P> && product_.b.stride == 1 &&
-                 (has_wide_panels || (product_.m <= kFewRows && !aliases(product_.b.depth_stride)));
+      reads_b_ = !tiles_ && std::is_same_v<T, P> && product_.b.stride == 1 && product_.m <= kFewRows &&
+                 !aliases(product_.b.depth_stride);
     }
-    reads_wide_panels_ = has_wide_panels && reads_b_;
     shares_b_ = !has_few_rows_ && !reads_b_;
     span_ = !shares_b_ || k <= std::max(product_.m, kMaxSpan) ? k : kMaxSpan / run_ * run_;
 
     rows_ = std::min(kMaxRows / panel_rows_ * panel_rows_, round_up(std::max<int64_t>(product_.m, 1), panel_rows_));
     // Of an arranged b whole panels are taken, so that its lines come in their order.
-    const bool takes_wide_panels = reads_wide_panels_ || (product_.is_b_arranged && reads_b_);
-    const int64_t step = takes_wide_panels ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
+    const bool takes_arranged_panels = product_.is_b_arranged && reads_b_;
+    const int64_t step = takes_arranged_panels ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
     columns_ = round_up(std::max<int64_t>(product_.n, 1), step);
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
-    if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
+    const bool streams_rows = streams_b_ && product_.b.stride == 1;
+    const int64_t most_columns = streams_rows ? streamed_columns(product_.m) : kMaxUnsharedColumns;
+    if (has_few_rows_) columns_ = std::min(columns_, most_columns);
     // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
     const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns, step);
     const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
-    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
+    const int64_t good_columns = packs_strips ? kStripColumns : streams_b_ ? most_columns / 2 : least_columns;
+    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > good_columns)
       columns_ = round_up(columns_ / 2, step);
     while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, step);
     strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : step;
@@ -134,6 +138,12 @@ class MatrixProduct {
 
   // Rows of a have a stride, in place or copied; else panels of them are packed.
   bool has_rows_of_a() const { return reads_a_ || copies_a_; }
+
+  // Whether b, a weight as a user keeps it, is read in its order.
+  bool can_stream_b() const {
+    const int64_t most_rows = product_.b.stride == 1 ? kMaxStreamedRows : kMaxTransposedRows;
+    return !kPaired<T> && !product_.is_b_arranged && product_.m <= most_rows;
+  }
 
   bool transposes_c() const { return kPaired<T> && product_.transposes_c; }
   bool has_own_sums() const { return kNarrows || transposes_c(); }  // else they go to c itself
@@ -291,8 +301,15 @@ class MatrixProduct {
         multiply_weight_rows(unit, k, k_begin, count, a, a_stride, {sums, stride, A(1), continues});
         continue;
       }
+      if constexpr (!kPaired<T>) {
+        if (streams_b_) {
+          multiply_by_stream(unit, k, count, operand_of(a, a_stride), {sums, stride, A(1), continues}, unit_after,
+                             k_after);
+          continue;
+        }
+      }
       if constexpr (kHasWidePanels) {
-        if (reads_wide_panels_) {
+        if (product_.is_b_arranged && product_.m <= kFewestRows) {
           multiply_by_wide_panels(unit, k, depth, operand_of(a, a_stride), {sums, stride, A(1), continues});
           continue;
         }
@@ -315,25 +332,30 @@ class MatrixProduct {
     }
   }
 
-  // The same of one run of k for at most kFewestRows. Of a plain b the next rows come near before those in front of
-  // them are read.
+  // The same of one run of k for at most kFewestRows.
   void multiply_by_wide_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a, TileResult<A> sums) const {
     for (int64_t j = 0; j < unit.columns; j += kArrangedColumns) {
       TileResult<A> c = sums;
       c.data += j;
-      if (product_.is_b_arranged) {
-        const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
-        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
-      } else {
-        constexpr int64_t ahead = 8;
-        const int64_t stride = product_.b.depth_stride;
-        const auto* panel = reinterpret_cast<const P*>(product_.b.data + k * stride + unit.column + j);
-        Lines rows =
-            lines_of(product_.b, unit.column + j, kArrangedColumns, k + ahead, std::max<int64_t>(depth - ahead, 0));
-        const Prefetch prefetch{rows, ahead * ceil_div(rows.bytes, Lines::kLine), ahead};
-        multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, stride, c, prefetch);
-      }
+      const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
+      multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
     }
+  }
+
+  // The same of one run of k where b is read in its order.
+  void multiply_by_stream(const Unit& unit, int64_t k, int64_t count, TileOperand<P> a, TileResult<A> sums,
+                          const Unit& unit_after, int64_t k_after) const {
+    const MatrixView<T>& b = product_.b;
+    const auto from = [&](int64_t column, int64_t depth) {
+      return b.data + column * b.stride + depth * b.depth_stride;
+    };
+    if (b.stride == 1) {
+      const T* next = unit_after.columns < unit.columns ? nullptr : from(unit_after.column, k_after);
+      return WeightStream<T>::multiply_rows(unit.rows, unit.columns, count, a, from(unit.column, k), b.depth_stride,
+                                            next, sums);
+    }
+    WeightStream<T>::multiply_columns(unit.rows, unit.columns, count, a, from(unit.column, k), b.stride,
+                                      product_.n - unit.column - unit.columns, sums);
   }
 
   // The same of one run of k where a is the weight: its rows are read from memory, in their order, by panels. While all
@@ -567,13 +589,13 @@ class MatrixProduct {
   int threads_;
   bool tiles_;
   int64_t panel_rows_;
-  int64_t depth_step_;      // what the depth of a panel is a multiple of
-  bool reads_a_;            // a is read in place
-  bool copies_a_;           // each thread copies a unit's rows; else, if they aren't read in place, it packs them
-  bool has_few_rows_;       // c
-  bool reads_b_;            // b, stored as [k, n] or arranged, is read in place
-  bool reads_wide_panels_;  // of that
-  bool shares_b_;           // one packed b for all threads; else each thread packs a strip at a time
+  int64_t depth_step_;  // what the depth of a panel is a multiple of
+  bool reads_a_;        // a is read in place
+  bool copies_a_;       // each thread copies a unit's rows; else, if they aren't read in place, it packs them
+  bool has_few_rows_;   // c
+  bool reads_b_;        // b, stored as [k, n] or arranged, is read in place
+  bool streams_b_;      // of that, a plain b in its order
+  bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
   int64_t rows_, columns_;  // of a unit
   int64_t strip_columns_;   // kPanelColumns where plain b is read in place
