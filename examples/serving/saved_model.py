@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -16,16 +15,18 @@ import paddle_fused_attention  # noqa: F401  a saved model holds the operator by
 from paddle import inference
 from tokenizers import Tokenizer
 
-from ..semantic_search.embedding import embed, make_batches, without_padding
 from ..semantic_search.encoder import fused_encoder, paddle_state
 from ..semantic_search.model_files import find_model_directory, load_config, load_weights
 from ..semantic_search.static_encoder import INPUTS, input_specs
+from .turns import Turns
 
 ENCODER = "encoder"
 TOKENIZER = "tokenizer.json"
 PARAMETERS = f"{ENCODER}.pdiparams"
 # Paddle 3 writes programs as JSON, Paddle 2.6 as protocol buffers, which Paddle 3 still runs.
 PROGRAMS = (f"{ENCODER}.json", f"{ENCODER}.pdmodel")
+# Batches of more are hardly faster, and everyone else waits for them.
+BATCH_TOKENS = 1024
 
 
 class SavedModelError(RuntimeError):
@@ -68,9 +69,20 @@ def _num_threads() -> int:
     return int(chosen) if chosen.isdigit() and int(chosen) > 0 else len(os.sched_getaffinity(0))
 
 
+def _batches(lengths: np.ndarray) -> Iterator[slice]:
+    """Neighbours that have up to BATCH_TOKENS together, or one text."""
+    start = tokens = 0
+    for i, length in enumerate(lengths):
+        if i > start and tokens + length > BATCH_TOKENS:
+            yield slice(start, i)
+            start, tokens = i, 0
+        tokens += length
+    yield slice(start, len(lengths))
+
+
 class SavedEncoder:
-    """Texts to embeddings by a saved model, which computes no padding, however different their lengths are. One call
-    at a time runs the predictor; others wait.
+    """Texts to embeddings by a saved model, which computes no padding, however different their lengths are. One batch
+    at a time runs in the predictor; the batches of calls at the same time take turns.
 
     Args:
         directory: where `save` wrote.
@@ -101,12 +113,30 @@ class SavedEncoder:
                 f"{directory} has a model with the inputs {', '.join(names)}, as an earlier version of this example "
                 f"saved it: python -m examples.serving save {directory}"
             )
-        self._lock = threading.Lock()
+        self._turns = Turns()
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts, at least one: [N, hidden_size] float32, each row of length 1."""
-        with self._lock:
-            return embed(without_padding(self._run), make_batches(self._tokenizer, texts))[0]
+    def embed(
+        self, texts: Sequence[str], before_batch: Callable[[], None] = lambda: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embed texts, at least one.
+
+        Args:
+            texts: [N]; of each one no more tokens are read than the tokenizer's file says, 128.
+            before_batch: called before each batch; what it raises ends the call.
+
+        Returns:
+            [N, hidden_size] float32, each row of length 1, and [N] int64, how many tokens of each text were read.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts))
+        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        embeddings = []
+        for batch in _batches(lengths):
+            token_ids = np.concatenate([encoding.ids for encoding in encodings[batch]])
+            cu_seqlens = np.cumsum([0, *lengths[batch]], dtype=np.int32)
+            with self._turns:
+                before_batch()
+                embeddings.append(self._run(token_ids, cu_seqlens))
+        return np.concatenate(embeddings), lengths
 
     def _run(self, token_ids: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
         arrays = {"token_ids": token_ids, "cu_seqlens": cu_seqlens}

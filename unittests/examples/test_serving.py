@@ -1,4 +1,5 @@
-"""The serving example: the saved encoder gives the embeddings of dygraph, over HTTP too. Bad requests are answered."""
+"""The serving example: the saved encoder gives the embeddings of dygraph, over HTTP too, in batches that take turns.
+The server without a model is tested in test_serving_server.py."""
 
 import concurrent.futures
 import importlib.util
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -28,7 +30,7 @@ from examples.semantic_search import model_files  # noqa: E402
 from examples.semantic_search.embedding import dygraph_encode, embed, make_batches, without_padding  # noqa: E402
 from examples.semantic_search.encoder import fused_encoder, paddle_state  # noqa: E402
 from examples.serving import cli, saved_model  # noqa: E402
-from examples.serving.server import MAX_TEXTS, Server  # noqa: E402
+from examples.serving.server import Server  # noqa: E402
 
 TEXTS = ["how do I save a model", "store the parameters of a network in a file", "a cat", "multiply two matrices " * 12]
 
@@ -101,13 +103,61 @@ def request(port, path, body=None):
 
 
 def test_saved_encoder_agrees_with_dygraph(encoder, expected):
-    assert np.abs(encoder.embed(TEXTS) - expected).max() < 1e-5
-    assert np.abs(encoder.embed(TEXTS[2:3]) - expected[2:3]).max() < 1e-5
+    assert np.abs(encoder.embed(TEXTS)[0] - expected).max() < 1e-5
+    assert np.abs(encoder.embed(TEXTS[2:3])[0] - expected[2:3]).max() < 1e-5
+
+
+def test_tokens(encoder):
+    """How many tokens were read is said, with the two that begin and end a text; more than 128 are not read."""
+    texts = ["a cat", "cat " * 126, "cat " * 127, "cat " * 10_000]
+    embeddings, tokens = encoder.embed(texts)
+    assert tokens.tolist() == [4, 128, 128, 128]
+    assert np.abs(embeddings[2:] - embeddings[1]).max() < 1e-5 < np.abs(embeddings[1] - embeddings[0]).max()
+
+
+def test_batches(encoder, monkeypatch):
+    """The predictor gets a bounded number of tokens at a time, and neighbours together where that allows it."""
+    sizes = []
+    run = encoder._run
+    monkeypatch.setattr(encoder, "_run", lambda ids, cu_seqlens: sizes.append(len(ids)) or run(ids, cu_seqlens))
+    texts = ["multiply " * 500] * 9 + ["a cat"] * 200 + ["multiply " * 500]
+    embeddings, tokens = encoder.embed(texts)
+    assert sum(sizes) == tokens.sum() and len(sizes) == 3
+    assert max(sizes) == saved_model.BATCH_TOKENS and sizes[0] == 8 * 128
+    assert np.abs(embeddings - encoder.embed(["multiply " * 500, "a cat"])[0][[0] * 9 + [1] * 200 + [0]]).max() < 1e-5
+
+
+def test_long_requests_let_short_ones_pass(encoder):
+    """The batch of a short call comes next, however many the long one still has; a call that is ended frees the
+    model."""
+    order = []
+    first, release = threading.Event(), threading.Event()
+
+    def before_long():
+        order.append("long")
+        first.set()
+        assert release.wait(60)
+        if len(order) > 4:
+            raise RuntimeError("enough")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        long = pool.submit(encoder.embed, ["multiply " * 500] * 40, before_long)
+        assert first.wait(60)
+        short = pool.submit(encoder.embed, ["a cat"], lambda: order.append("short"))
+        while not encoder._turns._waiting and not short.done():
+            time.sleep(0.005)
+        release.set()
+        assert short.result()[0].shape == (1, 384)
+        assert str(long.exception()) == "enough"
+    assert order == ["long", "short", "long", "long", "long"]
+    assert encoder.embed(["a cat"])[1].tolist() == [4]
 
 
 def test_answers_of_the_server(port, expected):
     status, value = request(port, "/embed", json.dumps({"texts": TEXTS}).encode())
     assert status == 200 and np.abs(np.array(value["embeddings"]) - expected).max() < 1e-5
+    tokenizer = model_files.load_tokenizer(model_files.find_model_directory())
+    assert value["tokens"] == [len(encoding.ids) for encoding in tokenizer.encode_batch(TEXTS)]
     assert request(port, "/health")[1]["status"] == "ok"
 
 
@@ -118,33 +168,6 @@ def test_requests_at_the_same_time(port, expected):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(ask, [0, 1, 2, 3] * 3))
     assert np.abs(np.array(rows) - np.concatenate([expected] * 3)).max() < 1e-5
-
-
-BAD_REQUESTS = [
-    ("/other", None, 404, "/other"),
-    ("/other", b"{}", 404, "/other"),
-    ("/embed", b"no JSON", 400, "JSON"),
-    ("/embed", b"\xff\xfe", 400, "JSON"),
-    ("/embed", b"[]", 400, "texts"),
-    ("/embed", b'{"texts": []}', 400, "texts"),
-    ("/embed", b'{"texts": "a cat"}', 400, "texts"),
-    ("/embed", b'{"texts": ["a cat", "  "]}', 400, "texts[1]"),
-    ("/embed", b'{"texts": ["a cat", 3]}', 400, "texts[1]"),
-    ("/embed", json.dumps({"texts": ["a"] * (MAX_TEXTS + 1)}).encode(), 400, str(MAX_TEXTS)),
-    ("/embed", b" " * ((1 << 20) + 1), 413, str(1 << 20)),
-]
-
-
-@pytest.mark.parametrize("path, body, status, word", BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
-def test_bad_requests(port, path, body, status, word):
-    """They are answered, and the server goes on."""
-    try:
-        got, value = request(port, path, body)
-    except urllib.error.URLError as error:  # the answer may come, and the connection end, before the body is through
-        assert status == 413 and isinstance(error.reason, (BrokenPipeError, ConnectionResetError))
-    else:
-        assert got == status and word in value["error"]
-    assert request(port, "/health")[0] == 200
 
 
 def test_query(port, capsys):
