@@ -7,6 +7,7 @@ import argparse
 import json
 import signal
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -43,22 +44,37 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status: 0 done, 1 failed, 2 bad arguments."""
+    """Run the program and return its exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
     arguments = parse_arguments(argv)
-    if arguments.command == "query":
-        return query(arguments.texts, arguments.port)
+    try:
+        if arguments.command == "query":
+            return query(arguments.texts, arguments.port)
+        return _save_or_serve(arguments)
+    except KeyboardInterrupt:
+        print("Stopped", flush=True)
+        return 0 if arguments.command == "serve" else 130
+
+
+def _save_or_serve(arguments: argparse.Namespace) -> int:
+    serving = arguments.command == "serve"
+    if serving:  # SIGTERM waits until Paddle is imported, which sets a handler that prints a traceback
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         import_paddle()
         from ..semantic_search.model_files import ModelFilesError
         from . import saved_model
     except ModuleNotFoundError as error:
         return explain_missing(error)
+    finally:
+        if serving:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     try:
-        if arguments.command == "save":
+        if serving:
+            serve(arguments.directory, arguments.port)
+        else:
             saved_model.save(arguments.directory)
             print(f"Saved in {arguments.directory}")
-        else:
-            serve(arguments.directory, arguments.port)
     except (ModelFilesError, saved_model.SavedModelError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -66,22 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(directory: Path, port: int) -> None:
-    """Answer requests until SIGINT or SIGTERM comes."""
+    """Answer requests until KeyboardInterrupt comes, and then those in work."""
     from .saved_model import SavedEncoder
     from .server import Server
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        encoder = SavedEncoder(directory)
-        encoder.embed(["warm up"])  # the first run makes thread pools and caches
-        with Server(port, encoder.embed) as server:
+    encoder = SavedEncoder(directory)
+    encoder.embed(["warm up"])  # the first run makes thread pools and caches
+    with Server(port, encoder.embed) as server:
+        # Not in this thread, where a signal's exception could come between a connection and its thread.
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
             print(f"Serving {directory} on http://127.0.0.1:{server.server_port}, Ctrl-C stops", flush=True)
-            server.serve_forever()
-    except KeyboardInterrupt:
-        print("Stopped", flush=True)
+            while True:
+                signal.pause()
+        finally:
+            server.shutdown()
 
 
 def query(texts: Sequence[str], port: int) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -177,21 +178,40 @@ def test_query(port, capsys):
     assert float(lines[0][:6]) > float(lines[1][:6])
 
 
-def test_start_and_stop(directory):
-    """The command serves until SIGTERM, in a process that knows the operator by the example's import alone."""
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_start_and_stop(directory, stop):
+    """The command serves until a signal, in a process that knows the operator by the example's import alone. Then it
+    answers the request in work, and ends in one line."""
     command = [sys.executable, "-m", "examples.serving", "serve", str(directory), "--port", "0"]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             line = process.stdout.readline()
             assert "http://127.0.0.1:" in line
             port = int(line.split("http://127.0.0.1:")[1].split(",")[0])
             assert request(port, "/embed", json.dumps({"texts": ["a cat"]}).encode())[0] == 200
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=30) == 0
-            assert "Stopped" in process.stdout.read()
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                connection.sendall(b"POST /embed HTTP/1.1\r\nContent-Length: 20\r\nExpect: 100-continue\r\n\r\n")
+                assert b"100 Continue" in connection.recv(100)
+                connection.sendall(b'{"texts": ["a cat"]')
+                process.send_signal(stop)
+                connection.sendall(b"}")
+                assert connection.recv(100).split()[1] in (b"200", b"503")
+            output, errors = process.communicate(timeout=60)
+            assert process.returncode == 0 and output == "Stopped\n" and "Traceback" not in errors
         finally:
             process.kill()
+
+
+def test_stop_while_it_loads(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "import_paddle", lambda: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["serve"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().out == "Stopped\n"
 
 
 def test_nothing_to_serve(tmp_path, capsys):
