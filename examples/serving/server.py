@@ -265,7 +265,7 @@ def _texts(body: bytes) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    """A value for an error's text. What is nested is not shown, which could take too many calls."""
+    """A value for an error's text. What is nested is not shown, for it may be too deep for Python's stack."""
     return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else _short(repr(value))
 
 
