@@ -25,8 +25,8 @@ TOKENIZER = "tokenizer.json"
 PARAMETERS = f"{ENCODER}.pdiparams"
 # Paddle 3 writes programs as JSON, Paddle 2.6 as protocol buffers, which Paddle 3 still runs.
 PROGRAMS = (f"{ENCODER}.json", f"{ENCODER}.pdmodel")
-# Batches of more are hardly faster, and everyone else waits for them.
-BATCH_TOKENS = 1024
+# Larger batches are hardly faster, and other requests wait for them. On Paddle 3.3 all of Python does: docs/paddle.md.
+BATCH_TOKENS = 512
 
 
 class SavedModelError(RuntimeError):

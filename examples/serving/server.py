@@ -175,8 +175,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         lengths = self.headers.get_all("Content-Length", [])
-        if "Transfer-Encoding" in self.headers:
-            raise RequestError(400 if lengths else 411, "Transfer-Encoding: expected a Content-Length in its place")
+        encoding = self.headers["Transfer-Encoding"]
+        if encoding is not None:
+            status = 400 if lengths else 411
+            raise RequestError(status, f"Transfer-Encoding: expected a Content-Length instead, got {_shown(encoding)}")
         if not lengths and self.command == "POST":
             raise RequestError(411, "Content-Length: expected a number of bytes, got none")
         if len(lengths) > 1:
@@ -250,9 +252,13 @@ def _texts(body: bytes) -> list[str]:
         value = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"body: expected JSON in UTF-8, got something else ({_short(str(error))})") from error
-    texts = value.get("texts") if isinstance(value, dict) else None
-    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
-        raise RequestError(400, f'body: expected {{"texts": [...]}} with 1 to {MAX_TEXTS} texts')
+    if not isinstance(value, dict) or "texts" not in value:
+        raise RequestError(400, f'body: expected {{"texts": [...]}}, got {_shown(value)}')
+    texts = value["texts"]
+    if not isinstance(texts, list):
+        raise RequestError(400, f"texts: expected a list, got {_shown(texts)}")
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise RequestError(400, f"texts: expected 1 to {MAX_TEXTS}, got {len(texts)}")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise RequestError(400, f"texts[{i}]: expected some words, got {_shown(text)}")
@@ -266,7 +272,9 @@ def _texts(body: bytes) -> list[str]:
 
 def _shown(value: object) -> str:
     """A value for an error's text. What is nested is not shown, for it may be too deep for Python's stack."""
-    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else _short(repr(value))
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"an object with {len(value)} keys" if isinstance(value, dict) else _short(repr(value))
 
 
 def _short(text: str) -> str:
@@ -287,7 +295,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    request_queue_size = 1024  # connections that wait to be accepted; the kernel delays more
+    request_queue_size = 256  # clients that wait to be accepted; more of them have to try again
 
     def __init__(self, port: int, embed: Embed, limits: Limits = Limits()) -> None:
         self.embed = embed
@@ -301,7 +309,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((HOST, port), Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection as soon as it may have one."""
+        """Start a thread for a connection as soon as it may have one, at once if the server stops."""
         with self._changed:
             self._full = len(self._connections) >= self.limits.connections
             self._changed.wait_for(lambda: len(self._connections) < self.limits.connections or self._stopping)
@@ -353,6 +361,10 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Stop listening, and wait until requests in work are answered, after `stop_seconds` by a refusal."""
+        with contextlib.suppress(OSError):  # none is left
+            self.socket.setblocking(False)
+            while True:  # clients in the queue are connected, for all they know, and may have asked
+                self.process_request(*self.get_request())
         super().server_close()
         with self._changed:
             if not self._changed.wait_for(lambda: not self._connections, self.limits.stop_seconds):

@@ -56,7 +56,7 @@ def running(function=embed, **limits):
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as server:
+    with running(linger_seconds=PATIENCE) as server:
         yield server
 
 
@@ -112,9 +112,10 @@ BAD_REQUESTS = {
     "no body": (framed(b""), 400, "JSON", True),
     "not UTF-8": (framed(b'{"texts": ["\xff\xfe"]}'), 400, "UTF-8", True),
     "UTF-16": (framed(TEXTS.decode().encode("utf-16")), 400, "UTF-8", True),
-    "list": (framed(b"[]"), 400, "texts", True),
-    "no texts": (framed(b'{"texts": []}'), 400, "texts", True),
-    "text alone": (framed(b'{"texts": "a cat"}'), 400, "texts", True),
+    "list": (framed(b"[]"), 400, "got a list of 0", True),
+    "other key": (framed(b'{"text": "a cat"}'), 400, "got an object with 1 keys", True),
+    "no texts": (framed(b'{"texts": []}'), 400, "got 0", True),
+    "text alone": (framed(b'{"texts": "a cat"}'), 400, "got 'a cat'", True),
     "empty text": (texts("a cat", "  "), 400, "texts[1]", True),
     "number": (texts("a cat", 3), 400, "texts[1]", True),
     "long number": (texts(10**4000), 400, "texts[0]", True),
@@ -122,7 +123,7 @@ BAD_REQUESTS = {
     "lone surrogate": (framed(b'{"texts": ["a cat", "a \\ud800"]}'), 400, "texts[1]", True),
     "100,000 brackets": (framed(b"[" * 100_000), 400, "JSON", True),
     "100,000 lists": (framed(b'{"texts": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}"), 400, "JSON", True),
-    "200 lists": (framed(b'{"texts": [' + b"[" * 200 + b"]" * 200 + b"]}"), 400, "got a list", True),
+    "200 lists": (framed(b'{"texts": [' + b"[" * 200 + b"]" * 200 + b"]}"), 400, "got a list of 1", True),
     "number of 6,000 digits": (framed(b'{"texts": [' + b"9" * 6000 + b"]}"), 400, "", True),
     "too long": (framed(b" " * (4 * MAX_BYTES)), 413, str(MAX_BYTES), False),
     "length of 6,000 digits": (post(TEXTS, f"Content-Length: {'9' * 6000}"), 413, "Content-Length", False),
@@ -331,7 +332,7 @@ def test_connections_give_way():
         assert release.wait(PATIENCE)
         return embed(texts, before_batch)
 
-    with running(wait, connections=1, idle_seconds=0.2) as server:
+    with running(wait, connections=1, idle_seconds=1) as server:
         with connect(server) as first, connect(server) as second, connect(server) as third:
             first.sendall(framed(TEXTS))
             assert begun.wait(PATIENCE)
@@ -350,7 +351,7 @@ def test_connections_give_way():
 @pytest.mark.parametrize("start", [b"", b"GET /health HTTP/1.1\r\nX: ", post(b"", "Content-Length: 10000")])
 def test_slow_clients(start):
     """A byte now and then keeps no thread: the whole request has a deadline."""
-    with running(request_seconds=0.5) as server, connect(server) as connection:
+    with running(request_seconds=0.5, linger_seconds=PATIENCE) as server, connect(server) as connection:
         connection.sendall(start)
         for _ in range(1000):
             connection.sendall(b"a")
@@ -362,7 +363,7 @@ def test_slow_clients(start):
 
 def test_silent_clients():
     """Those that send nothing, before a request or after the last one, are left without an answer."""
-    with running(idle_seconds=0.2) as server, connect(server) as connection, connect(server) as silent:
+    with running(idle_seconds=1) as server, connect(server) as connection, connect(server) as silent:
         connection.sendall(get())
         assert receive(connection)[0] == 200
         assert connection.recv(1) == silent.recv(1) == b""
@@ -434,6 +435,25 @@ def test_stopping_finishes_requests():
         release.set()
         status, headers, value = receive(connection)
         assert status == 200 and value == ANSWER and headers["Connection"] == "close"
+
+
+def test_stopping_answers_the_queue():
+    """Clients that were not accepted yet, too."""
+    begun, release = threading.Event(), threading.Event()
+
+    def wait(texts, before_batch):
+        begun.set()
+        assert release.wait(PATIENCE)
+        return embed(texts, before_batch)
+
+    with stopping(wait, connections=1, stop_seconds=PATIENCE) as (server, stop), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(6)]
+        for client in clients:
+            client.sendall(framed(TEXTS))
+        assert begun.wait(PATIENCE)
+        stop.start()
+        release.set()
+        assert [receive(client)[2] for client in clients] == [ANSWER] * 6
 
 
 def test_stopping_refuses_what_takes_long():
