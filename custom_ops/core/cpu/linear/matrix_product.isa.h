@@ -142,7 +142,7 @@ class MatrixProduct {
   // Whether b, a weight as a user keeps it, is read in its order.
   bool can_stream_b() const {
     const int64_t most_rows = product_.b.stride == 1 ? kMaxStreamedRows : kMaxTransposedRows;
-    return !kPaired<T> && !product_.is_b_arranged && product_.m <= most_rows;
+    return !kPaired<T> && !product_.is_b_arranged && has_rows_of_a() && product_.m <= most_rows;
   }
 
   bool transposes_c() const { return kPaired<T> && product_.transposes_c; }
