@@ -347,11 +347,24 @@ class NamedBlock:
     def only_qkv(self) -> bool:
         return self.naming.only_qkv and not self.whole
 
+    @property
+    def packed_names(self) -> list[str]:
+        """All names that its packed parameters may have."""
+        names = [f"{self.packed_name}.{part}" for part in PACKED_PARTS]
+        return names + [f"{self.packed_feed_forward}.{part}" for part in FEED_FORWARD_PARTS] if self.whole else names
+
     def names(self, suffix: str) -> list[str]:
         return [f"{self.prefix}{part}.{suffix}" for part in (*self.naming.qkv, self.naming.out)]
 
     def feed_forward_names(self, suffix: str) -> list[str]:
         return [f"{self.prefix}{part}.{suffix}" for part in self.naming.feed_forward]
+
+    def packed_norms(self, normalize_before: bool | None) -> list[str]:
+        """What the layer norms of an attention and of a feed-forward half are called, without _scale and _bias."""
+        return [
+            f"{self.packed_name}.{'pre_ln' if normalize_before else 'ln'}",
+            f"{self.packed_feed_forward}.{'_ln1' if normalize_before else '_ln2'}",
+        ]
 
     @property
     def norms(self) -> list[str]:
@@ -396,19 +409,16 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
     needed = [*weights, *norms, *matrices]
     if any(name in arrays for name in biases[:-1]):
         needed = [*needed, *biases[:-1]]
-    for name in needed:
-        if name not in arrays:
-            return f"{name} is missing"
+    missing = _missing(arrays, needed)
+    if missing is not None:
+        return missing
     ours = {*weights, *biases, *first_norm, *norms, *matrices, *more_biases}
     unknown = _unknown_name(arrays, block, ours)
     if unknown is not None:
-        packed = f"a {WHOLE_LAYER}" if block.whole else "the operator's attention"
-        return f"there is {unknown}, which is no part of {packed}"
-    for name in sorted(ours & set(arrays)):
-        if not isinstance(arrays[name], np.ndarray):
-            return f"{name} is not an array of numbers"
-        if arrays[name].dtype.name not in ("float16", "float32", "float64", "uint16"):  # uint16 is bfloat16
-            return f"{name} has dtype {arrays[name].dtype}, which is no float of 16, 32 or 64 bits"
+        return _no_part(unknown, block)
+    no_floats = _no_floats(arrays, sorted(ours & set(arrays)))
+    if no_floats is not None:
+        return no_floats
     wide = first_norm[0] if first_norm[0] in arrays else weights[-1]
     embed_dim = (arrays[wide].shape or (1,))[0]
     if embed_dim == 0:
@@ -421,7 +431,7 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
     if block.whole:
         shape = arrays[matrices[0]].shape
         if len(shape) != 2 or embed_dim not in shape:
-            return f"{matrices[0]} has shape {list(shape)}, not [{embed_dim}, dim_feedforward]"
+            return _other_shape(arrays, matrices[0], f"[{embed_dim}, dim_feedforward]")
         hidden = shape[1] if shape[0] == embed_dim else shape[0]
         if hidden == 0:
             return f"{matrices[0]} is empty"
@@ -429,11 +439,86 @@ def reason_against(arrays: dict[Any, Any], block: NamedBlock, signs: Signs) -> s
     for name, shape in expected.items():
         # A single projection may be transposed: its shape tells the layout.
         if name in arrays and arrays[name].shape not in (shape, shape[::-1]):
-            return f"{name} has shape {list(arrays[name].shape)}, not {list(shape)}"
+            return _other_shape(arrays, name, list(shape))
     for names, suffix in ((weights[:-1], "weight"), (biases[:-1], "bias")):
         if len({arrays[name].dtype for name in names if name in arrays}) > 1:
             return f"its query, key and value {suffix} are of different dtypes"
     return None
+
+
+def reason_against_packed(arrays: dict[Any, Any], block: NamedBlock) -> str | None:
+    """Why a packed block can't be unpacked; None if it can."""
+    own, other = f"{block.packed_name}.", f"{block.packed_feed_forward}."
+    there = [name for name in block.packed_names if name in arrays]
+    before, after = block.packed_norms(True), block.packed_norms(False)
+    for norms in zip(before, after):
+        found = [[name for name in there if name in (f"{norm}_scale", f"{norm}_bias")] for norm in norms]
+        if all(found):
+            return f"there are both {found[0][0]} and {found[1][0]}, of which it has one"
+    needed = []
+    if not block.only_qkv or not set(there) <= {own + part for part in QKV_PARAMETERS}:
+        order = block.naming.normalize_before
+        norms = before if order or (order is None and f"{before[0]}_scale" in there) else after
+        needed += [f"{own}linear_weight", f"{norms[0]}_scale", f"{norms[0]}_bias"]
+        if block.whole:
+            needed += [f"{other}_linear1_weight", f"{other}_linear2_weight", f"{norms[1]}_scale", f"{norms[1]}_bias"]
+    reason = _missing(arrays, needed)
+    if reason is not None:
+        return reason
+    parts = (*block.naming.qkv, block.naming.out, block.naming.norm, *block.naming.feed_forward)
+    known = tuple(f"{block.prefix}{part}." for part in (*parts, block.naming.feed_forward_norm))
+    buffers = {block.prefix + buffer for buffer in block.naming.buffers}
+    for name in arrays:
+        if isinstance(name, str) and name.startswith((own, other) if block.whole else own):
+            if name not in there and name not in buffers and not name.startswith(known):
+                return _no_part(name, block)
+    reason = _no_floats(arrays, there)
+    if reason is not None:
+        return reason
+    qkv_weight = f"{own}qkv_weight"
+    shape = arrays[qkv_weight].shape
+    if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
+        return _other_shape(arrays, qkv_weight, "[3, H, D, H * D]")
+    embed_dim = shape[3]
+    if embed_dim == 0:
+        return f"{qkv_weight} is empty"
+    expected = {qkv_weight: shape, f"{own}qkv_bias": shape[:3], f"{own}linear_weight": (embed_dim, embed_dim)}
+    if block.whole:
+        matrix = f"{other}_linear1_weight"
+        shape = arrays[matrix].shape
+        if len(shape) != 2 or shape[0] != embed_dim:
+            return _other_shape(arrays, matrix, f"[{embed_dim}, dim_feedforward]")
+        hidden = shape[1]
+        if hidden == 0:
+            return f"{matrix} is empty"
+        expected.update({matrix: shape, f"{other}_linear1_bias": (hidden,)})
+        expected[f"{other}_linear2_weight"] = (hidden, embed_dim)
+    for name in there:
+        if arrays[name].shape != expected.get(name, (embed_dim,)):
+            return _other_shape(arrays, name, list(expected.get(name, (embed_dim,))))
+    return None
+
+
+def _missing(arrays: dict[Any, Any], names: list[str]) -> str | None:
+    return next((f"{name} is missing" for name in names if name not in arrays), None)
+
+
+def _no_part(name: str, block: NamedBlock) -> str:
+    packed = f"a {WHOLE_LAYER}" if block.whole else "the operator's attention"
+    return f"there is {name}, which is no part of {packed}"
+
+
+def _no_floats(arrays: dict[Any, Any], names: list[str]) -> str | None:
+    for name in names:
+        if not isinstance(arrays[name], np.ndarray):
+            return f"{name} is not an array of numbers"
+        if arrays[name].dtype.name not in ("float16", "float32", "float64", "uint16"):  # uint16 is bfloat16
+            return f"{name} has dtype {arrays[name].dtype}, which is no float of 16, 32 or 64 bits"
+    return None
+
+
+def _other_shape(arrays: dict[Any, Any], name: str, expected: Any) -> str:
+    return f"{name} has shape {list(arrays[name].shape)}, not {expected}"
 
 
 def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str | None:

@@ -24,11 +24,9 @@ import numpy as np
 
 from ._choices import CheckpointError, check_layout, check_patterns, heads_of, layout_of, orders_of, shown_layout
 from ._namings import (
-    FEED_FORWARD_PARTS,
     LAYOUTS,
     NAMINGS,
     NORM_NAMES,
-    PACKED_PARTS,
     WHOLE_LAYER,
     NamedBlock,
     Signs,
@@ -38,9 +36,10 @@ from ._namings import (
     packed_block,
     packed_blocks_in,
     reason_against,
+    reason_against_packed,
 )
 from .report import Report
-from .weights import QKV_PARAMETERS, pack_projections, separate_projections
+from .weights import pack_projections, separate_projections
 
 METADATA = "paddle_fused_attention."  # keys that begin so are ours
 METADATA_LAYOUT = METADATA + "layout"  # of the file's linear layers, if its format says otherwise
@@ -147,9 +146,7 @@ def pack(
             raise CheckpointError(
                 f"{taken[0]}: expected no packed parameter in a checkpoint that is to be packed, found one"
             )
-        if not made.isdisjoint(new):
-            raise CheckpointError(f"{block.name}: expected one attention in its layer, found another beside it")
-        made.update(new)
+        _add_names(made, new, block.name)
         replacements[old[0]] = new
         removed.update(old)
         report.converted[block.name] = _describe(block, new, orders.get(block.name), stored, signs)
@@ -190,6 +187,7 @@ def unpack(
     report = CheckpointReport()
     replacements: dict[str, dict] = {}
     removed: set = set()
+    made: set = set()
     blocks = packed_blocks_in(arrays)
     for done, name in enumerate(blocks):
         progress(done, len(blocks))
@@ -200,12 +198,15 @@ def unpack(
         elif not fnmatchcase(name, names):
             report.left_alone[name] = f"it is not among the names {names!r}"
         else:
-            parts = _packed_parts(arrays, block)
+            reason = reason_against_packed(arrays, block)
+            if reason is not None:
+                raise CheckpointError(f"{name}: {reason}")
             stored, norms = _layout_and_norms_before(arrays, block, layout, record)
-            old, new = _unpack_block(arrays, block, parts, stored, norms)
+            old, new = _unpack_block(arrays, block, stored, norms)
             taken = sorted(name for name in new if name in arrays)
             if taken:
                 raise CheckpointError(f"{taken[0]}: expected no separate parameter beside {name}.qkv_weight, found one")
+            _add_names(made, new, name)
             replacements[old[0]] = new
             removed.update(old)
             report.converted[name] = f"{block.naming.title}, weights {shown_layout(stored)}"
@@ -222,6 +223,13 @@ def _nothing_found(what: str, names: str, report: Report) -> str:
     more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
     found = ": " + "; ".join(left[:3]) + more if left else ""
     return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + found
+
+
+def _add_names(made: set, new: dict[str, Any], block: str) -> None:
+    """Adds the names of what a block gives, which no other block may give."""
+    if not made.isdisjoint(new):
+        raise CheckpointError(f"{block}: expected one attention in its layer, found another beside it")
+    made.update(new)
 
 
 def _with_replacements(arrays: dict[Any, Any], replacements: dict[str, dict], removed: set) -> dict[Any, Any]:
@@ -277,6 +285,7 @@ def _layout_and_norms_before(
     arrays: dict, block: NamedBlock, layout: str | None, record: dict | None
 ) -> tuple[str, list[tuple[str, str]]]:
     """The layout that a packed block had, and the names of the attention's norm and the feed-forward's."""
+    told = layout_by_shapes(arrays, block, arrays[f"{block.packed_name}.qkv_weight"].shape[-1])
     if record is not None:
         if record["naming"] != block.naming.title:
             raise CheckpointError(
@@ -286,12 +295,18 @@ def _layout_and_norms_before(
             raise CheckpointError(
                 f"--layout {layout}: {block.name} was stored {shown_layout(record['layout'])}, by the file's metadata"
             )
+        for name, shown in told.items():
+            if shown != record["layout"]:
+                raise CheckpointError(
+                    f"{block.name}: it was stored {shown_layout(record['layout'])}, by the file's metadata, but by its "
+                    f"shape {name} is stored {shown_layout(shown)}"
+                )
         norms = [record.get(norm, NORM_NAMES[0]) for norm in ("norm", "feed_forward_norm")]
         return record["layout"], [(scale, shift) for scale, shift in norms]
     found = layout or block.naming.layout
-    for name, told in layout_by_shapes(arrays, block, arrays[f"{block.packed_name}.qkv_weight"].shape[-1]).items():
-        if told != found:
-            seen = f"by its shape {name} is stored {shown_layout(told)}"
+    for name, shown in told.items():
+        if shown != found:
+            seen = f"by its shape {name} is stored {shown_layout(shown)}"
             if layout is not None:
                 raise CheckpointError(f"--layout {layout}: {seen}")
             raise CheckpointError(
@@ -324,7 +339,7 @@ def _pack_block(
             new[f"{linear}{i}_weight"] = arrays[weight].T if layout == "out-in" else arrays[weight]
             new[f"{linear}{i}_bias"] = arrays.get(bias)
             ours |= {weight, bias}
-    for norm, packed in zip(block.norms, _packed_norms(block, normalize_before)):
+    for norm, packed in zip(block.norms, block.packed_norms(normalize_before)):
         parts = names_of_norm(arrays, norm)
         assert parts is not None  # a block without is left alone
         for part, name in zip(("scale", "bias"), parts):
@@ -332,14 +347,6 @@ def _pack_block(
             ours.add(f"{norm}.{name}")
     old = [name for name in arrays if name in ours]
     return old, {name: np.ascontiguousarray(array) for name, array in new.items() if array is not None}
-
-
-def _packed_norms(block: NamedBlock, normalize_before: bool | None) -> list[str]:
-    """What the layer norms of an attention and of a feed-forward half are called, without _scale and _bias."""
-    return [
-        f"{block.packed_name}.{'pre_ln' if normalize_before else 'ln'}",
-        f"{block.packed_feed_forward}.{'_ln1' if normalize_before else '_ln2'}",
-    ]
 
 
 def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: str, signs: Signs) -> str:
@@ -389,55 +396,15 @@ def _use_of_whole_layer(
     return f"{WHOLE_LAYER}({arguments}), with {', '.join(told)}"
 
 
-def _packed_parts(arrays: dict[Any, Any], block: NamedBlock) -> dict[str, np.ndarray]:
-    """The arrays of a packed block by their names without the layer's, after checks that they fit each other."""
-    own, other = f"{block.packed_name}.", f"{block.packed_feed_forward}."
-    names = [own + part for part in PACKED_PARTS]
-    names += [other + part for part in FEED_FORWARD_PARTS] if block.whole else []
-    parts = {name: arrays[name] for name in names if name in arrays}
-    before, after = _packed_norms(block, True), _packed_norms(block, False)
-    for norm, other_norm in zip(before, after):
-        if {f"{norm}_scale", f"{other_norm}_scale"} <= set(parts):
-            scales = [f"{name.rpartition('.')[2]}_scale" for name in (norm, other_norm)]
-            raise CheckpointError(f"{norm.rpartition('.')[0]}: expected either {scales[0]} or {scales[1]}, found both")
-    needed = [f"{own}qkv_weight"]
-    if not block.only_qkv or not set(parts) <= {own + part for part in QKV_PARAMETERS}:
-        order = block.naming.normalize_before
-        norms = before if order or (order is None and f"{before[0]}_scale" in parts) else after
-        needed += [f"{own}linear_weight", f"{norms[0]}_scale", f"{norms[0]}_bias"]
-        if block.whole:
-            needed += [f"{other}_linear1_weight", f"{other}_linear2_weight", f"{norms[1]}_scale", f"{norms[1]}_bias"]
-    for name in (*needed, *parts):
-        if not isinstance(parts.get(name), np.ndarray):
-            raise CheckpointError(f"{name}: expected an array beside {own}qkv_weight, found none")
-    shape = parts[f"{own}qkv_weight"].shape
-    if len(shape) != 4 or shape[0] != 3 or shape[1] * shape[2] != shape[3]:
-        raise CheckpointError(f"{own}qkv_weight: expected shape [3, H, D, H * D], got {list(shape)}")
-    embed_dim = shape[3]
-    shapes = {f"{own}qkv_weight": shape, f"{own}qkv_bias": shape[:3], f"{own}linear_weight": (embed_dim, embed_dim)}
-    if block.whole:
-        first = parts[f"{other}_linear1_weight"].shape
-        if len(first) != 2 or first[0] != embed_dim:
-            raise CheckpointError(f"{other}_linear1_weight: expected shape [{embed_dim}, F], got {list(first)}")
-        hidden = first[1]
-        shapes.update({f"{other}_linear1_weight": first, f"{other}_linear1_bias": (hidden,)})
-        shapes[f"{other}_linear2_weight"] = (hidden, embed_dim)
-    for name, array in parts.items():
-        expected = shapes.get(name, (embed_dim,))
-        if array.shape != expected:
-            raise CheckpointError(f"{name}: expected shape {list(expected)}, got {list(array.shape)}")
-    return parts
-
-
 def _unpack_block(
     arrays: dict[Any, Any],
     block: NamedBlock,
-    parts: dict[str, np.ndarray],
     layout: str,
     norms: list[tuple[str, str]],
 ) -> tuple[list[str], dict[str, Any]]:
     """The names to remove and the arrays to add."""
     own, linear = f"{block.packed_name}.", f"{block.packed_feed_forward}._linear"
+    parts = {name: arrays[name] for name in block.packed_names if name in arrays}
     count = len(block.naming.qkv)
     weights = separate_projections(parts[f"{own}qkv_weight"], count)
     biases = separate_projections(parts[f"{own}qkv_bias"], count) if f"{own}qkv_bias" in parts else []
@@ -455,7 +422,7 @@ def _unpack_block(
     new.update({name: matrix.T if layout == "out-in" else matrix for name, matrix in matrices.items()})
     old_norms = [block.prefix + norm for norm in (block.naming.norm, block.naming.feed_forward_norm)]
     for before in (True, False):
-        for packed, norm, names in zip(_packed_norms(block, before), old_norms, norms):
+        for packed, norm, names in zip(block.packed_norms(before), old_norms, norms):
             for part, name in zip(("scale", "bias"), names):
                 if f"{packed}_{part}" in parts:
                     new[f"{norm}.{name}"] = parts[f"{packed}_{part}"]

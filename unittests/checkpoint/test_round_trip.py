@@ -1,6 +1,7 @@
 """`convert` and then `revert` give back names, bits, layouts and metadata, through every kind of file."""
 
 import json
+import re
 
 import numpy as np
 import paddle
@@ -58,7 +59,7 @@ def test_what_versions_before_packed_goes_back(normalize_before, transposed, suf
         save(source, without(packed, prefix + part))
         check_error(
             ["revert", source, back, "--force"],
-            f"{prefix}{part}: expected an array beside {prefix}qkv_weight, found none",
+            f"a.self_attn: {prefix}{part} is missing",
         )
 
 
@@ -219,12 +220,62 @@ def test_broken_metadata(text):
 def test_packed_parts_that_do_not_fit():
     packed, report = packed_by(bert_block("a."))
     for part, value, message in (
-        ("qkv_weight", draw(3, 4, 4, 8), r"qkv_weight: expected shape \[3, H, D, H \* D\]"),
-        ("qkv_bias", draw(3, 16), r"qkv_bias: expected shape \[3, 4, 4\], got \[3, 16\]"),
-        ("linear_weight", draw(16), r"linear_weight: expected shape \[16, 16\]"),
-        ("linear_bias", 3, "linear_bias: expected an array"),
-        ("ln_bias", draw(4), r"ln_bias: expected shape \[16\]"),
-        ("pre_ln_scale", draw(16), "expected either pre_ln_scale or ln_scale"),
+        ("qkv_weight", draw(3, 4, 4, 8), "qkv_weight has shape [3, 4, 4, 8], not [3, H, D, H * D]"),
+        ("qkv_weight", draw(3, 0, 4, 0), "qkv_weight is empty"),
+        ("qkv_weight", np.ones((3, 4, 4, 16), "int64"), "qkv_weight has dtype int64, which is no float"),
+        ("qkv_weight", 3, "qkv_weight is not an array of numbers"),
+        ("qkv_bias", draw(3, 16), "qkv_bias has shape [3, 16], not [3, 4, 4]"),
+        ("linear_weight", draw(16), "linear_weight has shape [16], not [16, 16]"),
+        ("linear_weight", draw(16, 16).astype("complex64"), "linear_weight has dtype complex64, which is no float"),
+        ("linear_bias", 3, "linear_bias is not an array of numbers"),
+        ("ln_bias", draw(4), "ln_bias has shape [4], not [16]"),
+        ("ln_bias", np.ones(16, "bool"), "ln_bias has dtype bool, which is no float"),
     ):
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.unpack({**packed, f"a.attention.{part}": value}, metadata=report.metadata)
+        broken = {**packed, f"a.attention.{part}": value}
+        with pytest.raises(CheckpointError, match=re.escape(f"a.attention: a.attention.{message}")):
+            checkpoint.unpack(broken, metadata=report.metadata)
+    for part in ("pre_ln_scale", "pre_ln_bias"):
+        with pytest.raises(CheckpointError, match="both a.attention.pre_ln_.* and a.attention.ln_.*, of which it has"):
+            checkpoint.unpack({**packed, f"a.attention.{part}": draw(16)}, metadata=report.metadata)
+    with pytest.raises(CheckpointError, match="there is a.attention.lora_A, which is no part of the operator's attent"):
+        checkpoint.unpack({**packed, "a.attention.lora_A": draw(16)}, metadata=report.metadata)
+
+
+def test_revert_refuses_what_convert_refuses():
+    """A part of another kind, in the separate block or in the packed one, is told in the same words."""
+    separate = bert_block("a.")
+    packed, report = packed_by(separate)
+    for value, words in (
+        (draw(4), "has shape [4], not [16]"),
+        (np.ones(16, "int32"), "has dtype int32, which is no float of 16, 32 or 64 bits"),
+        ("text", "is not an array of numbers"),
+        (None, "is missing"),
+    ):
+        for state, name in ((separate, "a.attention.output.LayerNorm.bias"), (packed, "a.attention.ln_bias")):
+            broken = without(state, name) if value is None else {**state, name: value}
+            with pytest.raises(CheckpointError, match=re.escape(f"{name} {words}")):
+                if state is separate:
+                    packed_by(broken)
+                else:
+                    checkpoint.unpack(broken, metadata=report.metadata)
+
+
+def test_two_blocks_of_the_same_separate_names():
+    """Neither is lost: a layer has one attention."""
+    layer, report = packed_by(bert_block("a."), whole_layers=True)
+    attention, _ = packed_by(bert_block("a."))
+    both = {**layer, **{name: array for name, array in attention.items() if name.startswith("a.attention.")}}
+    with pytest.raises(CheckpointError, match="a.attention: expected one attention in its layer, found another beside"):
+        checkpoint.unpack(both, metadata=report.metadata)
+
+
+def test_metadata_that_contradict_shapes():
+    """As of convert's --layout, no shape in the layer may tell another layout than the metadata."""
+    packed, report = packed_by(bert_block("a."))
+    transposed = {name: a.T if "dense.weight" in name else a for name, a in packed.items()}
+    with pytest.raises(
+        CheckpointError,
+        match=r"a.attention: it was stored \[out, in\], by the file's metadata, but by its shape "
+        r"a.intermediate.dense.weight is stored \[in, out\]",
+    ):
+        checkpoint.unpack(transposed, metadata=report.metadata)

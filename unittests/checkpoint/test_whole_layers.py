@@ -380,29 +380,34 @@ def test_a_second_pass(tmp_path, capsys):
 def test_packed_parts_that_do_not_fit(known):
     packed, report = packed_by(bert_block("a."), whole_layers=True)
     metadata = report.metadata if known else None
-    missing = "expected an array beside a.fused_attn.qkv_weight, found none"
     for part, value, message in (
-        ("ffn._linear1_weight", draw(8, HIDDEN), r"ffn._linear1_weight: expected shape \[16, F\], got \[8, 24\]"),
-        ("ffn._linear1_weight", draw(EMBED), r"ffn._linear1_weight: expected shape \[16, F\], got \[16\]"),
-        ("ffn._linear1_weight", draw(EMBED, 2 * HIDDEN), r"ffn._linear1_bias: expected shape \[48\], got \[24\]"),
-        ("ffn._linear2_weight", draw(EMBED, HIDDEN), r"ffn._linear2_weight: expected shape \[24, 16\]"),
-        ("ffn._linear2_weight", None, f"ffn._linear2_weight: {missing}"),
-        ("ffn._linear2_bias", 3, f"ffn._linear2_bias: {missing}"),
-        ("ffn._ln2_scale", None, f"ffn._ln2_scale: {missing}"),
-        ("ffn._ln2_bias", draw(4), r"ffn._ln2_bias: expected shape \[16\]"),
-        ("ffn._ln1_scale", draw(EMBED), "ffn: expected either _ln1_scale or _ln2_scale, found both"),
-        ("fused_attn.pre_ln_scale", draw(EMBED), "fused_attn: expected either pre_ln_scale or ln_scale, found both"),
-        ("fused_attn.ln_scale", None, f"fused_attn.ln_scale: {missing}"),
-        ("fused_attn.linear_weight", None, f"fused_attn.linear_weight: {missing}"),
+        ("ffn._linear1_weight", draw(8, HIDDEN), "a.ffn._linear1_weight has shape [8, 24], not [16, dim_feedforward]"),
+        ("ffn._linear1_weight", draw(EMBED), "a.ffn._linear1_weight has shape [16], not [16, dim_feedforward]"),
+        ("ffn._linear1_weight", draw(EMBED, 0), "a.ffn._linear1_weight is empty"),
+        ("ffn._linear1_weight", draw(EMBED, 2 * HIDDEN), "a.ffn._linear1_bias has shape [24], not [48]"),
+        ("ffn._linear2_weight", draw(EMBED, HIDDEN), "a.ffn._linear2_weight has shape [16, 24], not [24, 16]"),
+        ("ffn._linear2_weight", None, "a.ffn._linear2_weight is missing"),
+        ("ffn._linear2_bias", 3, "a.ffn._linear2_bias is not an array of numbers"),
+        ("ffn._ln2_scale", None, "a.ffn._ln2_scale is missing"),
+        ("ffn._ln2_bias", draw(4), "a.ffn._ln2_bias has shape [4], not [16]"),
+        ("ffn._ln1_scale", draw(EMBED), "there are both a.ffn._ln1_scale and a.ffn._ln2_scale, of which it has one"),
+        (
+            "fused_attn.pre_ln_scale",
+            draw(EMBED),
+            "there are both a.fused_attn.pre_ln_scale and a.fused_attn.ln_scale, of which it has one",
+        ),
+        ("fused_attn.ln_scale", None, "a.fused_attn.ln_scale is missing"),
+        ("fused_attn.linear_weight", None, "a.fused_attn.linear_weight is missing"),
+        ("ffn.adapter", draw(EMBED), "there is a.ffn.adapter, which is no part of a FusedTransformerEncoderLayer"),
     ):
         broken = {**packed, f"a.{part}": value}
         if value is None:
             del broken[f"a.{part}"]
-        with pytest.raises(CheckpointError, match=f"^a.{message}"):
+        with pytest.raises(CheckpointError, match=f"^a.fused_attn: {re.escape(message)}"):
             checkpoint.unpack(broken, metadata=metadata)
     broken = without(packed, *(name for name in packed if ".ffn." in name))
-    message = f"a.ffn._linear1_weight: {missing}" if known else "a.fused_attn: left alone, its names are not those"
-    with pytest.raises(CheckpointError, match=message):
+    why = "a.ffn._linear1_weight is missing" if known else "left alone, its names are not those"
+    with pytest.raises(CheckpointError, match=f"a.fused_attn: {why}"):
         checkpoint.unpack(broken, metadata=metadata)
     with pytest.raises(CheckpointError, match="expected no separate parameter beside a.fused_attn.qkv_weight"):
         taken = "a.output.dense.weight" if known else "a.linear2.weight"
@@ -414,7 +419,7 @@ def test_an_order_that_its_family_does_not_have():
     renamed = {
         name.replace("fused_attn.ln", "fused_attn.pre_ln").replace("_ln2", "_ln1"): a for name, a in packed.items()
     }
-    with pytest.raises(CheckpointError, match="a.fused_attn.ln_scale: expected an array"):
+    with pytest.raises(CheckpointError, match="a.fused_attn: a.fused_attn.ln_scale is missing"):
         checkpoint.unpack(renamed, metadata=report.metadata)
 
 
