@@ -451,8 +451,8 @@ def reason_against_packed(arrays: dict[Any, Any], block: NamedBlock) -> str | No
     own, other = f"{block.packed_name}.", f"{block.packed_feed_forward}."
     there = [name for name in block.packed_names if name in arrays]
     before, after = block.packed_norms(True), block.packed_norms(False)
-    for norms in zip(before, after):
-        found = [[name for name in there if name in (f"{norm}_scale", f"{norm}_bias")] for norm in norms]
+    for pair in zip(before, after):
+        found = [[name for name in there if name in (f"{norm}_scale", f"{norm}_bias")] for norm in pair]
         if all(found):
             return f"there are both {found[0][0]} and {found[1][0]}, of which it has one"
     needed = []
