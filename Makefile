@@ -3,6 +3,7 @@
 # make operator-test        the Python tests without the core's, which knows no Paddle and so is the same beside every one
 # make fast-test            the Python tests of the package, without the slow ones and the core's
 # make test-libraries       models of PaddleNLP and PaddleClas, and ONNX files, in an environment of their own
+# make faults               ends KILLS processes that write files, at random times, by each of four signals
 # make packages             the environment of these, without the package itself
 # make core                 the core without Paddle and its C++ tests only
 # make fuzz                 FUZZ_CASES random cases of attention, its weights and both blocks on the core, against float64, on
@@ -17,7 +18,8 @@
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
 # CUDAARCHS, such as 90a, says what to compile for.
 #
-# demo, test, fast-test and packages make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a Paddle:
+# demo, test, fast-test, faults and packages make $(VENV) with $(PADDLE) in it, or use the environment that PYTHON points to if it has a
+# Paddle:
 #   make test PYTHON=/path/to/python
 # A PYTHON without Paddle is the one that $(VENV) is made with.
 
@@ -50,7 +52,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test operator-test fast-test test-libraries library-packages run-test-libraries make-library-packages packages core fuzz bench-block bench-attention install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz bench-block bench-attention install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -63,6 +65,11 @@ operator-test: $(STATE)/installed $(STATE)/demo-packages
 
 fast-test: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m pytest -m "not slow" --ignore unittests/core
+
+KILLS ?= 200
+
+faults: $(STATE)/installed $(STATE)/demo-packages
+	PFA_TEST_KILLS=$(KILLS) $(RUN) -m pytest -rP unittests/checkpoint/test_killed_writers.py
 
 packages: $(STATE)/demo-packages
 

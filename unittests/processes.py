@@ -23,8 +23,8 @@ def printed_with_threads(code, counts):
     return {end.stdout for end in ends}
 
 
-def _run(*arguments, threads=2, directory=None, **variables):
-    """`directory` is the one to start in; `variables` are more of the environment's."""
+def _run(*arguments, threads=2, directory=None, timeout=300, **variables):
+    """`directory` is the one to start in, `timeout` in seconds; `variables` are more of the environment's."""
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(sys.path), **variables)
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=timeout)

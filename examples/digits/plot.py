@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
+from paddle_fused_attention.whole_files import write_whole  # noqa: E402
 
 
 def draw(path: Path, curves: Mapping[str, np.ndarray]) -> None:
@@ -22,5 +23,5 @@ def draw(path: Path, curves: Mapping[str, np.ndarray]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)

@@ -8,7 +8,7 @@ up to it.
 from __future__ import annotations
 
 import dataclasses
-import os
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle_fused_attention import checkpoint_files
+from paddle_fused_attention.whole_files import write_whole
 from tqdm import tqdm
 
 from .data import Digits, batch_rows
@@ -130,7 +131,6 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; the one of before stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     state = {
         "run": dict(dataclasses.asdict(settings), kind=kind, paddle=paddle.__version__),
         "step": step,
@@ -138,8 +138,9 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    paddle.save(state, str(partial))
-    os.replace(partial, path)
+    saved = io.BytesIO()  # paddle.save takes no other open file
+    paddle.save(state, saved)
+    write_whole(path, lambda file: file.write(saved.getbuffer()))
 
 
 def load_checkpoint(

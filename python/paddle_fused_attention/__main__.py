@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Sequence, TextIO
+from typing import Any, Iterable, NoReturn, Sequence, TextIO
 
 import paddle
 
@@ -44,8 +46,13 @@ def _heads_argument(text: str) -> tuple[str | None, int]:
         raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {text!r}") from None
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(_printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         prog="python -m paddle_fused_attention",
         description="Packs the attention of checkpoints for the fused layer, and unpacks it.",
     )
@@ -103,7 +110,7 @@ class _ProgressBar:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._shown = sys.stderr.isatty()
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._open = False
 
     def __call__(self, done: int, total: int) -> None:
@@ -122,13 +129,27 @@ class _ProgressBar:
             sys.stderr.write("\n")
 
 
-def _print(text: str, file: TextIO) -> None:
-    """Prints one line, with unprintable characters escaped and long text cut."""
+def _printable(text: str) -> str:
+    """One line: unprintable characters are escaped, and long text is cut."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(text) > 1000:
-        text = f"{text[:600]}[...]{text[-395:]}"
+    return text if len(text) <= 1000 else f"{text[:600]}[...]{text[-395:]}"
+
+
+def _print(text: str, file: TextIO) -> None:
+    text = _printable(text)
     encoding = getattr(file, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _print_report(lines: Iterable[str]) -> None:
+    try:
+        for line in lines:
+            _print(line, sys.stdout)
+        print(end="", flush=True)
+    except OSError as error:
+        # Python writes the rest when it ends, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CheckpointError(f"the file is written, but its report can't be: {error.strerror}") from None
 
 
 def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str, int]:
@@ -148,8 +169,9 @@ def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str,
 
 def _config_beside(source: Path) -> dict[str, Any] | None:
     """The content of the config.json beside the checkpoint of a model, if there is one."""
+    path = source.parent / "config.json"
     try:
-        config = json.loads((source.parent / "config.json").read_bytes())
+        config = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
@@ -165,9 +187,7 @@ def _without_needless_layout(target: Path, metadata: dict[str, str]) -> dict[str
 
 def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     source, target = arguments.input, arguments.output
-    checkpoint_files.check_target(target)
-    if target.exists() and not arguments.force:
-        raise CheckpointError(f"{target}: exists already; --force replaces it")
+    checkpoint_files.check_target(target, replace=arguments.force)
     if arguments.command == "convert":
         num_heads = _one_or_by_pattern(arguments.num_heads)
     read = checkpoint_files.read(source)
@@ -190,15 +210,12 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     else:
         arrays, report = checkpoint.unpack(read.arrays, **options)
     metadata = _without_needless_layout(target, report.metadata)
-    checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, metadata))
-    for name, what in report.converted.items():
-        _print(f"{name}: {what}", sys.stdout)
-    for line in report.lines_of_left_alone():
-        _print(line, sys.stdout)
+    checkpoint_files.write(target, checkpoint_files.Checkpoint(arrays, metadata), replace=arguments.force)
     done = "packed" if arguments.command == "convert" else "unpacked"
     unchanged = sum(1 for name in arrays if name in read.arrays)
     counts = f"{len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged"
-    _print(f"{target}: {counts}", sys.stdout)
+    blocks = [f"{name}: {what}" for name, what in report.converted.items()]
+    _print_report([*blocks, *report.lines_of_left_alone(), f"{target}: {counts}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,6 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.close()
         _print(f"error: {error}", sys.stderr)
         return 1
+    except MemoryError:
+        progress.close()
+        _print("error: not enough memory", sys.stderr)
+        return 1
     except KeyboardInterrupt:
         progress.close()
         _print("interrupted", sys.stderr)
@@ -220,4 +241,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Paddle's handler prints a trace of C++
     sys.exit(main())

@@ -74,10 +74,17 @@ def parse_json(data: bytes) -> Any:
             found[name] = value
         return found
 
-    def constant(name: str) -> None:
-        raise FormatError(f"expected a number in JSON, got {name}")
+    def number(digits: str) -> float:
+        if not math.isfinite(float(digits)):
+            raise FormatError(f"expected a finite number in JSON, got {shown(digits)}")
+        return float(digits)
 
-    return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    def integer(digits: str) -> float:
+        # A long one takes Python time with the square of its length. The safetensors library has -0 for no integer.
+        return number(digits) if len(digits) > 20 or digits == "-0" else int(digits)
+
+    text = data.decode("utf-8")
+    return json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=number)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
@@ -142,8 +149,8 @@ def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...],
     return np.frombuffer(data, numpy).reshape(shape) if data else np.empty(shape, numpy)
 
 
-def write(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None) -> None:
-    """Writes a file. Raises CheckpointError for what the format can't hold."""
+def write(file: BinaryIO, arrays: dict[str, Any], metadata: dict[str, str] | None) -> None:
+    """Writes a file's content. Raises CheckpointError for what the format can't hold."""
     header: dict[str, Any] = {}
     if metadata is not None:
         header["__metadata__"] = metadata
@@ -168,8 +175,11 @@ def write(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None) -
         begin = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, _, _, data in tensors:
-            file.write(data)
+    if len(encoded) > _MAX_HEADER:
+        raise CheckpointError(
+            f"a header of {len(encoded)} bytes can't be stored in .safetensors: its names are too long"
+        )
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for _, _, _, data in tensors:
+        file.write(data)

@@ -15,12 +15,12 @@ import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 import numpy as np
 import paddle
 
-from . import _safetensors_files, _torch_files
+from . import _safetensors_files, _torch_files, whole_files
 from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
 from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
@@ -73,10 +73,11 @@ def check_suffix(path: Path) -> None:
         raise CheckpointError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, replace: bool = True) -> None:
+    """Checks that a file of this kind can be put there, before it is made."""
     check_suffix(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: can't be written: no such folder")
+    with _errors_of_writing(path):
+        whole_files.check_target(path, replace)
 
 
 def read(path: Path) -> Checkpoint:
@@ -114,32 +115,28 @@ def load_state(path: Path, return_numpy: bool = False) -> Any:
         return _as_paddle(_read_pickles(path)[0], return_numpy)
 
 
-def write(path: Path, checkpoint: Checkpoint) -> None:
+def write(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
     """Writes the whole file or none: what stood at `path` is replaced only when the new file is complete.
 
     Raises:
-        CheckpointError: The kind of file can't hold a value, or the file can't be written.
+        CheckpointError: The kind of file can't hold a value, the file can't be written, or `replace` is False and a
+            file stands there.
     """
-    check_target(path)
+    check_suffix(path)
     _checked_names(checkpoint.arrays, path)
     if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
         raise CheckpointError(f"{path}: expected metadata that is strings by name")
-    try:
-        with _written_whole(path) as partial:
-            if path.suffix == ".safetensors":
-                _write_safetensors(partial, checkpoint)
-            else:
-                _write_pdparams(partial, checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}") from error
+    write_content = _write_safetensors if path.suffix == ".safetensors" else _write_pdparams
+    with _errors_of_writing(path):
+        whole_files.write_whole(path, lambda file: write_content(file, checkpoint), replace)
 
 
 @contextmanager
 def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever goes wrong with a file's content into a CheckpointError of one line that names the file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
         yield
     except CheckpointError:
         raise
@@ -155,16 +152,15 @@ def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _errors_of_writing(path: Path) -> Iterator[None]:
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if partial.exists():
-            partial.unlink()
+        yield
+    except FileExistsError:
+        raise CheckpointError(f"{path}: exists already; --force replaces it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}") from error
+    except MemoryError:
+        raise CheckpointError(f"{path}: not enough memory to write it") from None
 
 
 def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
@@ -292,7 +288,7 @@ def _read_pdparams(path: Path) -> Checkpoint:
     return Checkpoint(_checked_names(_as_paddle(found, return_numpy=True), path), metadata, _layout(metadata, "in-out"))
 
 
-def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
+def _write_pdparams(file: BinaryIO, checkpoint: Checkpoint) -> None:
     """Writes as paddle.save does. A tensor's own name is the one that it has in the checkpoint."""
     values = checkpoint.arrays
     for name in (_NAME_TABLE, _BIG_TABLE):
@@ -301,10 +297,9 @@ def _write_pdparams(path: Path, checkpoint: Checkpoint) -> None:
     named = {name: _with_names(name, value) for name, value in values.items()}
     if all(isinstance(value, np.ndarray) for value in values.values()):
         named = {**values, _NAME_TABLE: {name: name for name in values}}
-    with open(path, "wb") as file:
-        pickle.dump(named, file, protocol=4)
-        if checkpoint.metadata is not None:
-            pickle.dump({_METADATA: dict(checkpoint.metadata)}, file, protocol=4)
+    pickle.dump(named, file, protocol=4)
+    if checkpoint.metadata is not None:
+        pickle.dump({_METADATA: dict(checkpoint.metadata)}, file, protocol=4)
 
 
 def _with_names(name: str, value: Any) -> Any:
@@ -363,8 +358,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
     )
 
 
-def _write_safetensors(path: Path, checkpoint: Checkpoint) -> None:
-    _safetensors_files.write(path, checkpoint.arrays, checkpoint.metadata)
+def _write_safetensors(file: BinaryIO, checkpoint: Checkpoint) -> None:
+    _safetensors_files.write(file, checkpoint.arrays, checkpoint.metadata)
 
 
 # Several files

@@ -135,19 +135,18 @@ def test_never_half_written(suffix, tmp_path, monkeypatch):
     target.write_bytes(b"old")
     arguments = ["convert", source, target, "--num-heads", 4, "--force"]
 
-    def fail_after_a_part(values, path, *_):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def fail_after_a_part(file, *_):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     writer = "_write_pdparams" if suffix == ".pdparams" else "_write_safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_files, writer, lambda path, found: fail_after_a_part(found, path))
+        patched.setattr(checkpoint_files, writer, fail_after_a_part)
         check_error(arguments, f"out{suffix}: can't be written: No space left on device")
         assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
-        def interrupted(path, found):
-            path.write_bytes(b"half")
+        def interrupted(file, *_):
+            file.write(b"half")
             raise KeyboardInterrupt
 
         patched.setattr(checkpoint_files, writer, interrupted)
@@ -234,6 +233,49 @@ def test_other_keys_and_strange_names(tmp_path, capsys):
     check_error(
         ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, "--force"], r"no attention .*x\\n\\x1b"
     )
+
+
+@pytest.mark.slow
+def test_a_report_that_can_not_be_printed(tmp_path):
+    """The file is there all the same; one line says so."""
+    source, out = save(tmp_path / "in.pdparams", bert_block("a.", False)), tmp_path / "out.pdparams"
+    command = [sys.executable, "-m", "paddle_fused_attention", "convert", str(source), str(out), "--num-heads", "4"]
+    with open("/dev/full", "w") as full:
+        end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert end.returncode == 1 and "Traceback" not in end.stderr
+    message = "error: the file is written, but its report can't be: No space left on device"
+    assert end.stderr.splitlines()[-1] == message
+    assert "a.attention.qkv_weight" in load(out)
+
+
+def test_arguments_are_printed_escaped(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "a", "b", "\x1b[31m", "--num-heads", "4"])
+    assert r"unrecognized arguments: \x1b[31m" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    source, out = save(tmp_path / "in.pdparams", bert_block("a.", False)), tmp_path / "out.pdparams"
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    for module, name, message in (
+        (checkpoint, "pack", "not enough memory$"),
+        (checkpoint_files, "_write_pdparams", f"{out}: not enough memory to write it$"),
+        (checkpoint_files, "_read_pdparams", f"{source}: not enough memory to read it$"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, no_memory)
+            check_error(["convert", source, out, "--num-heads", 4], message)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_config_that_is_no_file(tmp_path):
+    """It is not waited for."""
+    source, out = save(tmp_path / "in.pdparams", bert_block("a.", False)), tmp_path / "out.pdparams"
+    os.mkfifo(tmp_path / "config.json")
+    assert main(["convert", str(source), str(out), "--num-heads", "4"]) == 0
 
 
 def test_an_interrupt_is_one_line(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from file_bytes import refused
 from paddle_fused_attention import _safetensors_files
-from paddle_fused_attention.checkpoint_files import Checkpoint, RawTensor, read
+from paddle_fused_attention.checkpoint_files import Checkpoint, CheckpointError, RawTensor, read, write
 
 
 def safetensors(path, header, data=b""):
@@ -44,6 +44,13 @@ SAFETENSORS = {
         1,
         "data_offsets are no range",
     ),
+    "an offset of -0": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [-0, 1]}}', 1, "its data_offsets are no"),
+    "a number beyond floats": (
+        b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "more": 1e999}}',
+        1,
+        "expected a finite number in JSON, got 1e999",
+    ),
+    "a long number": (b'{"a": {"more": ' + b"9" * 1_000_000 + b"}}", 0, "expected a finite number in JSON, got 999"),
     "one offset": ({"a": {**entry(0, 4), "data_offsets": [4]}}, 4, "a: its data_offsets are no range"),
     "negative shape": ({"a": entry(0, 4, [-1, -1])}, 4, "a: its shape is none that an array can have"),
     "overflow": ({"a": entry(0, 0, [2**32, 2**32])}, 0, "a: its shape is none that an array can have"),
@@ -91,6 +98,14 @@ def test_long_safetensors_headers(tmp_path):
         file.write(struct.pack("<Q", 100_000_001))
         file.truncate(8 + 100_000_001)
     refused(path, "its header of 100000001 bytes is longer than 100000000")
+
+
+def test_names_that_no_header_holds(tmp_path, monkeypatch):
+    """What could not be read is not written."""
+    monkeypatch.setattr(_safetensors_files, "_MAX_HEADER", 1000)
+    with pytest.raises(CheckpointError, match=r"a header of \d+ bytes can't be stored in .safetensors"):
+        write(tmp_path / "a.safetensors", Checkpoint({"x" * 1000: np.zeros(2)}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_good_safetensors_of_unusual_form(tmp_path):

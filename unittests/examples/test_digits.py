@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_curves_of_fused_and_plain_layers_agree(images, tmp_path):
     assert (
         0.3 < training.accuracy(fused.model, images) == pytest.approx(training.accuracy(plain.model, images), abs=0.01)
     )
+
+
+def test_a_checkpoint_that_can_not_be_written(images, tmp_path):
+    """The one of before stays, with its mode and nothing beside it."""
+    path = tmp_path / "checkpoint"
+    train("plain", SETTINGS, images, path, max_steps=1)
+    path.chmod(0o600)
+    content = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            train("plain", SETTINGS, images, path, max_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    assert train("plain", SETTINGS, images, path, max_steps=1, resume=True).losses.all()
+    assert path.stat().st_mode & 0o777 == 0o600 and list(tmp_path.iterdir()) == [path]
 
 
 def test_checkpoints_of_other_runs(images, tmp_path):
