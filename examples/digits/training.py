@@ -98,7 +98,7 @@ def train(
         model = make_model(kind, settings.dropout, settings.seed)
         optimizer = make_optimizer(model, total)
         if resume and checkpoint.exists():
-            start, losses[:] = load_checkpoint(checkpoint, kind, settings, model, optimizer)
+            start, losses[:] = load_checkpoint(checkpoint, kind, settings, model, optimizer, total)
         end = total if max_steps is None else min(total, start + max_steps)
         seconds = 0.0
         with tqdm(total=total, initial=start, desc=KINDS[kind], unit="step") as progress:
@@ -144,7 +144,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, kind: str, settings: Settings, model: VisionTransformer, optimizer: Any
+    path: Path, kind: str, settings: Settings, model: VisionTransformer, optimizer: Any, total: int
 ) -> tuple[int, np.ndarray]:
     """Put a checkpoint's state into model and optimizer; return its step and losses.
 
@@ -159,14 +159,17 @@ def load_checkpoint(
         state.get(name) if isinstance(state, dict) else None for name in ("run", "step", "losses", "model", "optimizer")
     )
     dicts = all(isinstance(part, dict) for part in (run, weights, moments))
-    if not dicts or not isinstance(losses, np.ndarray) or not isinstance(step, int) or not 0 <= step <= len(losses):
+    if not dicts or not isinstance(losses, np.ndarray) or not isinstance(step, int) or not 0 <= step <= losses.size:
         raise CheckpointError(f"{path} is no checkpoint of this program: delete it, or go without --resume")
     expected = dict(dataclasses.asdict(settings), kind=kind, paddle=paddle.__version__)
     for name, value in expected.items():
-        if run.get(name) != value:
-            raise CheckpointError(
-                f"{path}: {name}: expected {value!r}, got a checkpoint of a run with {run.get(name)!r}"
-            )
+        found = run.get(name)
+        if type(found) is not type(value) or found != value:
+            got = repr(found) if isinstance(found, (int, float, str)) else type(found).__name__
+            raise CheckpointError(f"{path}: {name}: expected {value!r}, got a checkpoint of a run with {got[:100]}")
+    shapes = {name: list(getattr(value, "shape", ())) for name, value in weights.items()}
+    if losses.shape != (total,) or shapes != {name: list(value.shape) for name, value in model.state_dict().items()}:
+        raise CheckpointError(f"{path}: its losses or weights have other names or shapes than those of its settings")
     model.set_state_dict(weights)
     optimizer.set_state_dict(moments)
     return step, losses

@@ -169,6 +169,26 @@ def test_files_that_are_no_checkpoints(content, images, tmp_path):
         train("plain", SETTINGS, images, tmp_path / "checkpoint", resume=True)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"run": {"epochs": paddle.ones([2])}}, "epochs: expected 1, got a checkpoint of a run with Tensor"),
+        ({"run": {"kind": "x" * 1000}}, "kind: expected 'plain', got a checkpoint of a run with 'x{99}$"),
+        ({"losses": np.zeros((3, 3), "float32")}, "its losses or weights have other names or shapes"),
+        ({"model": {"head.weight": paddle.ones([2])}}, "its losses or weights have other names or shapes"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(change, message, images, tmp_path):
+    path = tmp_path / "checkpoint"
+    train("plain", SETTINGS, images, path, max_steps=1)
+    state = paddle.load(str(path))
+    for name, value in change.items():
+        state[name] = {**state[name], **value} if isinstance(value, dict) else value
+    paddle.save(state, str(path))
+    with pytest.raises(CheckpointError, match=message):
+        train("plain", SETTINGS, images, path, resume=True)
+
+
 def test_resume_runs_no_code(images, tmp_path):
     """What a checkpoint's pickle says is not called, and the error names it."""
 
