@@ -94,19 +94,18 @@ def _create(folder: Path, mode: int | None) -> tuple[Path, BinaryIO]:
     while True:
         partial = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         descriptor = os.open(partial, flags, 0o666 if mode is None else mode)
+        file = os.fdopen(descriptor, "wb")
+        kept = False
         try:
             if mode is not None:
                 os.fchmod(descriptor, mode)  # the umask may have taken some of it
             # Another process may have taken the file for a leftover before it was locked.
-            if _lock(descriptor) is not False and os.fstat(descriptor).st_nlink:
-                return partial, os.fdopen(descriptor, "wb")
-        except BaseException:
-            os.unlink(partial)
-            os.close(descriptor)
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        os.close(descriptor)
+            kept = _lock(descriptor) is not False and os.fstat(descriptor).st_nlink > 0
+        finally:
+            if not kept:
+                _discard(partial, file)
+        if kept:
+            return partial, file
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from families import (
 from paddle_fused_attention import checkpoint, checkpoint_files
 from paddle_fused_attention.__main__ import main
 from paddle_fused_attention.checkpoint import CheckpointError
+from processes import run_python
 
 
 def run(arguments):
@@ -233,6 +235,23 @@ def test_other_keys_and_strange_names(tmp_path, capsys):
     check_error(
         ["convert", source, tmp_path / "out.pdparams", "--num-heads", 4, "--force"], r"no attention .*x\\n\\x1b"
     )
+
+
+TERMINATED = """
+import os, runpy, signal, sys
+from paddle_fused_attention import checkpoint
+
+checkpoint.pack = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+runpy.run_module("paddle_fused_attention", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_prints_no_trace(tmp_path):
+    source, out = save(tmp_path / "in.pdparams", bert_block("a.", False)), tmp_path / "out.pdparams"
+    end = run_python(TERMINATED, "convert", source, out, "--num-heads", 4)
+    assert end.returncode == -signal.SIGTERM
+    assert "Traceback" not in end.stdout + end.stderr and list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.slow
