@@ -159,7 +159,7 @@ def test_what_comes_there_meanwhile_is_not_replaced(monkeypatch, tmp_path):
 
 def test_one_of_many_writers_wins(tmp_path):
     """And is told so; the others are told that the file exists."""
-    path, start = tmp_path / "a", threading.Barrier(8)
+    path, start = tmp_path / "a", threading.Barrier(8, timeout=60)
     ends = []
 
     def write_one(i):
