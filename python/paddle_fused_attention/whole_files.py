@@ -165,7 +165,8 @@ def _remove_leftovers(folder: Path) -> None:
             found = os.lstat(leftover)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                 continue
-            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # For writing, which NFS asks of those who lock a file.
+            descriptor = os.open(leftover, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if _lock(descriptor):
                     os.unlink(leftover)
@@ -228,5 +229,5 @@ class _Signals:
             _libc.sigaction(number, action, None)  # first, since Python drops a signal that comes while it sets SIG_DFL
             signal.signal(number, handler)
             _libc.sigaction(number, action, None)
-        for number in sorted(self._waiting, reverse=True):
+        for number in sorted(self._waiting, key=_SIGNALS.index, reverse=True):
             signal.raise_signal(number)
