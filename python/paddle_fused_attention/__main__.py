@@ -13,6 +13,7 @@ from typing import Any, Iterable, NoReturn, Sequence, TextIO
 import paddle
 
 from . import checkpoint, checkpoint_files
+from ._checks import one_line, shown
 from ._namings import LAYOUTS
 from .checkpoint import CheckpointError
 
@@ -43,12 +44,18 @@ def _heads_argument(text: str) -> tuple[str | None, int]:
     try:
         return (pattern if equals else None), int(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number or PATTERN=number, got {shown(text)}") from None
+
+
+def _path_argument(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected the name of a file, got {shown(text)}")
+    return Path(text)
 
 
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(_printable(message))
+        super().error(one_line(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, epilog=_NAMINGS, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("input", metavar="IN", type=Path, help=_FILES)
-        command.add_argument("output", metavar="OUT", type=Path, help="a .pdparams or .safetensors file")
+        command.add_argument("input", metavar="IN", type=_path_argument, help=_FILES)
+        command.add_argument("output", metavar="OUT", type=_path_argument, help="a .pdparams or .safetensors file")
         if name == "convert":
             command.add_argument(
                 "--num-heads",
@@ -129,14 +136,9 @@ class _ProgressBar:
             sys.stderr.write("\n")
 
 
-def _printable(text: str) -> str:
-    """One line: unprintable characters are escaped, and long text is cut."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 1000 else f"{text[:600]}[...]{text[-395:]}"
-
-
 def _print(text: str, file: TextIO) -> None:
-    text = _printable(text)
+    """Prints one line."""
+    text = one_line(text)
     encoding = getattr(file, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 

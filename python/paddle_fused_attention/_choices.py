@@ -13,16 +13,20 @@ from typing import Any, Iterable
 
 import numpy as np
 
+from ._checks import one_line, shown
 from ._namings import LAYOUTS, NamedBlock, Signs, layout_by_shapes
 
 
 class CheckpointError(Exception):
     """What is wrong with a checkpoint or a request, in one line."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 def check_layout(argument: str, layout: str | None) -> None:
-    if layout is not None and layout not in LAYOUTS:
-        raise CheckpointError(f"{argument}: expected {' or '.join(LAYOUTS)}, got {layout!r}")
+    if layout is not None and not (isinstance(layout, str) and layout in LAYOUTS):
+        raise CheckpointError(f"{argument}: expected {' or '.join(LAYOUTS)}, got {shown(layout)}")
 
 
 def shown_layout(layout: str) -> str:
@@ -61,14 +65,16 @@ def heads_of(num_heads: int | Mapping[str, int], arrays: dict[Any, Any], blocks:
     for name, width in widths.items():
         count = heads[name]
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1 or width % count:
-            raise CheckpointError(f"--num-heads: expected a divisor of {width}, the width of {name}, got {count}")
+            raise CheckpointError(
+                f"--num-heads: expected a divisor of {width}, the width of {name}, got {shown(count)}"
+            )
     return heads
 
 
 def orders_of(normalize_before: bool | None, blocks: list[NamedBlock], signs: Signs) -> dict[str, bool]:
     """Whether the layer norm stands before the attention, by name, for the blocks that are packed with it."""
     if normalize_before is not None and not isinstance(normalize_before, (bool, np.bool_)):
-        raise CheckpointError(f"normalize_before: expected a bool or None, got {normalize_before!r}")
+        raise CheckpointError(f"normalize_before: expected a bool or None, got {shown(normalize_before)}")
     option = f"--normalize-{'before' if normalize_before else 'after'}"
     told = {block.name: signs.normalize_before(block.prefix, block.naming) for block in blocks if not block.only_qkv}
     open_ones = [name for name, order in told.items() if order is None]

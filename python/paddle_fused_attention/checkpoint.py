@@ -22,6 +22,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from ._checks import shown
 from ._choices import CheckpointError, check_layout, check_patterns, heads_of, layout_of, orders_of, shown_layout
 from ._namings import (
     LAYOUTS,
@@ -100,22 +101,24 @@ def pack(
         A new dict, in which the parts of a block stand where its first part stood, and what was done.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         CheckpointError: Nothing to pack was found, an argument is missing, does not fit a block or is not asked for,
             the signs of the layout contradict each other, or a packed name is taken.
     """
+    _check_arguments(arrays, names, progress, metadata=metadata, config=config)
+    if not isinstance(whole_layers, (bool, np.bool_)):
+        raise CheckpointError(f"whole_layers: expected a bool, got {shown(whole_layers)}")
     check_layout("layout", layout)
     check_layout("file_layout", file_layout)
     records = _block_records(metadata)
     report = CheckpointReport()
-    if not isinstance(whole_layers, (bool, np.bool_)):
-        raise CheckpointError(f"whole_layers: expected a bool, got {whole_layers!r}")
     found = blocks_in(arrays, bool(whole_layers))
     signs = Signs(arrays, config or {})
     chosen: list[NamedBlock] = []
     for block in found:
         reason = reason_against(arrays, block, signs)
         if not fnmatchcase(block.name, names):
-            reason = f"it is not among the names {names!r}"
+            reason = f"it is not among the names {shown(names)}"
         if reason is None:
             chosen.append(block)
         else:
@@ -179,9 +182,11 @@ def unpack(
             as the family stores them and a layer norm's parameters as weight and bias.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         CheckpointError: Nothing to unpack was found, a block is not complete, a separate name is taken, the metadata
             are broken, or `layout` does not fit them or the shapes in a layer.
     """
+    _check_arguments(arrays, names, progress, metadata=metadata)
     check_layout("layout", layout)
     records = _block_records(metadata)
     report = CheckpointReport()
@@ -196,7 +201,7 @@ def unpack(
         if block is None:
             report.left_alone[name] = "its names are not those of a packed attention"
         elif not fnmatchcase(name, names):
-            report.left_alone[name] = f"it is not among the names {names!r}"
+            report.left_alone[name] = f"it is not among the names {shown(names)}"
         else:
             reason = reason_against_packed(arrays, block)
             if reason is not None:
@@ -218,11 +223,23 @@ def unpack(
     return result, report
 
 
+def _check_arguments(arrays: Any, names: Any, progress: Any, **mappings: Any) -> None:
+    if not isinstance(arrays, dict):
+        raise TypeError(f"arrays: expected a dict, got {type(arrays).__name__}")
+    if not isinstance(names, str):
+        raise TypeError(f"names: expected a str, got {shown(names)}")
+    if not callable(progress):
+        raise TypeError(f"progress: expected a function, got {shown(progress)}")
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name}: expected a dict or None, got {type(value).__name__}")
+
+
 def _nothing_found(what: str, names: str, report: Report) -> str:
     left = report.lines_of_left_alone()
     more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
     found = ": " + "; ".join(left[:3]) + more if left else ""
-    return f"no {what} was found" + (f" among the names {names!r}" if names != "*" else "") + found
+    return f"no {what} was found" + (f" among the names {shown(names)}" if names != "*" else "") + found
 
 
 def _add_names(made: set, new: dict[str, Any], block: str) -> None:

@@ -21,6 +21,8 @@ import numpy as np
 import paddle
 
 from . import _safetensors_files, _torch_files, whole_files
+from ._checks import check_switches
+from ._checks import shown as shown_value
 from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
 from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
@@ -84,9 +86,10 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint of any known kind, by its suffix.
 
     Raises:
+        TypeError: path is no path.
         CheckpointError: The file is not there, is no checkpoint, is not complete, or asks for code to be run.
     """
-    path = Path(path)
+    path = _checked_path(path)
     if path.name.endswith(INDEX_SUFFIXES):
         with _errors_in_one_line(path, ".index.json"):
             return _read_index(path)
@@ -108,9 +111,11 @@ def load_state(path: Path, return_numpy: bool = False) -> Any:
         return_numpy: NumPy arrays, read-only, for tensors.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         CheckpointError: As in :func:`read`.
     """
-    path = Path(path)
+    path = _checked_path(path)
+    check_switches(return_numpy=return_numpy)
     with _errors_in_one_line(path, "a file of paddle.save"):
         return _as_paddle(_read_pickles(path)[0], return_numpy)
 
@@ -119,9 +124,13 @@ def write(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
     """Writes the whole file or none: what stood at `path` is replaced only when the new file is complete.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         CheckpointError: The kind of file can't hold a value, the file can't be written, or `replace` is False and a
             file stands there.
     """
+    path = _checked_path(path)
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"checkpoint: expected a Checkpoint, got {type(checkpoint).__name__}")
     check_suffix(path)
     _checked_names(checkpoint.arrays, path)
     if checkpoint.metadata is not None and not is_metadata(checkpoint.metadata):
@@ -129,6 +138,13 @@ def write(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
     write_content = _write_safetensors if path.suffix == ".safetensors" else _write_pdparams
     with _errors_of_writing(path):
         whole_files.write_whole(path, lambda file: write_content(file, checkpoint), replace)
+
+
+def _checked_path(path: Any) -> Path:
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or "\0" in text:
+        raise TypeError(f"path: expected a str or a Path, got {shown_value(path)}")
+    return Path(text)
 
 
 @contextmanager
