@@ -19,7 +19,31 @@ from paddle.nn.initializer.xavier import XavierInitializer
 
 from .weights import pack_rows
 
+_EXPECTED = "expected a ParamAttr, what makes one, or None, got"
 _ELEMENTWISE = (ConstantInitializer, NormalInitializer, TruncatedNormalInitializer, UniformInitializer)
+
+
+def check_attr(argument: str, attr: Any, shape: Sequence[int] | None = None, is_needed: bool = False) -> None:
+    """Refuses what makes no ParamAttr for one parameter, or assigns an array of another shape if `shape` is given."""
+    attr = _checked_attr(argument, attr, is_needed)
+    initializer = attr.initializer if attr is not False and shape is not None else None
+    if isinstance(initializer, NumpyArrayInitializer) and list(initializer._value.shape) != shape:
+        raise ValueError(
+            f"{argument}: expected an array of shape {shape} to assign, got {list(initializer._value.shape)}"
+        )
+
+
+def _checked_attr(argument: str, attr: Any, is_needed: bool) -> Any:
+    """The ParamAttr that `attr` makes, or False."""
+    if isinstance(attr, (list, tuple)):
+        raise TypeError(f"{argument}: {_EXPECTED} {type(attr).__name__}")
+    try:
+        attr = paddle.ParamAttr._to_attr(attr)
+    except TypeError:
+        raise TypeError(f"{argument}: {_EXPECTED} {type(attr).__name__}") from None
+    if attr is False and is_needed:
+        raise ValueError(f"{argument}: {_EXPECTED} False: the weights are needed")
+    return attr
 
 
 def param_attr_of(
@@ -43,20 +67,9 @@ def param_attr_of(
         TypeError, ValueError: `attr` makes no ParamAttr, or assigns an array of another shape; errors call it
             `argument`.
     """
-    if isinstance(attr, (list, tuple)):
-        raise TypeError(f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}")
-    try:
-        attr = paddle.ParamAttr._to_attr(attr)
-    except TypeError:
-        raise TypeError(
-            f"{argument}: expected a ParamAttr, what makes one, or None, got {type(attr).__name__}"
-        ) from None
+    attr = _checked_attr(argument, attr, is_needed=not is_bias)
     if attr is False:
-        if is_bias:
-            return False
-        raise ValueError(
-            f"{argument}: expected a ParamAttr, what makes one, or None, got False: the weights are needed"
-        )
+        return False
     attr = copy.copy(attr)
     if attr.name is not None:
         attr.name = f"{attr.name}.{name}"

@@ -9,7 +9,17 @@ from paddle import nn
 
 from ._block import TENSORS, Block, scores_of
 from ._caches import Cache, StaticCache, attention_with_cache
-from ._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_tensor, check_window
+from ._checks import (
+    INFINITY,
+    check_count,
+    check_heads,
+    check_number,
+    check_switches,
+    check_tensor,
+    check_text,
+    check_window,
+    shown,
+)
 from ._composed_attention import Projections, Source, projected_keys, results_of
 from ._descriptions import MODES
 from ._initializers import param_attr_of
@@ -92,6 +102,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
         window_size: int | tuple[int, int] | None = None,
         scale: float | None = None,
     ) -> None:
+        check_text("name", name)
         super().__init__(name_scope=name)
         embed_dim, num_heads = self.embed_dim, self.num_heads = check_heads(embed_dim, num_heads)
         self.head_dim = embed_dim // num_heads
@@ -218,7 +229,7 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
             block = self._block(key, None, None, None)
             return StaticCache(*projected_keys(block, self._source(key, key if value is None else value)))
         if type is not Cache:
-            raise TypeError(f"type: expected paddle.nn.MultiHeadAttention.Cache or StaticCache, got {type!r}")
+            raise TypeError(f"type: expected paddle.nn.MultiHeadAttention.Cache or StaticCache, got {shown(type)}")
         if value is not None:
             return Cache(key, value)
         batch = key.shape[0] if key.shape[0] >= 0 else paddle.shape(key)[0]

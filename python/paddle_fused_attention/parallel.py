@@ -19,7 +19,7 @@ from paddle import nn
 from paddle.framework import in_dynamic_mode
 
 from ._block import TENSORS, Block
-from ._checks import INFINITY, check_count, check_model, check_number, check_switches
+from ._checks import INFINITY, check_count, check_heads, check_model, check_number, check_switches, check_text
 from ._composed_attention import Source
 from ._descriptions import MODES
 from ._feed_forward import FEED_FORWARD, FeedForward, check_activation, feed_forward_over_processes
@@ -228,8 +228,9 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         group: Any = None,
     ) -> None:
         group = resolve_group(group)
+        embed_dim, num_heads = check_heads(embed_dim, num_heads)
         for argument, value in (("kdim", kdim), ("vdim", vdim)):
-            if value is not None and value != embed_dim:
+            if value is not None and check_count(argument, value) != embed_dim:
                 raise NotImplementedError(f"{argument}: expected None or embed_dim {embed_dim}, got {value}")
         check_switches(need_weights=need_weights)
         if need_weights:
@@ -388,6 +389,7 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         group: Any = None,
     ) -> None:
         group = resolve_group(group)
+        check_text("name", name)
         super().__init__(name_scope=name)
         self.d_model = check_count("d_model", d_model)
         self.dim_feedforward = check_count("dim_feedforward", dim_feedforward)
@@ -556,11 +558,12 @@ def load_full_state_dict(model: nn.Layer, state_dict: dict[str, Any]) -> Any:
     if not isinstance(state_dict, dict):
         raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
     state = dict(state_dict)
+    for key in model.state_dict():
+        if key in state and not isinstance(state[key], (paddle.Tensor, np.ndarray)):
+            raise TypeError(f"{key}: expected a Tensor or a NumPy array, got {type(state[key]).__name__}")
     for key, (layer, name, split) in _split_parameters(model).items():
         if key not in state or getattr(layer, name) is None:
             continue
-        if not isinstance(state[key], (paddle.Tensor, np.ndarray)):
-            raise TypeError(f"{key}: expected a Tensor or a NumPy array, got {type(state[key]).__name__}")
         expected = list(getattr(layer, name).shape)
         expected[split.axis] *= layer.degree
         if list(state[key].shape) != expected:

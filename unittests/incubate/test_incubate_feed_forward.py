@@ -253,7 +253,7 @@ def test_encoder_layers_are_copied_by_paddles_encoder():
         ("FusedFeedForward", dict(d_model=4, dim_feedforward=4, nranks=2), ValueError, "nranks: expected 1"),
         (
             "FusedFeedForward", dict(d_model=4, dim_feedforward=4, linear1_weight_attr=False), ValueError,
-            "linear1_weight_attr: expected a ParamAttr or None, got False",
+            "linear1_weight_attr: expected a ParamAttr, what makes one, or None, got False",
         ),
         ("FusedLinear", dict(in_features=0, out_features=3), ValueError, "in_features: expected at least 1"),
         ("FusedLinear", dict(in_features=2, out_features=3, weight_attr=False), ValueError, "weight_attr: expected"),
@@ -261,7 +261,7 @@ def test_encoder_layers_are_copied_by_paddles_encoder():
         ("FusedBiasDropoutResidualLayerNorm", dict(embed_dim=4, epsilon=-1.0), ValueError, "epsilon: expected"),
         (
             "FusedTransformerEncoderLayer", dict(d_model=4, nhead=3, dim_feedforward=8), ValueError,
-            "num_heads: expected a divisor of embed_dim 4, got 3",
+            "nhead: expected a divisor of d_model 4, got 3",
         ),
         (
             "FusedTransformerEncoderLayer", dict(d_model=4, nhead=2, dim_feedforward=8, bias_attr=[None] * 3),

@@ -10,9 +10,10 @@ from paddle.incubate.nn import FusedFeedForward as BuiltIn
 from paddle.incubate.nn import FusedTransformerEncoderLayer as BuiltInEncoderLayer
 from paddle.nn.layer.transformer import _convert_param_attr_to_list
 
-from .._checks import INFINITY, check_count, check_number, check_switches
+from .._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_text, renamed
 from .._feed_forward import check_activation
 from .._groups import group_of_ring
+from .._initializers import check_attr
 from .._loading import LoadsAnyFloat
 from .functional import fused_feedforward
 from .layer import FusedMultiHeadAttention
@@ -76,15 +77,22 @@ class FusedFeedForward(LoadsAnyFloat, BuiltIn):
         epsilon = check_number("epsilon", epsilon, 0.0, INFINITY)
         check_activation(activation)
         check_switches(normalize_before=normalize_before)
-        for argument, attr in (
-            ("linear1_weight_attr", linear1_weight_attr),
-            ("linear2_weight_attr", linear2_weight_attr),
-        ):
-            if attr is False:
-                raise ValueError(f"{argument}: expected a ParamAttr or None, got False: the weights are needed")
-        group_of_ring(ring_id, nranks)
+        check_text("name", name)
+        group_of_ring(ring_id, check_count("nranks", nranks))
         if dim_feedforward % nranks:
             raise ValueError(f"dim_feedforward: expected a multiple of nranks {nranks}, got {dim_feedforward}")
+        hidden = dim_feedforward // nranks
+        check_attr("linear1_weight_attr", linear1_weight_attr, [d_model, hidden], is_needed=True)
+        check_attr("linear2_weight_attr", linear2_weight_attr, [hidden, d_model], is_needed=True)
+        check_attr("linear1_bias_attr", linear1_bias_attr, [hidden])
+        for argument, attr in (
+            ("linear2_bias_attr", linear2_bias_attr),
+            ("ln1_scale_attr", ln1_scale_attr),
+            ("ln1_bias_attr", ln1_bias_attr),
+            ("ln2_scale_attr", ln2_scale_attr),
+            ("ln2_bias_attr", ln2_bias_attr),
+        ):
+            check_attr(argument, attr, [d_model])
         super().__init__(
             d_model,
             dim_feedforward,
@@ -92,7 +100,7 @@ class FusedFeedForward(LoadsAnyFloat, BuiltIn):
             epsilon,
             activation,
             act_dropout_rate,
-            normalize_before,
+            bool(normalize_before),
             linear1_weight_attr,
             linear1_bias_attr,
             linear2_weight_attr,
@@ -188,35 +196,39 @@ class FusedTransformerEncoderLayer(BuiltInEncoderLayer):
             "bias_attr": bias_attr,
         }
         self.normalize_before = normalize_before
+        d_model, nhead = check_heads(d_model, nhead, ("d_model", "nhead"))
         attn_weight_attr, ffn_weight_attr = _attr_of_each("weight_attr", weight_attr)
         attn_bias_attr, ffn_bias_attr = _attr_of_each("bias_attr", bias_attr)
-        self.fused_attn = FusedMultiHeadAttention(
-            d_model,
-            nhead,
-            dropout_rate,
-            dropout_rate if attn_dropout_rate is None else attn_dropout_rate,
-            normalize_before=normalize_before,
-            qkv_weight_attr=attn_weight_attr,
-            qkv_bias_attr=attn_bias_attr,
-            linear_weight_attr=attn_weight_attr,
-            linear_bias_attr=attn_bias_attr,
-            pre_ln_scale_attr=attn_weight_attr,
-            pre_ln_bias_attr=attn_bias_attr,
-            ln_scale_attr=attn_weight_attr,
-            ln_bias_attr=attn_bias_attr,
-        )
-        self.ffn = FusedFeedForward(
-            d_model,
-            dim_feedforward,
-            dropout_rate,
-            activation=activation,
-            act_dropout_rate=act_dropout_rate,
-            normalize_before=normalize_before,
-            linear1_weight_attr=ffn_weight_attr,
-            linear1_bias_attr=ffn_bias_attr,
-            linear2_weight_attr=ffn_weight_attr,
-            linear2_bias_attr=ffn_bias_attr,
-        )
+        try:
+            self.fused_attn = FusedMultiHeadAttention(
+                d_model,
+                nhead,
+                dropout_rate,
+                dropout_rate if attn_dropout_rate is None else attn_dropout_rate,
+                normalize_before=normalize_before,
+                qkv_weight_attr=attn_weight_attr,
+                qkv_bias_attr=attn_bias_attr,
+                linear_weight_attr=attn_weight_attr,
+                linear_bias_attr=attn_bias_attr,
+                pre_ln_scale_attr=attn_weight_attr,
+                pre_ln_bias_attr=attn_bias_attr,
+                ln_scale_attr=attn_weight_attr,
+                ln_bias_attr=attn_bias_attr,
+            )
+            self.ffn = FusedFeedForward(
+                d_model,
+                dim_feedforward,
+                dropout_rate,
+                activation=activation,
+                act_dropout_rate=act_dropout_rate,
+                normalize_before=normalize_before,
+                linear1_weight_attr=ffn_weight_attr,
+                linear1_bias_attr=ffn_bias_attr,
+                linear2_weight_attr=ffn_weight_attr,
+                linear2_bias_attr=ffn_bias_attr,
+            )
+        except (TypeError, ValueError) as error:
+            raise renamed(error, _NAMES_OF_ATTRS) from None
 
     def forward(
         self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, cache: paddle.Tensor | None = None
@@ -239,10 +251,20 @@ class FusedTransformerEncoderLayer(BuiltInEncoderLayer):
         return self.ffn(attended), cache
 
 
+# The encoder layer's, by those of its parts.
+_NAMES_OF_ATTRS = {
+    f"{part}_{kind}_attr": f"{'bias' if kind == 'bias' else 'weight'}_attr"
+    for part in ("qkv", "linear", "linear1", "linear2", "pre_ln", "ln")
+    for kind in ("weight", "scale", "bias")
+}
+
+
 def _attr_of_each(name: str, attr: Any) -> list:
     """The attribute of the attention and that of the feed-forward block."""
     if isinstance(attr, (list, tuple)) and len(attr) != 2:
         raise ValueError(
             f"{name}: expected one attribute, or two for attention and the feed-forward block, got {len(attr)}"
         )
+    for one in attr if isinstance(attr, (list, tuple)) else (attr,):
+        check_attr(name, one)
     return _convert_param_attr_to_list(attr, 2)

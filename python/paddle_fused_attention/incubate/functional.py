@@ -3,13 +3,14 @@ operators."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import paddle
 
 from .. import feed_forward, functional
 from .._block import UNPACKED, Block
-from .._checks import check_switches, check_tensor
+from .._checks import check_switches, check_tensor, dtype_name, shown
 from .._composed_attention import Source, composed_attention
 from .._groups import group_of_ring
 from .._linear import linear
@@ -28,18 +29,23 @@ __all__ = [
 ]
 
 
+# Those that paddle.matmul has, on one device or another.
+_DTYPES_OF_PRODUCTS = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "complex64", "complex128")
+
+
 def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
     """Packs a weight ``[embed_dim, 3 * embed_dim]`` and a bias ``[3 * embed_dim]`` with columns in the order 3,
     num_heads, head_dim, or one of nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
     if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
         embed_dim = qkv_weight.shape[0]
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {num_heads!r}")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
+        raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {shown(num_heads)}")
     if num_heads < 1 or embed_dim % (num_heads * nranks):
         on_ranks = f" on {nranks} processes" if nranks > 1 else ""
         raise ValueError(
-            f"num_heads: expected a divisor of embed_dim {embed_dim}{on_ranks} with transpose_qkv_wb, got {num_heads}"
+            f"num_heads: expected a divisor of embed_dim {embed_dim}{on_ranks} with transpose_qkv_wb, got "
+            f"{shown(num_heads)}"
         )
     width = embed_dim // nranks
     expected = {"qkv_weight": [embed_dim, 3 * width], "qkv_bias": [3 * width]}
@@ -49,7 +55,7 @@ def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nran
                 f"{name}: expected shape {expected[name]} for x with embed_dim {embed_dim} and transpose_qkv_wb, "
                 f"got {list(tensor.shape)}"
             )
-    return tuple(None if t is None else pack_projections([t], num_heads) for t in (qkv_weight, qkv_bias))
+    return tuple(None if t is None else pack_projections([t], int(num_heads)) for t in (qkv_weight, qkv_bias))
 
 
 def seed_of_program() -> int | None:
@@ -124,7 +130,8 @@ def fused_multi_head_attention(
         NotImplementedError: Tensor parallelism with ``cache_kv`` or in a static graph.
     """
     group = group_of_ring(ring_id)
-    check_switches(transpose_qkv_wb=transpose_qkv_wb)
+    if not type(transpose_qkv_wb) is type(pre_layer_norm) is bool:
+        check_switches(transpose_qkv_wb=transpose_qkv_wb, pre_layer_norm=pre_layer_norm)
     for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
         check_tensor(argument, value, required=True)
     for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
@@ -231,6 +238,8 @@ def _linear_activation(
 ) -> Any:
     """As Paddle's functions compute it, which with ``transpose_x`` take x ``[K, ...]`` of any rank, read as
     ``[K, M]``, for M a product of sizes."""
+    if type(transpose_x) is not bool:
+        check_switches(**{switch_names[0]: transpose_x})
     if not transpose_x or len(x.shape) < 3:
         return linear(x, y, bias, transpose_x, transpose_y, activation, names, switch_names)
     check_tensors(names[:1], (x,))
@@ -238,6 +247,27 @@ def _linear_activation(
     unknown = sum(size < 0 for size in x.shape[1:]) > 1
     sizes = [paddle.shape(x)[i] for i in range(1, len(x.shape))] if unknown else list(x.shape[1:])
     return out.reshape([*sizes, out.shape[-1]])
+
+
+def _check_product(x: Any, y: Any, transpose_x: bool, transpose_y: bool) -> None:
+    """Refuses what paddle.matmul refuses in words of its own, or takes by casting it."""
+    for name, tensor in (("x", x), ("y", y)):
+        if dtype_name(tensor) not in _DTYPES_OF_PRODUCTS:
+            raise TypeError(f"{name}: expected one of {', '.join(_DTYPES_OF_PRODUCTS)}, got {dtype_name(tensor)}")
+        if not len(tensor.shape):
+            raise ValueError(f"{name}: expected at least one dimension, got shape []")
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: expected {dtype_name(x)} like x, got {dtype_name(y)}")
+    left, right = list(x.shape), list(y.shape)
+    inner = left[-2 if transpose_x and len(left) > 1 else -1], right[-1 if transpose_y or len(right) == 1 else -2]
+    batches = zip(reversed(left[:-2]), reversed(right[:-2]))
+    if not (inner[0] == inner[1] or -1 in inner) or not all(
+        a == b or not {-1, 1}.isdisjoint((a, b)) for a, b in batches
+    ):
+        raise ValueError(
+            f"y: expected a shape whose product with x of shape {left} there is, with transpose_x {transpose_x} and "
+            f"transpose_y {transpose_y}, got {right}"
+        )
 
 
 @paddle.jit.not_to_static
@@ -260,6 +290,7 @@ def fused_matmul_bias(
     if bias is None and (len(y.shape) != 2 or len(x.shape) < 2 or (transpose_x and len(x.shape) > 2)):
         check_switches(transpose_x=transpose_x, transpose_y=transpose_y)
         check_tensors(("x", "y"), (x, y))
+        _check_product(x, y, bool(transpose_x), bool(transpose_y))
         return paddle.matmul(x, y, bool(transpose_x), bool(transpose_y))
     return _linear_activation(x, y, bias, transpose_x, transpose_y, None, names, switch_names)
 
@@ -287,6 +318,6 @@ def fused_linear_activation(
 ) -> paddle.Tensor:
     """:func:`paddle_fused_attention.fused_linear_activation`, which takes "none" too, Paddle's name for no activation,
     and with ``trans_x`` x ``[K, ...]``, for a result ``[..., N]``."""
-    activation = None if activation == "none" else activation
+    activation = None if isinstance(activation, str) and activation == "none" else activation
     check_tensor("x", x, required=True)
     return _linear_activation(x, y, bias, trans_x, trans_y, activation, ("x", "y", "bias"), ("trans_x", "trans_y"))

@@ -8,10 +8,11 @@ import paddle
 from paddle.incubate.nn import FusedMultiHeadAttention as BuiltIn
 
 from .._block import UNPACKED, Block
-from .._checks import INFINITY, check_heads, check_number, check_switches, check_tensor
+from .._checks import INFINITY, check_count, check_heads, check_number, check_switches, check_tensor, check_text
 from .._composed_attention import Source, composed_attention
 from .._descriptions import MODES
 from .._groups import group_of_ring
+from .._initializers import check_attr
 from .._keys import other_keys
 from .._loading import LoadsAnyFloat
 from .._masks import additive_mask
@@ -86,9 +87,31 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
         dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
         attn_dropout_rate = check_number("attn_dropout_rate", attn_dropout_rate, 0.0, 1.0)
         epsilon = check_number("epsilon", epsilon, 0.0, INFINITY)
-        group_of_ring(ring_id, nranks)
+        for argument, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                check_count(argument, width)
+        check_text("name", name)
+        group_of_ring(ring_id, check_count("nranks", nranks))
         if num_heads % nranks:
             raise ValueError(f"num_heads: expected a multiple of nranks {nranks}, got {num_heads}")
+        part, head_dim = num_heads // nranks, embed_dim // num_heads
+        columns = 3 * part * head_dim
+        check_attr(
+            "qkv_weight_attr",
+            qkv_weight_attr,
+            [embed_dim, columns] if transpose_qkv_wb else [3, part, head_dim, embed_dim],
+            is_needed=True,
+        )
+        check_attr("qkv_bias_attr", qkv_bias_attr, [columns] if transpose_qkv_wb else [3, part, head_dim])
+        check_attr("linear_weight_attr", linear_weight_attr, [part * head_dim, embed_dim], is_needed=True)
+        for argument, attr in (
+            ("linear_bias_attr", linear_bias_attr),
+            ("pre_ln_scale_attr", pre_ln_scale_attr),
+            ("pre_ln_bias_attr", pre_ln_bias_attr),
+            ("ln_scale_attr", ln_scale_attr),
+            ("ln_bias_attr", ln_bias_attr),
+        ):
+            check_attr(argument, attr, [embed_dim])
         super().__init__(
             embed_dim,
             num_heads,
@@ -96,7 +119,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             attn_dropout_rate,
             kdim,
             vdim,
-            normalize_before,
+            bool(normalize_before),
             False,
             qkv_weight_attr,
             qkv_bias_attr,
@@ -109,7 +132,7 @@ class FusedMultiHeadAttention(LoadsAnyFloat, BuiltIn):
             epsilon,
             nranks,
             ring_id,
-            transpose_qkv_wb,
+            bool(transpose_qkv_wb),
             name,
         )
 

@@ -8,7 +8,8 @@ import paddle
 from paddle.incubate.nn import FusedBiasDropoutResidualLayerNorm as BuiltInResidualNorm
 from paddle.incubate.nn import FusedLinear as BuiltInLinear
 
-from .._checks import INFINITY, check_count, check_number, check_switches
+from .._checks import INFINITY, check_count, check_number, check_switches, check_text
+from .._initializers import check_attr
 from .._loading import LoadsAnyFloat
 from .functional import fused_bias_dropout_residual_layer_norm, fused_linear
 
@@ -42,8 +43,10 @@ class FusedLinear(LoadsAnyFloat, BuiltInLinear):
     ) -> None:
         in_features, out_features = check_count("in_features", in_features), check_count("out_features", out_features)
         check_switches(transpose_weight=transpose_weight)
-        if weight_attr is False:
-            raise ValueError("weight_attr: expected a ParamAttr or None, got False: the weight is needed")
+        shape = [out_features, in_features] if transpose_weight else [in_features, out_features]
+        check_attr("weight_attr", weight_attr, shape, is_needed=True)
+        check_attr("bias_attr", bias_attr, [out_features])
+        check_text("name", name)
         super().__init__(in_features, out_features, weight_attr, bias_attr, transpose_weight, name)
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
@@ -80,6 +83,9 @@ class FusedBiasDropoutResidualLayerNorm(LoadsAnyFloat, BuiltInResidualNorm):
         embed_dim = check_count("embed_dim", embed_dim)
         dropout_rate = check_number("dropout_rate", dropout_rate, 0.0, 1.0)
         epsilon = check_number("epsilon", epsilon, 0.0, INFINITY)
+        check_attr("weight_attr", weight_attr, [embed_dim])
+        check_attr("bias_attr", bias_attr, [embed_dim])
+        check_text("name", name)
         super().__init__(embed_dim, dropout_rate, weight_attr, bias_attr, epsilon, name)
 
     def forward(self, x: paddle.Tensor, residual: paddle.Tensor) -> paddle.Tensor:
