@@ -8,7 +8,7 @@ import paddle
 
 from . import _op
 from ._attention import Attention, attention
-from ._checks import check_switches, check_tensor, dtype_name, renamed
+from ._checks import check_switches, check_tensor, dtype_name, renamed, shown
 from ._descriptions import MODES
 from ._ordinary_parts import compute_dtype
 
@@ -81,7 +81,8 @@ def attend(description: Attention, names: dict[str, str], fixed_seed_offset: Any
         if checked.training and checked.dropout_rate > 0.0:
             if rng_name:
                 raise NotImplementedError(
-                    f"rng_name: expected '' where something is dropped, since seed fixes the mask, got {rng_name!r}"
+                    "rng_name: expected '' where something is dropped, since seed fixes the mask, got "
+                    f"{shown(rng_name)}"
                 )
             if fixed_seed_offset is not None:
                 raise NotImplementedError(
@@ -89,7 +90,7 @@ def attend(description: Attention, names: dict[str, str], fixed_seed_offset: Any
                     f"{type(fixed_seed_offset).__name__}"
                 )
         return attention(checked)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError, MemoryError) as error:
         raise renamed(error, names) from None
 
 
@@ -114,6 +115,7 @@ def scale_of(scale: Any, query: Any) -> Any:
 def from_the_start(query: Any, key: Any, value: Any, mask: Any, window: tuple) -> tuple:
     """Causal attention in which query i sees the keys up to i, however many keys there are, as fields of a description:
     query, key, value, mask, causal, window, ranges. The operator itself aligns queries and keys at the end."""
+    check_tensor("attn_mask", mask)
     unchanged = (query, key, value, mask, True, window, None)
     if not len(query.shape) == len(key.shape) == len(value.shape) == 4:
         return unchanged  # which the operator refuses
@@ -153,7 +155,7 @@ def heads_of_packed(qkv: Any, rank: int) -> tuple:
     query, key and value in turn; and num_kv_heads."""
     _op.check_tensors(("qkv",), (qkv,))
     shape = list(qkv.shape)
-    if len(shape) != rank or not (shape[-3] >= 3 and shape[-2] >= 1):
+    if len(shape) != rank or not (shape[-3] >= 3 and shape[-2] >= 1) or shape[-1] == 0:
         leading = "batch, tokens" if rank == 5 else "tokens"
         raise ValueError(
             f"qkv: expected shape [{leading}, num_heads / num_kv_heads + 2, num_kv_heads, head_dim], got {shape}"

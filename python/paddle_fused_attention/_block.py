@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from paddle.framework import in_dynamic_mode
 
-from ._checks import INFINITY, check_number, check_tensor, check_window
+from ._checks import INFINITY, check_number, check_tensor, check_window, shown
 from ._descriptions import MODES, checked_fields, without_fields
 
 
@@ -52,7 +52,7 @@ def _checked_longest(name: str, longest: Any, starts_name: str, starts: Any) -> 
     check_tensor(starts_name, starts)
     if starts is None:
         if longest is not None:
-            raise ValueError(f"{name}: expected None without {starts_name}, got {longest!r}")
+            raise ValueError(f"{name}: expected None without {starts_name}, got {shown(longest)}")
         return 0
     if longest is None:
         if not in_dynamic_mode():
@@ -60,7 +60,7 @@ def _checked_longest(name: str, longest: Any, starts_name: str, starts: Any) -> 
         lengths = starts[1:] - starts[:-1]
         return int(lengths.max()) if lengths.size else 0
     if isinstance(longest, bool) or not isinstance(longest, Integral) or not 0 <= int(longest) < 2**31:
-        raise ValueError(f"{name}: expected an int of at least 0 and less than 2^31, got {longest!r}")
+        raise ValueError(f"{name}: expected an int of at least 0 and less than 2^31, got {shown(longest)}")
     return int(longest)
 
 

@@ -187,6 +187,8 @@ def _check_width(name: str, tensor: Any, weight: Any, any_float: bool = False) -
 
 def _check_source(block: Block, source: Source, any_float: bool) -> None:
     x = block.x
+    if not in_dynamic_mode() and source.projections is None and -1 in block.qkv_weight.shape:
+        raise ValueError(f"qkv_weight: expected known sizes, got shape {list(block.qkv_weight.shape)}")
     for name, tensor in (("key", source.key), ("value", source.value)):
         if tensor is not None and block.cu_seqlens is not None:
             raise NotImplementedError(f"{name}: expected the query itself with cu_seqlens, got another tensor")

@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 from paddle.base.framework import EagerParamBase
 
-from ._checks import INFINITY, check_number, check_seed, check_switches, check_tensor
+from ._checks import INFINITY, check_number, check_seed, check_switches, check_tensor, shown
 
 MODES = ("upscale_in_train", "downscale_in_infer")
 _NONE = type(None)
@@ -41,7 +41,7 @@ def checked_fields(description: Any, required: int, of_numbers: slice, of_switch
             break
     mode, seed = description.mode, description.seed
     if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode: expected {MODES[0]!r} or {MODES[1]!r}, got {mode!r}")
+        raise ValueError(f"mode: expected {MODES[0]!r} or {MODES[1]!r}, got {shown(mode)}")
     if seed is not None and check_seed("seed", seed) is not seed:
         changes["seed"] = int(seed)
     if not _BOOL.issuperset(map(type, description[of_switches])):

@@ -9,7 +9,7 @@ from typing import Any
 
 import paddle
 
-from ._checks import check_count
+from ._checks import check_count, shown
 from ._op import library
 
 _ELEMENTS = {"float32": 32, "float64": 64, "float16": 16, "bfloat16": -16}
@@ -63,15 +63,15 @@ def explain(head_dim: int, dtype: Any = None, device: str | None = None) -> Expl
             no kernels in this build.
     """
     check_count("head_dim", head_dim)
-    name = str(paddle.get_default_dtype() if dtype is None else dtype).split(".")[-1].lower()
+    name = _name_of(paddle.get_default_dtype() if dtype is None else dtype)
     if name not in _ELEMENTS:
-        raise ValueError(f"dtype: expected one of {', '.join(_ELEMENTS)}, got {dtype!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(_ELEMENTS)}, got {shown(dtype)}")
     where = paddle.get_device() if device is None else device
     if not isinstance(where, str):
         raise TypeError(f"device: expected a string, got {type(where).__name__}")
     answer = _explain(ctypes.c_int32(_card(where)), ctypes.c_int32(_ELEMENTS[name]), ctypes.c_int64(head_dim)).decode()
     if answer.startswith("!"):
-        raise ValueError(f"device: {where!r}: {answer[1:]}")
+        raise ValueError(f"device: {shown(where)}: {answer[1:]}")
     choices: dict[str, Choice] = {}
     rejected: dict[str, str] = {}
     for line in answer.splitlines():
@@ -86,14 +86,21 @@ def explain(head_dim: int, dtype: Any = None, device: str | None = None) -> Expl
     return Explanation(where, name, int(head_dim), choices["forward"], choices["backward"])
 
 
+def _name_of(dtype: Any) -> str:
+    try:
+        return str(dtype).split(".")[-1].lower()
+    except Exception:  # of what is no dtype
+        return ""
+
+
 def _card(device: str) -> int:
     """The GPU's number, or -1 for the CPU."""
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "gpu") or (number and not number.isdecimal()) or (kind == "cpu" and number not in ("", "0")):
-        raise ValueError(f"device: expected 'cpu', 'gpu' or 'gpu:N', got {device!r}")
+        raise ValueError(f"device: expected 'cpu', 'gpu' or 'gpu:N', got {shown(device)}")
     if kind == "cpu":
         return -1
     count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if int(number or 0) >= count:
-        raise ValueError(f"device: expected one of the {count} GPUs that Paddle sees, got {device!r}")
+        raise ValueError(f"device: expected one of the {count} GPUs that Paddle sees, got {shown(device)}")
     return int(number or 0)

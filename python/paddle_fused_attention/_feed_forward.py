@@ -15,6 +15,7 @@ from paddle.framework import in_dynamic_mode
 from . import _op
 from ._amp import without_auto_cast
 from ._arranged import check_plain
+from ._checks import shown
 from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
 from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
@@ -106,7 +107,7 @@ FEED_FORWARD = _op.Operator(
 def check_activation(activation: Any) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+        raise ValueError(f"activation: expected one of {names}, got {shown(activation)}")
 
 
 def _arguments(description: FeedForward, first_hidden: int, total_hidden: int) -> tuple:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import paddle
 from paddle.hapi.dynamic_flops import register_hooks
 
 from . import incubate
 from ._caches import StaticCache
+from ._checks import shown
 from .layer import FusedMultiHeadAttention
 
 
@@ -26,10 +28,17 @@ def count_flops(layer: Any, inputs: Any, output: Any) -> None:
         output: Not used.
 
     Raises:
-        ValueError: The query is packed, and there is no cu_seqlens among the arguments.
+        TypeError: layer is no fused attention, or inputs are no tuple that begins with a Tensor.
+        ValueError: The query has another rank, or is packed and there is no cu_seqlens among the arguments.
     """
+    if not isinstance(layer, (FusedMultiHeadAttention, incubate.FusedMultiHeadAttention)):
+        raise TypeError(f"layer: expected a FusedMultiHeadAttention, got {type(layer).__name__}")
+    if not isinstance(inputs, (tuple, list)) or not inputs or not isinstance(inputs[0], paddle.Tensor):
+        raise TypeError(f"inputs: expected a tuple that begins with a Tensor, got {shown(inputs)}")
     given: Any = [*inputs, *[None] * 6]
     query, key, value, _, cache, starts = given[:6]
+    if len(query.shape) not in (2, 3):
+        raise ValueError(f"inputs: expected a query of 2 or 3 dimensions, got shape {list(query.shape)}")
     embed_dim = query.shape[-1]
     if len(query.shape) == 2:
         if starts is None:

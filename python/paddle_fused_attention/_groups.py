@@ -11,6 +11,7 @@ import paddle.distributed as dist
 from paddle.base import core
 from paddle.framework import in_dynamic_mode
 
+from ._checks import shown
 from ._op import check_tensors
 
 
@@ -40,19 +41,19 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
     """
     for name, value in (("ring_id", ring_id), ("nranks", 1 if nranks is None else nranks)):
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
+            raise TypeError(f"{name}: expected an int, got {shown(value)}")
     group = None
     if ring_id != -1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Paddle warns of what is raised below
-            group = dist.get_group(ring_id)
+            group = dist.get_group(ring_id) if 0 <= ring_id < 2**31 else None
         if group is None:
             raise ValueError(
-                f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {ring_id}"
+                f"ring_id: expected -1 or the id of a group of paddle.distributed.new_group, got {shown(ring_id)}"
             )
     size = 1 if group is None else group.nranks
     if nranks is not None and nranks != size:
-        raise ValueError(f"nranks: expected {size}, the number of processes of ring_id {ring_id}, got {nranks}")
+        raise ValueError(f"nranks: expected {size}, the number of processes of ring_id {ring_id}, got {shown(nranks)}")
     return None if group is None else resolve_group(group)
 
 

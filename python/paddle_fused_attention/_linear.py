@@ -52,7 +52,7 @@ def linear(
         check_activation(activation)
     try:
         return _linear(x, weight, bias, bool(transpose_x), bool(transpose_weight), activation)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise renamed(error, dict(zip(_TENSORS, names))) from None
 
 

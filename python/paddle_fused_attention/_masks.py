@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from . import _op
-from ._checks import dtype_name
+from ._checks import check_tensor, dtype_name
 
 # The dtypes that the operators take.
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int16", "int32", "int64")
@@ -23,8 +23,7 @@ def additive_mask(name: str, mask: Any, x: Any) -> Any:
     """
     if mask is None:
         return None
-    if not hasattr(mask, "stop_gradient"):
-        raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
+    check_tensor(name, mask)
     _op.check_tensors((name,), (mask,))
     if paddle.is_floating_point(mask):
         return mask

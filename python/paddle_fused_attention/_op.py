@@ -209,6 +209,8 @@ class Operator:
                 present |= bit
                 if not tensor.stop_gradient:
                     needs_grad |= bit
+                    if not tensor._is_initialized():  # Paddle's record of gradients ends the process at such a one
+                        check_tensors(self.tensors, inputs)
             bit <<= 1
         op_type = self.type if switches & SAVE_ALWAYS else self._forward_type
         if needs_grad and paddle.is_grad_enabled():
@@ -231,10 +233,19 @@ class Operator:
         except Exception as error:
             _raise_checked(str(error))
             check_tensors(self.tensors, inputs)
+            self._raise_with_shapes(error, inputs)
             raise
         if op_type == self.type and not (needs_grad and paddle.is_grad_enabled()):
             return [output.detach() for output in outputs]  # of what Paddle has recorded nevertheless
         return outputs
+
+    def _raise_with_shapes(self, error: Exception, inputs: Sequence[Any]) -> None:
+        """Raises what Paddle says of memory, too little or less than a view claims, with the inputs' names."""
+        found = str(error).split("\n")[0]
+        if isinstance(error, MemoryError) or "the size of its memory" in found:
+            shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(self.tensors, inputs) if t is not None)
+            kind = MemoryError if isinstance(error, MemoryError) else ValueError
+            raise kind(f"{self.tensors[0]}: expected tensors that memory holds, got {shapes}: {found}") from None
 
     def _call_static(
         self, inputs: Sequence[Any], training: bool, switches: int, numbers: tuple, integers: tuple

@@ -21,7 +21,7 @@ from ._attention_arguments import (
     heads_of_packed,
     scale_of,
 )
-from ._checks import check_switches, check_window
+from ._checks import check_switches, check_window, shown
 
 __all__ = [
     "flash_attention",
@@ -84,9 +84,9 @@ def scaled_dot_product_attention(
     """
     check_all(query=query, key=key, value=value)
     check_switches(is_causal=is_causal, enable_gqa=enable_gqa)
-    if backend is not None and backend != "p2p":
-        raise ValueError(f"backend: expected None or 'p2p', got {backend!r}")
-    if backend == "p2p" and paddle.in_dynamic_mode() and query.is_dist():
+    if backend is not None and not (isinstance(backend, str) and backend == "p2p"):
+        raise ValueError(f"backend: expected None or 'p2p', got {shown(backend)}")
+    if backend is not None and paddle.in_dynamic_mode() and query.is_dist():
         raise NotImplementedError("backend: expected None for auto-parallel tensors, got 'p2p'")
     window = check_window("window_size", window_size)
     has_batch = len(query.shape) != 3
@@ -242,6 +242,6 @@ def flashmask_attention(
         raise NotImplementedError(f"block_mask: expected None, got a {type(block_mask).__name__}")
     window, scale = check_window("window_size", window_size), scale_of(softmax_scale, query)
     if window_size is not None and startend_row_indices is not None:
-        raise ValueError(f"window_size: expected None beside startend_row_indices, got {window_size!r}")
+        raise ValueError(f"window_size: expected None beside startend_row_indices, got {shown(window_size)}")
     description = dense(query, key, value, None, startend_row_indices, scale, dropout, training, causal, seed, window)
     return attend(description, {"dropout_rate": "dropout", "scale": "softmax_scale"}, fixed_seed_offset, rng_name)

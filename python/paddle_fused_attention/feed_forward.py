@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import paddle
 
+from ._checks import check_switches
 from ._feed_forward import FeedForward, feed_forward
 from ._groups import group_of_ring
 from .parallel import parallel_feed_forward
@@ -85,7 +86,9 @@ def fused_feedforward(
         ValueError: A shape, a number, activation or ring_id does not fit.
         NotImplementedError: Tensor parallelism in a static graph, or auto-parallel tensors on Paddle 2.
     """
-    group = None if ring_id == -1 else group_of_ring(ring_id)
+    group = None if type(ring_id) is int and ring_id == -1 else group_of_ring(ring_id)
+    if type(pre_layer_norm) is not bool:
+        check_switches(pre_layer_norm=pre_layer_norm)
     if final_layer_norm is None:
         final_layer_norm = not pre_layer_norm
     # fmt: off

@@ -43,7 +43,7 @@ def unpad(x: paddle.Tensor, keep: paddle.Tensor) -> Packed:
     check_tensors(("x", "keep"), (x, keep))
     if not paddle.is_floating_point(x):
         raise TypeError(f"x: expected a float dtype, got {dtype_name(x)}")
-    if paddle.is_floating_point(keep):
+    if paddle.is_floating_point(keep) or "complex" in dtype_name(keep):
         raise TypeError(f"keep: expected bool or integers, got {dtype_name(keep)}")
     if len(x.shape) < 2 or list(keep.shape) != list(x.shape[:2]):
         raise ValueError(
@@ -77,6 +77,8 @@ def pad(tokens: paddle.Tensor, indices: paddle.Tensor, batch: int, seq_len: int)
         check_tensor(name, tensor, required=True)
     check_tensors(("tokens", "indices"), (tokens, indices))
     batch, seq_len = check_count("batch", batch), check_count("seq_len", seq_len)
+    if batch * seq_len >= 2**31:
+        raise ValueError(f"seq_len: expected batch * seq_len less than 2^31, got {batch} * {seq_len}")
     if not paddle.is_floating_point(tokens):
         raise TypeError(f"tokens: expected a float dtype, got {dtype_name(tokens)}")
     if dtype_name(indices) not in ("int32", "int64"):

@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ._checks import check_model
+from ._checks import check_model, shown
 from ._loading import CastingTarget, cast, state_being_loaded
 from .weights import KINDS
 
@@ -203,7 +203,7 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
             for name in names:
                 if name + rest not in group:
                     raise ValueError(f"state: expected {name + rest} beside {names[0] + rest}, found none")
-                values.append(_tensor(group.pop(name + rest)))
+                values.append(_tensor(name + rest, group.pop(name + rest)))
             group[packed.name + rest] = _pack_state(packing, packed, values, names[0] + rest)
     return result
 
@@ -224,7 +224,7 @@ def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
     result = dict(state)
     for packing, packed, names, group in _packed_parameters(model, result):
         for rest in [key[len(packed.name) :] for key in group if _is_key_of(key, packed.name)]:
-            value = _tensor(group.pop(packed.name + rest))
+            value = _tensor(packed.name + rest, group.pop(packed.name + rest))
             if list(value.shape) == list(packed.shape):
                 with paddle.no_grad():
                     values = packing.separate(value)
@@ -258,8 +258,13 @@ def _is_key_of(key: Any, name: str) -> bool:
     return isinstance(key, str) and (key == name or key.startswith(name + "_"))
 
 
-def _tensor(value: Any) -> paddle.Tensor:
-    return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(np.asarray(value))
+def _tensor(name: str, value: Any) -> paddle.Tensor:
+    """The value of an optimizer's state."""
+    if isinstance(value, paddle.Tensor):
+        return value
+    if not isinstance(value, (np.ndarray, np.generic, int, float)) or np.asarray(value).dtype.kind not in "biuf":
+        raise TypeError(f"state: expected a Tensor, an array or a number as {name}, got {shown(value)}")
+    return paddle.to_tensor(np.asarray(value))
 
 
 def _pack_state(packing: Any, packed: Any, values: list, name: str) -> paddle.Tensor:

@@ -23,7 +23,7 @@ from ._attention_arguments import (
     scale_of,
     scatter_like,
 )
-from ._checks import check_count, check_switches, check_tensor, check_window
+from ._checks import check_count, check_switches, check_tensor, check_window, shown
 
 __all__ = [
     "flash_attn_unpadded",
@@ -206,6 +206,9 @@ def _of_blocks(
     names: dict,
 ) -> Any:
     """Attention of packed sequences ``[1, tokens, heads, head_dim]``."""
+    for name in ("q_seqinfo", "k_seqinfo"):
+        if not isinstance(getattr(bias, name), biases.SeqLenInfo):
+            raise TypeError(f"attn_bias: expected a SeqLenInfo as its {name}, got {shown(getattr(bias, name))}")
     causal = isinstance(bias, biases.BlockDiagonalCausalMask)
     if causal and bias.q_seqinfo.seqstart_py != bias.k_seqinfo.seqstart_py:
         raise NotImplementedError(

@@ -8,6 +8,9 @@ from typing import Any, Sequence, TypeVar
 import numpy as np
 import paddle
 
+from ._checks import check_count, shown
+from ._op import check_tensors
+
 Array = TypeVar("Array", np.ndarray, paddle.Tensor)
 KINDS = ("weight", "bias")  # the parameters of a projection
 QKV_PARAMETERS = ("qkv_weight", "qkv_bias")  # and the packed ones
@@ -90,8 +93,10 @@ def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: st
                 if name != names[0]
                 else f"{name}: expected a Tensor or a NumPy array, got {type(array).__name__}"
             )
+    if kind is paddle.Tensor:
+        check_tensors(names, arrays)
     expected = list(arrays[0].shape)
-    if len(expected) != rank or expected[0] != expected[-1]:
+    if len(expected) != rank or expected[0] != expected[-1] or 0 in expected:
         raise ValueError(f"{names[0]}: expected shape {form}, got {expected}")
     embed_dim = expected[0]
     num_heads = _checked_heads(embed_dim, num_heads)
@@ -115,9 +120,9 @@ def _check_three(names: tuple[str, str, str], arrays: tuple, rank: int, form: st
 
 def _checked_heads(embed_dim: int, num_heads: Any) -> int:
     if isinstance(num_heads, bool) or not isinstance(num_heads, (int, np.integer)):
-        raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
+        raise TypeError(f"num_heads: expected an int, got {shown(num_heads)}")
     if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {shown(num_heads)}")
     return int(num_heads)
 
 
@@ -145,6 +150,8 @@ def _heads_of(name: str, array: Any, ranks: tuple[int, int], form: str, num_head
     fewer of keys. num_heads is None or said by the caller."""
     if not isinstance(array, (np.ndarray, paddle.Tensor)):
         raise TypeError(f"{name}: expected a Tensor or NumPy array, got {type(array).__name__}")
+    if isinstance(array, paddle.Tensor):
+        check_tensors((name,), (array,))
     shape, (equal, grouped) = list(array.shape), ranks
     is_weight = equal == 4
     if len(shape) == equal and shape[0] == 3:
@@ -156,7 +163,7 @@ def _heads_of(name: str, array: Any, ranks: tuple[int, int], form: str, num_head
             num_heads = shape[2] // shape[1]
         elif num_heads is None:
             raise ValueError(f"num_heads: expected an int for a {name} of shape {shape}, got None")
-        num_heads = _checked_heads(num_heads * shape[1] if not is_weight else shape[2], num_heads)
+        num_heads = _checked_heads(shape[2], num_heads) if is_weight else check_count("num_heads", num_heads)
         num_kv_heads, odd = divmod(shape[0] - num_heads, 2)
         if num_kv_heads > 0 and not odd and num_heads % num_kv_heads == 0:
             return num_heads, num_kv_heads

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 
 from .._arranged import check_all_plain
-from .._checks import check_model
+from .._checks import check_model, check_switches
 from ..report import Report
 from .adapters import AttentionAdapter
 from .decoder_layer import ConvertedDecoderLayer
@@ -89,6 +89,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
             be packed, or the model is wrapped for several devices or made static.
     """
     _check_model("convert", model)
+    check_switches(return_report=return_report)
     report = Report()
     found = _find(model, report)
     packed = [

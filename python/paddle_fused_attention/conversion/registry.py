@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from .._checks import shown
 from .._parts import is_plain, is_plain_dropout, reason_against_class, reason_against_linear
 from .adapters import (
     PADDLE_ADAPTER,
@@ -80,10 +81,12 @@ def register_adapter(layer_class: type | str, adapter: AttentionAdapter | FeedFo
     if isinstance(layer_class, str):
         if not _DOTTED_NAME.fullmatch(layer_class):
             raise ValueError(
-                f"layer_class: expected a class or its full name, as 'package.module.Class', got {layer_class!r}"
+                f"layer_class: expected a class or its full name, as 'package.module.Class', got {shown(layer_class)}"
             )
     elif not isinstance(layer_class, type) or not issubclass(layer_class, nn.Layer):
-        raise TypeError(f"layer_class: expected a subclass of paddle.nn.Layer or its full name, got {layer_class!r}")
+        raise TypeError(
+            f"layer_class: expected a subclass of paddle.nn.Layer or its full name, got {shown(layer_class)}"
+        )
     for known in (nn.MultiHeadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         if layer_class is known or layer_class == full_name(known):
             raise ValueError(

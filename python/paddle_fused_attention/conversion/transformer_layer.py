@@ -84,7 +84,7 @@ class TransformerLayer(nn.Layer):
             )
         try:
             return self_attention(self._block(part, x, None, cu_seqlens, max_seqlen))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             raise renamed(error, part.arguments) from None
 
     @paddle.jit.not_to_static
@@ -94,7 +94,7 @@ class TransformerLayer(nn.Layer):
             if source.key is None and cache is None and not source.needs_weights:
                 return Composed(self_attention(block))
             return attention_with_cache(block, source, cache)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             raise renamed(error, part.arguments) from None
 
     def _attend_by_parts(self, part: AttentionPart, x: Any, mask: Any, source: Source, cache: Any) -> tuple:
