@@ -83,6 +83,22 @@ Shape shape_of(const paddle::Tensor& tensor) {
   return Shape(dims.Get(), dims.size());
 }
 
+namespace {
+
+// Paddle's own count of a view's numbers wraps around.
+void check_count(const char* op, const paddle::Tensor& tensor, const std::string& name) {
+  const Shape shape = shape_of(tensor);
+  int64_t count = 1;
+  bool fits = true;
+  for (size_t i = 0; i < shape.rank; ++i) {
+    if (shape[i] == 0) return;
+    fits = fits && !__builtin_mul_overflow(count, shape[i], &count);
+  }
+  if (!fits) refuse(op, "ValueError", name, "a tensor of less than 2^63 numbers", "shape " + text(shape));
+}
+
+}  // namespace
+
 void check_memory(const char* op, const paddle::Tensor& tensor, const std::string& name) {
   if (tensor.defined() && !tensor.is_dense_tensor()) {
     refuse(op, "TypeError", name, "a dense tensor", kind_of(tensor));
@@ -92,6 +108,7 @@ void check_memory(const char* op, const paddle::Tensor& tensor, const std::strin
   if (!is_known || (!tensor.initialized() && tensor.numel() != 0)) {
     refuse(op, "ValueError", name, "a tensor with values", "one without memory");
   }
+  check_count(op, tensor, name);
 }
 
 void check_place(const char* op, const paddle::Tensor& tensor, const std::string& name, const paddle::Tensor& x) {

@@ -485,6 +485,17 @@ def test_a_variable_in_dygraph(argument):
     check_message(raised, argument, ["dygraph", "static graph"])
 
 
+@pytest.mark.skipif(not hasattr(paddle, "as_strided"), reason="this Paddle makes no such views")
+def test_more_numbers_than_can_be_counted():
+    """Paddle's count of them wraps around to 0."""
+    x = paddle.as_strided(to_tensor(good()["x"]), [2**40, 2**40, E], [0, 0, 0])
+    weights = {name: to_tensor(a) for name, a in good().items() if name != "x"}
+    with pytest.raises(
+        ValueError, match=r"^x: expected a tensor of less than 2\^63 numbers, got shape \[1099511627776, "
+    ):
+        fused_multi_head_attention(x, **dict(weights, attn_mask=None))
+
+
 def test_a_predictor_that_was_given_nothing(tmp_path):
     layer = pfa.FusedMultiHeadAttention(E, H)
     layer.eval()
