@@ -463,7 +463,7 @@ _CACHED_INPUTS = ctypes.py_object * (len(TENSORS) + 3)  # with cu_seqlens, and t
 
 def fused_attention_with_cache(block: Block, cache: Any, is_static: bool) -> Any:
     """Computes a checked block with a cache by one call of the library: in dygraph on the CPU, where nobody wants a
-    gradient and nothing is dropped. Its host time is a tenth of that of the smaller operators.
+    gradient and nothing is dropped. Its host time is a fraction of that of the smaller operators.
 
     Args:
         cache: Keys and values as a pair or one tensor, as ``_composed_attention.Source`` has them.
