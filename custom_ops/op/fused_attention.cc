@@ -299,13 +299,16 @@ struct Cache {
   const paddle::Tensor* value;  // null: in `key`
   bool is_all;
 
-  // Whether its tensors are those of such a block; `length`: of its sequences.
-  bool fits(const paddle::Tensor& tensor, const AttentionBlockParams& block, const paddle::Place& place,
-            int64_t length) const {
-    Shape shape = shape_of(tensor);
-    if (!value && shape.rank == 5 && shape[0] == 2) shape = {shape.sizes + 1, 4};
-    return agree(std::array{block.batch, block.num_kv_heads, length, block.head_dim}, shape) &&
-           tensor.place() == place && core_dtype(tensor.dtype()) == block.dtype;
+  // Whether its tensors are those of such a block; `weight` is one of the block's, `length` that of its sequences.
+  bool fits(const AttentionBlockParams& block, const paddle::Tensor& weight, int64_t length) const {
+    const std::array both{int64_t{2}, block.batch, block.num_kv_heads, length, block.head_dim};
+    const Shape expected = value ? Shape(both.data() + 1, both.size() - 1) : Shape(both);
+    for (const paddle::Tensor* tensor : {key, value}) {
+      if (!tensor) continue;
+      if (!agree(expected, shape_of(*tensor)) || tensor->place() != weight.place() || tensor->dtype() != weight.dtype())
+        return false;
+    }
+    return true;
   }
 };
 
@@ -328,9 +331,7 @@ std::optional<std::vector<paddle::Tensor>> attend_with_cache(const Tensors<Gener
   const Shape cached = shape_of(*cache.key);
   if (cached.rank < 4) return std::nullopt;
   p.cached_keys = cached[cached.rank - 2];
-  for (const paddle::Tensor* tensor : {cache.key, cache.value}) {
-    if (tensor && !cache.fits(*tensor, block, x.place(), p.cached_keys)) return std::nullopt;
-  }
+  if (!cache.fits(block, *tensors[kQKVWeight], p.cached_keys)) return std::nullopt;
   const int64_t numbers = block.batch * block.num_kv_heads * block.head_dim;
   const auto second = [&](const paddle::Tensor& both, int64_t keys) {
     return static_cast<const char*>(both.data()) + numbers * keys * size_of(block.dtype);

@@ -483,14 +483,13 @@ def fused_attention_with_cache(block: Block, cache: Any, is_static: bool) -> Any
     present = sum(1 << i for i, tensor in enumerate(inputs[:-2]) if tensor is not None)
     attributes = _bytes_of((not training, switches, present, 0), numbers, integers)
     found = _call_cached(_CACHED_INPUTS(*inputs), attributes, is_static, _NO_TENSOR)
-    if found is None and _is_view(block.x):  # such as a token of several sequences
-        inputs = (block.x.contiguous(), *inputs[1:])
-        found = _call_cached(_CACHED_INPUTS(*inputs), attributes, is_static, _NO_TENSOR)
-    return found
-
-
-def _is_view(x: Any) -> bool:
-    return x.is_dense() and x._is_initialized() and not x.is_contiguous()
+    if found is not None:
+        return found
+    try:  # a token of several sequences is a view
+        x = None if block.x.is_contiguous() else block.x.contiguous()
+    except Exception:  # of a tensor that is not dense, or claims more memory than there is
+        return None
+    return x if x is None else _call_cached(_CACHED_INPUTS(x, *inputs[1:]), attributes, is_static, _NO_TENSOR)
 
 
 def checked_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Block:

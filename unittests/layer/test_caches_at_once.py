@@ -200,6 +200,20 @@ def test_bad_caches(change, error, start, served):
     assert True not in served
 
 
+@pytest.mark.parametrize(
+    "change, error",
+    [(lambda cache: cache[0], ValueError), (lambda cache: cache.astype("complex64"), TypeError)],
+    ids=["keys alone", "complex"],
+)
+def test_bad_tensors_of_both(change, error, served):
+    weights = draw(3, HEADS, HEAD_DIM, EMBED), draw(EMBED, EMBED)
+    with paddle.no_grad(), pytest.raises(error, match="^cache_kv: expected"):
+        incubate.functional.fused_multi_head_attention(
+            draw(BATCH, 3, EMBED), *weights, cache_kv=change(paddle.stack(pair())), training=False
+        )
+    assert served == [False]
+
+
 def test_bad_masks(served):
     with paddle.no_grad(), pytest.raises(ValueError, match="^attn_mask: "):
         layer_of()(draw(BATCH, 3, EMBED), attn_mask=draw(3, 3), cache=Cache(*pair()))

@@ -1064,7 +1064,7 @@ NUMBERS_OF_HEADS = (
 )
 FILE_NAMES = {"input": ("{}", "IN", "-", "/dev/null"), "output": ("{}", "OUT", "-")}
 # What an error says of a file, behind its name.
-FILE_ENDS = ("expected a name that ends", "no such file")
+FILE_ENDS = ("expected a name that ends", "no such file", "File name too long")
 NO_ATTENTION = [Variant("dict", lambda _: {"a": 1}), Variant("empty dict", lambda _: {})]
 NUL = [Variant("NUL", lambda _: "a\0.pdparams")]
 CALLABLE = ("function", "class", "layer")
