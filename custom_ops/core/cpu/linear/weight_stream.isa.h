@@ -47,8 +47,8 @@ struct WeightStream {
     }
   }
 
-  // c [rows, columns] (+)= a [rows, depth] @ weight [columns, depth]^T, whose rows begin `stride` after each other; so many
-  // rows follow, of which nothing is read here.
+  // c [rows, columns] (+)= a [rows, depth] @ weight [columns, depth]^T, whose rows begin `stride` after each other;
+  // after them come `following` more.
   static void multiply_columns(int64_t rows, int64_t columns, int64_t depth, TileOperand<P> a, const T* weight,
                                int64_t stride, int64_t following, TileResult<P> c) {
     for (int64_t i = 0; i < columns; i += kColumns) {
@@ -123,8 +123,8 @@ struct WeightStream {
     }
   }
 
-  // c [kRows, columns] (+)= a [kRows, depth] @ weight [columns, depth]^T, whose rows begin at `at`. What comes after the
-  // end of each lies `jump` after its beginning.
+  // c [kRows, columns] (+)= a [kRows, depth] @ weight [columns, depth]^T, whose rows begin at `at`. What comes after
+  // the end of a row lies `jump` after its beginning.
   template <int kRows>
   static void add_columns(int64_t depth, TileOperand<P> a, const T* const (&at)[kColumns], int64_t jump,
                           int64_t columns, TileResult<P> c) {
