@@ -96,6 +96,22 @@ def test_static(dtype, num_kv_heads, arranged, served, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [Cache, StaticCache])
+def test_a_float32_query_beside_16_bit_projections(kind, served, monkeypatch):
+    """One call rounds the output projection once less."""
+    layer, x = layer_of("bfloat16"), draw(BATCH, 3, EMBED)
+    with paddle.no_grad():
+        found = layer(x, cache=kind(*pair(dtype="bfloat16")))[0]
+        monkeypatch.setattr(_op, "fused_attention_with_cache", lambda *arguments: None)
+        composed = layer(x, cache=kind(*pair(dtype="bfloat16")))[0]
+        layer.to(dtype="float64")
+        cache = kind(*(t.astype("float64") for t in pair(dtype="bfloat16")))
+        expected = layer(x.astype("float64"), cache=cache)[0].numpy()
+    assert served == [True] and found.dtype == paddle.float32
+    error, other = (np.sqrt(np.mean((out.numpy() - expected) ** 2)) for out in (found, composed))
+    assert error <= other < 0.01
+
+
+@pytest.mark.parametrize("kind", [Cache, StaticCache])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask_dtype", [None, "float32", "bool"])
 def test_masks(mask_dtype, causal, kind, served, monkeypatch):
