@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/cached_attention_block.h"
-#include "core/cpu/cached_keys.h"
+#include "core/cpu/attention/cached_keys.h"
 #include "core/inputs.h"
 #include "op/arranged.h"
 #include "op/blocks.h"

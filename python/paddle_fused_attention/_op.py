@@ -486,10 +486,12 @@ def fused_attention_with_cache(block: Block, cache: Any, is_static: bool) -> Any
     if found is not None:
         return found
     try:  # a token of several sequences is a view
-        x = None if block.x.is_contiguous() else block.x.contiguous()
+        if block.x.is_contiguous() or not block.x.place.is_cpu_place():
+            return None
+        x = block.x.contiguous()
     except Exception:  # of a tensor that is not dense, or claims more memory than there is
         return None
-    return x if x is None else _call_cached(_CACHED_INPUTS(x, *inputs[1:]), attributes, is_static, _NO_TENSOR)
+    return _call_cached(_CACHED_INPUTS(x, *inputs[1:]), attributes, is_static, _NO_TENSOR)
 
 
 def checked_block(block: Block, first_head: int = 0, total_heads: int = 0) -> Block:

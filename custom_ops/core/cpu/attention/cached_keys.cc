@@ -1,4 +1,4 @@
-#include "core/cpu/cached_keys.h"
+#include "core/cpu/attention/cached_keys.h"
 
 #include <cstring>
 
