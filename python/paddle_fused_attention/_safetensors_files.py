@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ._unpickling import FormatError, are_counts, is_shape, shown
+from ._unpickling import FormatError, are_counts, is_shape, shown_name
 from .checkpoint import CheckpointError
 
 # The dtypes of .safetensors: bits of an element, and NumPy's dtype where there is one.
@@ -70,13 +70,13 @@ def parse_json(data: bytes) -> Any:
         found: dict[str, Any] = {}
         for name, value in items:
             if name in found:
-                raise FormatError(f"{shown(name)} stands in it twice")
+                raise FormatError(f"{shown_name(name)} stands in it twice")
             found[name] = value
         return found
 
     def number(digits: str) -> float:
         if not math.isfinite(float(digits)):
-            raise FormatError(f"expected a finite number in JSON, got {shown(digits)}")
+            raise FormatError(f"expected a finite number in JSON, got {shown_name(digits)}")
         return float(digits)
 
     def integer(digits: str) -> float:
@@ -111,18 +111,20 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """A tensor's dtype, shape and place."""
     if not isinstance(entry, dict):
-        raise FormatError(f"{shown(name)}: expected dtype, shape and data_offsets")
+        raise FormatError(f"{shown_name(name)}: expected dtype, shape and data_offsets")
     dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise FormatError(f"{shown(name)}: expected a dtype of .safetensors, got {shown(str(dtype)[:200])}")
+        raise FormatError(f"{shown_name(name)}: expected a dtype of .safetensors, got {shown_name(str(dtype)[:200])}")
     if not isinstance(shape, list) or not is_shape(tuple(shape)):
-        raise FormatError(f"{shown(name)}: its shape is none that an array can have")
+        raise FormatError(f"{shown_name(name)}: its shape is none that an array can have")
     if not isinstance(place, list) or len(place) != 2 or not are_counts(place) or place[0] > place[1]:
-        raise FormatError(f"{shown(name)}: its data_offsets are no range")
+        raise FormatError(f"{shown_name(name)}: its data_offsets are no range")
     begin, end = place
     bits = math.prod(shape) * _DTYPES[dtype][0]
     if bits != 8 * (end - begin):
-        raise FormatError(f"{shown(name)}: {dtype} of shape {shape} takes {bits / 8:g} bytes, but it has {end - begin}")
+        raise FormatError(
+            f"{shown_name(name)}: {dtype} of shape {shape} takes {bits / 8:g} bytes, but it has {end - begin}"
+        )
     return dtype, tuple(shape), begin, end
 
 
@@ -131,9 +133,11 @@ def _check_places(entries: dict[str, tuple[str, tuple[int, ...], int, int]], siz
     covered = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if end > size:
-            raise FormatError(f"{shown(name)} lies beyond its end")
+            raise FormatError(f"{shown_name(name)} lies beyond its end")
         if begin != covered:
-            raise FormatError(f"{shown(name)} {'overlaps another tensor' if begin < covered else 'stands after a gap'}")
+            raise FormatError(
+                f"{shown_name(name)} {'overlaps another tensor' if begin < covered else 'stands after a gap'}"
+            )
         covered = end
     if covered != size:
         raise FormatError(f"{size - covered} bytes stand after its last tensor")
@@ -165,7 +169,7 @@ def write(file: BinaryIO, arrays: dict[str, Any], metadata: dict[str, str] | Non
             dtype, shape, data = NAMES[value.dtype], value.shape, np.ascontiguousarray(value)
         else:
             kind = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
-            raise CheckpointError(f"{shown(name)}: a value of type {kind} can't be stored in .safetensors")
+            raise CheckpointError(f"{shown_name(name)}: a value of type {kind} can't be stored in .safetensors")
         tensors.append((name, dtype, shape, data))
     # Larger elements first, so that every tensor is aligned.
     tensors.sort(key=lambda tensor: (-_DTYPES[tensor[1]][0], tensor[0]))

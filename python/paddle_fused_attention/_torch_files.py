@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Callable
 import numpy as np
 
 from ._safetensors_files import RawTensor
-from ._unpickling import Budget, FormatError, Global, Unpickler, Unresolved, are_counts, is_shape, resolve, shown
+from ._unpickling import Budget, FormatError, Global, Unpickler, Unresolved, are_counts, is_shape, resolve, shown_name
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -180,7 +180,7 @@ def _fill(tensors: list[_Tensor], read: Callable[[_Storage], bytes], budget: Bud
         by_storage.setdefault(tensor.storage.key, []).append(tensor)
     for users in by_storage.values():
         if len({tensor.storage.bytes for tensor in users}) > 1:
-            raise FormatError(f"its storage {shown(users[0].storage.key)} has two sizes")
+            raise FormatError(f"its storage {shown_name(users[0].storage.key)} has two sizes")
         data = read(users[0].storage)
         for tensor in users:
             tensor.fill(data, len(users) > 1, budget)
@@ -216,12 +216,12 @@ def _read_zip(file: BinaryIO, budget: Budget) -> Any:
         def content(name: str, expected: int | None = None) -> bytes:
             info = members.get(folder + name)
             if info is None:
-                raise FormatError(f"its archive has no member {shown(folder + name)}")
+                raise FormatError(f"its archive has no member {shown_name(folder + name)}")
             # Paddle 2.6 holds another zlib, in which Python's module crashes when it inflates.
             if info.compress_type != zipfile.ZIP_STORED:
-                raise FormatError(f"its member {shown(info.filename)} is compressed, which torch.save does not do")
+                raise FormatError(f"its member {shown_name(info.filename)} is compressed, which torch.save does not do")
             if expected is not None and info.file_size != expected:
-                raise FormatError(f"its member {shown(info.filename)} has {info.file_size} bytes, not {expected}")
+                raise FormatError(f"its member {shown_name(info.filename)} has {info.file_size} bytes, not {expected}")
             budget.take(info.file_size)
             return archive.read(info)
 
@@ -256,7 +256,7 @@ def _read_legacy(file: BinaryIO, size: int, budget: Budget) -> Any:
         storage, place = storages[key], file.tell() + 8
         count = int.from_bytes(file.read(8), "little")
         if key in places or count != storage.size or place + storage.bytes > size:
-            raise FormatError(f"its storage {shown(key)} is not complete")
+            raise FormatError(f"its storage {shown_name(key)} is not complete")
         places[key] = place
         file.seek(place + storage.bytes)
     if file.tell() != size:
@@ -264,7 +264,7 @@ def _read_legacy(file: BinaryIO, size: int, budget: Budget) -> Any:
 
     def content(storage: _Storage) -> bytes:
         if storage.key not in places:
-            raise FormatError(f"its storage {shown(storage.key)} is missing")
+            raise FormatError(f"its storage {shown_name(storage.key)} is missing")
         file.seek(places[storage.key])
         return file.read(storage.bytes)
 

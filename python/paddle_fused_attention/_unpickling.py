@@ -29,7 +29,7 @@ class FormatError(Exception):
     """Why a file's content is refused, in one line."""
 
 
-def shown(text: str) -> str:
+def shown_name(text: str) -> str:
     """A name out of a file as messages have it: escaped, and not long."""
     escaped = ascii(text[:200])[1:-1]
     return escaped if len(text) <= 200 and len(escaped) <= 100 else f"{escaped[:80]}...{ascii(text[-8:])[1:-1]}"
@@ -80,7 +80,7 @@ class _Dtype(Unresolved):
 
     def __init__(self, name: Any, *_: Any) -> None:
         if not isinstance(name, str) or name not in _NUMBERS:
-            got = shown(name) if isinstance(name, str) else f"of type {type(name).__name__.strip('_')}"
+            got = shown_name(name) if isinstance(name, str) else f"of type {type(name).__name__.strip('_')}"
             raise FormatError(f"expected arrays of numbers, got a dtype {got}")
         self.value = np.dtype(name)
 
@@ -169,7 +169,7 @@ def _plain_globals(budget: Budget) -> dict[str, Global]:
         # Paddle pickles a DenseTensor as eval("data", {"data": array}).
         if expression != "data" or not isinstance(names, dict) or not isinstance(names.get("data"), _Array):
             raise FormatError(
-                f"it asks for eval of {shown(expression) if isinstance(expression, str) else 'an object'}"
+                f"it asks for eval of {shown_name(expression) if isinstance(expression, str) else 'an object'}"
             )
         return names["data"]
 
@@ -348,7 +348,9 @@ class Unpickler:
         _check(isinstance(module, str) and isinstance(name, str), "a global's name")
         found = self._globals.get(f"{module}.{name}")
         if found is None:
-            raise FormatError(f"it asks for {shown(f'{module}.{name}')}, which is no tensor, array or plain container")
+            raise FormatError(
+                f"it asks for {shown_name(f'{module}.{name}')}, which is no tensor, array or plain container"
+            )
         self._push(found)
 
     def _stack_global(self) -> None:

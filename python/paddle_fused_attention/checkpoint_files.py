@@ -21,11 +21,10 @@ import numpy as np
 import paddle
 
 from . import _safetensors_files, _torch_files, whole_files
-from ._checks import check_switches
-from ._checks import shown as shown_value
+from ._checks import check_switches, shown
 from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
-from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown
+from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown_name
 from .checkpoint import METADATA, METADATA_LAYOUT, CheckpointError
 
 SUFFIXES = (".pdparams", ".safetensors")
@@ -143,7 +142,7 @@ def write(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
 def _checked_path(path: Any) -> Path:
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or "\0" in text:
-        raise TypeError(f"path: expected a str or a Path, got {shown_value(path)}")
+        raise TypeError(f"path: expected a str or a Path, got {shown(path)}")
     return Path(text)
 
 
@@ -164,7 +163,7 @@ def _errors_in_one_line(path: Path, kind: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: can't be read as {kind}: {error}") from None
     except Exception as error:  # a file that is no checkpoint fails in many ways
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: can't be read as {kind}: {shown(first_line)}") from error
+        raise CheckpointError(f"{path}: can't be read as {kind}: {shown_name(first_line)}") from error
 
 
 @contextmanager
@@ -182,7 +181,9 @@ def _errors_of_writing(path: Path) -> Iterator[None]:
 def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
     own = (metadata or {}).get(METADATA_LAYOUT)
     if own is not None and own not in LAYOUTS:
-        raise FormatError(f"expected {METADATA_LAYOUT} to be {' or '.join(LAYOUTS)} in its metadata, got {shown(own)}")
+        raise FormatError(
+            f"expected {METADATA_LAYOUT} to be {' or '.join(LAYOUTS)} in its metadata, got {shown_name(own)}"
+        )
     return own or of_kind
 
 
@@ -192,7 +193,7 @@ def _checked_names(found: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a state dict, got {type(found).__name__}")
     for name in found:
         if not is_text(name):
-            got = shown(name) if isinstance(name, str) else type(name).__name__
+            got = shown_name(name) if isinstance(name, str) else type(name).__name__
             raise CheckpointError(f"{path}: expected a state dict, got a dict with a key that is no text: {got}")
     return found
 
@@ -228,7 +229,7 @@ def _with_slices_joined(value: Any) -> Any:
         slices = [value.pop(part, None) for part in parts] if isinstance(parts, list) and parts else [None]
         good = is_shape(shape) and all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices)
         if not good or sum(part.size for part in slices) != math.prod(shape):
-            raise FormatError(f"its array {shown(str(name))} is not divided as paddle.save does it")
+            raise FormatError(f"its array {shown_name(str(name))} is not divided as paddle.save does it")
         value[name] = np.concatenate(slices).reshape(shape)
     return value
 
@@ -324,7 +325,7 @@ def _with_names(name: str, value: Any) -> Any:
 
     def visit(value: Any) -> Any:
         if isinstance(value, RawTensor) or (isinstance(value, np.ndarray) and value.dtype not in _PADDLE_DTYPES):
-            raise CheckpointError(f"{shown(name)}: a tensor of dtype {value.dtype} can't be stored in .pdparams")
+            raise CheckpointError(f"{shown_name(name)}: a tensor of dtype {value.dtype} can't be stored in .pdparams")
         if id(value) in done:
             return done[id(value)]
         if isinstance(value, np.ndarray):
@@ -336,7 +337,9 @@ def _with_names(name: str, value: Any) -> Any:
         elif isinstance(value, (str, int, float, complex, set, np.generic, type(None))):
             return value
         else:
-            raise CheckpointError(f"{shown(name)}: a value of type {type(value).__name__} can't be stored in .pdparams")
+            raise CheckpointError(
+                f"{shown_name(name)}: a value of type {type(value).__name__} can't be stored in .pdparams"
+            )
         return done[id(value)]
 
     return visit(value)
@@ -354,9 +357,9 @@ def _read_torch(path: Path) -> Checkpoint:
 
     for name, value in found.items():
         if not is_tensor(value) and _any_inside(value, is_tensor):
-            keys = ", ".join(shown(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
+            keys = ", ".join(shown_name(name) for name in list(found)[:10]) + (", ..." if len(found) > 10 else "")
             raise CheckpointError(
-                f"{path}: expected tensors by name, got a dict whose {shown(name)} holds tensors (it has {keys}): "
+                f"{path}: expected tensors by name, got a dict whose {shown_name(name)} holds tensors (it has {keys}): "
                 "save that alone"
             )
     return Checkpoint(found, layout="out-in")
@@ -389,15 +392,15 @@ def _read_index(path: Path) -> Checkpoint:
         raise FormatError("expected a weight_map of file names by tensors' names")
     for shard in places.values():
         if shard != os.path.basename(shard) or "\\" in shard or "\0" in shard:
-            raise FormatError(f"its file {shown(shard)} is not in the index's own folder")
+            raise FormatError(f"its file {shown_name(shard)} is not in the index's own folder")
         if Path(shard).suffix not in (*SUFFIXES, *TORCH_SUFFIXES):
-            raise FormatError(f"its file {shown(shard)} is of no kind that can be read")
+            raise FormatError(f"its file {shown_name(shard)} is of no kind that can be read")
     read_shards = {shard: read(path.with_name(shard)) for shard in dict.fromkeys(places.values())}
     for shard, found in read_shards.items():
         expected = {name for name, place in places.items() if place == shard}
         for name in sorted(expected.symmetric_difference(found.arrays)):
             what = "is missing in" if name in expected else "is not in its weight_map, but in"
-            raise FormatError(f"{shown(name)} {what} {shown(shard)}")
+            raise FormatError(f"{shown_name(name)} {what} {shown_name(shard)}")
     metadata = _common_metadata([found.metadata for found in read_shards.values()])
     layouts = {found.layout for found in read_shards.values() if found.layout is not None}
     if len(layouts) > 1:
@@ -414,7 +417,7 @@ def _common_metadata(each: list[dict[str, str] | None]) -> dict[str, str] | None
         for name, text in (metadata or {}).items():
             if merged.setdefault(name, text) != text:
                 if name == "format" or name.startswith(METADATA):
-                    raise FormatError(f"its files disagree about {shown(name)} in their metadata")
+                    raise FormatError(f"its files disagree about {shown_name(name)} in their metadata")
                 different.add(name)
     if all(metadata is None for metadata in each):
         return None
