@@ -119,20 +119,24 @@ class MatrixProduct {
     // Of an arranged b whole panels are taken, so that its lines come in their order.
     const bool takes_arranged_panels = product_.is_b_arranged && reads_b_;
     const int64_t step = takes_arranged_panels ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
+    strip_columns_ = step;
     columns_ = round_up(std::max<int64_t>(product_.n, 1), step);
+    if (streams_b_ && product_.b.stride == 1) {
+      // As many units for each thread, and long pieces of b's rows.
+      const int64_t units = round_up(ceil_div(columns_, streamed_columns(product_.m)), threads_);
+      columns_ = round_up(ceil_div(columns_, units), step);
+      return;
+    }
     if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
-    const bool streams_rows = streams_b_ && product_.b.stride == 1;
-    const int64_t most_columns = streams_rows ? streamed_columns(product_.m) : kMaxUnsharedColumns;
-    if (has_few_rows_) columns_ = std::min(columns_, most_columns);
+    if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
     // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
     const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns, step);
     const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
-    const int64_t good_columns = packs_strips ? kStripColumns : streams_b_ ? most_columns / 2 : least_columns;
-    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > good_columns)
+    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
       columns_ = round_up(columns_ / 2, step);
     while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, step);
-    strip_columns_ = packs_strips ? std::min(columns_, kStripColumns) : step;
+    if (packs_strips) strip_columns_ = std::min(columns_, kStripColumns);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
   }
 

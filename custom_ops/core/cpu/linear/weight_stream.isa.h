@@ -9,7 +9,7 @@ namespace pfa::cpu::PFA_ISA {
 constexpr int64_t kMaxStreamedRows = 16;  // of a
 // Beside a weight [columns, k], which is transposed anew for each two of them.
 constexpr int64_t kMaxTransposedRows = 2;
-constexpr int64_t kStreamedSums = 4096;  // that are made at a time, in the L1 cache
+constexpr int64_t kStreamedSums = 2048;  // that are made at a time, in the L1 cache
 
 // So many columns of a weight [k, columns] at a time.
 inline int64_t streamed_columns(int64_t rows) { return kStreamedSums / round_up(std::max<int64_t>(rows, 1), 8); }
