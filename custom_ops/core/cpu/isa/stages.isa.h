@@ -31,6 +31,7 @@
 #include "core/cpu/linear/micro_gemm.isa.h"
 #include "core/cpu/linear/panels.isa.h"
 
+#include "core/cpu/linear/lines.isa.h"
 #include "core/cpu/linear/tile_products.isa.h"
 #include "core/cpu/linear/weight_stream.isa.h"
 
