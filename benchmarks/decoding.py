@@ -1,4 +1,4 @@
-"""A token through a decoder of six layers with caches, in dygraph: Paddle's own layers, converted, and with arranged weights.
+"""A token through six decoder layers with caches, in dygraph: Paddle's own, converted, and with arranged weights.
 
     python benchmarks/decoding.py [--threads 2] [--width 512] [--cached 128] [--memory 64] [--turns 60]
 
