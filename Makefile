@@ -8,6 +8,9 @@
 # make core                 the core without Paddle and its C++ tests only
 # make fuzz                 FUZZ_CASES random cases of attention, its weights and both blocks on the core, against float64, on
 #                           every instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
+# make sanitize             the core's tests and SANITIZED_CASES of the random ones under AddressSanitizer and UndefinedBehaviorSanitizer, then
+#                           under ThreadSanitizer, and the operator's fast tests under the first; GCC's; two hours on two cores. Its parts:
+#                           sanitize-core, sanitize-threads, sanitize-operator
 # make bench-attention      attention by itself on the CPU against PyTorch
 # make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
@@ -52,7 +55,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz bench-block bench-attention install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz sanitize sanitize-core sanitize-threads sanitize-operator bench-block bench-attention install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -104,6 +107,42 @@ FUZZ_CASES ?= 10000
 
 fuzz: core
 	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
+
+SANITIZED_CASES ?= 5000
+SANITIZERS_CORE := address,undefined -fno-sanitize-recover=undefined
+SANITIZERS_THREADS := thread
+# Calls in place of inline checks, which take GCC four times as long to compile.
+SANITIZED_FLAGS := -O1 -g1 --param asan-instrumentation-with-call-threshold=0
+# Python itself knows no sanitizer, so that its runtime library has to be there first, and libstdc++, whose exceptions it watches. What
+# Python never frees is no fault, nor is what Paddle frees by another function than it should.
+UNDER = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0
+
+sanitize: sanitize-core sanitize-threads sanitize-operator
+
+sanitize-core: $(STATE)/core-packages
+	$(call sanitize_core,core,$(SANITIZERS_CORE),asan)
+
+sanitize-threads: $(STATE)/core-packages
+	$(call sanitize_core,threads,$(SANITIZERS_THREADS),tsan)
+
+# Of paths that Paddle's libraries are found by, one that AddressSanitizer's dlopen does not lose.
+sanitize-operator: $(STATE)/installed $(STATE)/demo-packages
+	CXXFLAGS="$(SANITIZED_FLAGS) -fsanitize=address" LDFLAGS=-fsanitize=address \
+		$(RUN) setup.py build --build-base build/sanitized --build-lib build/sanitized/operator
+	LD_LIBRARY_PATH="$$($(RUN) -c 'import paddle; print(paddle.sysconfig.get_lib())')" $(call UNDER,asan) \
+		PYTHONPATH=build/sanitized/operator $(RUN) -m pytest -m "not slow" --ignore unittests/core
+
+define sanitize_core
+	PATH="$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; set -e; \
+	cmake -S . -B build/sanitized/$(1) -G Ninja -DPython_EXECUTABLE="$$($(RUN) -c 'import sys; print(sys.executable)')" \
+		-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$(SANITIZED_FLAGS) -fsanitize=$(2)"; \
+	cmake --build build/sanitized/$(1) --parallel $(JOBS); \
+	ctest --test-dir build/sanitized/$(1) --output-on-failure --no-tests=error; \
+	export PYTHONPATH=build/sanitized/$(1):unittests; \
+	$(call UNDER,$(3)) $(RUN) -m pytest unittests/core; \
+	$(call UNDER,$(3)) $(RUN) unittests/fuzz --cases $(SANITIZED_CASES)
+endef
 
 bench-block: core $(STATE)/installed
 	$(RUN) -m pip install -r benchmarks/requirements.txt
