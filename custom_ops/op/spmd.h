@@ -66,7 +66,10 @@ class Spread {
 
   Spread(const Tensors& tensors, const Attributes& attributes) : tensors_(tensors), attributes_(attributes) {
     std::vector<Mapping> mappings;
-    for (const DistMetaTensor* tensor : tensors) mappings.push_back(tensor->dist_attr().dims_mapping());
+    for (const DistMetaTensor* tensor : tensors) {
+      mappings.push_back(tensor->dist_attr().dims_mapping());
+      sizes_.push_back(tensor->dims());
+    }
     sharding_ = Operator::sharding_of(mappings, attributes);
   }
 
@@ -99,18 +102,14 @@ class Spread {
            (static_cast<int>(input) != Operator::kMaskInput || attributes_.needs_grad >> input & 1);
   }
 
-  Mapping replicated(size_t input) const { return Mapping(tensors_[input]->dims().size(), -1); }
+  Mapping replicated(size_t input) const { return Mapping(sizes_[input].size(), -1); }
 
   Mapping mapping_of(size_t input) const {
     if (!attributes_.has_input(input)) return replicated(input);
     return Operator::mapping_of(input, shape_of_input(input), sharding_, attributes_);
   }
 
-  // Valid while the tensors live.
-  Shape shape_of_input(size_t input) const {
-    const auto& dims = tensors_[input]->dims();
-    return Shape(dims.Get(), dims.size());
-  }
+  Shape shape_of_input(size_t input) const { return {sizes_[input].Get(), static_cast<size_t>(sizes_[input].size())}; }
 
   std::vector<phi::distributed::ArgDistAttr> inputs() const {
     std::vector<phi::distributed::ArgDistAttr> result;
@@ -122,6 +121,7 @@ class Spread {
   TensorDistAttr attr_of_saved() const { return make_attr(*tensors_[0], {-1}); }
 
   Tensors tensors_;
+  std::vector<phi::DDim> sizes_;
   Attributes attributes_;
   Sharding sharding_;
 };
