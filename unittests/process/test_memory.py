@@ -1,12 +1,9 @@
-"""Memory that a process takes, and what happens when there is none."""
+"""Memory that a process takes, and keeps."""
 
 import os
-import shutil
-import subprocess
 
 import paddle
 import pytest
-from cases import DTYPES
 from processes import run_python
 
 PEAK = """
@@ -153,95 +150,3 @@ def test_kept_workspace():
     if not paddle.__version__.startswith("2."):
         assert 32 * mebibyte < numbers["threads"] <= 129 * mebibyte
     assert numbers["resident"] <= (129 - 32 + 8) * mebibyte
-
-
-FAILING_ALLOCATIONS = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stddef.h>
-#include <stdlib.h>
-#include <string.h>
-
-// The allocation that fails is the one that brings `left` to 0, of those of at least `least` bytes; 0 and less: none.
-static long left = 0;
-static size_t least = 0;
-
-void fail_allocation(long number, size_t bytes) {
-  least = bytes;
-  __atomic_store_n(&left, number, __ATOMIC_SEQ_CST);
-}
-
-long allocations_left(void) { return __atomic_load_n(&left, __ATOMIC_SEQ_CST); }
-
-static int fails(size_t size) {
-  return left > 0 && size >= least && __atomic_sub_fetch(&left, 1, __ATOMIC_SEQ_CST) == 0;
-}
-
-extern void* __libc_malloc(size_t);
-extern void* __libc_calloc(size_t, size_t);
-extern void* __libc_realloc(void*, size_t);
-extern void* __libc_memalign(size_t, size_t);
-
-void* malloc(size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_malloc(size); }
-void* calloc(size_t count, size_t size) {
-  return fails(count * size) ? (errno = ENOMEM, NULL) : __libc_calloc(count, size);
-}
-void* realloc(void* old, size_t size) { return fails(size) ? (errno = ENOMEM, NULL) : __libc_realloc(old, size); }
-void* aligned_alloc(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
-void* memalign(size_t alignment, size_t size) { return fails(size) ? NULL : __libc_memalign(alignment, size); }
-int posix_memalign(void** result, size_t alignment, size_t size) {
-  void* memory = fails(size) ? NULL : __libc_memalign(alignment, size);
-  if (!memory) return ENOMEM;
-  *result = memory;
-  return 0;
-}
-"""
-SHORT_OF_MEMORY = """
-import ctypes, sys
-import numpy as np
-import common, runners, paddle
-from cases import Case
-
-hooks = ctypes.CDLL(sys.argv[1])
-hooks.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
-hooks.allocations_left.restype = ctypes.c_long
-paddle.set_flags({"FLAGS_use_system_allocator": True})
-dtype = sys.argv[2]
-case = Case(2, 90, 3, 24, dtype).but(pre_layer_norm=True, attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
-inputs = common.make_inputs(case)
-arguments = common.stored_inputs(case, inputs), case.config, paddle.CPUPlace(), common.differentiable(inputs)
-
-def results():
-    out, gradients = runners.run_dygraph(*arguments)
-    return [out, *gradients.values()]
-
-expected = results()
-errors = 0
-for number in range(1, 10000):
-    hooks.fail_allocation(number, 2048)
-    try:
-        arrays = results()
-    except Exception:
-        errors += 1
-        arrays = None
-    left = hooks.allocations_left()
-    hooks.fail_allocation(0, 0)
-    if arrays is not None and not all(map(np.array_equal, arrays, expected)):
-        sys.exit(f"wrong numbers when allocation {number} failed")
-    if left > 0:
-        break
-print("errors", errors)
-"""
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="cc, which compiles the allocator that fails, is not installed")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_each_allocation_may_fail(dtype, tmp_path):
-    """The numbers are right or there is an error, whichever allocation of a forward and backward pass fails."""
-    source, library = tmp_path / "failing.c", tmp_path / "libfailing.so"
-    source.write_text(FAILING_ALLOCATIONS)
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", str(source), "-o", str(library)], check=True)
-    result = run_python(SHORT_OF_MEMORY, library, dtype, LD_PRELOAD=str(library))
-    assert result.returncode == 0, f"{result.returncode}: {result.stdout[-500:]}{result.stderr[-3000:]}"
-    assert int(result.stdout.split()[-1]) > 5

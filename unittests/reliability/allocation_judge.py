@@ -4,7 +4,7 @@ C++. Run with failing_allocations.cc as a library before all others.
 A call must then raise a MemoryError, or give the right bits nevertheless; so must the next one, and nothing may be
 kept.
 
-    python allocation_judge.py NAME     # prints how many allocations failed, and how many errors were raised for it
+    python allocation_judge.py NAME DTYPE     # prints how many allocations failed, and how many errors were raised for it
 """
 
 import ctypes
@@ -19,8 +19,8 @@ from paddle_fused_attention.functional import fused_bias_dropout_residual_layer_
 BATCH, TOKENS, HEADS, EMBED = 2, 9, 4, 64
 
 
-def tensor(*shape, wants_gradient=False):
-    made = paddle.randn(shape)
+def tensor(*shape, dtype, wants_gradient=False):
+    made = paddle.randn(shape).astype(dtype)
     made.stop_gradient = not wants_gradient
     return made
 
@@ -37,20 +37,17 @@ def outputs_and_gradients(call, inputs):
     return found
 
 
-def _block(training):
+def block(dtype, training=True):
     layer = FusedMultiHeadAttention(EMBED, HEADS, 0.1, 0.1, normalize_before=True)
+    layer.to(dtype=dtype)
     layer.train() if training else layer.eval()
-    inputs = [tensor(BATCH, TOKENS, EMBED, wants_gradient=training), *layer.parameters()]
-    mask = tensor(BATCH, 1, TOKENS, TOKENS)
+    inputs = [tensor(BATCH, TOKENS, EMBED, dtype=dtype, wants_gradient=training), *layer.parameters()]
+    mask = tensor(BATCH, 1, TOKENS, TOKENS, dtype=dtype)
     return lambda x, *_: layer(x, attn_mask=mask), inputs
 
 
-def block():
-    return _block(training=True)
-
-
-def block_without_gradient():
-    call, inputs = _block(training=False)
+def block_without_gradient(dtype):
+    call, inputs = block(dtype, training=False)
 
     def without_gradient(*arguments):
         with paddle.no_grad():
@@ -59,40 +56,43 @@ def block_without_gradient():
     return without_gradient, inputs
 
 
-def block_with_a_cache():
+def block_with_a_cache(dtype):
     layer = FusedMultiHeadAttention(EMBED, HEADS, 0.0, 0.0)
+    layer.to(dtype=dtype)
     layer.eval()
-    cache = paddle.nn.MultiHeadAttention.Cache(*(tensor(BATCH, HEADS, 5, EMBED // HEADS) for _ in range(2)))
+    cached = [tensor(BATCH, HEADS, 5, EMBED // HEADS, dtype=dtype) for _ in range(2)]
+    cache = paddle.nn.MultiHeadAttention.Cache(*cached)
 
     def call(x):
         with paddle.no_grad():
             out, longer = layer(x, cache=cache)
             return paddle.concat([out.flatten(), longer.k.flatten(), longer.v.flatten()])
 
-    return call, [tensor(BATCH, TOKENS, EMBED)]
+    return call, [tensor(BATCH, TOKENS, EMBED, dtype=dtype)]
 
 
-def attention():
-    inputs = [tensor(BATCH, TOKENS, HEADS, 16, wants_gradient=True) for _ in range(3)]
+def attention(dtype):
+    inputs = [tensor(BATCH, TOKENS, HEADS, 16, dtype=dtype, wants_gradient=True) for _ in range(3)]
     return lambda q, k, v: attention_functional.scaled_dot_product_attention(
         q, k, v, dropout_p=0.1, is_causal=True
     ), inputs
 
 
-def feed_forward():
+def feed_forward(dtype):
     layer = incubate.FusedFeedForward(EMBED, 96, 0.1, activation="gelu")
-    return lambda x, *_: layer(x), [tensor(BATCH, TOKENS, EMBED, wants_gradient=True), *layer.parameters()]
+    layer.to(dtype=dtype)
+    return lambda x, *_: layer(x), [tensor(BATCH, TOKENS, EMBED, dtype=dtype, wants_gradient=True), *layer.parameters()]
 
 
-def linear():
+def linear(dtype):
     shapes = ((BATCH, TOKENS, EMBED), (EMBED, 96), (96,))
-    return fused_linear_activation, [tensor(*shape, wants_gradient=True) for shape in shapes]
+    return fused_linear_activation, [tensor(*shape, dtype=dtype, wants_gradient=True) for shape in shapes]
 
 
-def residual_norm():
+def residual_norm(dtype):
     shapes = ((BATCH, TOKENS, EMBED), (BATCH, TOKENS, EMBED), (EMBED,), (EMBED,), (EMBED,))
     return lambda *inputs: fused_bias_dropout_residual_layer_norm(*inputs, dropout_rate=0.1), [
-        tensor(*shape, wants_gradient=True) for shape in shapes
+        tensor(*shape, dtype=dtype, wants_gradient=True) for shape in shapes
     ]
 
 
@@ -111,13 +111,13 @@ def allocated():
     return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
 
 
-def main(name):
+def main(name, dtype):
     hooks = ctypes.CDLL(None)
     hooks.fail_allocation.argtypes = (ctypes.c_int64, ctypes.c_size_t, ctypes.c_size_t)
     hooks.count_allocations.restype = ctypes.c_int64
     code = code_of_library()
     paddle.seed(1)
-    call, inputs = next(made for made in CALLS if made.__name__ == name)()
+    call, inputs = next(made for made in CALLS if made.__name__ == name)(dtype)
     expected = outputs_and_gradients(call, inputs)
     _op._absent_eager()  # which is kept
     before = allocated()
@@ -142,4 +142,4 @@ def main(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import allocation_judge
 import pytest
+from cases import DTYPES
 from processes import run_script
 
 
@@ -21,9 +22,12 @@ def hooks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", [made.__name__ for made in allocation_judge.CALLS])
-def test_every_allocation_fails_once(call, hooks):
-    found = run_script(allocation_judge.__file__, call, threads=1, LD_PRELOAD=str(hooks))
+@pytest.mark.parametrize(
+    "call, dtype",
+    [(made.__name__, "float32") for made in allocation_judge.CALLS] + [("block", dtype) for dtype in DTYPES[1:]],
+)
+def test_every_allocation_fails_once(call, dtype, hooks):
+    found = run_script(allocation_judge.__file__, call, dtype, threads=1, LD_PRELOAD=str(hooks))
     assert found.returncode == 0, found.stderr[-3000:]
     failed, raised = map(int, found.stdout.split()[-2:])
     print(f"{failed} allocations failed, for {raised} a MemoryError was raised")
