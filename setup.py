@@ -2,16 +2,19 @@
 
 The library is the one file paddle_fused_attention/_C.so, made of custom_ops/core and custom_ops/op, with their cuda
 parts where Paddle is built with CUDA. The build writes what it was built for to paddle_fused_attention/_build_info.py,
-which the package compares with the Paddle that it finds at import.
+which the package compares with the Paddle that it finds at import, and what the package consists of and needs to
+paddle_fused_attention/bill_of_materials.cdx.json, in CycloneDX's format.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, the number of compilers to run at once (default: one per core);
 CUDA_HOME; PADDLE_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX" (default: the cards that are visible).
 """
 
+import json
 import os
 import re
 import shlex
 import shutil
+import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -89,6 +92,32 @@ def cuda_architectures(paddle, requested):
         )
     # Hopper's tensor-core instructions exist in the architecture-specific 90a only.
     return [f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "") for major, minor in capabilities]
+
+
+def cuda_version(cuda_home):
+    """That of the toolkit, of which the runtime library is a part."""
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"\bV([\d.]+)", said).group(1)
+
+
+def bill_of_materials(version, needed, cuda_runtime):
+    """What the package consists of and needs, as CycloneDX 1.5 has it: `needed` are distributions with their versions
+    or None, `cuda_runtime` the version of the one that is linked in, or None."""
+    name = PACKAGE.replace("_", "-")
+    component = {"type": "library", "bom-ref": name, "name": name, "version": version}
+    component["licenses"] = [{"license": {"id": "Apache-2.0"}}]
+    others = []
+    for other, found in needed.items():
+        versions = {"version": found} if found else {}
+        purl = f"pkg:pypi/{other}" + (f"@{found}" if found else "")
+        others.append({"type": "library", "bom-ref": other, "name": other, **versions, "purl": purl})
+    if cuda_runtime:
+        runtime = {"type": "library", "bom-ref": "cudart", "name": "NVIDIA CUDA Runtime", "version": cuda_runtime}
+        others.append({**runtime, "description": "linked into the operator library"})
+    dependencies = [{"ref": name, "dependsOn": [other["bom-ref"] for other in others]}]
+    document = {"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1, "metadata": {"component": component}}
+    return json.dumps({**document, "components": others, "dependencies": dependencies}, indent=2) + "\n"
 
 
 def gencode_flags(architectures):
@@ -171,6 +200,9 @@ class Toolchain:
         self.link_flags.append("-l:libiomp5.so" if has_iomp else "-fopenmp")
         self.link_flags += CUDA_LINK_FLAGS if self.with_cuda else []
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
+        distribution = "paddlepaddle-gpu" if self.with_cuda else "paddlepaddle"
+        self.needed = {distribution: paddle.__version__, "numpy": None}
+        self.cuda_runtime = cuda_version(cuda_home) if self.with_cuda else None
         self.build_info = (
             "# Written by setup.py: what the operator library beside this file was built for.\n"
             f'PADDLE_VERSION = "{paddle.__version__}"\nWITH_CUDA = {self.with_cuda}\n'
@@ -192,6 +224,8 @@ class BuildOperator(build_ext):
         super().run()
         package = Path("python" if self.inplace else self.build_lib, PACKAGE)
         (package / "_build_info.py").write_text(self.toolchain.build_info)
+        bill = bill_of_materials(self.distribution.get_version(), self.toolchain.needed, self.toolchain.cuda_runtime)
+        (package / "bill_of_materials.cdx.json").write_text(bill)
 
     def build_extension(self, ext):
         tools = self.toolchain

@@ -1,11 +1,13 @@
 """What the installed package says of itself."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import paddle
 import paddle_fused_attention as pfa
 import pytest
 
@@ -36,3 +38,18 @@ runpy.run_path("setup.py")
 
 def test_version_stands_in_one_place():
     assert not re.search(r"^version\s*=\s*[\"']", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_bill_of_materials():
+    """It names the Paddle that the library was built for, and NumPy, and nothing else on the CPU."""
+    bill = json.loads((Path(pfa.__file__).with_name("bill_of_materials.cdx.json")).read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    own = bill["metadata"]["component"]
+    assert (own["name"], own["version"]) == ("paddle-fused-attention", pfa.__version__)
+    with_cuda = paddle.is_compiled_with_cuda()
+    distribution = "paddlepaddle-gpu" if with_cuda else "paddlepaddle"
+    purls = [other.get("purl") for other in bill["components"]]
+    assert purls[:2] == [f"pkg:pypi/{distribution}@{paddle.__version__}", "pkg:pypi/numpy"]
+    assert len(purls) == (3 if with_cuda else 2)
+    refs = [other["bom-ref"] for other in bill["components"]]
+    assert bill["dependencies"] == [{"ref": own["bom-ref"], "dependsOn": refs}]
