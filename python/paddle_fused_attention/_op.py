@@ -242,9 +242,10 @@ class Operator:
     def _raise_with_shapes(self, error: Exception, inputs: Sequence[Any]) -> None:
         """Raises what Paddle says of memory, too little or less than a view claims, with the inputs' names."""
         found = str(error).split("\n")[0]
-        if isinstance(error, MemoryError) or "the size of its memory" in found:
+        is_short = isinstance(error, MemoryError) or "ResourceExhausted" in str(error)  # which is OSError on Paddle 2.6
+        if is_short or "the size of its memory" in found:
             shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(self.tensors, inputs) if t is not None)
-            kind = MemoryError if isinstance(error, MemoryError) else ValueError
+            kind = MemoryError if is_short else ValueError
             raise kind(f"{self.tensors[0]}: expected tensors that memory holds, got {shapes}: {found}") from None
 
     def _call_static(

@@ -1,4 +1,4 @@
-// Put before the C library (LD_PRELOAD), it lets one allocation fail: of those of aligned memory, which are Paddle's for
+// Put before the C library (LD_PRELOAD), it lets one allocation fail: of those of whole pages, which are Paddle's for
 // tensors, and of operator new called from a library's own code.
 #include <cerrno>
 #include <cstddef>
@@ -9,6 +9,8 @@
 extern "C" void* __libc_memalign(size_t alignment, size_t size);
 
 namespace {
+
+constexpr size_t kPage = 4096;
 
 volatile bool counts = false;
 int64_t seen, last;  // of allocations; the one that fails
@@ -41,17 +43,9 @@ int64_t count_allocations() {
 }
 
 int posix_memalign(void** memory, size_t alignment, size_t size) {
-  if (fails()) return ENOMEM;
+  if (alignment >= kPage && fails()) return ENOMEM;
   *memory = __libc_memalign(alignment, size);
   return *memory ? 0 : ENOMEM;
-}
-
-void* aligned_alloc(size_t alignment, size_t size) {
-  if (fails()) {
-    errno = ENOMEM;
-    return nullptr;
-  }
-  return __libc_memalign(alignment, size);
 }
 
 }  // extern "C"
