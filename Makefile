@@ -114,8 +114,8 @@ SANITIZERS_THREADS := thread
 # Calls in place of inline checks, which take GCC four times as long to compile.
 SANITIZED_FLAGS := -O1 -g1 --param asan-instrumentation-with-call-threshold=0
 # Python itself knows no sanitizer, so that its runtime library has to be there first, and libstdc++, whose exceptions it watches. What
-# Python never frees is no fault, nor is what Paddle frees by another function than it should.
-UNDER = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+# Python never frees is no fault, nor is what Paddle frees by another function than it should. NumPy's own threads would be taken for races.
+UNDER = OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0
 
 sanitize: sanitize-core sanitize-threads sanitize-operator

@@ -53,30 +53,32 @@ double peak(bool bfloat16, int threads) {
 #else
   typedef float Vector __attribute__((vector_size(16)));
 #endif
-  volatile float sink = 1e-3f;
+  const volatile float start = 1e-3f;  // which the compiler does not know
   double operations = 2.0 * sizeof(Vector) / sizeof(float);
   auto run = [&](int64_t, int) {
-    const Vector factor = Vector{} + sink;
+    const Vector factor = Vector{} + start;
     Vector sum[sums];
-    for (int s = 0; s < sums; ++s) sum[s] = Vector{} + s * sink;  // all different, or the compiler computes one
+    for (int s = 0; s < sums; ++s) sum[s] = Vector{} + s * start;  // all different, or the compiler computes one
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
       for (int s = 0; s < sums; ++s) sum[s] = sum[s] * factor + factor;
     }
     for (int s = 1; s < sums; ++s) sum[0] += sum[s];
-    sink = sum[0][0];
+    const volatile float sink = sum[0][0];
+    (void)sink;
   };
 #if defined(__AVX512BF16__)
   auto run_bfloat16 = [&](int64_t, int) {
     const auto factor = (__m512bh)_mm512_set1_epi32(0x3C003C00);
     __m512 sum[sums];
-    for (int s = 0; s < sums; ++s) sum[s] = _mm512_set1_ps(s * sink);
+    for (int s = 0; s < sums; ++s) sum[s] = _mm512_set1_ps(s * start);
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
       for (int s = 0; s < sums; ++s) sum[s] = _mm512_dpbf16_ps(sum[s], factor, factor);
     }
     for (int s = 1; s < sums; ++s) sum[0] += sum[s];
-    sink = sum[0][0];
+    const volatile float sink = sum[0][0];
+    (void)sink;
   };
   if (bfloat16) {
     operations *= 2;
