@@ -9,7 +9,7 @@
 # make fuzz                 FUZZ_CASES random cases of attention, its weights and both blocks on the core, against float64, on
 #                           every instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
 # make sanitize             the core's tests and SANITIZED_CASES of the random ones under AddressSanitizer and UndefinedBehaviorSanitizer, then
-#                           under ThreadSanitizer, and the operator's fast tests under the first; GCC's; two hours on two cores. Its parts:
+#                           under ThreadSanitizer, and the operator's fast tests under the first; GCC's; hours. Its parts:
 #                           sanitize-core, sanitize-threads, sanitize-operator
 # make bench-attention      attention by itself on the CPU against PyTorch
 # make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
@@ -53,7 +53,7 @@ endif
 SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
 	-o -name '*.py' ! -name _build_info.py)
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
-CXX_FILES = $(shell find custom_ops unittests/cpp benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find custom_ops unittests benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 .PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz sanitize sanitize-core sanitize-threads sanitize-operator bench-block bench-attention install lint lint-python lint-cpp format clean
 
@@ -109,9 +109,8 @@ fuzz: core
 	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
 
 SANITIZED_CASES ?= 5000
-SANITIZERS_CORE := address,undefined -fno-sanitize-recover=undefined
-SANITIZERS_THREADS := thread
-# Calls in place of inline checks, which take GCC four times as long to compile.
+SANITIZERS_OF_CORE := address,undefined -fno-sanitize-recover=undefined
+# Calls in place of inline checks, of which GCC is slow to compile as many as the kernels would have.
 SANITIZED_FLAGS := -O1 -g1 --param asan-instrumentation-with-call-threshold=0
 # Python itself knows no sanitizer, so that its runtime library has to be there first, and libstdc++, whose exceptions it watches. What
 # Python never frees is no fault, nor is what Paddle frees by another function than it should. NumPy's own threads would be taken for races.
@@ -121,12 +120,12 @@ UNDER = OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so
 sanitize: sanitize-core sanitize-threads sanitize-operator
 
 sanitize-core: $(STATE)/core-packages
-	$(call sanitize_core,core,$(SANITIZERS_CORE),asan)
+	$(call sanitize_core,core,$(SANITIZERS_OF_CORE),asan)
 
 sanitize-threads: $(STATE)/core-packages
-	$(call sanitize_core,threads,$(SANITIZERS_THREADS),tsan)
+	$(call sanitize_core,threads,thread,tsan)
 
-# Of paths that Paddle's libraries are found by, one that AddressSanitizer's dlopen does not lose.
+# AddressSanitizer's dlopen forgets where Paddle's library looks for others of Paddle: LD_LIBRARY_PATH says it.
 sanitize-operator: $(STATE)/installed $(STATE)/demo-packages
 	CXXFLAGS="$(SANITIZED_FLAGS) -fsanitize=address" LDFLAGS=-fsanitize=address \
 		$(RUN) setup.py build --build-base build/sanitized --build-lib build/sanitized/operator

@@ -201,7 +201,7 @@ class Toolchain:
         self.link_flags += CUDA_LINK_FLAGS if self.with_cuda else []
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
         distribution = "paddlepaddle-gpu" if self.with_cuda else "paddlepaddle"
-        self.needed = {distribution: paddle.__version__, "numpy": None}
+        self.needed = {distribution: paddle.__version__}
         self.cuda_runtime = cuda_version(cuda_home) if self.with_cuda else None
         self.build_info = (
             "# Written by setup.py: what the operator library beside this file was built for.\n"
@@ -224,7 +224,8 @@ class BuildOperator(build_ext):
         super().run()
         package = Path("python" if self.inplace else self.build_lib, PACKAGE)
         (package / "_build_info.py").write_text(self.toolchain.build_info)
-        bill = bill_of_materials(self.distribution.get_version(), self.toolchain.needed, self.toolchain.cuda_runtime)
+        needed = {**self.toolchain.needed, **dict.fromkeys(self.distribution.install_requires)}
+        bill = bill_of_materials(self.distribution.get_version(), needed, self.toolchain.cuda_runtime)
         (package / "bill_of_materials.cdx.json").write_text(bill)
 
     def build_extension(self, ext):

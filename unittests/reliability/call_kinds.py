@@ -61,6 +61,8 @@ def epsilon():
     return Number(1e-5)
 
 
+RING = Integer(-1, -1, 2**31 - 1, bad=(7,))
+OF_GROUP = Exactly(lambda: None, optional=True)
 NORMS = {f"{norm}_{part}": optional("E") for norm in ("pre_ln", "ln") for part in ("scale", "bias")}
 BLOCK = {
     "x": Tensor("B S E"),
@@ -96,7 +98,7 @@ FEED_FORWARD = {
     "pre_layer_norm": flag(True),
     "training": flag(True),
     "mode": mode(),
-    "ring_id": Integer(-1, -1, 2**31 - 1, bad=(7,)),
+    "ring_id": RING,
     "add_residual": flag(True),
     "name": Name(),
 }
@@ -119,22 +121,14 @@ LINEAR = {
     "transpose_weight": Switch(False),
     "name": Name(),
 }
+_PRODUCT = {"x": Tensor("b s E", leading=True), "y": weight("E F"), "bias": optional("F")}
 LINEAR_ACTIVATION = {
-    "x": Tensor("b s E", leading=True),
-    "y": weight("E F"),
-    "bias": optional("F"),
+    **_PRODUCT,
     "trans_x": flag(),
     "trans_y": flag(),
     "activation": Choice("silu", optional=True),
 }
-MATMUL_BIAS = {
-    "x": Tensor("b s E", leading=True),
-    "y": weight("E F"),
-    "bias": optional("F"),
-    "transpose_x": flag(),
-    "transpose_y": flag(),
-    "name": Name(),
-}
+MATMUL_BIAS = {**_PRODUCT, "transpose_x": flag(), "transpose_y": flag(), "name": Name()}
 
 
 def scale():
@@ -221,7 +215,3 @@ def attribute(needed=True, takes=()):
 
 QKV = attention("B S H D", "B T G D", value=Tensor("B T G D"))
 PACKED_QKV = {name: Tensor(f"N {h} D", packed=True) for name, h in (("query", "H"), ("key", "G"), ("value", "G"))}
-
-
-RING = Integer(-1, -1, 2**31 - 1, bad=(7,))
-OF_GROUP = Exactly(lambda: None, optional=True)
