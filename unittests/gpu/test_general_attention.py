@@ -422,6 +422,16 @@ def test_hopper_serves(kind, head_dim):
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="this kernel is for Hopper")
+@pytest.mark.parametrize("axes", ("QK", "BQK", "HQK", "BHQK"))
+@pytest.mark.parametrize("mask_dtype", ("bool", "float16", "float32"))
+def test_masks_that_the_copy_engine_cannot_read(mask_dtype, axes):
+    problem = Problem((3, 150, 131, 4, 2, 128), "bfloat16", mask=(axes, mask_dtype), causal=True)
+    problem.check()
+    names = kernels_of(problem)
+    assert any("copy_mask_kernel" in name for name in names) != (axes == "BHQK" and mask_dtype != "bool"), names
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="this kernel is for Hopper")
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("kind", ("packed, equal", "packed, many tiles"))
 def test_few_tiles_of_a_thread_block_are_sorted(kind, head_dim):

@@ -5,6 +5,7 @@
 #if CUDART_VERSION >= 12010
 
 #include "core/arena.h"
+#include "core/cuda/attention/hopper/mask_copy.h"
 #include "core/cuda/attention/hopper/passes.h"
 #include "core/cuda/attention/hopper/tile_order.h"
 #include "core/cuda/attention/launch.h"
@@ -70,9 +71,10 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args, bool sor
 }
 
 // Places the pass's memory from `memory` on, null to learn its size, which it returns.
-size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args,
+size_t place(const Context& context, const AttentionParams& p, void* memory, BackwardArgs& args, Mask& mask_copy,
              BackwardSchedule& schedule, HiddenTiles& hidden, TileOrder& order) {
   Arena arena(memory);
+  mask_copy = place_mask_copy(arena, args, true);
   place_row_statistics(arena, p, args);
   hidden = place_hidden_tiles(arena, args, backward_queries(args.head_dim()));
   order = place_tile_order(arena, args, key_tiles(args), key_heads(args), context.num_sms,
@@ -97,18 +99,21 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
 
 size_t hopper_attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
+  Mask mask_copy;
   hopper::BackwardSchedule schedule;
   hopper::HiddenTiles hidden;
   hopper::TileOrder order;
-  return hopper::place(context, p, nullptr, args, schedule, hidden, order);
+  return hopper::place(context, p, nullptr, args, mask_copy, schedule, hidden, order);
 }
 
 void hopper_attention_backward(Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
+  Mask mask_copy;
   hopper::BackwardSchedule schedule;
   hopper::HiddenTiles hidden;
   hopper::TileOrder order;
-  hopper::place(context, p, p.stage_workspace, args, schedule, hidden, order);
+  hopper::place(context, p, p.stage_workspace, args, mask_copy, schedule, hidden, order);
+  hopper::use_mask_copy(context, mask_copy, args);
   const int tile_queries = hopper::backward_queries(args.head_dim());
   hopper::make_hidden_tiles(context, args, hidden, order, tile_queries);
   hopper::sort_packed_tiles(context, args, order, tile_queries);

@@ -4,6 +4,7 @@
 #if CUDART_VERSION >= 12010
 
 #include "core/arena.h"
+#include "core/cuda/attention/hopper/mask_copy.h"
 #include "core/cuda/attention/hopper/passes.h"
 #include "core/cuda/attention/hopper/tile_order.h"
 #include "core/cuda/attention/launch.h"
@@ -17,7 +18,9 @@ namespace hopper {
 namespace {
 
 // Places the pass's memory in `arena`.
-void place(Arena& arena, const Context& context, const AttentionArgs& args, HiddenTiles& hidden, TileOrder& order) {
+void place(Arena& arena, const Context& context, const AttentionArgs& args, Mask& mask_copy, HiddenTiles& hidden,
+           TileOrder& order) {
+  mask_copy = place_mask_copy(arena, args, false);
   hidden = place_hidden_tiles(arena, args, 0);
   const int64_t at_once = context.num_sms * (args.head_dim() > 64 ? 1 : 2);
   order =
@@ -29,18 +32,21 @@ void place(Arena& arena, const Context& context, const AttentionArgs& args, Hidd
 
 size_t hopper_attention_forward_workspace_bytes(const Context& context, const AttentionParams& p) {
   Arena arena;
+  Mask mask_copy;
   hopper::HiddenTiles hidden;
   hopper::TileOrder order;
-  hopper::place(arena, context, attention_args(p), hidden, order);
+  hopper::place(arena, context, attention_args(p), mask_copy, hidden, order);
   return arena.used();
 }
 
 void hopper_attention_forward(Context& context, const AttentionParams& p) {
-  const ForwardArgs args = forward_args(p);
+  ForwardArgs args = forward_args(p);
   Arena arena(p.stage_workspace);
+  Mask mask_copy;
   hopper::HiddenTiles hidden;
   hopper::TileOrder order;
-  hopper::place(arena, context, args, hidden, order);
+  hopper::place(arena, context, args, mask_copy, hidden, order);
+  hopper::use_mask_copy(context, mask_copy, args);
   hopper::make_hidden_tiles(context, args, hidden, order, 0);
   hopper::sort_packed_tiles(context, args, order, 0);
   dispatch_16bit(p.dtype, [&](auto* element) {

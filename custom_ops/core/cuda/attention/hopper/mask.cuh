@@ -33,8 +33,8 @@ void with_mask_kind(const AttentionArgs& args, F&& f) {
 
 constexpr int64_t kMaxTiledMaskBytes = 4;  // of an element
 
-// Maps a mask, for copies of 64 queries x 128 bytes of keys; false where the copy engine cannot read it.
-inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
+// Whether the copy engine can read a mask.
+inline bool mask_has_tensor_map(const AttentionArgs& args) {
   const Mask& mask = args.mask;
   const int64_t size = size_of(mask.dtype);
   if (size > kMaxTiledMaskBytes || mask.strides[3] != 1 || !is_vector_aligned(mask.data)) return false;
@@ -42,6 +42,14 @@ inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
     const int64_t bytes = mask.strides[i] * size;
     if (bytes < 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
   }
+  return true;
+}
+
+// Maps it, for copies of 64 queries x 128 bytes of keys; false where it cannot.
+inline bool mask_tensor_map(const AttentionArgs& args, CUtensorMap* map) {
+  if (!mask_has_tensor_map(args)) return false;
+  const Mask& mask = args.mask;
+  const int64_t size = size_of(mask.dtype);
   const auto count = [&](int i, int64_t all) { return static_cast<cuuint64_t>(mask.strides[i] ? all : 1); };
   const auto bytes = [&](int i) { return static_cast<cuuint64_t>(mask.strides[i] ? mask.strides[i] * size : 16); };
   const CUtensorMapDataType type = size == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
