@@ -7,6 +7,8 @@ All contenders of a case run in one process, taking turns; a time is the median 
 rate is that of the products that the visible scores need: twice the head dim for each of two products forward, of five
 backward. Prints the rates in TFLOP/s, ours over the best of the others, and our milliseconds.
 
+`deterministic` are backward passes that give the same bits each time, ours and PyTorch's.
+
 Documents are packed sequences told apart by a flash mask instead; beside them stand ours as packed sequences and
 PyTorch's flex_attention. Decoding is one query for each cache of keys and values: its rate is that at which these are
 read, in GB/s, by replays of a CUDA graph of calls on different caches. Beside it stands a copy that moves as many
@@ -102,6 +104,7 @@ LENGTHS = draw_lengths(16384, 128, 2048)
 CASES = [
     Case("grouped", 2, 4096, 4096, 32, 8, 128, causal=True),
     Case("separate", 8, 2048, 2048, 16, 16, 64),
+    Case("short", 16, 512, 512, 16, 16, 64),
     Case("cross", 8, 1024, 4096, 16, 16, 64),
     Case("few_keys", 8, 4096, 77, 10, 10, 64),
     packed("packed", LENGTHS, 16, 16, 64),
@@ -143,11 +146,11 @@ class Tensors:
             self.ranges = columns.repeat_interleave(lengths, 0).int().cuda()
 
 
-def our_calls(case, tensors):
+def our_calls(case, tensors, deterministic=False):
     sizes = {n: v for n, v in asdict(case).items() if n not in ("name", "lengths", "documents")}
     if case.lengths:
         sizes.update(packed_queries=case.queries_in_all, packed_keys=case.keys_in_all)
-    block = pfa_core.CudaBlock(dict(sizes, block="bare_attention", dtype="bfloat16"))
+    block = pfa_core.CudaBlock(dict(sizes, block="bare_attention", dtype="bfloat16", deterministic=deterministic))
     inputs = {name: getattr(tensors, name) for name in ("query", "key", "value")}
     kept = dict(inputs, out=torch.empty_like(tensors.query), d_out=tensors.d_out)
     kept.update({"d_" + name: torch.empty_like(tensor) for name, tensor in inputs.items()})
@@ -181,6 +184,13 @@ def our_packed_calls(case, tensors):
 def call_with(call, *kept):
     """Calls it; what is kept lives as long as this."""
     return call()
+
+
+def deterministically(call):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    call()
+    torch.use_deterministic_algorithms(False)
 
 
 def flex_attention_of(case, tensors):
@@ -249,15 +259,21 @@ def run(case, turns):
     tensors = Tensors(case)
     forward, backward = {}, {}
     forward["ours"], backward["ours"], kept = our_calls(case, tensors)
+    alike = our_calls(case, tensors, deterministic=True)
+    alike[0]()
+    backward["deterministic"] = alike[1]
     for name, make in peers(case, tensors):
         try:
             forward[name], backward[name] = make()
         except (RuntimeError, TypeError) as error:  # a way that does not exist for this case
             print(f"    {name}: {str(error).strip().splitlines()[0][:150]}")
+            continue
+        if name in ("flash", "varlen"):
+            backward[name + "_deterministic"] = partial(deterministically, backward[name])
     with torch.no_grad():
         times = {"forward": take_turns(forward, turns)}
     times["backward"] = take_turns(backward, turns)
-    del kept
+    del kept, alike
     operations = 4 * case.num_heads * case.head_dim * case.visible()
     rates = {
         direction: {name: factor * operations / ms / 1e9 for name, ms in times[direction].items()}
@@ -340,7 +356,7 @@ def print_result(result):
     for direction in ("forward", "backward"):
         rates = result["tflops"][direction]
         line = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-        others = [rate for name, rate in rates.items() if name != "ours"]
+        others = [rate for name, rate in rates.items() if name != "ours" and "deterministic" not in name]
         if others and "ours" in rates:
             line += f", ratio {rates['ours'] / max(others):.2f}"
         print(f"{direction}: {line}".ljust(56), end="")

@@ -46,23 +46,25 @@ BackwardArgs placed_args(const AttentionParams& p) {
   return args;
 }
 
-void sum_bias(Context& context, const AttentionParams& p) {
+bool has_rows(const AttentionParams& p) { return p.batch * p.num_heads * std::max(p.queries, p.keys) > 0; }
+
+}  // namespace
+
+size_t qkv_bias_workspace_bytes(const Context& context, const AttentionParams& p) {
+  return column_sums_workspace_bytes(context, p.dtype, p.queries_in_all(), p.d_query.token_stride);
+}
+
+void qkv_bias_gradient(Context& context, const AttentionParams& p) {
   if (!p.d_qkv_bias) return;
   column_sums(context, p.dtype, p.d_query.data, p.queries_in_all(), p.d_query.token_stride, p.d_qkv_bias,
               p.stage_workspace);
 }
 
-bool has_rows(const AttentionParams& p) { return p.batch * p.num_heads * std::max(p.queries, p.keys) > 0; }
-
-}  // namespace
-
 size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p) {
   BackwardArgs args = backward_args(p);
   Arena arena;
   place_row_statistics(arena, p, args);
-  return !p.d_qkv_bias ? arena.used()
-                       : std::max(arena.used(), column_sums_workspace_bytes(context, p.dtype, p.queries_in_all(),
-                                                                            p.d_query.token_stride));
+  return p.d_qkv_bias ? std::max(arena.used(), qkv_bias_workspace_bytes(context, p)) : arena.used();
 }
 
 void mma_attention_backward(Context& context, const AttentionParams& p) {
@@ -78,7 +80,7 @@ void mma_attention_backward(Context& context, const AttentionParams& p) {
       mma::backward<T, 64, 96, 128>(context, args);
     });
   }
-  sum_bias(context, p);
+  qkv_bias_gradient(context, p);
 }
 
 void plain_attention_backward(Context& context, const AttentionParams& p) {
@@ -87,7 +89,7 @@ void plain_attention_backward(Context& context, const AttentionParams& p) {
     using T = std::remove_pointer_t<decltype(element)>;
     backward_plain<T>(context, args);
   });
-  sum_bias(context, p);
+  qkv_bias_gradient(context, p);
 }
 
 size_t attention_backward_workspace_bytes(const Context& context, const AttentionParams& p) {
@@ -98,7 +100,7 @@ size_t attention_backward_workspace_bytes(const Context& context, const Attentio
 
 void attention_backward(Context& context, const AttentionParams& p) {
   if (!has_rows(p)) {
-    sum_bias(context, p);
+    qkv_bias_gradient(context, p);
   } else if (p.of_weights) {
     weights_attention_backward(context, p);
   } else if (p.d_query.data || p.d_key.data || p.d_value.data) {

@@ -57,8 +57,8 @@ const char* why_not_hopper(const Context& context, const AttentionParams& p, Pas
   }
   if (!has_tensor_maps(p)) return "it takes tensors with strides above 0 and below 16 GiB only";
   if (!has_vectors(p)) return "it takes a head_dim that is a multiple of 8, in tensors aligned to 16 bytes";
-  if (pass == Pass::kBackward && context.deterministic) {
-    return "it adds gradients in no fixed order, and deterministic ones are asked for";
+  if (pass == Pass::kBackward && context.deterministic && p.hidden_ranges.data) {
+    return "it adds gradients in no fixed order beside ranges of hidden queries, and deterministic ones are asked for";
   }
   return nullptr;
 }

@@ -15,6 +15,9 @@ void plain_attention_backward(Context& context, const AttentionParams& p);
 void mma_attention_forward(Context& context, const AttentionParams& p);
 void mma_attention_backward(Context& context, const AttentionParams& p);
 size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p);
+// d_qkv_bias, if it is wanted, from the gradients of query, key and value.
+size_t qkv_bias_workspace_bytes(const Context& context, const AttentionParams& p);
+void qkv_bias_gradient(Context& context, const AttentionParams& p);
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
 
 // one_query.cu
@@ -28,7 +31,7 @@ size_t mask_gradient_workspace_bytes(const Context& context, const AttentionPara
 // weights.cu: d_query and d_key from d_weights. The workspace is that of row_statistics_workspace_bytes.
 void weights_attention_backward(Context& context, const AttentionParams& p);
 
-// hopper/. Backward adds to sums in no fixed order.
+// hopper/
 size_t hopper_attention_forward_workspace_bytes(const Context& context, const AttentionParams& p);
 void hopper_attention_forward(Context& context, const AttentionParams& p);
 void hopper_attention_backward(Context& context, const AttentionParams& p);

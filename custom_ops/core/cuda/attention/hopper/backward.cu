@@ -25,10 +25,23 @@ int64_t slot_bytes(const BackwardArgs& args) {
   return static_cast<int64_t>(sizeof(float)) * args.layout.group * args.rows_padded * columns_of(args);
 }
 
+// How many of `heads` go together where tiles take turns, of walks of so many steps. A head's tiles start one after the
+// other, each at least a turn after its predecessor, which takes about as long as a step: of so many heads each has to
+// start one in kStepsApart, so that hardly anyone waits. Groups are of one size if they can be: where the last is
+// smaller, its thread blocks do wait.
+int64_t heads_in_turn(int64_t heads, int64_t blocks, int64_t steps) {
+  constexpr int64_t kStepsApart = 6;
+  const int64_t wanted = ceil_div(kStepsApart * blocks, std::max<int64_t>(1, steps));
+  int64_t groups = std::max<int64_t>(2, (heads + wanted / 2) / wanted);
+  while (groups > 2 && heads % groups) --groups;
+  return ceil_div(heads, groups);
+}
+
 // How many heads have sums, and how far behind them d_q is brought to its place. `sorted`: by the lengths of walks that
 // are known on the device only.
 BackwardSchedule plan(const Context& context, const BackwardArgs& args, bool sorted) {
   const bool uneven = has_uneven_walks(args);
+  const bool in_turn = context.deterministic;
   const int64_t blocks = thread_blocks(context, args);
   const int64_t tiles = key_tiles(args);
   // While a head's longest tile is worked on, thread blocks get through so many heads; and a few spare ones, so that
@@ -50,12 +63,17 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args, bool sor
     least = std::max(ceil_div(kFewTiles * blocks, tiles), std::min(ceil_div(kManyTiles * blocks, tiles), with_room));
     least = ceil_div(key_heads(args), std::max<int64_t>(1, key_heads(args) / least));  // of like size
   }
-  const int64_t group = uneven ? std::min(key_heads(args), std::max(cached, least)) : cached;
+  const int64_t turn_queries = in_turn ? backward_queries(args.head_dim()) : 0;
+  if (in_turn) {
+    const int64_t steps = ceil_div(args.visibility.queries, turn_queries) * args.layout.group;
+    least = std::max(uneven ? least : at_work, heads_in_turn(key_heads(args), blocks, uneven ? steps / 2 : steps));
+  }
+  const int64_t group = uneven || in_turn ? std::min(key_heads(args), std::max(cached, least)) : cached;
   // The heads of a group are worked on together, so what is taken must be of an earlier group. Where the shortest tiles
   // come last in it, the longest of a head `at_work` heads before are done when these are. Else a whole group or more
   // must lie between.
   const int64_t between = ceil_div(ceil_div(blocks, tiles), group) * group;
-  const int64_t behind = !uneven                              ? spare
+  const int64_t behind = !uneven && !in_turn                  ? spare
                          : has_unknown_walks(args) && !sorted ? group + between
                                                               : std::max(group, at_work - group + spare);
   BackwardSchedule schedule{};
@@ -63,6 +81,7 @@ BackwardSchedule plan(const Context& context, const BackwardArgs& args, bool sor
   schedule.heads_per_group = static_cast<int>(group);
   schedule.heads_behind = static_cast<int>(behind);
   schedule.slots = static_cast<int>(std::min(key_heads(args), behind + std::max(at_work, group) + spare));
+  schedule.turn_queries = static_cast<int>(turn_queries);
   // Few thread blocks would take long over many tiles.
   if (schedule.slots == key_heads(args) && query_tiles(args) * args.layout.group > 2 * tiles) {
     schedule.heads_behind = schedule.slots;
@@ -77,8 +96,12 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
   mask_copy = place_mask_copy(arena, args, true);
   place_row_statistics(arena, p, args);
   hidden = place_hidden_tiles(arena, args, backward_queries(args.head_dim()));
-  order = place_tile_order(arena, args, key_tiles(args), key_heads(args), context.num_sms,
-                           args.is_packed() ? 1 : hidden.heads);
+  // Tiles that take turns have to start in the order of their keys, in which walks become shorter only if no window
+  // cuts the first ones.
+  order = context.deterministic && args.window_left >= 0
+              ? TileOrder{}
+              : place_tile_order(arena, args, key_tiles(args), key_heads(args), context.num_sms,
+                                 args.is_packed() ? 1 : hidden.heads);
   schedule = plan(context, args, order.tiles > 0);
   // The first sums lie in memory that is lent.
   const size_t slot = slot_bytes(args);
@@ -88,9 +111,12 @@ size_t place(const Context& context, const AttentionParams& p, void* memory, Bac
   }
   schedule.sums = static_cast<float*>(arena.take((schedule.slots - schedule.lent_slots) * slot));
   schedule.progress = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * (1 + 2 * schedule.slots)));
-  if (p.d_qkv_bias) {
-    schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.layout.bias_numbers()));
+  if (context.deterministic) {
+    schedule.turns = static_cast<uint32_t*>(arena.take(sizeof(uint32_t) * schedule.slots * schedule.turn_count(args)));
   }
+  if (!p.d_qkv_bias) return arena.used();
+  if (context.deterministic) return std::max(arena.used(), qkv_bias_workspace_bytes(context, p));
+  schedule.bias_sums = static_cast<float*>(arena.take(sizeof(float) * kBiasCopies * args.layout.bias_numbers()));
   return arena.used();
 }
 
@@ -124,9 +150,11 @@ void hopper_attention_backward(Context& context, const AttentionParams& p) {
       hopper::backward<T, decltype(head_dim)::value>(context, args, schedule, hidden, order);
     });
   });
-  if (p.d_qkv_bias) {
+  if (schedule.bias_sums) {
     add_row_groups(context, DType::kFloat32, schedule.bias_sums, hopper::kBiasCopies, args.layout.bias_numbers(),
                    {{p.d_qkv_bias, p.dtype}, {}, {}});
+  } else {
+    qkv_bias_gradient(context, p);
   }
 }
 

@@ -11,6 +11,9 @@
 // registers, are summed over the tokens as well: the gradient of the QKV bias. The sum of d_k is zero, for what is
 // added to all keys alike moves all scores of a query alike.
 //
+// Where gradients are to have the same bits each time, two more warps see to the order of d_q's sums: one waits for the
+// thread block's turn at each step's queries, the other tells when it is over.
+//
 // Where the mask is the same for all queries, a thread holds its two keys' elements, and a tile of keys that nobody
 // sees has no walk. The elements of any other mask are loaded a step ahead. Of ranges of hidden queries the thread that
 // copies finds the tiles that they leave (hidden_tiles.cuh), and tells the others. What position or ranges hide of a
@@ -20,6 +23,7 @@
 #include "core/cuda/attention/hopper/backward_shared.cuh"
 #include "core/cuda/attention/hopper/mask.cuh"
 #include "core/cuda/attention/hopper/query_gradient.cuh"
+#include "core/cuda/attention/hopper/turns.cuh"
 #include "core/cuda/attention/score_gradient.cuh"
 #include "core/cuda/numbers.cuh"
 
@@ -46,9 +50,9 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kQueries / 2], uint64_t
 
 constexpr int kScoresBarrier = 1;  // a named barrier of the computing warpgroups
 
-// The roles of a thread block's warps: produce, exchange, and consume. All go through the thread block's tiles of keys,
-// t = 0, 1, ..., and the consumers and the producer over each one's walk of tiles of queries; `step` counts those of
-// all walks.
+// The roles of a thread block's warps: produce, exchange, consume, await turns and end them. All go through the thread
+// block's tiles of keys, t = 0, 1, ..., and all but exchange over each one's walk: the tiles of queries that have to do
+// with it, of all heads that read it. `step` counts those of all walks.
 template <class T, int kHeadDim, MaskKind kMask, bool kDrops, bool kPacked>
 struct BackwardRoles {
   using Shape = BackwardShape<kHeadDim>;
@@ -85,17 +89,26 @@ struct BackwardRoles {
   // Of keys.
   __device__ __forceinline__ int tiles_of_head() const { return key_tiles<kPacked>(args); }
   __device__ __forceinline__ int group() const { return static_cast<int>(args.layout.group); }
-  // The tiles of queries that have to do with the keys from key0 on.
+  // The tiles of queries that have to do with the keys from key0 on, by position.
   __device__ __forceinline__ Range<int> walk_of(const HeadState& head, int key0) const {
-    if (kMask == kKeyMask) {
-      const int heads = args.mask.strides[1] ? group() : 1;
-      bool visible = false;
-      for (int i = 0; i < heads && !visible; ++i) {
-        visible = any_visible(args, head.mask_offset + i * args.mask.strides[1], key0);
-      }
-      if (!visible) return {0, 0};
-    }
     return walk_over_queries(head_visibility<kPacked>(args, head), key0, kQueries);
+  }
+  // Whether a key mask hides them all.
+  __device__ __forceinline__ bool hides_all(const HeadState& head, int key0) const {
+    if (kMask != kKeyMask) return false;
+    const int heads = args.mask.strides[1] ? group() : 1;
+    for (int i = 0; i < heads; ++i) {
+      if (any_visible(args, head.mask_offset + i * args.mask.strides[1], key0)) return false;
+    }
+    return true;
+  }
+  __device__ __forceinline__ int steps_of(const Range<int>& walk) const { return (walk.end - walk.first) * group(); }
+  // Step i of a walk: head by head, or in turn, where tiles of keys keep pace if all go through the heads of a tile of
+  // queries before the next.
+  __device__ __forceinline__ WalkStep step_at(const Range<int>& walk, int i) const {
+    if (schedule.turns) return {i % group(), walk.end - 1 - i / group()};
+    const int tiles = walk.end - walk.first;
+    return {i / tiles, walk.first + i % tiles};
   }
 
   __device__ __forceinline__ SequenceTile keys_of(const OrderedTile& tile) const {
@@ -126,11 +139,13 @@ struct BackwardRoles {
       const Range<int> walk = walk_of(first, keys.first);
       work.place = tile;
       work.keys = keys;
-      work.walk = walk;
+      work.walk = hides_all(first, keys.first) ? Range<int>{0, 0} : walk;
+      work.turns = walk;
+      int plain = 0;  // so many tiles are those of which ranges hide nothing
       if (kMask == kRanges) {
         shared.seen_tiles.begin(hidden.row(first.index, keys.first / kKeys), walk);
-        work.plain = shared.seen_tiles.count(kPlainTiles);
-        work.walk = {0, work.plain + shared.seen_tiles.count(kHidingTiles)};
+        plain = shared.seen_tiles.count(kPlainTiles);
+        work.walk = {0, plain + shared.seen_tiles.count(kHidingTiles)};
       }
       if (work.walk.first >= work.walk.end) {
         barrier_arrive(&shared.kv.full[kv.stage]);
@@ -143,27 +158,30 @@ struct BackwardRoles {
       uint64_t* kv_full = shared.kv.expect(kv, 2 * Shape::kKeyBytes);
       copy_tile<kKeys, kHeadDim, kPacked>(k_tile(kv.stage), maps.key, kv_full, kv_head, key0, key_rows.sequence);
       copy_tile<kKeys, kHeadDim, kPacked>(v_tile(kv.stage), maps.value, kv_full, kv_head, key0, key_rows.sequence);
-      for (int i = 0; i < group(); ++i) {
-        const BackwardHead<T, float> head = backward_head<T, float, kPacked>(args, keys.head + i, false);
-        const int h = static_cast<int>(head.index.head);
-        if (kMask == kRanges) shared.seen_tiles.begin(hidden.row(first.index, keys.first / kKeys), walk);
-        for (int i = work.walk.first; i < work.walk.end; ++i, ++step) {
-          const RingStep to = ring_step<kStages>(step);
-          const int n = kMask == kRanges ? shared.seen_tiles.next() : i;
-          const int row0 = n * kQueries;
-          const int map_row0 = query_rows.first + row0;
-          shared.q.wait_empty(to);
-          if (kMask == kRanges) shared.query_tiles[to.stage] = n;
-          uint64_t* q_full = shared.q.expect(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
-          copy_tile<kQueries, kHeadDim, kPacked>(q_tile(to.stage), maps.query, q_full, h, map_row0,
-                                                 query_rows.sequence);
-          copy_bytes(lse2_tile(to.stage), head.lse2 + row0, Shape::kStatisticBytes, q_full);
-          copy_bytes(shift2_tile(to.stage), head.shift2 + row0, Shape::kStatisticBytes, q_full);
-          uint64_t* d_out_full = shared.d_out.fill(to, Shape::kQueryBytes + Shape::kStatisticBytes);
-          copy_tile<kQueries, kHeadDim, kPacked>(d_out_tile(to.stage), maps.d_out, d_out_full, h, map_row0,
-                                                 query_rows.sequence);
-          copy_bytes(delta_tile(to.stage), head.delta + row0, Shape::kStatisticBytes, d_out_full);
+      const BackwardHead<T, float> head = backward_head<T, float, kPacked>(args, keys.head, false);
+      for (int i = 0; i < steps_of(work.walk); ++i, ++step) {
+        const RingStep to = ring_step<kStages>(step);
+        WalkStep at = step_at(work.walk, i);
+        if (kMask == kRanges) {
+          const int in_list = at.tile;
+          if (in_list == 0) shared.seen_tiles.begin(hidden.row(first.index, keys.first / kKeys), walk);
+          at.tile = shared.seen_tiles.next();
+          at.ranges_hide = in_list >= plain;
         }
+        const int h = static_cast<int>(head.index.head) + at.head;
+        const int row0 = at.tile * kQueries;
+        const int map_row0 = query_rows.first + row0;
+        const int64_t statistic = static_cast<int64_t>(at.head) * args.rows_padded + row0;
+        shared.q.wait_empty(to);
+        shared.steps[to.stage] = at;
+        uint64_t* q_full = shared.q.expect(to, Shape::kQueryBytes + 2 * Shape::kStatisticBytes);
+        copy_tile<kQueries, kHeadDim, kPacked>(q_tile(to.stage), maps.query, q_full, h, map_row0, query_rows.sequence);
+        copy_bytes(lse2_tile(to.stage), head.lse2 + statistic, Shape::kStatisticBytes, q_full);
+        copy_bytes(shift2_tile(to.stage), head.shift2 + statistic, Shape::kStatisticBytes, q_full);
+        uint64_t* d_out_full = shared.d_out.fill(to, Shape::kQueryBytes + Shape::kStatisticBytes);
+        copy_tile<kQueries, kHeadDim, kPacked>(d_out_tile(to.stage), maps.d_out, d_out_full, h, map_row0,
+                                               query_rows.sequence);
+        copy_bytes(delta_tile(to.stage), head.delta + statistic, Shape::kStatisticBytes, d_out_full);
       }
     }
   }
@@ -187,22 +205,86 @@ struct BackwardRoles {
     }
   }
 
+  // Calls f(work, turns) for each tile of keys: `turns` counts those at the tiles of its first head's queries. A whole
+  // warp calls it.
+  template <class F>
+  __device__ __forceinline__ void for_each_walk(F&& f) const {
+    for (int t = 0;; ++t) {
+      const RingStep kv = ring_step<kStages>(t);
+      shared.kv.wait_full(kv);
+      const KeyWork work = shared.work[kv.stage];
+      if (work.place.head == kNoHead) return;
+      shared.kv.release_alone(kv);  // by each thread, for compute-sanitizer
+      const int64_t row = row_of(work.place.head, args.layout.head(work.keys.head));
+      f(work, schedule.turns_of(args, work.place.head) + row / kQueries);
+      __syncwarp();
+    }
+  }
+  __device__ __forceinline__ int64_t turn_index(const WalkStep& at) const {
+    return static_cast<int64_t>(at.head) * (args.rows_padded / kQueries) + at.tile;
+  }
+
+  // A warp waits for the thread block's turns, and passes over those of keys that a mask hides.
+  __device__ __forceinline__ void await_turns() const {
+    const int lane = threadIdx.x % 32;
+    int step = 0;
+    for_each_walk([&](const KeyWork& work, uint32_t* turns) {
+      const HeadState head = head_state<kPacked>(args, work.keys.head, false);
+      const uint32_t round = work.place.head / schedule.slots;
+      const auto wait = [&](const WalkStep& at) {
+        const Turn turn = turn_of(head_visibility<kPacked>(args, head), work.keys.first, at.tile * kQueries, kQueries);
+        wait_for_count<false>(turns + turn_index(at), round * turn.all + turn.before);  // only adds come after it
+      };
+      if (work.walk.first >= work.walk.end) {
+        for (int i = lane; i < steps_of(work.turns); i += 32) {
+          const WalkStep at = step_at(work.turns, i);
+          wait(at);
+          add_count(turns + turn_index(at));
+        }
+      }
+      for (int i = 0; i < steps_of(work.walk) && lane == 0; ++i, ++step) {
+        const RingStep to = ring_step<kStages>(step);
+        shared.turn.wait_empty(to);
+        wait(step_at(work.walk, i));
+        barrier_arrive(&shared.turn.full[to.stage]);
+      }
+    });
+  }
+
+  // A warp tells others that the thread block's turns are over.
+  __device__ __forceinline__ void end_turns() const {
+    int step = 0;
+    for_each_walk([&](const KeyWork& work, uint32_t* turns) {
+      for (int i = 0; i < steps_of(work.walk) && threadIdx.x % 32 == 0; ++i, ++step) {
+        const RingStep from = ring_step<kStages>(step);
+        barrier_wait(&shared.step_added[from.stage], from.round & 1);
+        add_count(turns + turn_index(step_at(work.walk, i)));
+        shared.turn.release_alone(from);
+      }
+    });
+  }
+
   // A tile of keys in a computing warp's registers.
   struct KeyTile {
-    HeadState head;               // of the query head that the walk is at
+    HeadState head;               // of the first query head that reads it
     int key0;                     // the tile's first key
     int strip;                    // of the warp's 16 keys in the tile
+    int mask_head;                // of the query heads, the one whose mask `elements` are
     uint32_t elements[2];         // of a key mask, for the lane's keys
     float dk[kHeadDim / 2] = {};  // [64][D]
     float dv[kHeadDim / 2] = {};  // [64][D]
   };
 
-  __device__ __forceinline__ void load_key_elements(KeyTile& tile) const {
+  __device__ __forceinline__ int64_t mask_offset_of(const KeyTile& tile, int head) const {
+    return tile.head.mask_offset + head * args.mask.strides[1];
+  }
+  __device__ __forceinline__ void load_key_elements(KeyTile& tile, int head) const {
+    tile.mask_head = head;
     with_mask_elements(args.mask, [&](const auto* elements) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = min(tile.key0 + tile.strip + lane_row(2 * i), args.visibility.keys - 1);
-        tile.elements[i] = mask_bits(&elements[tile.head.mask_offset + key * args.mask.strides[3]]);
+        tile.elements[i] = mask_bits(&elements[mask_offset_of(tile, head) + key * args.mask.strides[3]]);
       }
     });
   }
@@ -234,8 +316,11 @@ struct BackwardRoles {
 
   // Scores s [64 keys][kQueries] to probabilities s, and p in 16 bits. Those that dropout drops get a minus sign, in p
   // only where s is not kept.
-  __device__ __forceinline__ void probabilities(const KeyTile& tile, int row0, int stage, bool large, bool ranges_hide,
-                                                float (&s)[kQueries / 2], uint32_t (&p)[kQueries / 16][4]) const {
+  __device__ __forceinline__ void probabilities(const KeyTile& tile, int stage, bool large, float (&s)[kQueries / 2],
+                                                uint32_t (&p)[kQueries / 16][4]) const {
+    const WalkStep at = shared.steps[stage];
+    const int row0 = at.tile * kQueries;
+    const bool ranges_hide = kMask == kRanges && at.ranges_hide;
     const float* lse2 = lse2_tile(stage);
     const float* shift2 = shift2_tile(stage);
     float added_by_mask[2];  // to the scores of the lane's keys
@@ -280,8 +365,8 @@ struct BackwardRoles {
       }
       if (kDrops) {
         uint32_t numbers[8];
-        numbers_by_key(tile.head.philox_key, tile.head.index.dropout_head, tile.key0 + tile.strip, row0 + 16 * m,
-                       numbers);
+        numbers_by_key(tile.head.philox_key, tile.head.index.dropout_head + at.head, tile.key0 + tile.strip,
+                       row0 + 16 * m, numbers);
 #pragma unroll
         for (int e = 0; e < 8; ++e) negate_dropped(piece[e], numbers[e], args.drop_limit);
       }
@@ -356,34 +441,38 @@ struct BackwardRoles {
     wgmma_commit();
   }
 
-  // The walk of a tile of keys over the queries of one head, from `step` on, which is moved on by as many steps.
-  // `head_sums`: of d_q of these queries.
-  __device__ __forceinline__ void walk(KeyTile& tile, int group, int kv_stage, float* head_sums, int& step) const {
-    const uint64_t k_rows = rows_operand(k_tile(kv_stage) + group * 64 * kRowBytes);
-    const uint64_t v_rows = rows_operand(v_tile(kv_stage) + group * 64 * kRowBytes);
-    const uint64_t k_columns = columns_operand(k_tile(kv_stage) + (kHeadDim > 64 ? group * kKeys * kRowBytes : 0), 0);
+  // The walk of a tile of keys, from `step` on, which is moved on by as many steps. `sums`: of d_q of the queries of the
+  // first head.
+  __device__ __forceinline__ void walk(KeyTile& tile, int warpgroup, int kv_stage, float* sums, int& step) const {
+    const uint64_t k_rows = rows_operand(k_tile(kv_stage) + warpgroup * 64 * kRowBytes);
+    const uint64_t v_rows = rows_operand(v_tile(kv_stage) + warpgroup * 64 * kRowBytes);
+    const uint64_t k_columns =
+        columns_operand(k_tile(kv_stage) + (kHeadDim > 64 ? warpgroup * kKeys * kRowBytes : 0), 0);
     const int key0 = tile.key0 + tile.strip;
     float s[kQueries / 2], dp[kQueries / 2];  // [64 keys][kQueries]
     uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
     float dq[32];                          // [64 queries][64]
     uint32_t mask_elements[kQueries / 2];  // of a step, until its dp is begun: there are no registers for both
 
-    const Range<int> walk = shared.work[kv_stage].walk;
-    if (kMask == kFullMask) fetch_mask<true>(args, tile.head.mask_offset, key0, walk.first * kQueries, mask_elements);
-    for (int i = walk.first; i < walk.end; ++i) {
+    const auto fetch = [&](int i) {
+      if (kMask != kFullMask) return;
+      const WalkStep at = step_at(shared.work[kv_stage].walk, i);
+      fetch_mask<true>(args, mask_offset_of(tile, at.head), key0, at.tile * kQueries, mask_elements);
+    };
+    const int steps = steps_of(shared.work[kv_stage].walk);
+    fetch(0);
+    for (int i = 0; i < steps; ++i) {
       const RingStep from = ring_step<kStages>(step);
       shared.q.wait_full(from);
-      const int n = kMask == kRanges ? shared.query_tiles[from.stage] : i;
-      const int row0 = n * kQueries;
       multiply_rows<T, kHeadDim, kQueries>(s, k_rows, rows_operand(q_tile(from.stage)));
       wgmma_commit();
       const bool large = any_large<kQueries>(shift2_tile(from.stage));
       if (kMask == kFullMask) {
         wgmma_wait<0>();
         pin(s);
-        add_fetched<true>(args, tile.head.mask_offset, key0, row0, scale_log2, mask_elements, s);
+        const WalkStep at = shared.steps[from.stage];
+        add_fetched<true>(args, mask_offset_of(tile, at.head), key0, at.tile * kQueries, scale_log2, mask_elements, s);
       }
-      const bool ranges_hide = kMask == kRanges && i >= shared.work[kv_stage].plain;
       shared.d_out.wait_full(from);
       multiply_rows<T, kHeadDim, kQueries>(dp, v_rows, rows_operand(d_out_tile(from.stage)));
       wgmma_commit();
@@ -391,7 +480,10 @@ struct BackwardRoles {
         wgmma_wait<1>();
         pin(s);
       }
-      probabilities(tile, row0, from.stage, large, ranges_hide, s, p);
+      if (kMask == kKeyMask && args.mask.strides[1] != 0 && tile.mask_head != shared.steps[from.stage].head) {
+        load_key_elements(tile, shared.steps[from.stage].head);
+      }
+      probabilities(tile, from.stage, large, s, p);
       if constexpr (kSignedOperand) {
         wgmma_wait<0>();
       } else {
@@ -404,15 +496,19 @@ struct BackwardRoles {
 
       shared_proxy_fence();
       named_sync(kScoresBarrier, 256);
-      start_query_and_key_sums(tile, group, k_columns, from.stage, ds, dq);
+      start_query_and_key_sums(tile, warpgroup, k_columns, from.stage, ds, dq);
       wgmma_wait<1>();
       pin(tile.dv);
       pin(dq);
       shared.d_out.release(from);
-      float* to = head_sums + (n * 2 + group) * kSumPanel + threadIdx.x % 128 * 4;
+      const WalkStep at = shared.steps[from.stage];
+      float* to = sums + static_cast<int64_t>(at.head) * args.rows_padded * schedule.columns +
+                  (at.tile * 2 + warpgroup) * kSumPanel + threadIdx.x % 128 * 4;
+      if (schedule.turns) shared.turn.wait_full(from);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) add_to(to + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-      if (kMask == kFullMask) fetch_mask<true>(args, tile.head.mask_offset, key0, row0 + kQueries, mask_elements);
+      for (int e = 0; e < 8; ++e) add_to(to + e * 512, dq[4 * e], dq[4 * e + 1], dq[4 * e + 2], dq[4 * e + 3]);
+      if (schedule.turns) release_by_warp<kArrivals>(&shared.step_added[from.stage]);
+      fetch(min(i + 1, steps - 1));
       wgmma_wait<0>();
       pin(tile.dk);
       shared.q.release(from);
@@ -434,10 +530,13 @@ struct BackwardRoles {
                              args.head_dim());
   }
 
-  // The sums of d_q of one of the query heads of `head`: [rows_padded, columns], of packed sequences from its own on.
+  // Where one of the query heads of `head` begins in its sums of d_q: a row of [group * rows_padded].
+  __device__ __forceinline__ int64_t row_of(uint32_t head, const HeadIndex& h) const {
+    return row_statistics<kPacked>(args, h) - head * args.layout.group * args.rows_padded;
+  }
+  // Its sums: [rows_padded, columns], of packed sequences from its own on.
   __device__ __forceinline__ float* sums_of(uint32_t head, const HeadIndex& h) const {
-    const int64_t row = row_statistics<kPacked>(args, h) - head * args.layout.group * args.rows_padded;
-    return schedule.sums_of(args, head) + row * schedule.columns;
+    return schedule.sums_of(args, head) + row_of(head, h) * schedule.columns;
   }
 
   // A computing warpgroup.
@@ -451,11 +550,9 @@ struct BackwardRoles {
       KeyTile tile;
       tile.key0 = shared.work[kv.stage].keys.first;
       tile.strip = strip;
-      for (int i = 0; i < group(); ++i) {
-        tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head + i, kDrops);
-        if (kMask == kKeyMask) load_key_elements(tile);
-        walk(tile, warpgroup, kv.stage, sums_of(shared.work[kv.stage].place.head, tile.head.index), step);
-      }
+      tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head, kDrops);
+      if (kMask == kKeyMask) load_key_elements(tile, 0);
+      walk(tile, warpgroup, kv.stage, sums_of(shared.work[kv.stage].place.head, tile.head.index), step);
       // Found anew, because there were no registers to keep it.
       const OrderedTile place = shared.work[kv.stage].place;
       tile.head = head_state<kPacked>(args, shared.work[kv.stage].keys.head, false);

@@ -25,9 +25,11 @@ __global__ void __launch_bounds__(BackwardShape<kHeadDim>::kThreads, 1)
     prefetch_map(maps.key);
     prefetch_map(maps.value);
     prefetch_map(maps.d_out);
-    shared.kv.init();
+    shared.kv.init(schedule.turns ? 1 + kTurnThreads : 1);
     shared.q.init();
     shared.d_out.init();
+    shared.turn.init();
+    for (uint64_t& barrier : shared.step_added) barrier_init(&barrier, kArrivals);
     barrier_init(&shared.added, kArrivals);
     barrier_init(&shared.may_take, 1);
     barrier_init(&shared.has_taken, kArrivals);
@@ -41,6 +43,8 @@ __global__ void __launch_bounds__(BackwardShape<kHeadDim>::kThreads, 1)
     registers_give<24>();
     if (threadIdx.x == 0) roles.produce();
     if (threadIdx.x == 32) roles.exchange();
+    if (schedule.turns && threadIdx.x / 32 == 2) roles.await_turns();
+    if (schedule.turns && threadIdx.x / 32 == 3) roles.end_turns();
   } else {
     registers_take<240>();
     roles.consume();

@@ -45,24 +45,35 @@ struct BackwardShape {
 #if PFA_HOPPER_CODE
 
 constexpr uint32_t kNoHead = 0xFFFFFFFFu;
+constexpr int kTurnThreads = 64;  // that await turns and end them
 
 // A tile of keys that a thread block has taken.
 struct KeyWork {
   OrderedTile place;  // its head is kNoHead where all tiles are taken
   SequenceTile keys;  // of the first query head that reads them
   Range<int> walk;    // over these tiles of each of its query heads' queries; with ranges, over so many
-  int plain;          // of which so many are those of which ranges hide nothing
+  Range<int> turns;   // the same also where a mask hides all of these keys; where turns are taken
+};
+
+// A step of its walk.
+struct WalkStep {
+  int head;  // of those that read the keys
+  int tile;  // of its queries
+  bool ranges_hide;
 };
 
 // What the threads of a thread block share, beside the tiles.
 template <int kArrivals>
 struct BackwardShared {
-  Ring<kStages, kArrivals, 1> kv;
-  Ring<kStages, kArrivals> q, d_out;
+  Ring<kStages, kArrivals> kv, q, d_out;
   KeyWork work[kStages];                // what lies in the stages of kv
   SeenTiles seen_tiles;                 // with ranges: the tiles of queries that are yet to be copied
-  int query_tiles[kStages];             // and those in the stages of q
+  WalkStep steps[kStages];              // what lies in the stages of q
   uint64_t added, may_take, has_taken;  // d_q of this tile to the sums; that of an earlier head from them
+  // Where turns are taken: `full` when it is the thread block's turn at a step's queries, `empty` when others have been
+  // told that it is over; and what the step adds to the sums.
+  Ring<kStages, 1> turn;
+  uint64_t step_added[kStages];
 };
 
 #endif

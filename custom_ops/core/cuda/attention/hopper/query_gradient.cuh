@@ -12,17 +12,24 @@ namespace hopper {
 
 #if PFA_HOPPER_CODE
 
+// kReads: what comes after it reads what others wrote. Else an acquiring load would but empty the L1 cache.
+template <bool kReads = true>
 __device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t expected) {
   while (true) {
     uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    if (kReads) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    } else {
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    }
     if (value >= expected) return;
     __nanosleep(50);
   }
 }
 
+// What the thread block has done before is done for whoever sees the count.
 __device__ __forceinline__ void add_count(uint32_t* count) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
 // What `values` of d_q or d_v add to the gradient of the QKV bias.

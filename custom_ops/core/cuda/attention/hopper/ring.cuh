@@ -24,17 +24,17 @@ __device__ __forceinline__ RingStep ring_step(int n) {
   return {n % kStages, n / kStages};
 }
 
-// kArrivals: how often consumers release a stage before it is empty, by release; kOthers: and by release_alone.
-template <int kStages, int kArrivals, int kOthers = 0>
+// kArrivals: how often consumers release a stage before it is empty, by release; `others` of init: and by release_alone.
+template <int kStages, int kArrivals>
 struct Ring {
   uint64_t full[kStages];
   uint64_t empty[kStages];
 
   // One thread calls this, before the others use the ring.
-  __device__ __forceinline__ void init() {
+  __device__ __forceinline__ void init(int others = 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);
-      barrier_init(&empty[i], kArrivals + kOthers);
+      barrier_init(&empty[i], kArrivals + others);
     }
   }
 

@@ -7,6 +7,11 @@
 // that has done the t-th of head h's T tiles of keys brings the tiles t, t + T, ... of d_q of head h - heads_behind to
 // their places and clears their sums; the last heads_behind heads are left to a kernel of their own. Thread blocks take
 // tiles in the order of heads, and only when they run, so that whatever one waits for is under way in another.
+//
+// Where gradients are to have the same bits each time, tiles of keys add to a tile of queries in turn: the first of
+// those that visit it, then the next. They walk from the last query to the first, so that under a causal mask too all
+// begin with queries that their predecessors begin with; and as many heads go together as thread blocks have tiles,
+// so that a predecessor has begun a while before.
 #pragma once
 
 #include "core/cuda/attention/args.h"
@@ -27,7 +32,10 @@ struct BackwardSchedule {
   float* lent_sums;    // [lent_slots, group, rows_padded, columns]
   float* sums;         // [slots - lent_slots, group, rows_padded, columns]
   uint32_t* progress;  // [1 + 2 * slots]: tiles begun; of each slot, tiles in the sums, and tiles that have left them
-  float* bias_sums;    // [kBiasCopies, H + 2 * num_kv_heads, D]: parts of the QKV bias's gradient; or null: not wanted
+  uint32_t* turns;   // [slots, group, rows_padded / turn_queries]: of all heads that a slot has had, how many tiles of
+                     // keys have had their turn at a tile of queries; or null: they add as they come
+  int turn_queries;  // of a tile of queries
+  float* bias_sums;  // [kBiasCopies, H + 2 * num_kv_heads, D]: parts of the QKV bias's gradient; or null: not wanted
 
 #if defined(__CUDACC__)
   // The sums of a head: [group, rows_padded, columns].
@@ -42,7 +50,16 @@ struct BackwardSchedule {
   // These count the tiles of all heads that a head's slot has had.
   __device__ __forceinline__ uint32_t* tiles_added(uint32_t head) const { return progress + 1 + head % slots; }
   __device__ __forceinline__ uint32_t* tiles_taken(uint32_t head) const { return progress + 1 + slots + head % slots; }
+  // Of a head: [group, rows_padded / turn_queries].
+  __device__ __forceinline__ uint32_t* turns_of(const BackwardArgs& args, uint32_t head) const {
+    return turns + head % slots * turn_count(args);
+  }
 #endif
+
+  // Of a slot.
+  __host__ __device__ int64_t turn_count(const BackwardArgs& args) const {
+    return turn_queries ? args.layout.group * args.rows_padded / turn_queries : 0;
+  }
 };
 
 #if defined(__CUDACC__)
@@ -51,6 +68,7 @@ __device__ __forceinline__ void clear_counts(const BackwardArgs& args, const Bac
   static_assert(kBiasCopies * 3 / 4 <= 16, "a thread for each vector: there are at least 16 H D threads");
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (schedule.slots > 0 && thread < 1 + 2 * schedule.slots) schedule.progress[thread] = 0;
+  if (schedule.turns && thread < schedule.slots * schedule.turn_count(args)) schedule.turns[thread] = 0;
   if (schedule.bias_sums && thread < kBiasCopies * args.layout.bias_numbers() / 4) {
     reinterpret_cast<float4*>(schedule.bias_sums)[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
