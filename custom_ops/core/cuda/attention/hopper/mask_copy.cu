@@ -1,5 +1,5 @@
-// The copy of a mask [B, H, queries, keys], each but the last 1 where the mask broadcasts over it: rows are padded to 16
-// bytes, and a thread writes 4 of them.
+// The copy of a mask [B, H, queries, keys], each but the last 1 where the mask broadcasts over it: rows are padded to
+// 16 bytes, and a thread writes 4 of them.
 #include <cuda_runtime_api.h>
 
 #if CUDART_VERSION >= 12010

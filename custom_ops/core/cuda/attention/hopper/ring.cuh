@@ -24,7 +24,8 @@ __device__ __forceinline__ RingStep ring_step(int n) {
   return {n % kStages, n / kStages};
 }
 
-// kArrivals: how often consumers release a stage before it is empty, by release; `others` of init: and by release_alone.
+// kArrivals: how often consumers release a stage before it is empty, by release; `others` of init: and how often by
+// release_alone.
 template <int kStages, int kArrivals>
 struct Ring {
   uint64_t full[kStages];
