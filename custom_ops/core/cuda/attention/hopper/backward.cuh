@@ -441,8 +441,8 @@ struct BackwardRoles {
     wgmma_commit();
   }
 
-  // The walk of a tile of keys, from `step` on, which is moved on by as many steps. `sums`: of d_q of the queries of the
-  // first head.
+  // The walk of a tile of keys, from `step` on, which is moved on by as many steps. `sums`: of d_q of the queries of
+  // the first head.
   __device__ __forceinline__ void walk(KeyTile& tile, int warpgroup, int kv_stage, float* sums, int& step) const {
     const uint64_t k_rows = rows_operand(k_tile(kv_stage) + warpgroup * 64 * kRowBytes);
     const uint64_t v_rows = rows_operand(v_tile(kv_stage) + warpgroup * 64 * kRowBytes);
