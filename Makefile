@@ -8,6 +8,8 @@
 # make core                 the core without Paddle and its C++ tests only
 # make fuzz                 FUZZ_CASES random cases of attention, its weights and both blocks on the core, against float64, on
 #                           every instruction set; FUZZ="--seed 7" others, FUZZ="--seed 7 --case 1234" one again
+# make fuzz-models          random models converted and back, and their checkpoints; FUZZ_MODELS="--cases 5000 --seed 7"
+# make soak                 a million small calls, two hours of mixed sizes, and a server under 32 clients; SOAK="--parts serving" for less
 # make sanitize             the core's tests and SANITIZED_CASES of the random ones under AddressSanitizer and UndefinedBehaviorSanitizer, then
 #                           under ThreadSanitizer, and the operator's fast tests under the first; GCC's; hours. Its parts:
 #                           sanitize-core, sanitize-threads, sanitize-operator
@@ -55,7 +57,7 @@ SOURCES := setup.py pyproject.toml $(shell find custom_ops python -name '*.cc' -
 CORE_SOURCES = $(shell find custom_ops/core/cpu unittests/cpp -name '*.cc')
 CXX_FILES = $(shell find custom_ops unittests benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz sanitize sanitize-core sanitize-threads sanitize-operator bench-block bench-attention install lint lint-python lint-cpp format clean
+.PHONY: demo test operator-test fast-test test-libraries faults library-packages run-test-libraries make-library-packages packages core fuzz fuzz-models soak sanitize sanitize-core sanitize-threads sanitize-operator bench-block bench-attention install lint lint-python lint-cpp format clean
 
 demo: $(STATE)/installed $(STATE)/demo-packages
 	$(RUN) -m examples.semantic_search $(if $(QUERY),"$$QUERY")
@@ -107,6 +109,12 @@ FUZZ_CASES ?= 10000
 
 fuzz: core
 	PYTHONPATH=$(CORE_BUILD):unittests $(RUN) unittests/fuzz --cases $(FUZZ_CASES) $(FUZZ)
+
+fuzz-models: $(STATE)/installed
+	PYTHONPATH=unittests $(RUN) unittests/fuzz/models.py $(FUZZ_MODELS)
+
+soak: $(STATE)/installed $(STATE)/demo-packages
+	PYTHONPATH=.:unittests $(RUN) unittests/soak $(SOAK)
 
 SANITIZED_CASES ?= 5000
 SANITIZERS_OF_CORE := address,undefined -fno-sanitize-recover=undefined
