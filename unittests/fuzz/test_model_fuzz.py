@@ -2,7 +2,6 @@
 
 import models
 import numpy as np
-import paddle
 import pytest
 
 
@@ -19,10 +18,8 @@ def of_kind(kind, **changes):
 
 @pytest.fixture(autouse=True)
 def float64():
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype("float64")
-    yield
-    paddle.set_default_dtype(before)
+    with models.default_dtype("float64"):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "transformer", "attention"])
