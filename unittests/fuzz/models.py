@@ -114,7 +114,11 @@ def make_model(drawn):
     for layer in model.sublayers():
         if isinstance(layer, nn.LayerNorm):
             layer._epsilon = 2.0**-17  # Paddle rounds it to float32
-    return model.train() if drawn.training else model.eval() or model
+    if drawn.training:
+        model.train()
+    else:
+        model.eval()
+    return model
 
 
 def make_inputs(drawn):
