@@ -10,8 +10,8 @@
 //
 // Where gradients are to have the same bits each time, tiles of keys add to a tile of queries in turn: the first of
 // those that visit it, then the next. They walk from the last query to the first, so that under a causal mask too all
-// begin with queries that their predecessors begin with; and as many heads go together as thread blocks have tiles,
-// so that a predecessor has begun a while before.
+// begin with queries that their predecessors begin with; and so many heads go together (backward.cu) that a
+// predecessor has begun a while before.
 #pragma once
 
 #include "core/cuda/attention/args.h"
