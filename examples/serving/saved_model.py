@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -19,6 +18,7 @@ from ..semantic_search.encoder import fused_encoder, paddle_state
 from ..semantic_search.model_files import find_model_directory, load_config, load_weights
 from ..semantic_search.static_encoder import INPUTS, input_specs
 from .turns import Turns
+from .whole_folders import whole_folder
 
 ENCODER = "encoder"
 TOKENIZER = "tokenizer.json"
@@ -47,17 +47,9 @@ def save(directory: Path) -> None:
     config = load_config(source)
     encoder = fused_encoder(config, paddle_state(load_weights(source), config))
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with whole_folder(directory) as partial:
         paddle.jit.save(encoder, str(partial / ENCODER), input_spec=input_specs())
         shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)
-        partial.chmod(0o755)  # not the private mode of a temporary directory
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _program(directory: Path) -> Path | None:
