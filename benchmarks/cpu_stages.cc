@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -89,7 +90,12 @@ double peak(bool bfloat16, int threads) {
   return operations * sums * steps * threads / least_time(3, [&] { cpu::parallel_for(threads, threads, run); });
 }
 
-char* allocate(size_t bytes) { return static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)); }
+// Lives until the program ends.
+char* allocate(size_t bytes) {
+  static std::vector<std::unique_ptr<char, decltype(&std::free)>> all;
+  all.emplace_back(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)), &std::free);
+  return all.back().get();
+}
 
 }  // namespace
 

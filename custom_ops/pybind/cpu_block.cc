@@ -67,7 +67,9 @@ Mask mask_of(const py::object& object, const Sizes& scores) {
       throw py::value_error("attn_mask: expected a shape that broadcasts to [batch, num_heads, queries, keys], got " +
                             py::str(array.attr("shape")).cast<std::string>());
     }
-    mask.strides[axis] = array.shape(i) == 1 ? 0 : array.strides(i) / array.itemsize();
+    // NumPy's strides are 0 where there are no elements, but nothing broadcasts there.
+    const py::ssize_t stride = array.size() ? array.strides(i) / array.itemsize() : 1;
+    mask.strides[axis] = array.shape(i) == 1 ? 0 : stride;
   }
   return mask;
 }
