@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_some_models(capsys):
-    status = models.main(["--seed", "2021", "--cases", "6"])
+    status = models.main(["--seed", "2021", "--cases", "5"])
     assert status == 0, capsys.readouterr().out
 
 
@@ -22,7 +22,7 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "transformer", "attention"])
+@pytest.mark.parametrize("kind", ["encoder", "transformer"])
 def test_a_wrong_conversion_is_found(kind, monkeypatch):
     def convert_wrongly(model, **options):
         model, report = convert(model, **options)

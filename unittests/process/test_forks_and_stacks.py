@@ -106,9 +106,8 @@ def check(end):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 3])
-def test_forks_after_use(threads):
-    check(run_python(CALLS + FORKS, threads=threads))
+def test_forks_after_use():
+    check(run_python(CALLS + FORKS, threads=3))
 
 
 @pytest.mark.slow
@@ -119,7 +118,7 @@ def test_spawned_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_of_a_data_loader(tmp_path):
+def test_workers_of_a_data_loader():
     check(run_python(CALLS + WORKERS))
 
 

@@ -14,7 +14,7 @@ from paddle_fused_attention import fused_feedforward, fused_multi_head_attention
 from paddle_fused_attention.functional import scaled_dot_product_attention
 
 MEBIBYTE = 1 << 20
-ROOMS = (0, 1, 8, 20, 40, 60, 80, 120, 160, 250)
+ROOMS = (0, 8, 30, 60, 120, 250)
 
 
 def tensor(*shape):
@@ -77,4 +77,4 @@ def test_calls_that_do_not_fit():
     end = run_python(CALLS)
     assert end.returncode == 0, end.stderr[-2000:]
     fits, does_not = map(int, end.stdout.split()[-2:])
-    assert fits and does_not >= 10
+    assert fits and does_not >= 6
