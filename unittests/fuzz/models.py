@@ -4,8 +4,8 @@
     make fuzz-models FUZZ_MODELS="--seed 7 --case 1234"     # one case again
 
 A case is a function of the seed and its number alone. Of a converted model the result and every gradient are those of
-the model before, its separate state dict and what `revert` gives have the same bits, and so has what a packed
-checkpoint of it computes. `unpack` gives back names, layouts and bits, in either kind of file.
+the model before; its separate state dict, and what `revert` gives, have the same bits. `unpack` gives back names,
+layouts and bits of a checkpoint that was packed, in either kind of file.
 """
 
 import argparse
@@ -254,7 +254,7 @@ def check_conversion(drawn):
 
 
 def stored_state(drawn):
-    """The state of an encoder as a checkpoint has it, and the same as [in, out] floats."""
+    """The state of an encoder as a checkpoint has it."""
     state = {drawn.prefix + name: array for name, array in state_of(make_model(drawn)).items()}
     if drawn.stored == "bfloat16":
         stored = {

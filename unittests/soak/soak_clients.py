@@ -41,7 +41,9 @@ class Report(NamedTuple):
     latencies: np.ndarray  # of good requests, in seconds
 
     def percentiles(self):
-        """By name, in milliseconds."""
+        """By name, in milliseconds; none where no good request was answered."""
+        if not self.latencies.size:
+            return {}
         values = {f"{q:g}%": np.percentile(self.latencies, q) for q in (50, 90, 99, 99.9)}
         return {name: 1e3 * value for name, value in {**values, "most": self.latencies.max()}.items()}
 

@@ -91,5 +91,5 @@ def test_a_wrong_answer_is_seen():
         return embeddings[::-1], tokens
 
     with running(mixed_up) as port:
-        report = soak_clients.drive(port, clients=2, seconds=0.3)
+        report = soak_clients.drive(port, clients=2, seconds=1.0)
     assert report.faults and all("off by" in fault for fault in report.faults)
