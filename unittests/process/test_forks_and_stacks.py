@@ -1,4 +1,4 @@
-"""Spawned processes, and threads with small stacks."""
+"""Processes that are forked or spawned, data loaders' workers, and threads with small stacks."""
 
 import pytest
 from processes import run_python, run_script
@@ -33,6 +33,31 @@ def call(dtype="float32"):
     return b"".join(result.numpy().tobytes() for result in results)
 """
 
+FORKS = """
+import os, time
+expected = call()
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if call() == expected else 2
+        finally:
+            os._exit(status)
+    end = time.monotonic() + 60
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            sys.exit("the child hangs")
+        time.sleep(0.01)
+    assert status == 0, status
+assert call() == expected
+print("well")
+"""
+
 SPAWNS = """
 import multiprocessing
 
@@ -41,6 +66,25 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(call, ["float32"] * 4) == [expected] * 4
     print("well")
+"""
+
+WORKERS = """
+from paddle.io import DataLoader, Dataset
+
+
+class Computed(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return np.frombuffer(call(), np.uint8)
+
+
+expected = np.frombuffer(call(), np.uint8)
+for batch in DataLoader(Computed(), batch_size=2, num_workers=2, use_shared_memory=False):
+    batch = batch[0] if isinstance(batch, (list, tuple)) else batch
+    assert (batch.numpy() == expected).all()
+print("well")
 """
 
 STACKS = """
@@ -57,8 +101,17 @@ print("well")
 """
 
 
+# scikit-learn sets it to FALSE, which forked processes of ours inherit and hang by (docs/paddle.md).
+SURVIVES_FORKS = {"KMP_INIT_AT_FORK": "TRUE"}
+
+
 def check(end):
     assert (end.returncode, end.stdout.split()[-1:]) == (0, ["well"]), end.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_forks_after_use():
+    check(run_python(CALLS + FORKS, threads=3, **SURVIVES_FORKS))
 
 
 @pytest.mark.slow
@@ -66,6 +119,11 @@ def test_spawned_processes(tmp_path):
     script = tmp_path / "spawns.py"
     script.write_text(CALLS + SPAWNS)
     check(run_script(script))
+
+
+@pytest.mark.slow
+def test_workers_of_a_data_loader():
+    check(run_python(CALLS + WORKERS, **SURVIVES_FORKS))
 
 
 @pytest.mark.slow
