@@ -18,6 +18,7 @@
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-fuzz             make fuzz on the CUDA core
+# make gpu-exact            errors of the block in 16 bits against those of PyTorch's ways, on random blocks
 # make gpu-bench            the block, its stages, attention by itself and a whole layer on a GPU against PyTorch
 #
 # The gpu- targets need a GPU, nvcc, and a GPU_PYTHON (default: python3) that has PyTorch, pytest, CMake, ninja and pybind11;
@@ -199,7 +200,7 @@ SANITIZED_BLOCKS := test_feature and (plain or dropout-pre-causal or full-gelu o
 SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
 SANITIZED_STAGES := $(SANITIZED_ROWS) or test_attention and (float16 or float32)
 
-.PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-sanitize gpu-bench
+.PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-exact gpu-sanitize gpu-bench
 
 define gpu_build
 	cmake -S . -B $(1) -DPFA_CUDA=ON -DBUILD_TESTING=OFF \
@@ -228,6 +229,9 @@ gpu-sanitize:
 
 gpu-fuzz: gpu-core
 	PYTHONPATH=$(GPU_BUILD):unittests:unittests/gpu $(GPU_PYTHON) unittests/fuzz --device gpu --cases $(FUZZ_CASES) $(FUZZ)
+
+gpu-exact: gpu-core
+	$(GPU_RUN) benchmarks/gpu_exact.py
 
 gpu-bench: gpu-core
 	$(GPU_RUN) benchmarks/gpu_block.py

@@ -200,6 +200,33 @@ def rows_far_down(dtype, low):
     return case, inputs
 
 
+def rows_with_much_in_common(dtype, offset=3.0, **changes):
+    """A case and inputs where all rows of x have much in common, and all keys as much again by their bias.
+
+    None of that changes the probabilities. What rounding leaves of sums that ought to cancel is multiplied by it.
+    """
+    case = Case(2, 256, 2, 64, dtype).but(final_layer_norm=False, **changes)
+    inputs = make_inputs(case)
+    rng = np.random.default_rng(5)
+    for name in ("x", "qkv_bias"):
+        common = offset * rng.standard_normal(inputs[name].shape[-1])
+        part = inputs[name] if name == "x" else inputs[name][1]
+        part[...] = reference.round_to(part + common, dtype)
+    return case, inputs
+
+
+def check_as_exact(expected, gradients):
+    """The errors of the gradients of x and of the QKV weight are, by their norms, at most 1.5 times those of ordinary
+    ops, and the gradient of the key bias is zero.
+    """
+    for name in ("x", "qkv_weight"):
+        ours, peer = (
+            np.linalg.norm(of[name] - expected.gradients[name]) for of in (gradients, expected.peer_gradients)
+        )
+        assert ours <= 1.5 * peer, f"{name}: error {ours:.3g}, of composed ops {peer:.3g}"
+    assert (gradients["qkv_bias"][1] == 0).all()
+
+
 def equal_keys(dtype, size):
     """A case and inputs where 64 tokens have one key and scores of up to about `size`, without a mask; dtype float32 or
     float64.

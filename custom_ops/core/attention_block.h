@@ -7,6 +7,7 @@
 
 #include "core/block.h"
 #include "core/qkv_layout.h"
+#include "core/rounding_residue.h"
 
 namespace pfa {
 
@@ -49,6 +50,7 @@ inline AttentionParams attention_of(const AttentionBlockParams& p) {
   a.random_state = p.random_state;
   a.log_sum_exp = p.log_sum_exp;
   a.score_shift = p.score_shift;
+  a.out_residue = p.out_residue;
   a.d_out = from(static_cast<const void*>(p.d_attn_out), 0, p.num_heads);
   a.d_query = from(p.d_qkv, 0, all_heads);
   a.d_key = from(p.d_qkv, key, all_heads);
@@ -69,6 +71,7 @@ inline size_t place_saved(AttentionBlockParams& p, void* saved) {
   p.log_sum_exp = arena.take(statistics_bytes(p) * p.num_heads);
   p.score_shift = arena.take(statistics_bytes(p) * p.num_heads);
   p.attn_out = arena.take(activation_bytes(p, p.heads_dim()));
+  p.out_residue = place_out_residue(arena, attention_of(p));
   place_saved_of_residual(arena, p);
   return arena.used();
 }
@@ -93,6 +96,7 @@ AttentionForwardPlan plan_forward(const Context& context, AttentionBlockParams p
     p.qkv = arena.take(activation_bytes(p, p.qkv_dim()));
     p.attn_out = arena.take(activation_bytes(p, p.heads_dim()));
     p.log_sum_exp = p.score_shift = nullptr;
+    p.out_residue = nullptr;
   }
   if (!p.residual) p.residual = p.out;
   p.y = p.residual;

@@ -7,6 +7,7 @@
 #include "core/arena.h"
 #include "core/params.h"
 #include "core/qkv_layout.h"
+#include "core/rounding_residue.h"
 
 namespace pfa {
 
@@ -78,6 +79,7 @@ inline size_t place_saved(AttentionParams& a, void* saved) {
   a.random_state = static_cast<uint64_t*>(arena.take(2 * sizeof(uint64_t)));
   a.log_sum_exp = arena.take(statistics);
   a.score_shift = arena.take(statistics);
+  a.out_residue = place_out_residue(arena, a);
   return arena.used();
 }
 

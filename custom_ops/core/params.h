@@ -224,6 +224,10 @@ struct AttentionParams {
   // As log_sum_exp, which is that of scores - score_shift. Scores may be so large, and a float mask may put a row so
   // far down (-1e9), that the sum of exponentials would be lost beside them. On GPUs score_shift is in units of log2.
   void* score_shift = nullptr;
+  // [batch, H, queries, residue_words(D)], packed [H, T, ..]: what rounding took from an `out` of 16 bits; or null.
+  // Backward sums up out * d_out: what is left of that where all ought to cancel is multiplied by what all keys have in
+  // common.
+  uint32_t* out_residue = nullptr;
 
   // gradients; their heads lie as those of what they belong to may lie
   Heads<const void> d_out;
@@ -277,10 +281,11 @@ struct AttentionBlockParams : BlockParams {
   const int32_t* starts = nullptr;      // [batch + 1] of packed sequences, as query_starts in AttentionParams; or null
 
   // saved for backward, or in the workspace when nothing is saved
-  void* qkv = nullptr;          // [M, H + 2 * num_kv_heads, D]
-  void* log_sum_exp = nullptr;  // as in AttentionParams
-  void* score_shift = nullptr;  // likewise
-  void* attn_out = nullptr;     // [M, H, D]
+  void* qkv = nullptr;              // [M, H + 2 * num_kv_heads, D]
+  void* log_sum_exp = nullptr;      // as in AttentionParams
+  void* score_shift = nullptr;      // likewise
+  void* attn_out = nullptr;         // [M, H, D]
+  uint32_t* out_residue = nullptr;  // as in AttentionParams; of 16-bit types
 
   // gradients of the inputs
   void* d_qkv_weight = nullptr;     // [C, E]; until its time comes attention_backward may use the memory

@@ -106,6 +106,17 @@ def test_large_scores(dtype, size, isa):
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("head_dim", (20, 64))
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_what_all_keys_have_in_common(dtype, head_dim, isa):
+    case, inputs = common.rows_with_much_in_common(dtype, head_dim=head_dim)
+    arrays = common.stored_inputs(case, inputs)
+    _, gradients = run(case, arrays, common.differentiable(inputs), isa)
+    gradients = {name: common.from_storage(a) for name, a in gradients.items()}
+    common.check_as_exact(common.expect(case, inputs), gradients)
+
+
+@EVERY_ISA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", cases.SIZES, ids=str)
 def test_sizes(case, dtype, isa):

@@ -95,6 +95,16 @@ def test_many_layers_with_float32_residual(dtype):
     assert error[0] <= 1.5 * error[1] and error[0] < 0.6 * error[2], error
 
 
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("head_dim", (20, 64, 72, 128, 136))
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_what_all_keys_have_in_common(dtype, head_dim, causal, deterministic):
+    case, inputs = common.rows_with_much_in_common(dtype, head_dim=head_dim, causal=causal)
+    _, gradients = run_case(case, inputs, deterministic=deterministic)
+    common.check_as_exact(common.expect(case, inputs), gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", cases.MASKS_FOR_EVERY_DTYPE + cases.HARD_MASKS, ids=str)
 def test_mask(mask, dtype):

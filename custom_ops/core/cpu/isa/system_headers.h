@@ -23,6 +23,7 @@
 #include "core/params.h"
 #include "core/philox.h"
 #include "core/qkv_layout.h"
+#include "core/rounding_residue.h"
 #include "core/visibility.h"
 
 #define PFA_PRAGMA(text) _Pragma(#text)

@@ -125,6 +125,8 @@ struct Linear {
 
   static void qkv_linear_backward(Context& context, const AttentionBlockParams& p) {
     first_backward(context, p, qkv_layer(p), p.d_qkv, p.d_qkv_weight, p.d_qkv_bias);
+    // What is added to all keys alike moves all scores of a query alike: their bias has no gradient.
+    if (p.d_qkv_bias) std::fill_n(static_cast<T*>(p.d_qkv_bias) + p.heads_dim(), p.num_kv_heads * p.head_dim, T());
   }
 
   static void output_linear_forward(Context& context, const AttentionBlockParams& p) {

@@ -51,6 +51,7 @@ struct ForwardArgs : AttentionArgs {
   Heads<void> out;
   void* log_sum_exp;       // [B, H, queries], packed [H, T], or null: not wanted
   void* score_shift;       // the same in units of log2, or null: not wanted
+  uint32_t* out_residue;   // as in AttentionParams, or null: not wanted
   uint64_t* random_state;  // written; or null: not wanted
   uint64_t seed;
   uint64_t offset;
@@ -60,6 +61,7 @@ struct BackwardArgs : AttentionArgs {
   Heads<const void> out;
   const void* log_sum_exp;       // [B, H, queries], packed [H, T]
   const void* score_shift;       // the same in units of log2
+  const uint32_t* out_residue;   // as in AttentionParams, or null
   const uint64_t* random_state;  // [2]: seed and offset of the forward pass
   Heads<const void> d_out;
   const void* weights;    // [B, H, queries, keys], as d_weights
@@ -70,7 +72,8 @@ struct BackwardArgs : AttentionArgs {
   Heads<void> d_value;
 
   // The row statistics, [B, H, rows_padded] each, packed [H, rows_padded], made by the pass's first kernel.
-  void* delta;   // sum over d of d_out * out, or over keys of d_weights * weights; 0 past the last query
+  void*
+      delta;  // sum over d of d_out * out, as it was before rounding, or over keys of d_weights * weights; 0 past the last query
   void* lse2;    // log_sum_exp * log2(e), and score_shift unless that is large; +inf past the last query
   void* shift2;  // score_shift if it is large, else 0
   // The number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart.
@@ -116,7 +119,7 @@ inline AttentionArgs attention_args(const AttentionParams& p) {
 }
 
 inline ForwardArgs forward_args(const AttentionParams& p) {
-  return {attention_args(p), p.out, p.log_sum_exp, p.score_shift, p.random_state, p.seed, p.offset};
+  return {attention_args(p), p.out, p.log_sum_exp, p.score_shift, p.out_residue, p.random_state, p.seed, p.offset};
 }
 
 inline BackwardArgs backward_args(const AttentionParams& p) {
@@ -125,6 +128,7 @@ inline BackwardArgs backward_args(const AttentionParams& p) {
   args.out = {p.out.data, p.out.batch_stride, p.out.token_stride, p.out.head_stride};
   args.log_sum_exp = p.log_sum_exp;
   args.score_shift = p.score_shift;
+  args.out_residue = p.out_residue;
   args.random_state = p.random_state;
   args.d_out = p.d_out;
   args.weights = p.weights;

@@ -58,6 +58,11 @@ void qkv_bias_gradient(Context& context, const AttentionParams& p) {
   if (!p.d_qkv_bias) return;
   column_sums(context, p.dtype, p.d_query.data, p.queries_in_all(), p.d_query.token_stride, p.d_qkv_bias,
               p.stage_workspace);
+  // What is added to all keys alike moves all scores of a query alike: their bias has no gradient.
+  const size_t head_bytes = p.head_dim * size_of(p.dtype);
+  check(cudaMemsetAsync(static_cast<char*>(p.d_qkv_bias) + p.num_heads * head_bytes, 0, p.num_kv_heads * head_bytes,
+                        context.stream),
+        "qkv_bias_gradient: cudaMemsetAsync");
 }
 
 size_t row_statistics_workspace_bytes(const Context& context, const AttentionParams& p) {

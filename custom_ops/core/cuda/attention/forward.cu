@@ -6,6 +6,7 @@
 #include "core/cuda/attention/passes.h"
 #include "core/cuda/attention/plain.cuh"
 #include "core/cuda/stages.h"
+#include "core/rounding_residue.h"
 
 namespace pfa {
 namespace cuda {
@@ -21,8 +22,16 @@ void mma_attention_forward(Context& context, const AttentionParams& p) {
   });
 }
 
+// Kernels that do not keep what rounding took say nothing of it.
+void clear_out_residue(Context& context, const AttentionParams& p) {
+  if (!p.out_residue) return;
+  const size_t bytes = p.queries_in_all() * p.num_heads * residue_words(p.head_dim) * sizeof(uint32_t);
+  check(cudaMemsetAsync(p.out_residue, kNeutralResidues, bytes, context.stream), "clear_out_residue: cudaMemsetAsync");
+}
+
 void plain_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
+  clear_out_residue(context, p);
   dispatch_float(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = Accumulator<T>;

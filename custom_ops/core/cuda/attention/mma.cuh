@@ -9,6 +9,7 @@
 
 #include "core/cuda/attention/hidden_ranges.cuh"
 #include "core/cuda/attention/mma_products.cuh"
+#include "core/cuda/attention/residue.cuh"
 #include "core/cuda/attention/score_gradient.cuh"
 
 namespace pfa {
@@ -159,6 +160,10 @@ __global__ void __launch_bounds__(kThreads) attention_forward_mma(ForwardArgs ar
     const int row = warp_row + 16 * m;
     float factor[2];
     softmax[m].finish(args, head, row0 + row, factor);
+    if constexpr (sizeof(T) == 2) {
+      const float (&flat)[kHeadDim / 2] = reinterpret_cast<const float (&)[kHeadDim / 2]>(sums[m]);
+      store_residues<T, kHeadDim>(args, head, flat, factor, row0 + row, queries);
+    }
     store_rows<T, kHeadDim>(sums[m], factor[0], factor[1], q_tile + row * kRow, head.out, row0 + row, queries, args);
   }
 #endif

@@ -412,6 +412,7 @@ size_t one_query_attention_forward_workspace_bytes(const Context& context, const
 
 void one_query_attention_forward(Context& context, const AttentionParams& p) {
   const ForwardArgs args = forward_args(p);
+  clear_out_residue(context, p);
   Arena arena(p.stage_workspace);
   const Splits splits = place(context, args, arena);
   dispatch_16bit(p.dtype, [&](auto* element) {

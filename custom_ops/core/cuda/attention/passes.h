@@ -18,6 +18,8 @@ size_t row_statistics_workspace_bytes(const Context& context, const AttentionPar
 // d_qkv_bias, if it is wanted, from the gradients of query, key and value.
 size_t qkv_bias_workspace_bytes(const Context& context, const AttentionParams& p);
 void qkv_bias_gradient(Context& context, const AttentionParams& p);
+// out_residue, if it is wanted, of a family that does not make it.
+void clear_out_residue(Context& context, const AttentionParams& p);
 bool mma_is_built(const Context& context);  // for 8.0 or later, not for 7.0 and compiled anew by the driver
 
 // one_query.cu

@@ -7,6 +7,7 @@
 #include "core/cuda/attention/hopper/schedule.h"
 #include "core/cuda/attention/hopper/tile_order.h"
 #include "core/cuda/attention/launch.h"
+#include "core/cuda/attention/residue.cuh"
 #include "core/cuda/numbers.cuh"
 
 namespace pfa {
@@ -59,6 +60,9 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   if (row < queries) {
     const T* out = args.layout.query_rows<const T>(args.out, h).row(row);
     const T* d_out = args.layout.query_rows<const T>(args.d_out, h).row(row);
+    const int64_t words = residue_words(args.head_dim());
+    const uint32_t* residues =
+        args.out_residue ? args.out_residue + (args.layout.statistics(h) + row) * words : nullptr;
     if (args.of_weights) {
       const int64_t first = (h.flat * queries + row) * args.visibility.keys;
       out = static_cast<const T*>(args.weights) + first;
@@ -77,12 +81,24 @@ __global__ void __launch_bounds__(kStatisticsThreads)
         }
 #pragma unroll
         for (int i = 0; i < kStatisticsVectors; ++i) {
+          Acc exact[kVec];
+          widen(a[i], exact);
+          if constexpr (sizeof(T) == 2) {
+            const int d = first + i * lanes * kVec;
+            if (residues && d < args.head_dim()) add_residues<T>(residues, d, exact);
+          }
 #pragma unroll
-          for (int e = 0; e < kVec; ++e) delta += widen(a[i].value[e]) * widen(b[i].value[e]);
+          for (int e = 0; e < kVec; ++e) delta += exact[e] * widen(b[i].value[e]);
         }
       }
     } else {
-      for (int d = lane; d < args.head_dim(); d += lanes) delta += widen(out[d]) * widen(d_out[d]);
+      for (int d = lane; d < args.head_dim(); d += lanes) {
+        Acc exact[1] = {widen(out[d])};
+        if constexpr (sizeof(T) == 2) {
+          if (residues) add_residues<T>(residues, d, exact);
+        }
+        delta += exact[0] * widen(d_out[d]);
+      }
     }
     normaliser = row_normaliser<Acc>(args, args.layout.statistics(h) + row);
   }

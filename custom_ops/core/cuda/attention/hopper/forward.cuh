@@ -20,6 +20,7 @@
 #include "core/cuda/attention/hopper/mask.cuh"
 #include "core/cuda/attention/hopper/ring.cuh"
 #include "core/cuda/attention/hopper/store.cuh"
+#include "core/cuda/attention/residue.cuh"
 #include "core/cuda/attention/softmax.cuh"
 #include "core/cuda/numbers.cuh"
 
@@ -484,6 +485,7 @@ struct ForwardRoles {
     named_sync(kOwnBarrier + group, 128);
     float factor[2];
     softmax.finish(args, head, strip, factor);
+    store_residues<T, kHeadDim>(args, head, o, factor, strip, visibility().queries);
     const HeadRows<T> out = args.layout.template query_rows<T>(args.out, head.index);
     store_strip<T, kHeadDim>(o, factor[0], factor[1], q_tile(group), threadIdx.x / 32 % 4 * 16, out, strip,
                              visibility().queries, args.head_dim());
