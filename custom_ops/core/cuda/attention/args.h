@@ -72,8 +72,8 @@ struct BackwardArgs : AttentionArgs {
   Heads<void> d_value;
 
   // The row statistics, [B, H, rows_padded] each, packed [H, rows_padded], made by the pass's first kernel.
-  void*
-      delta;  // sum over d of d_out * out, as it was before rounding, or over keys of d_weights * weights; 0 past the last query
+  // Sum over d of d_out * out, as that was before rounding, or over keys of d_weights * weights; 0 past the last query.
+  void* delta;
   void* lse2;    // log_sum_exp * log2(e), and score_shift unless that is large; +inf past the last query
   void* shift2;  // score_shift if it is large, else 0
   // The number of queries rounded up to whole tiles; of packed sequences, of all with their tiles apart.
