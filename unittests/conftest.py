@@ -1,4 +1,4 @@
-"""The devices that tests run on. Threads are set before Paddle is imported: Paddle sets one thread otherwise."""
+"""The devices that tests run on, and their threads, which are set before Paddle is imported: it sets one otherwise."""
 
 import importlib.util
 import os
@@ -9,6 +9,10 @@ import pytest
 pytest.register_assert_rewrite("common", "runners", "families", "file_bytes", "built_in", "encoders", "device")
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that wait sleep, and NumPy has none of its own: beside anything else that runs on the machine, small cases of
+# the core take several times as long where threads spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def missing_gpu():
