@@ -1,5 +1,6 @@
 """The devices that tests run on, and their threads, which are set before Paddle is imported: it sets one otherwise."""
 
+import gc
 import importlib.util
 import os
 
@@ -57,3 +58,11 @@ def needs_paddle(place):
 
     if not paddle_computes_on(place):
         pytest.skip("Paddle's own kernels do nothing on this GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_out_what_was_there_before():
+    """Where all of Python's objects are looked through, as `convert` does for what holds a model: in its tests that
+    would take longer than all else. No file's tests look for what those of another have made."""
+    gc.collect()
+    gc.freeze()
