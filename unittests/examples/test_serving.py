@@ -177,14 +177,19 @@ def test_query(port, capsys):
     assert float(lines[0][:6]) > float(lines[1][:6])
 
 
+def heed_interrupts():
+    """They are ignored in what a shell runs in the background, and in what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_start_and_stop(directory, stop):
     """The command serves until a signal, in a process that knows the operator by the example's import alone. Then it
     answers the request in work, and ends in one line."""
     command = [sys.executable, "-m", "examples.serving", "serve", str(directory), "--port", "0"]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as process:
         try:
             line = process.stdout.readline()
             assert "http://127.0.0.1:" in line
