@@ -219,6 +219,9 @@ def features():
         case = FULL.but(pre_layer_norm=pre, final_layer_norm=final, add_residual=residual)
         found["full-" + name] = case
         found["full-bool-" + name] = case.but(mask=Mask("B1SS", "bool"))
+    # Of this one ordinary ops in bfloat16 happen to come three times closer than of 60 other seeds, with 16 numbers in a
+    # gradient: too close where products go by pairs of bfloat16.
+    found["full-final+residual"] = found["full-final+residual"].but(seed=18)
     for name in OPTIONAL:
         found["full-no-" + name] = FULL.but(absent=(name,))
     found["full-no-optional"] = FULL.but(absent=OPTIONAL)
