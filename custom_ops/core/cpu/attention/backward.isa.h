@@ -110,9 +110,13 @@ struct AttentionBackward {
     const std::vector<Unit> units = split(context, p);
     const size_t bytes = thread_bytes(context, p);
     const auto count = static_cast<int64_t>(units.size());
+    const bool on_tiles = has_tile_products<T>(context);
     parallel_for_with_next(count, threads(context, p), [&](int64_t index, int64_t next, int thread) {
+      const TileScope scope(on_tiles);
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
-      run_unit(p, units[index], next < count ? &units[next] : nullptr, group_of_tiles(arena, context, p));
+      std::vector<Tiles> group = group_of_tiles(arena, context, p);
+      for (Tiles& tiles : group) tiles.scores.on_tiles = on_tiles;
+      run_unit(p, units[index], next < count ? &units[next] : nullptr, group);
     });
   }
 
@@ -313,23 +317,25 @@ struct AttentionBackward {
     constexpr int64_t score_stride = kQueryTile / kNumbers<T>;
     const int64_t padded = head.shape.padded;
     const ScoreGradient<T>& gradient = tiles.gradient;
+    const bool on_tiles = tiles.scores.on_tiles;
     if (unit.wants_key_value) {
       const int64_t offset = (tile.first_key - unit.keys.first) * padded;
       // dv [keys, padded] += dropout's scale * r p [keys, queries] @ do [queries, padded]
       if (!head.p.of_weights) {
-        micro_gemm<A, P>(
-            tile.keys, padded, operands<T>(tile.queries), {gradient.probability, score_stride, 1}, tiles.d_out_rows,
-            padded, {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true}, coming.fetching());
+        gemm_in_cache<T>(on_tiles, tile.keys, padded, operands<T>(tile.queries),
+                         {gradient.probability, score_stride, 1}, tiles.d_out_rows, padded,
+                         {tiles.d_value + offset, padded, static_cast<A>(head.p.dropout.scale), true},
+                         coming.fetching());
       }
       // dk [keys, padded] += scale * ds [keys, queries] @ q [queries, padded]
-      micro_gemm<A, P>(tile.keys, padded, operands<T>(tile.queries), {gradient.d_score, score_stride, 1},
+      gemm_in_cache<T>(on_tiles, tile.keys, padded, operands<T>(tile.queries), {gradient.d_score, score_stride, 1},
                        tiles.query_rows, padded, {tiles.d_key + offset, padded, head.score_scale, true},
                        coming.fetching());
     }
     if (unit.wants_query) {
       // dq [queries, padded] += scale * ds^T [queries, keys] @ k [keys, padded]
-      micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile}, key_rows,
-                       padded, {tiles.d_query, padded, head.score_scale, true}, coming.fetching());
+      gemm_in_cache<T>(on_tiles, tile.queries, padded, operands<T>(tile.keys), {gradient.d_score_rows, 1, kQueryTile},
+                       key_rows, padded, {tiles.d_query, padded, head.score_scale, true}, coming.fetching());
     }
   }
 
@@ -350,8 +356,9 @@ struct AttentionBackward {
       load_weight_gradient(head, tile, gradient.d_probability);
     } else {
       // dp [keys, queries] = dropout's scale * v [keys, depth] @ do^T [depth, queries]
-      micro_gemm<A, P>(tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1}, tiles.d_out_transposed,
-                       kQueryTile, {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false},
+      gemm_in_cache<T>(tiles.scores.on_tiles, tile.keys, width, shape.depth, {tiles.scores.value, shape.stride, 1},
+                       tiles.d_out_transposed, kQueryTile,
+                       {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false},
                        coming.fetching());
     }
     gradient.template compute<kKeepsExact>(tile.keys, width, tiles.scores.scores, tiles.scores.kept);

@@ -80,11 +80,16 @@ struct AttentionForward {
     const int64_t units = p.batch * p.num_heads * groups;
     // The last tiles have the most keys under a causal mask: they come first, to even out the threads.
     const auto first_query = [&](int64_t index) { return (groups - 1 - index % groups) * count * kQueryTile; };
+    const bool on_tiles = has_tile_products<T>(context);
     parallel_for_with_next(units, context.threads, [&](int64_t index, int64_t next, int thread) {
+      const TileScope scope(on_tiles);
       Arena arena(static_cast<char*>(p.stage_workspace) + thread * bytes);
       const Head<T> head(p, index / groups);
       std::vector<Tiles> tiles = group_of_tiles(arena, p, count);
-      for (Tiles& tile : tiles) start(head, first_query(index) + (&tile - tiles.data()) * kQueryTile, tile);
+      for (Tiles& tile : tiles) {
+        tile.scores.on_tiles = on_tiles;
+        start(head, first_query(index) + (&tile - tiles.data()) * kQueryTile, tile);
+      }
       query_tiles(head, tiles, [&](ComingRows& coming) {
         if (next < units) expect(Head<T>(p, next / groups), first_query(next), count * kQueryTile, coming);
       });
@@ -163,8 +168,9 @@ struct AttentionForward {
                            tiles.probability);
     // o [queries, padded] = o * rescale + p^T [queries, keys] @ v [keys, padded]
     if (tiles.continues) rescale_out(tile.queries, padded, tiles);
-    micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows,
-                     padded, {tiles.out, padded, A(1), tiles.continues}, coming.fetching());
+    gemm_in_cache<T>(tiles.scores.on_tiles, tile.queries, padded, operands<T>(tile.keys),
+                     {tiles.probability, 1, kQueryTile}, value_rows, padded, {tiles.out, padded, A(1), tiles.continues},
+                     coming.fetching());
     tiles.continues = true;
   }
 

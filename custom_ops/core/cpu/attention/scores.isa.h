@@ -7,12 +7,13 @@ struct Scores {
   using A = Accumulator<T>;
   using P = Operand<T>;
 
-  P* query;             // [kQueryTile][stride]
-  P* query_transposed;  // [depth][kQueryTile]
-  P* key;               // [kKeyTile][stride]
-  P* value;             // [kKeyTile][stride]
-  A* scores;            // [kKeyTile][kQueryTile]
-  uint64_t* kept;       // [kKeyTile] of bits (dropout.isa.h), or null: all are kept
+  P* query;               // [kQueryTile][stride]
+  P* query_transposed;    // [depth][kQueryTile]
+  P* key;                 // [kKeyTile][stride]
+  P* value;               // [kKeyTile][stride]
+  A* scores;              // [kKeyTile][kQueryTile]
+  uint64_t* kept;         // [kKeyTile] of bits (dropout.isa.h), or null: all are kept
+  bool on_tiles = false;  // products: the thread's AMX tiles are set up
 
   Scores(Arena& arena, const AttentionParams& p) {
     const HeadShape<T> shape(p);
@@ -59,8 +60,9 @@ struct Scores {
   // With the tile's queries and keys loaded: their scores, and what is kept of the probabilities.
   void compute(const Head<T>& head, const ScoreTile& tile, ComingRows& coming) const {
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
-    micro_gemm<A, P>(tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth, {key, head.shape.stride, 1},
-                     query_transposed, kQueryTile, {scores, kQueryTile, head.score_scale, false}, coming.fetching());
+    gemm_in_cache<T>(on_tiles, tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth,
+                     {key, head.shape.stride, 1}, query_transposed, kQueryTile,
+                     {scores, kQueryTile, head.score_scale, false}, coming.fetching());
     if (head.p.mask.data) add_mask(head.p.mask, head.index, tile, scores);
     hide_unseen(head.visibility, head.ranges, tile, scores);
     if (kept) keep_tile(head.p, head.index, tile, kept);

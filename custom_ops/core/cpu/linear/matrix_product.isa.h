@@ -81,7 +81,7 @@ class MatrixProduct {
   // The product of which that is made: for few rows and a weight that would be packed against its order, c^T = b @ a^T.
   // The bits are the same. With one number to an operand packing takes too small a part of the time.
   static Product<T, R> oriented(const Context& context, const Product<T, R>& product) {
-    const bool has_tiles = kHasTileProducts<T> && context.implementation->has_tile_products;
+    const bool has_tiles = has_tile_products<T>(context);
     if (!kPaired<T> || has_tiles || product.is_b_arranged || product.m > kMaxRows || product.n < product.m ||
         product.k == 0 || product.addend || product.step || !can_be_read_in_place(product.b) ||
         aliases(product.b.stride)) {
@@ -94,7 +94,7 @@ class MatrixProduct {
   MatrixProduct(const Context& context, const Product<T, R>& product)
       : product_(oriented(context, product)),
         threads_(context.threads),
-        tiles_(kHasTileProducts<T> && context.implementation->has_tile_products),
+        tiles_(has_tile_products<T>(context)),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
         depth_step_(tiles_ ? kTileProductDepth : 1) {
     const int64_t k = product_.k;

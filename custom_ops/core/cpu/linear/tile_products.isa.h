@@ -1,5 +1,6 @@
-// Products of bfloat16 panels on the tiles of AMX, registers of 16 rows of 64 bytes: [32, 32] sums in four of them. A
-// panel of a is [32][depth] pairs, row by row, one of b [depth][32]; depth is a multiple of 16.
+// Products of bfloat16 matrices on the tiles of AMX, registers of 16 rows of 64 bytes: [32, 32] sums in four of them.
+// multiply_tiles has panels, of a [32][depth] pairs, row by row, of b [depth][32]; depth is a multiple of 16.
+// TileGemm has what lies in the caches, in place of micro_gemm.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -14,6 +15,11 @@ constexpr bool kHasTileProducts = kPaired<T>;
 template <class T>
 constexpr bool kHasTileProducts = false;
 #endif
+
+template <class T>
+bool has_tile_products(const Context& context) {
+  return kHasTileProducts<T> && context.implementation->has_tile_products;
+}
 
 // While it lives, the thread's tiles are set up.
 struct TileScope {
@@ -115,6 +121,130 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
     }
   }
 }
+
+// micro_gemm's product of pairs: on tiles as many rows, and as much of the sum over k, as are multiples of 16.
+struct TileGemm {
+  static constexpr int64_t kTile = 16;  // rows of a tile, numbers and pairs of a row
+  // The most rows and pairs of an a that has to be transposed first.
+  static constexpr int64_t kMostRows = 64;
+  static constexpr int64_t kMostPairs = 32;
+
+  template <class Meanwhile>
+  static void run(int64_t m, int64_t n, int64_t k_size, TileOperand<uint32_t> a, const uint32_t* b, int64_t b_k,
+                  TileResult<float> c, const Meanwhile& meanwhile) {
+    const int64_t rows = round_down(m, kTile);
+    const int64_t depth = round_down(k_size, kTile);
+    if (rows == 0 || depth == 0) return micro_gemm(m, n, k_size, a, b, b_k, c, meanwhile);
+    alignas(64) uint32_t by_rows[kMostRows * kMostPairs];
+    TileOperand<uint32_t> on_tiles = a;
+    if (a.k_stride != 1) {
+      transpose(rows, depth, a, by_rows);
+      on_tiles = {by_rows, depth, 1};
+    }
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+      for (int64_t column = 0; column < n; column += 2 * kTile) {
+        const uint32_t* a_tiles = on_tiles.data + row * on_tiles.row_stride;
+        const uint32_t* b_tiles = b + column;
+        const TileResult<float> of_block{c.data + row * c.row_stride + column, c.row_stride, c.scale, c.accumulate};
+        const bool two_rows = row + kTile < rows, two_columns = column + kTile < n;
+        const auto multiply = [&](auto row_tiles, auto column_tiles) {
+          block<row_tiles, column_tiles>(depth, a_tiles, on_tiles.row_stride, b_tiles, b_k, of_block, meanwhile);
+        };
+        if (two_rows && two_columns) multiply(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
+        if (two_rows && !two_columns) multiply(std::integral_constant<int, 2>{}, std::integral_constant<int, 1>{});
+        if (!two_rows && two_columns) multiply(std::integral_constant<int, 1>{}, std::integral_constant<int, 2>{});
+        if (!two_rows && !two_columns) multiply(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
+      }
+    }
+    if (depth < k_size) {
+      const TileOperand<uint32_t> rest{a.data + depth * a.k_stride, a.row_stride, a.k_stride};
+      const TileResult<float> added{c.data, c.row_stride, c.scale, true};
+      micro_gemm(rows, n, k_size - depth, rest, b + depth * b_k, b_k, added, meanwhile);
+    }
+    if (rows < m) {
+      const TileOperand<uint32_t> rest{a.data + rows * a.row_stride, a.row_stride, a.k_stride};
+      const TileResult<float> below{c.data + rows * c.row_stride, c.row_stride, c.scale, c.accumulate};
+      micro_gemm(m - rows, n, k_size, rest, b, b_k, below, meanwhile);
+    }
+  }
+
+ private:
+  // a [rows, depth], whose rows lie side by side, row by row.
+  static void transpose(int64_t rows, int64_t depth, TileOperand<uint32_t> a, uint32_t* by_rows) {
+    for (int64_t row = 0; row < rows; row += kTile) {
+      for (int64_t k = 0; k < depth; k += kTile) {
+        Vec<uint32_t> vectors[kTile];
+        for (int64_t i = 0; i < kTile; ++i) vectors[i] = load(a.data + row * a.row_stride + (k + i) * a.k_stride);
+        transpose_lanes<uint32_t>(vectors);
+        for (int64_t i = 0; i < kTile; ++i) store(by_rows + (row + i) * depth + k, vectors[i]);
+      }
+    }
+  }
+
+  // c [16 kRows, 16 kColumns] (+)= scale * a @ b.
+  template <int kRows, int kColumns, class Meanwhile>
+  static void block(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+                    TileResult<float> c, const Meanwhile& meanwhile) {
+    const int64_t a_bytes = a_stride * sizeof(uint32_t), b_bytes = b_stride * sizeof(uint32_t);
+    const bool in_place = c.accumulate && c.scale == 1.0f;
+    float* const right = c.data + kTile;
+    float* const lower = c.data + kTile * c.row_stride;
+    const int64_t c_bytes = c.row_stride * sizeof(float);
+    if (in_place) {
+      _tile_loadd(0, c.data, c_bytes);
+      if constexpr (kColumns > 1) _tile_loadd(1, right, c_bytes);
+      if constexpr (kRows > 1) _tile_loadd(2, lower, c_bytes);
+      if constexpr (kRows > 1 && kColumns > 1) _tile_loadd(3, lower + kTile, c_bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (kColumns > 1) _tile_zero(1);
+      if constexpr (kRows > 1) _tile_zero(2);
+      if constexpr (kRows > 1 && kColumns > 1) _tile_zero(3);
+    }
+    for (int64_t k = 0; k < depth; k += kTile) {
+      meanwhile();
+      _tile_loadd(4, a + k, a_bytes);
+      if constexpr (kRows > 1) _tile_loadd(5, a + kTile * a_stride + k, a_bytes);
+      _tile_loadd(6, b + k * b_stride, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kRows > 1) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kColumns > 1) {
+        _tile_loadd(7, b + k * b_stride + kTile, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kRows > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    alignas(64) float sums[kRows * kTile][kColumns * kTile];
+    const bool direct = in_place || (!c.accumulate && c.scale == 1.0f);
+    float* const to = direct ? c.data : &sums[0][0];
+    const int64_t stride = direct ? c.row_stride : kColumns * kTile;
+    const int64_t bytes = stride * sizeof(float);
+    _tile_stored(0, to, bytes);
+    if constexpr (kColumns > 1) _tile_stored(1, to + kTile, bytes);
+    if constexpr (kRows > 1) _tile_stored(2, to + kTile * stride, bytes);
+    if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, to + kTile * stride + kTile, bytes);
+    if (direct) return;
+    for (int64_t row = 0; row < kRows * kTile; ++row) {
+      for (int64_t column = 0; column < kColumns * kTile; column += kLanes<float>) {
+        float* target = c.data + row * c.row_stride + column;
+        const Vec<float> scaled = load(&sums[row][column]) * c.scale;
+        store(target, c.accumulate ? load(target) + scaled : scaled);
+      }
+    }
+  }
+};
 #endif
+
+// micro_gemm of operands of T's numbers, on tiles where these are set up.
+template <class T, class Meanwhile>
+void gemm_in_cache([[maybe_unused]] bool on_tiles, int64_t m, int64_t n, int64_t k_size, TileOperand<Operand<T>> a,
+                   const Operand<T>* b, int64_t b_k, TileResult<Accumulator<T>> c, const Meanwhile& meanwhile) {
+#if defined(PFA_TILE_PRODUCTS)
+  if constexpr (kHasTileProducts<T>) {
+    if (on_tiles) return TileGemm::run(m, n, k_size, a, b, b_k, c, meanwhile);
+  }
+#endif
+  micro_gemm(m, n, k_size, a, b, b_k, c, meanwhile);
+}
 
 }  // namespace pfa::cpu::PFA_ISA
