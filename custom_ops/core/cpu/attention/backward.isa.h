@@ -351,7 +351,7 @@ struct AttentionBackward {
     const HeadShape<T>& shape = head.shape;
     const ScoreGradient<T>& gradient = tiles.gradient;
     // scores [keys, queries] = scale * k @ q^T + mask
-    tiles.scores.compute(head, tile, coming);
+    const A scale = tiles.scores.compute(head, tile, coming);
     if (head.p.of_weights) {
       load_weight_gradient(head, tile, gradient.d_probability);
     } else {
@@ -361,7 +361,7 @@ struct AttentionBackward {
                        {gradient.d_probability, kQueryTile, static_cast<A>(head.p.dropout.scale), false},
                        coming.fetching());
     }
-    gradient.template compute<kKeepsExact>(tile.keys, width, tiles.scores.scores, tiles.scores.kept);
+    gradient.template compute<kKeepsExact>(tile.keys, width, scale, tiles.scores.scores, tiles.scores.kept);
   }
 
   // q and do in all the ways that the products read them, and the statistics of every query.

@@ -9,13 +9,17 @@ struct AttentionForward {
   using A = Accumulator<T>;
   using P = Operand<T>;
 
+  static constexpr int64_t kTransposed = kLanes<A>;  // queries whose result is transposed at once
+
   // Of one thread.
   struct Tiles {
     Scores<T> scores;
     OnlineSoftmax<T> softmax;
-    P* value_rows;   // [operands(kKeyTile)][padded]
-    P* probability;  // [operands(kKeyTile)][kQueryTile]
-    A* out;          // [kQueryTile][padded]
+    P* value_rows;               // [operands(kKeyTile)][padded]
+    P* probability;              // [operands(kKeyTile)][kQueryTile]
+    A* out;                      // [kQueryTile][padded], on tiles [padded][kQueryTile]
+    P* value_columns = nullptr;  // on tiles: [padded][operands(kKeyTile)]
+    A* out_rows = nullptr;       // on tiles: [kTransposed][padded]
     typename OneQuery<T>::Memory one_query;
     // Of the tile of queries.
     int64_t first_query = 0;
@@ -34,6 +38,10 @@ struct AttentionForward {
         probability = scores.scores;
       }
       out = take<A>(arena, kQueryTile * shape.padded);
+      if constexpr (kHasTileProducts<T>) {
+        value_columns = take<P>(arena, kKeyTile / 2 * shape.padded);
+        out_rows = take<A>(arena, kTransposed * shape.padded);
+      }
     }
 
     // Those of other queries beside the same keys.
@@ -145,6 +153,7 @@ struct AttentionForward {
           tiles.scores.load_keys(head, first_key, count);
           tiles.scores.load_values(head, first_key, count);
           value_rows = pack_along_rows<T>(tiles.scores.value, count, head.shape, tiles.value_rows);
+          if (tiles.scores.on_tiles) value_rows = transpose_values(head.shape, tiles);
         }
         add_keys(head, tile, value_rows, tiles, coming);
       }
@@ -152,8 +161,15 @@ struct AttentionForward {
     for (const Tiles& tiles : group) {
       if (tiles.queries == 1) one_query(head.p, head.index.flat, 1, tiles.first_query, tiles);
       if (tiles.queries <= 1) continue;
-      if (!tiles.continues) std::fill(tiles.out, tiles.out + tiles.queries * head.shape.padded, A(0));
-      write(head, tiles.first_query, tiles.queries, tiles);
+      if (!tiles.continues) std::fill(tiles.out, tiles.out + kQueryTile * head.shape.padded, A(0));
+      if (!tiles.scores.on_tiles) {
+        write(head, tiles.first_query, tiles.queries, tiles.out, 0, tiles);
+        continue;
+      }
+      for (int64_t i = 0; i < tiles.queries; i += kTransposed) {
+        transpose_out(head.shape, i, tiles);
+        write(head, tiles.first_query, std::min(kTransposed, tiles.queries - i), tiles.out_rows, i, tiles);
+      }
     }
   }
 
@@ -162,15 +178,23 @@ struct AttentionForward {
                        ComingRows& coming) {
     const int64_t padded = head.shape.padded;
     // scores [keys, queries] = scale * k @ q^T + mask
-    tiles.scores.compute(head, tile, coming);
+    const A scale = tiles.scores.compute(head, tile, coming);
     // p [keys, queries] = exp(scores - maximum)
-    tiles.softmax.add_tile(tile.keys, round_up(tile.queries, kLanes<A>), tiles.scores.scores, tiles.scores.kept,
-                           tiles.probability);
+    const int64_t width = round_up(tile.queries, kLanes<A>);
+    tiles.softmax.add_tile(tile.keys, width, scale, tiles.scores.scores, tiles.scores.kept, tiles.probability);
+    if (tiles.scores.on_tiles) {
+      // o^T [padded, queries] = o^T * rescale + v^T [padded, keys] @ p [keys, queries]
+      if (tiles.continues) rescale_columns_of_out(width, padded, tiles);
+      gemm_in_cache<T>(true, padded, width, operands<T>(tile.keys), {value_rows, operands<T>(kKeyTile), 1},
+                       tiles.probability, kQueryTile, {tiles.out, kQueryTile, A(1), tiles.continues},
+                       coming.fetching());
+      tiles.continues = true;
+      return;
+    }
     // o [queries, padded] = o * rescale + p^T [queries, keys] @ v [keys, padded]
     if (tiles.continues) rescale_out(tile.queries, padded, tiles);
-    gemm_in_cache<T>(tiles.scores.on_tiles, tile.queries, padded, operands<T>(tile.keys),
-                     {tiles.probability, 1, kQueryTile}, value_rows, padded, {tiles.out, padded, A(1), tiles.continues},
-                     coming.fetching());
+    micro_gemm<A, P>(tile.queries, padded, operands<T>(tile.keys), {tiles.probability, 1, kQueryTile}, value_rows,
+                     padded, {tiles.out, padded, A(1), tiles.continues}, coming.fetching());
     tiles.continues = true;
   }
 
@@ -197,7 +221,44 @@ struct AttentionForward {
     attention.run();
     for (int64_t h = 0; h < count; ++h) {
       attention.result(h, tiles.softmax.maximum, tiles.softmax.sum, tiles.out);
-      write(heads[h], query, 1, tiles);
+      write(heads[h], query, 1, tiles.out, 0, tiles);
+    }
+  }
+
+  static void rescale_columns_of_out(int64_t width, int64_t padded, const Tiles& tiles) {
+    for (int64_t i = 0; i < width; i += kLanes<A>) {
+      const A* const factors = tiles.softmax.rescale + i;
+      if (std::all_of(factors, factors + kLanes<A>, [](A factor) { return factor == A(1); })) continue;
+      const Vec<A> rescale = load(factors);
+      for (int64_t d = 0; d < padded; ++d) {
+        A* const target = tiles.out + d * kQueryTile + i;
+        store(target, load(target) * rescale);
+      }
+    }
+  }
+
+  // The tile's values, packed along the rows, by columns.
+  static const P* transpose_values(const HeadShape<T>& shape, const Tiles& tiles) {
+    constexpr int64_t lanes = kLanes<P>;
+    constexpr int64_t pairs = kKeyTile / kNumbers<T>;
+    for (int64_t d = 0; d < shape.padded; d += lanes) {
+      for (int64_t j = 0; j < pairs; j += lanes) {
+        Vec<P> vectors[lanes];
+        for (int64_t l = 0; l < lanes; ++l) vectors[l] = load(tiles.value_rows + (j + l) * shape.padded + d);
+        transpose_lanes<P>(vectors);
+        for (int64_t l = 0; l < lanes; ++l) store(tiles.value_columns + (d + l) * pairs + j, vectors[l]);
+      }
+    }
+    return tiles.value_columns;
+  }
+
+  // Rows `first`.. of the result.
+  static void transpose_out(const HeadShape<T>& shape, int64_t first, const Tiles& tiles) {
+    for (int64_t d = 0; d < shape.padded; d += kTransposed) {
+      Vec<A> vectors[kTransposed];
+      for (int64_t l = 0; l < kTransposed; ++l) vectors[l] = load(tiles.out + (d + l) * kQueryTile + first);
+      transpose_lanes<A>(vectors);
+      for (int64_t l = 0; l < kTransposed; ++l) store(tiles.out_rows + l * shape.padded + d, vectors[l]);
     }
   }
 
@@ -227,23 +288,26 @@ struct AttentionForward {
     }
   }
 
-  // Divides o by the sums and writes it, with what backward needs of the softmax.
-  static void write(const Head<T>& head, int64_t first_query, int64_t queries, const Tiles& tiles) {
+  // Divides rows of o, queries `first`.. of the tile, by their sums and writes them, with what backward needs of the
+  // softmax.
+  static void write(const Head<T>& head, int64_t tile_query, int64_t queries, A* rows, int64_t first,
+                    const Tiles& tiles) {
+    const int64_t first_query = tile_query + first;
     const AttentionParams& p = head.p;
     const A scale = static_cast<A>(p.dropout.scale);
     const HeadRows<T> out = head.layout.template query_rows<T>(p.out, head.index);
     A* log_sum_exp = p.log_sum_exp ? head.statistics(p.log_sum_exp, first_query) : nullptr;
     A* score_shift = p.log_sum_exp ? head.statistics(p.score_shift, first_query) : nullptr;
     for (int64_t i = 0; i < queries; ++i) {
-      const A sum = tiles.softmax.sum[i];
+      const A sum = tiles.softmax.sum[first + i];
       const A factor = sum == 0 ? A(0) : scale / sum;
-      A* row = tiles.out + i * head.shape.padded;
+      A* row = rows + i * head.shape.padded;
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
       store_row(row, p.head_dim, out.row(first_query + i));
       if constexpr (sizeof(T) == 2) keep_residues(head, first_query + i, row, out.row(first_query + i));
       if (log_sum_exp) {
         log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : std::log(sum);
-        score_shift[i] = sum == 0 ? A(0) : tiles.softmax.maximum[i];
+        score_shift[i] = sum == 0 ? A(0) : tiles.softmax.maximum[first + i];
       }
     }
   }

@@ -45,18 +45,18 @@ struct ScoreGradient {
   // is r p without that scale, and d_score; with kKeepsExact that takes the place of d_probability, too, unrounded.
   // `width`: the queries in whole vectors.
   template <bool kKeepsExact>
-  void compute(int64_t keys, int64_t width, const A* scores, const uint64_t* kept_bits) const {
+  void compute(int64_t keys, int64_t width, A scale, const A* scores, const uint64_t* kept_bits) const {
     int64_t i = 0;
     for (; i + kTogether * kLanes<A> <= width; i += kTogether * kLanes<A>) {
-      compute_columns<kKeepsExact, kTogether>(keys, i, scores, kept_bits);
+      compute_columns<kKeepsExact, kTogether>(keys, i, scale, scores, kept_bits);
     }
-    for (; i < width; i += kLanes<A>) compute_columns<kKeepsExact, 1>(keys, i, scores, kept_bits);
+    for (; i < width; i += kLanes<A>) compute_columns<kKeepsExact, 1>(keys, i, scale, scores, kept_bits);
   }
 
  private:
   // The same of kCount vectors of queries, from i on.
   template <bool kKeepsExact, int kCount>
-  void compute_columns(int64_t keys, int64_t i, const A* scores, const uint64_t* kept_bits) const {
+  void compute_columns(int64_t keys, int64_t i, A scale, const A* scores, const uint64_t* kept_bits) const {
     constexpr int numbers = kNumbers<T>;
     constexpr int64_t score_stride = kQueryTile / numbers;
     const auto shift_of = load_vectors<kCount>(score_shift + i);
@@ -66,7 +66,7 @@ struct ScoreGradient {
       Vectors<A, kCount> gradient[numbers] = {};
       for (int n = 0; n < numbers && j + n < keys; ++n) {
         const int64_t at = (j + n) * kQueryTile + i;
-        const auto p = vexp(load_vectors<kCount>(scores + at) - shift_of - log_sum_exp_of);
+        const auto p = exp_of_score<T>(load_vectors<kCount>(scores + at) * scale - shift_of - log_sum_exp_of);
         auto kept = p;
         auto d_kept = load_vectors<kCount>(d_probability + at);
         if (kept_bits) {

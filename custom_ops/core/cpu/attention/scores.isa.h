@@ -2,6 +2,17 @@
 
 namespace pfa::cpu::PFA_ISA {
 
+// exp of scores less the highest of their row, or the log of their sum; rougher where probabilities are rounded to
+// pairs.
+template <class T, int kCount>
+[[gnu::always_inline]] inline Vectors<Accumulator<T>, kCount> exp_of_score(const Vectors<Accumulator<T>, kCount>& x) {
+  if constexpr (kPaired<T>) {
+    return vexp_16bit(x);
+  } else {
+    return vexp(x);
+  }
+}
+
 template <class T>
 struct Scores {
   using A = Accumulator<T>;
@@ -57,15 +68,18 @@ struct Scores {
     coming.add(head.layout.template key_rows<const T>(head.p.value, head.index), first, count, head.p.head_dim);
   }
 
-  // With the tile's queries and keys loaded: their scores, and what is kept of the probabilities.
-  void compute(const Head<T>& head, const ScoreTile& tile, ComingRows& coming) const {
+  // With the tile's queries and keys loaded: their scores, and what is kept of the probabilities. Returns the scale
+  // that the scores still need: products of pairs are so fast that a pass over their results counts.
+  A compute(const Head<T>& head, const ScoreTile& tile, ComingRows& coming) const {
+    const bool leaves_scale = kPaired<T> && !head.p.mask.data && head.score_scale > 0;
     // scores [keys, queries] = scale * k [keys, depth] @ q^T [depth, queries], queries in whole vectors
     gemm_in_cache<T>(on_tiles, tile.keys, round_up(tile.queries, kLanes<A>), head.shape.depth,
                      {key, head.shape.stride, 1}, query_transposed, kQueryTile,
-                     {scores, kQueryTile, head.score_scale, false}, coming.fetching());
+                     {scores, kQueryTile, leaves_scale ? A(1) : head.score_scale, false}, coming.fetching());
     if (head.p.mask.data) add_mask(head.p.mask, head.index, tile, scores);
     hide_unseen(head.visibility, head.ranges, tile, scores);
     if (kept) keep_tile(head.p, head.index, tile, kept);
+    return leaves_scale ? head.score_scale : A(1);
   }
 };
 

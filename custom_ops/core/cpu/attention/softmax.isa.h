@@ -22,34 +22,36 @@ struct OnlineSoftmax {
     std::fill(sum, sum + width, A(0));
   }
 
-  // Turns scores [keys][kQueryTile] into probabilities [operands(keys)][kQueryTile], of which those that are not `kept`
-  // are 0; these may lie where the scores are.
-  void add_tile(int64_t keys, int64_t width, const A* scores, const uint64_t* kept, P* probabilities) const {
+  // Turns scores [keys][kQueryTile], times a scale above 0, into probabilities [operands(keys)][kQueryTile], of which
+  // those that are not `kept` are 0; these may lie where the scores are.
+  void add_tile(int64_t keys, int64_t width, A scale, const A* scores, const uint64_t* kept, P* probabilities) const {
     int64_t i = 0;
     for (; i + kTogether * kLanes<A> <= width; i += kTogether * kLanes<A>) {
-      add_columns<kTogether>(keys, i, scores, kept, probabilities);
+      add_columns<kTogether>(keys, i, scale, scores, kept, probabilities);
     }
-    for (; i < width; i += kLanes<A>) add_columns<1>(keys, i, scores, kept, probabilities);
+    for (; i < width; i += kLanes<A>) add_columns<1>(keys, i, scale, scores, kept, probabilities);
   }
 
  private:
   // The same of kCount vectors of queries, from i on.
   template <int kCount>
-  void add_columns(int64_t keys, int64_t i, const A* scores, const uint64_t* kept, P* probabilities) const {
+  void add_columns(int64_t keys, int64_t i, A scale, const A* scores, const uint64_t* kept, P* probabilities) const {
     constexpr int numbers = kNumbers<T>;
     const auto old_maximum = load_vectors<kCount>(maximum + i);
-    auto new_maximum = old_maximum;
+    auto highest = old_maximum - std::numeric_limits<A>::infinity();
     for (int64_t j = 0; j < keys; ++j) {
       const auto score = load_vectors<kCount>(scores + j * kQueryTile + i);
-      new_maximum = each<kCount>([&](int n) { return vmax<A>(score.v[n], new_maximum.v[n]); });
+      highest = each<kCount>([&](int n) { return vmax<A>(score.v[n], highest.v[n]); });
     }
+    highest = highest * scale;
+    const auto new_maximum = each<kCount>([&](int n) { return vmax<A>(highest.v[n], old_maximum.v[n]); });
     const auto finite = each<kCount>(
         [&](int n) { return new_maximum.v[n] == -std::numeric_limits<A>::infinity() ? Vec<A>{} : new_maximum.v[n]; });
     Vectors<A, kCount> tile_sum{};
     for (int64_t j = 0; j < keys; j += numbers) {
       Vectors<A, kCount> probability[numbers] = {};
       for (int n = 0; n < numbers && j + n < keys; ++n) {
-        probability[n] = vexp(load_vectors<kCount>(scores + (j + n) * kQueryTile + i) - finite);
+        probability[n] = exp_of_score<T>(load_vectors<kCount>(scores + (j + n) * kQueryTile + i) * scale - finite);
         tile_sum = tile_sum + probability[n];
         if (kept) probability[n] = keep_lanes(kept + j + n, i, probability[n]);
       }
@@ -62,7 +64,7 @@ struct OnlineSoftmax {
         store(target, probability[0]);
       }
     }
-    const auto factor = vexp(old_maximum - finite);
+    const auto factor = exp_of_score<T>(old_maximum - finite);
     store(maximum + i, new_maximum);
     store(sum + i, load_vectors<kCount>(sum + i) * factor + tile_sum);
     store(rescale + i, factor);

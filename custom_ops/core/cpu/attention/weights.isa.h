@@ -93,12 +93,12 @@ struct AttentionWeights {
       // scores [keys, queries] = scale * k @ q^T + mask
       scores.load_keys(head, first_key, tile.keys);
       ComingRows none;
-      scores.compute(head, tile, none);
+      const A scale = scores.compute(head, tile, none);
       const A factor = static_cast<A>(p.dropout.scale);
       for (int64_t i = 0; i < round_up(queries, kLanes<A>); i += kLanes<A>) {
         for (int64_t j = 0; j < tile.keys; ++j) {
           A* const score = scores.scores + j * kQueryTile + i;
-          Vec<A> weight = vexp(load(score) - load(score_shift + i) - load(log_sum_exp + i)) * factor;
+          Vec<A> weight = vexp(load(score) * scale - load(score_shift + i) - load(log_sum_exp + i)) * factor;
           if (scores.kept) weight = keep_lanes<A>(scores.kept + j, i, weight);
           store(score, weight);
         }
