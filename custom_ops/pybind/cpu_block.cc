@@ -174,6 +174,20 @@ void set_seed(P& p, uint64_t seed, uint64_t offset) {
   }
 }
 
+// Begins at a line of the caches, as Paddle's memory does: elsewhere vectors and tiles would lie across two.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : memory_(bytes + kLine) {}
+  void* data() {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (kLine - address % kLine) % kLine;
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::vector<uint8_t> memory_;
+};
+
 py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed, uint64_t offset, bool saves,
                   const std::string& isa) {
   return with_config(config, [&](const auto& parsed) {
@@ -186,7 +200,7 @@ py::tuple forward(const py::dict& inputs, const py::dict& config, uint64_t seed,
     p.out = out.mutable_data();
     Bytes saved(saves ? saved_bytes(p) : 0);
     void* const saved_memory = saves ? saved.mutable_data() : nullptr;
-    std::vector<uint8_t> workspace(forward_workspace_bytes(context, p, saves));
+    Workspace workspace(forward_workspace_bytes(context, p, saves));
     {
       py::gil_scoped_release release;
       run_forward(context, p, saved_memory, workspace.data());
@@ -221,7 +235,7 @@ py::dict backward(const py::dict& inputs, const py::dict& config, const py::arra
       p.*(array->pointers.gradient) = gradient.mutable_data();
       gradients[name.c_str()] = gradient;
     }
-    std::vector<uint8_t> workspace(backward_workspace_bytes(context, p));
+    Workspace workspace(backward_workspace_bytes(context, p));
     const void* const saved_memory = saved.data();
     {
       py::gil_scoped_release release;

@@ -55,6 +55,8 @@ class MatrixProduct {
   // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
   // for a multiply-add to have them from there. The longer the run, the less often sums are read and written.
   static constexpr int64_t kMaxRun = 384 * kNumbers<T>;
+  // On tiles a panel of a and one of b stay in the L1 cache.
+  static constexpr int64_t kMaxTileRun = 256;
   static constexpr int64_t kMaxRows = 144;
   // Of a unit, so that its sums are still in the L2 cache when it is finished (only where a is packed for every unit
   // and the sums go to c, wider units are better); and where a thread reads b by itself.
@@ -98,7 +100,7 @@ class MatrixProduct {
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
         depth_step_(tiles_ ? kTileProductDepth : 1) {
     const int64_t k = product_.k;
-    const int64_t runs = std::max<int64_t>(1, ceil_div(k, kMaxRun));
+    const int64_t runs = std::max<int64_t>(1, ceil_div(k, tiles_ ? kMaxTileRun : kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
     reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
     copies_a_ = !tiles_ && !reads_a_ && !kPaired<T> && product_.a.depth_stride == 1;
