@@ -2,8 +2,8 @@
 // exactly than they are stored.
 //
 // A number of exponent e with m bits of mantissa stands for what lies within half a unit of its last place, 2^(e - m).
-// Its residue tells which sixteenth of that unit the number was in before; the middle of it is taken in its place.
-// Eight neighbouring numbers of a row share a word, the first in its lowest bits, and a row begins with a word.
+// Its residue is how many sixteenths of that unit the number was off, rounded, from -8 to 7, and 8 added. Eight
+// neighbouring numbers of a row share a word, the first in its lowest bits, and a row begins with a word.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace pfa {
 constexpr int64_t kResiduesInWord = 8;
 constexpr int64_t residue_words(int64_t row) { return (row + kResiduesInWord - 1) / kResiduesInWord; }
 
-// A word of such residues as say little: for a tensor of which they are not known.
+// Residues of zero: for a tensor of which they are not known.
 constexpr int kNeutralResidues = 0x88;  // each byte
 
 struct RoundingResidue {
@@ -39,7 +39,7 @@ struct RoundingResidue {
 
   // What to add to `rounded`.
   PFA_HOST_DEVICE float decode(uint32_t residue, float rounded) const {
-    return (static_cast<float>(residue) - 8.0f) * float_of(power_of(rounded)) * (1.0f / sixteenths);
+    return (static_cast<float>(residue) - 8.0f) * (1.0f / sixteenths) * float_of(power_of(rounded));
   }
 
  private:
