@@ -200,7 +200,7 @@ def rows_far_down(dtype, low):
     return case, inputs
 
 
-def rows_with_much_in_common(dtype, offset=3.0, **changes):
+def rows_with_much_in_common(dtype, **changes):
     """A case and inputs where all rows of x have much in common, and all keys as much again by their bias.
 
     None of that changes the probabilities. What rounding leaves of sums that ought to cancel is multiplied by it.
@@ -209,7 +209,7 @@ def rows_with_much_in_common(dtype, offset=3.0, **changes):
     inputs = make_inputs(case)
     rng = np.random.default_rng(5)
     for name in ("x", "qkv_bias"):
-        common = offset * rng.standard_normal(inputs[name].shape[-1])
+        common = 3.0 * rng.standard_normal(inputs[name].shape[-1])
         part = inputs[name] if name == "x" else inputs[name][1]
         part[...] = reference.round_to(part + common, dtype)
     return case, inputs

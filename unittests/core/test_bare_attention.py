@@ -1,6 +1,7 @@
 """Attention by itself on every instruction set, against float64."""
 
 import attention_cases
+import common
 import numpy as np
 import pytest
 from attention_cases import (
@@ -205,3 +206,22 @@ def test_shared_tensors(dtype, form, name, isa):
     wanted = [name for name in attention_cases.differentiable(inputs) if name in arrays]
     gradients = pfa_core.backward(arrays, config, d_out, saved, wanted, isa=isa, out=out)
     attention_cases.check(case, inputs, out, out_of_form(form, gradients, case.heads, case.kv_heads))
+
+
+@pytest.mark.parametrize("isa", pfa_core.instruction_sets())
+@pytest.mark.parametrize("head_dim", (32, 64))
+@pytest.mark.parametrize("size", (1e6, 1e8))
+def test_probabilities_of_large_scores_add_up_to_one(size, head_dim, isa):
+    """Of 64 equal keys each has 1/64 of every query, so the gradient of a value is that of the mean. Both passes scale
+    the scores alike."""
+    rng = np.random.default_rng(2)
+    query, value = rng.standard_normal((2, 1, 64, 2, head_dim))
+    key = np.repeat(rng.standard_normal((1, 1, 2, head_dim)), 64, axis=1)
+    numbers = {"query": query * size**0.5, "key": key * size**0.5, "value": value}
+    arrays = {name: common.to_storage(a, "bfloat16") for name, a in numbers.items()}
+    config = dict(block="bare_attention", batch=1, queries=64, keys=64, num_heads=2, num_kv_heads=2)
+    config.update(head_dim=head_dim, dtype="bfloat16")
+    out, saved = pfa_core.forward(arrays, config, 0, 0, isa=isa)
+    d_out = common.to_storage(np.ones_like(value), "bfloat16")
+    gradients = pfa_core.backward(arrays, config, d_out, saved, ["value"], isa=isa, out=out)
+    assert (common.from_storage(gradients["value"]) == 1).all()

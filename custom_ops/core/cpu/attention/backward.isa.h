@@ -350,7 +350,7 @@ struct AttentionBackward {
     const int64_t width = round_up(tile.queries, kLanes<A>);
     const HeadShape<T>& shape = head.shape;
     const ScoreGradient<T>& gradient = tiles.gradient;
-    // scores [keys, queries] = scale * k @ q^T + mask
+    // scale * scores [keys, queries] = scale of scores * k @ q^T + mask
     const A scale = tiles.scores.compute(head, tile, coming);
     if (head.p.of_weights) {
       load_weight_gradient(head, tile, gradient.d_probability);

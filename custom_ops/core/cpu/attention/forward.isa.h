@@ -153,7 +153,12 @@ struct AttentionForward {
           tiles.scores.load_keys(head, first_key, count);
           tiles.scores.load_values(head, first_key, count);
           value_rows = pack_along_rows<T>(tiles.scores.value, count, head.shape, tiles.value_rows);
-          if (tiles.scores.on_tiles) value_rows = transpose_values(head.shape, tiles);
+          if (tiles.scores.on_tiles) {
+            constexpr int64_t pairs = kKeyTile / 2;
+            const int64_t padded = head.shape.padded;
+            transpose_squares<P>(pairs, padded, value_rows, padded, tiles.value_columns, pairs);
+            value_rows = tiles.value_columns;
+          }
         }
         add_keys(head, tile, value_rows, tiles, coming);
       }
@@ -167,7 +172,8 @@ struct AttentionForward {
         continue;
       }
       for (int64_t i = 0; i < tiles.queries; i += kTransposed) {
-        transpose_out(head.shape, i, tiles);
+        const int64_t padded = head.shape.padded;
+        transpose_squares<A>(padded, kTransposed, tiles.out + i, kQueryTile, tiles.out_rows, padded);
         write(head, tiles.first_query, std::min(kTransposed, tiles.queries - i), tiles.out_rows, i, tiles);
       }
     }
@@ -177,17 +183,16 @@ struct AttentionForward {
   static void add_keys(const Head<T>& head, const ScoreTile& tile, const P* value_rows, Tiles& tiles,
                        ComingRows& coming) {
     const int64_t padded = head.shape.padded;
-    // scores [keys, queries] = scale * k @ q^T + mask
+    // scale * scores [keys, queries] = scale of scores * k @ q^T + mask
     const A scale = tiles.scores.compute(head, tile, coming);
-    // p [keys, queries] = exp(scores - maximum)
+    // p [keys, queries] = exp(scale * scores - maximum)
     const int64_t width = round_up(tile.queries, kLanes<A>);
     tiles.softmax.add_tile(tile.keys, width, scale, tiles.scores.scores, tiles.scores.kept, tiles.probability);
     if (tiles.scores.on_tiles) {
       // o^T [padded, queries] = o^T * rescale + v^T [padded, keys] @ p [keys, queries]
       if (tiles.continues) rescale_columns_of_out(width, padded, tiles);
-      gemm_in_cache<T>(true, padded, width, operands<T>(tile.keys), {value_rows, operands<T>(kKeyTile), 1},
-                       tiles.probability, kQueryTile, {tiles.out, kQueryTile, A(1), tiles.continues},
-                       coming.fetching());
+      gemm_in_cache<T>(true, padded, width, operands<T>(tile.keys), {value_rows, kKeyTile / 2, 1}, tiles.probability,
+                       kQueryTile, {tiles.out, kQueryTile, A(1), tiles.continues}, coming.fetching());
       tiles.continues = true;
       return;
     }
@@ -234,31 +239,6 @@ struct AttentionForward {
         A* const target = tiles.out + d * kQueryTile + i;
         store(target, load(target) * rescale);
       }
-    }
-  }
-
-  // The tile's values, packed along the rows, by columns.
-  static const P* transpose_values(const HeadShape<T>& shape, const Tiles& tiles) {
-    constexpr int64_t lanes = kLanes<P>;
-    constexpr int64_t pairs = kKeyTile / kNumbers<T>;
-    for (int64_t d = 0; d < shape.padded; d += lanes) {
-      for (int64_t j = 0; j < pairs; j += lanes) {
-        Vec<P> vectors[lanes];
-        for (int64_t l = 0; l < lanes; ++l) vectors[l] = load(tiles.value_rows + (j + l) * shape.padded + d);
-        transpose_lanes<P>(vectors);
-        for (int64_t l = 0; l < lanes; ++l) store(tiles.value_columns + (d + l) * pairs + j, vectors[l]);
-      }
-    }
-    return tiles.value_columns;
-  }
-
-  // Rows `first`.. of the result.
-  static void transpose_out(const HeadShape<T>& shape, int64_t first, const Tiles& tiles) {
-    for (int64_t d = 0; d < shape.padded; d += kTransposed) {
-      Vec<A> vectors[kTransposed];
-      for (int64_t l = 0; l < kTransposed; ++l) vectors[l] = load(tiles.out + (d + l) * kQueryTile + first);
-      transpose_lanes<A>(vectors);
-      for (int64_t l = 0; l < kTransposed; ++l) store(tiles.out_rows + l * shape.padded + d, vectors[l]);
     }
   }
 

@@ -11,6 +11,7 @@ namespace pfa::cpu::PFA_ISA {
 
 constexpr int64_t kQueryTile = 64;
 constexpr int64_t kKeyTile = 64;
+static_assert(kQueryTile <= kMostTransposedRows && kKeyTile / 2 <= kMostTransposedPairs, "backward's d_q, on tiles");
 // A thread takes so many tiles of queries of a head at once, at most: keys and values are packed once for all of them.
 constexpr int64_t kQueryGroup = 4;
 

@@ -90,7 +90,7 @@ struct AttentionWeights {
         clear(first_key, first_key + tile.keys);
         continue;
       }
-      // scores [keys, queries] = scale * k @ q^T + mask
+      // scale * scores [keys, queries] = scale of scores * k @ q^T + mask
       scores.load_keys(head, first_key, tile.keys);
       ComingRows none;
       const A scale = scores.compute(head, tile, none);

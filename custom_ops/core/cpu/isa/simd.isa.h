@@ -167,4 +167,18 @@ inline Vec<A> keep_lanes(const uint64_t* bits, int64_t first, Vec<A> value) {
 #endif
 }
 
+// to [columns][rows] = from [rows][columns] transposed; both numbers are multiples of the vector's lanes.
+template <class T>
+void transpose_squares(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t c = 0; c < columns; c += lanes) {
+    for (int64_t r = 0; r < rows; r += lanes) {
+      Vec<T> square[lanes];
+      for (int64_t l = 0; l < lanes; ++l) square[l] = load(from + (r + l) * from_stride + c);
+      transpose_lanes<T>(square);
+      for (int64_t l = 0; l < lanes; ++l) store(to + (c + l) * to_stride + r, square[l]);
+    }
+  }
+}
+
 }  // namespace pfa::cpu::PFA_ISA

@@ -6,6 +6,9 @@ namespace pfa::cpu::PFA_ISA {
 
 constexpr int64_t kTileProductRows = 32;
 constexpr int64_t kTileProductDepth = 16;
+// The most that TileGemm takes of an a which has to be transposed first.
+constexpr int64_t kMostTransposedRows = 64;
+constexpr int64_t kMostTransposedPairs = 32;
 
 // Whether this instruction set may have such products of T.
 #if defined(PFA_TILE_PRODUCTS)
@@ -125,20 +128,16 @@ void pack_tile_rows(const MatrixView<T>& view, int64_t first, int64_t count, int
 // micro_gemm's product of pairs: on tiles as many rows, and as much of the sum over k, as are multiples of 16.
 struct TileGemm {
   static constexpr int64_t kTile = 16;  // rows of a tile, numbers and pairs of a row
-  // The most rows and pairs of an a that has to be transposed first.
-  static constexpr int64_t kMostRows = 64;
-  static constexpr int64_t kMostPairs = 32;
-
   template <class Meanwhile>
   static void run(int64_t m, int64_t n, int64_t k_size, TileOperand<uint32_t> a, const uint32_t* b, int64_t b_k,
                   TileResult<float> c, const Meanwhile& meanwhile) {
     const int64_t rows = round_down(m, kTile);
     const int64_t depth = round_down(k_size, kTile);
     if (rows == 0 || depth == 0) return micro_gemm(m, n, k_size, a, b, b_k, c, meanwhile);
-    alignas(64) uint32_t by_rows[kMostRows * kMostPairs];
+    alignas(64) uint32_t by_rows[kMostTransposedRows * kMostTransposedPairs];
     TileOperand<uint32_t> on_tiles = a;
     if (a.k_stride != 1) {
-      transpose(rows, depth, a, by_rows);
+      transpose_squares(depth, rows, a.data, a.k_stride, by_rows, depth);  // its rows lie side by side
       on_tiles = {by_rows, depth, 1};
     }
     for (int64_t row = 0; row < rows; row += 2 * kTile) {
@@ -169,18 +168,6 @@ struct TileGemm {
   }
 
  private:
-  // a [rows, depth], whose rows lie side by side, row by row.
-  static void transpose(int64_t rows, int64_t depth, TileOperand<uint32_t> a, uint32_t* by_rows) {
-    for (int64_t row = 0; row < rows; row += kTile) {
-      for (int64_t k = 0; k < depth; k += kTile) {
-        Vec<uint32_t> vectors[kTile];
-        for (int64_t i = 0; i < kTile; ++i) vectors[i] = load(a.data + row * a.row_stride + (k + i) * a.k_stride);
-        transpose_lanes<uint32_t>(vectors);
-        for (int64_t i = 0; i < kTile; ++i) store(by_rows + (row + i) * depth + k, vectors[i]);
-      }
-    }
-  }
-
   // c [16 kRows, 16 kColumns] (+)= scale * a @ b.
   template <int kRows, int kColumns, class Meanwhile>
   static void block(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
