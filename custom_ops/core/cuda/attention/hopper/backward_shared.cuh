@@ -10,12 +10,6 @@ namespace cuda {
 namespace hopper {
 
 constexpr int kSumPanel = 64 * kPanelColumns;  // sums of d_q that a warpgroup adds to at a time
-// Whether this is a build for compute-sanitizer.
-#ifdef PFA_SANITIZED
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
 
 struct BackwardMaps {
   CUtensorMap query;
@@ -33,8 +27,8 @@ struct BackwardShape {
   static constexpr int kScorePanelBytes = kKeys * kRowBytes;   // dS^T for 64 queries
   static constexpr int kScoreBytes = kQueries / 64 * kScorePanelBytes;
   static constexpr int kStatisticBytes = kQueries * static_cast<int>(sizeof(float));
-  // How many of the computing threads arrive at a barrier: all, or one of each warp. compute-sanitizer follows only the
-  // former, which takes 8% longer with small tiles of queries.
+  // How many of the computing threads arrive at a barrier: all, or one of each warp. With small tiles of queries the
+  // former takes 8% longer.
   static constexpr int kArrivals = kQueries > 64 || kSanitized ? 256 : 8;
   // The probabilities of 128 queries are kept in their 16-bit form only.
   static constexpr bool kPackedOnly = kQueries > 64;

@@ -84,8 +84,8 @@ struct ForwardShared {
   MapRows query_rows, key_rows;
   const CUtensorMap *key_map, *value_map;
   uint64_t q_full;
-  Ring<kStages, 8> k, v;
-  Ring<kStages, 4> mask[2];  // by warpgroup
+  Ring<kStages, kSanitized ? 256 : 8> k, v;
+  Ring<kStages, kSanitized ? 128 : 4> mask[2];  // by warpgroup
   KeyTiles key_tiles;
   int2 listed;  // with ranges: the tiles of either phase of the walk
 };

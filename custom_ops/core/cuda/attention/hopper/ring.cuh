@@ -11,6 +11,14 @@ namespace hopper {
 
 constexpr int kStages = 2;  // of the rings of either pass
 
+// Whether this is a build for compute-sanitizer: it follows arrivals of all threads at a barrier, not those of a thread
+// for its warp.
+#ifdef PFA_SANITIZED
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 #if PFA_HOPPER_CODE
 
 // Where the n-th filling of a ring lies: its stage, and how often that was filled before.
