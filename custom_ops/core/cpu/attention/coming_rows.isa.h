@@ -29,7 +29,7 @@ class ComingRows {
 
  private:
   static constexpr int64_t kLine = 64;
-  static constexpr int64_t kLinesAtOnce = 4;
+  static constexpr int64_t kLinesAtOnce = kHasWideTiles ? 6 : 4;  // of such tiles there are fewer
   static constexpr int kMost = 12;
 
   struct Rows {

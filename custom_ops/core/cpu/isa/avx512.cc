@@ -6,6 +6,7 @@
 PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #define PFA_ISA avx512
 #define PFA_VECTOR_BYTES 64
+#define PFA_WIDE_TILES
 #include "core/cpu/isa/stages.isa.h"
 
 namespace pfa::cpu {

@@ -12,6 +12,7 @@ PFA_BEGIN_WIDE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f1
 #endif
 #define PFA_ISA avx512_bf16
 #define PFA_VECTOR_BYTES 64
+#define PFA_WIDE_TILES
 #define PFA_BFLOAT16_PRODUCTS
 #include "core/cpu/isa/stages.isa.h"
 

@@ -1,5 +1,5 @@
 // All stages for one instruction set. The including file has defined PFA_ISA, the namespace that they go to, and
-// PFA_VECTOR_BYTES; with the instructions for it PFA_BFLOAT16_PRODUCTS and PFA_TILE_PRODUCTS.
+// PFA_VECTOR_BYTES; with the instructions for it PFA_WIDE_TILES, PFA_BFLOAT16_PRODUCTS and PFA_TILE_PRODUCTS.
 //
 // A file that is compiled once for every instruction set ends in .isa.h. It has no include guard and includes nothing:
 // here all stand in the order in which they build on each other.
@@ -28,10 +28,15 @@
 #include "core/cpu/rows/layer_norm.isa.h"
 #include "core/cpu/rows/residual.isa.h"
 
-#include "core/cpu/linear/micro_gemm.isa.h"
 #include "core/cpu/linear/panels.isa.h"
 
 #include "core/cpu/linear/lines.isa.h"
+#include "core/cpu/linear/register_tile.isa.h"
+
+#include "core/cpu/linear/wide_tile.isa.h"
+
+#include "core/cpu/linear/micro_gemm.isa.h"
+
 #include "core/cpu/linear/tile_products.isa.h"
 #include "core/cpu/linear/weight_stream.isa.h"
 

@@ -14,6 +14,30 @@ struct Lines {
 
   int64_t lines() const { return pieces * ceil_div(bytes, kLine); }
 
+  // The next `lines`: from `line` on `in_piece` follow each other, then come `piece` at a time, `gap` bytes after each
+  // other.
+  struct Walk {
+    const char* line = nullptr;
+    int64_t lines = 0;
+    int64_t in_piece = 1;
+    int64_t piece = 1;
+    int64_t gap = 0;
+  };
+
+  // At most `count` of them, for somebody else to ask for.
+  Walk take(int64_t count) {
+    const int64_t piece = ceil_div(bytes, kLine);
+    if (pieces == 0 || piece == 0) return {};
+    const int64_t passed = byte / kLine;
+    const Walk walk{data + byte, std::min(count, pieces * piece - passed), piece - passed, piece,
+                    stride - piece * kLine};
+    const int64_t next = passed + walk.lines;
+    data += next / piece * stride;
+    pieces -= next / piece;
+    byte = next % piece * kLine;
+    return walk;
+  }
+
   // The next line comes near, if there is one.
   void prefetch() {
     if (pieces == 0) return;

@@ -6,9 +6,9 @@
 // With few rows b, the weight, comes from memory no faster than it is multiplied, so each thread prefetches what it
 // takes next. a's rows are read where they lie, for the inner loop broadcasts their numbers one by one; where they
 // can't be, each thread copies or packs those that it works at. c is cut into units, rectangles that one thread takes
-// at a time; a unit is made of products of some rows of a with one panel of b, whose sums are held in registers
-// (micro_gemm.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs in its order for every element
-// of c, whatever the units: the bits do not depend on the number of threads.
+// at a time; a unit is made of products of some rows of a with one panel of b, or two, whose sums are held in registers
+// (register_tile.isa.h, wide_tile.isa.h) or on the tiles of AMX (tile_products.isa.h). The sum over k runs in its order
+// for every element of c, whatever the units: the bits do not depend on the number of threads.
 
 namespace pfa::cpu::PFA_ISA {
 
@@ -50,6 +50,9 @@ class MatrixProduct {
   static constexpr int kVectors = 2;
   static constexpr int64_t kPanelColumns = kVectors * kLanes<A>;
   static constexpr int64_t kPanelRows = kRegisterTileRows[kVectors];
+  // Two panels with half as many rows are a wide tile.
+  static constexpr int64_t kWideRows = kPanelRows / 2;
+  static_assert(!kHasWideTiles || (kWideRows == kMostWideRows && 2 * kVectors == kWideVectors));
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
   // A run of k such that a unit's panels of a and two of b stay in the L2 cache: the inner loop takes few enough bytes
@@ -71,9 +74,9 @@ class MatrixProduct {
   // So few rows read an arranged b by its own panels, if the sums fit the registers: its lines come without being asked
   // for when they are read one after another.
   static constexpr int64_t kFewestRows = 2;
-  static constexpr int kWideVectors = kArrangedColumns / kLanes<A>;
+  static constexpr int kArrangedVectors = kArrangedColumns / kLanes<A>;
   static constexpr bool kHasWidePanels = ArrangedMatrix<T>::kReadInPlace && kPanelColumns < kArrangedColumns &&
-                                         kFewestRows * kWideVectors <= kPanelRows * kVectors;
+                                         kFewestRows * kArrangedVectors <= kPanelRows * kVectors;
   // Rows that are so many bytes apart, or a multiple of it, would all be in the same few lines of the L1 cache.
   static constexpr int64_t kAliasingStride = 4096;
   // b is packed for at most so many k at a time, or for as many as c has rows: so what is packed is moderate, or not
@@ -320,14 +323,28 @@ class MatrixProduct {
           continue;
         }
       }
-      for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
+      int64_t j = 0;
+      for (; takes_two_panels(j, writable_columns); j += 2 * kPanelColumns) {
+        const Panel panels[2] = {panel_of(unit, j, k, k_begin, count),
+                                 panel_of(unit, j + kPanelColumns, k, k_begin, count)};
+        Lines after[2] = {next_shared_panel(unit, j + kPanelColumns, k, k_begin, count),
+                          next_shared_panel(unit, j + 2 * kPanelColumns, k, k_begin, count)};
+        const Prefetch prefetch[2] = {spread(after[0], row_panels, depth), spread(after[1], row_panels, depth)};
+        for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
+          const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
+          // [panel_rows_, 2 kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, 2 kPanelColumns]
+          multiply_two_panels(depth, operand_of(a + i * a_stride, a_stride), panels, i_end - i,
+                              {sums + i * stride + j, stride, A(1), continues}, prefetch);
+          i = i_end;
+        }
+      }
+      for (; j < unit.columns; j += kPanelColumns) {
         const Panel panel = panel_of(unit, j, k, k_begin, count);
         Lines after = has_few_rows_ ? part_of_next_strip(unit, j, k, count, unit_after, k_after, k_end)
                                     : next_shared_panel(unit, j, k, k_begin, count);
         const Prefetch prefetch = spread(after, row_panels, depth);
         for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
-          // Rows are cut evenly where panels don't cut them: a tile of one or two would wait for its sums.
-          const int64_t i_end = has_rows_of_a() ? unit.rows * tile / row_panels : std::min(i + panel_rows_, unit.rows);
+          const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
           // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
           multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel, i_end - i,
                           std::min(kPanelColumns, writable_columns - j),
@@ -338,13 +355,19 @@ class MatrixProduct {
     }
   }
 
+  // Where the rows of a unit that are multiplied at a time end. They are cut evenly where panels don't cut them: a tile
+  // of one or two would wait for its sums.
+  int64_t end_of_row_panel(const Unit& unit, int64_t panel, int64_t panels) const {
+    return has_rows_of_a() ? unit.rows * panel / panels : std::min(panel * panel_rows_, unit.rows);
+  }
+
   // The same of one run of k for at most kFewestRows.
   void multiply_by_wide_panels(const Unit& unit, int64_t k, int64_t depth, TileOperand<P> a, TileResult<A> sums) const {
     for (int64_t j = 0; j < unit.columns; j += kArrangedColumns) {
       TileResult<A> c = sums;
       c.data += j;
       const auto* panel = reinterpret_cast<const P*>(arranged_b().at(unit.column + j, k));
-      multiply_last_rows<kFewestRows, kWideVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
+      multiply_last_rows<kFewestRows, kArrangedVectors>(unit.rows, depth, a, panel, kArrangedColumns, c);
     }
   }
 
@@ -406,6 +429,12 @@ class MatrixProduct {
     return {strip + column * depth_of(count), kPanelColumns};
   }
 
+  // Whether the panel at column j of a unit is multiplied together with the next. With few rows threads end together
+  // only if units are small.
+  bool takes_two_panels(int64_t j, int64_t writable_columns) const {
+    return kHasWideTiles && !tiles_ && !has_few_rows_ && j + 2 * kPanelColumns <= writable_columns;
+  }
+
   // The packed panel after that at column j of the unit, if it has one.
   Lines next_shared_panel(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
     if (j + kPanelColumns >= unit.columns) return {};
@@ -456,7 +485,27 @@ class MatrixProduct {
     }
   }
 
-  // The same for all columns of the panel; on tiles for all panel_rows_ too.
+  // The same for all columns of two panels.
+  void multiply_two_panels(int64_t depth, TileOperand<P> a, const Panel (&b)[2], int64_t rows, TileResult<A> c,
+                           const Prefetch (&prefetch)[2]) const {
+    for (int64_t i = 0; i < rows; i += kWideRows) {
+      const int64_t count = std::min(kWideRows, rows - i);
+      const Prefetch& meanwhile = prefetch[i > 0];
+      if (count >= kLeastWideRows) {
+        multiply_wide_rows(count, depth, a, b[0].data, b[0].stride, b[1].data - b[0].data, c, meanwhile);
+      } else {
+        for (int64_t panel = 0; panel < 2; ++panel) {
+          const TileResult<A> part{c.data + panel * kPanelColumns, c.row_stride, c.scale, c.accumulate};
+          multiply_last_rows<kLeastWideRows - 1, kVectors>(count, depth, a, b[panel].data, b[panel].stride, part,
+                                                           meanwhile);
+        }
+      }
+      a.data += kWideRows * a.row_stride;
+      c.data += kWideRows * c.row_stride;
+    }
+  }
+
+  // The same as multiply_panels, for all columns of the panel; on tiles for all panel_rows_ too.
   void multiply_rows(int64_t depth, TileOperand<P> a, Panel b, int64_t rows, TileResult<A> c,
                      const Prefetch& prefetch) const {
     if constexpr (kHasTileProducts<T>) {
