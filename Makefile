@@ -198,7 +198,8 @@ SANITIZED_ROWS := test_rows and (768 or 1023 or 8192) and (float16-float32 or fl
 SANITIZED_BLOCKS := test_feature and (plain or dropout-pre-causal or full-gelu or full-gated-silu) or test_length and 257 \
 	or test_many_heads or test_mask_over_tiles and sides and 64 or test_kinds and (packed or documents) and 128
 SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
-SANITIZED_STAGES := $(SANITIZED_ROWS) or test_attention and (float16 or float32)
+SANITIZED_STAGES := $(SANITIZED_ROWS) or test_attention and (float16 or float32) \
+	or test_gradients_are_the_same_each_time and bfloat16 and (diagonal or packed or ranges)
 
 .PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-exact gpu-sanitize gpu-bench
 
