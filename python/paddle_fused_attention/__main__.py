@@ -229,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(parsed, progress)
     except CheckpointError as error:
         progress.close()
-        _print(f"error: {error}", sys.stderr)
+        advice = "; --force replaces it" if isinstance(error, checkpoint_files.TargetExists) else ""
+        _print(f"error: {error}{advice}", sys.stderr)
         return 1
     except MemoryError:
         progress.close()

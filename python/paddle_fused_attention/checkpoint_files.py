@@ -44,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "RawTensor",
+    "TargetExists",
     "check_suffix",
     "check_target",
     "load_state",
@@ -72,6 +73,10 @@ def check_suffix(path: Path) -> None:
     """Checks that files of this kind can be written."""
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+
+
+class TargetExists(CheckpointError):
+    """There is a file, and it is not to be replaced."""
 
 
 def check_target(path: Path, replace: bool = True) -> None:
@@ -124,8 +129,8 @@ def write(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
 
     Raises:
         TypeError: An argument is of the wrong type.
-        CheckpointError: The kind of file can't hold a value, the file can't be written, or `replace` is False and a
-            file stands there.
+        TargetExists: `replace` is False and a file stands there; a CheckpointError.
+        CheckpointError: The kind of file can't hold a value, or the file can't be written.
     """
     path = _checked_path(path)
     if not isinstance(checkpoint, Checkpoint):
@@ -171,7 +176,7 @@ def _errors_of_writing(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise CheckpointError(f"{path}: exists already; --force replaces it") from None
+        raise TargetExists(f"{path}: exists already") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written: {error.strerror or error}") from error
     except MemoryError:
