@@ -65,6 +65,9 @@ if __name__ == "__main__":
     expected = call()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(call, ["float32"] * 4) == [expected] * 4
+        # Else the pool sends SIGTERM, which Paddle's handler may not survive (docs/paddle.md).
+        pool.close()
+        pool.join()
     print("well")
 """
 
