@@ -1,8 +1,10 @@
 """A random case on a core, against float64, within the tolerances of all suites.
 
-Of few numbers the error of a chain of 16-bit ops says little: chance may make it small. So a case of 16 bits that is
-beyond the tolerance is computed for MORE other values, and all are compared as one tensor. (Of 600 draws of one query
-that sees two keys the largest errors were 1.5 times those of the chain, of groups of 16 draws up to 4.4 times.)
+Of few numbers the error of a chain of 16-bit ops says little: chance may make it small. In every dtype it may make a
+gradient small against what it is the sum of: in two of 12,000 cases, both of width 2 behind a layer norm, it was less
+than a hundredth of what it is for other values. So a case that is beyond the tolerance is computed for MORE other
+values, and all are compared as one tensor. (Of 600 draws of one query that sees two keys the largest errors in 16 bits
+were 1.5 times those of the chain, of groups of 16 draws up to 4.4 times.)
 """
 
 from functools import lru_cache
@@ -97,7 +99,7 @@ def complaints(drawn, core):
     for way in core.ways():
         out, gradients, broken = core.run(drawn, inputs, way)
         wrong = broken + _compare(drawn.case, inputs, expected, out, gradients)
-        if wrong and not broken and drawn.case.dtype in attention_cases.SIXTEEN_BIT:
+        if wrong and not broken:
             wrong = _compare_more(drawn, core, way, expected, expected_of_others, out, gradients)
         found += [f"{way}: {complaint}" for complaint in wrong]
     return found
