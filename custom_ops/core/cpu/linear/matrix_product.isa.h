@@ -32,14 +32,18 @@ class MatrixProduct {
  public:
   using P = Operand<T>;
 
-  static size_t workspace_bytes(const Context& context, const Product<T, R>& product) {
-    Arena arena;
+  // For the product with an addend or a step, and without: its orientation depends on them.
+  static size_t workspace_bytes(const Context& context, Product<T, R> product) {
+    product.addend = nullptr;
+    product.step = nullptr;
+    Arena arena, oriented_arena;
     MatrixProduct(context, product).place(arena);
-    return arena.used();
+    MatrixProduct(context, oriented(context, product)).place(oriented_arena);
+    return std::max(arena.used(), oriented_arena.used());
   }
 
   static void run(const Context& context, const Product<T, R>& product, void* workspace) {
-    MatrixProduct work(context, product);
+    MatrixProduct work(context, oriented(context, product));
     Arena arena(workspace);
     work.place(arena);
     work.multiply();
@@ -52,6 +56,7 @@ class MatrixProduct {
   static constexpr int64_t kPanelRows = kRegisterTileRows[kVectors];
   // Two panels with half as many rows are a wide tile.
   static constexpr int64_t kWideRows = kPanelRows / 2;
+  static constexpr int64_t kWideColumns = 2 * kPanelColumns;
   static_assert(!kHasWideTiles || (kWideRows == kMostWideRows && 2 * kVectors == kWideVectors));
   static constexpr int64_t kMaxPanelRows = kHasTileProducts<T> ? std::max(kPanelRows, kTileProductRows) : kPanelRows;
   static constexpr bool kNarrows = !std::is_same_v<R, A>;
@@ -97,7 +102,7 @@ class MatrixProduct {
 
   // Decides how the work is cut. Of that only run_ reaches the bits of the result, and it depends on k alone.
   MatrixProduct(const Context& context, const Product<T, R>& product)
-      : product_(oriented(context, product)),
+      : product_(product),
         threads_(context.threads),
         tiles_(has_tile_products<T>(context)),
         panel_rows_(tiles_ ? kTileProductRows : kPanelRows),
@@ -142,7 +147,19 @@ class MatrixProduct {
       columns_ = round_up(columns_ / 2, step);
     while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, step);
     if (packs_strips) strip_columns_ = std::min(columns_, kStripColumns);
+    if (kHasWideTiles && !tiles_ && has_few_rows_ && !streams_b_ && !transposes_c()) share_columns(step);
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
+  }
+
+  // Cuts the columns of a product of few rows for wide tiles. Each thread begins with a share of columns that lie side
+  // by side: where threads wrote neighbouring columns, each core would fetch ahead what the other is about to write. A
+  // share ends with units of `least` columns, so that threads end together.
+  void share_columns(int64_t least) {
+    columns_ = reads_a_ ? kWideColumns : 2 * kWideColumns;  // rows that are copied are copied for each unit
+    strip_columns_ = kWideColumns;
+    last_columns_ = least;
+    share_columns_ = round_up(ceil_div(product_.n, threads_), least);
+    wide_units_ = std::max<int64_t>(0, threads_ == 1 ? share_columns_ : share_columns_ - least) / columns_;
   }
 
   // Rows of a have a stride, in place or copied; else panels of them are packed.
@@ -158,7 +175,13 @@ class MatrixProduct {
   bool has_own_sums() const { return kNarrows || transposes_c(); }  // else they go to c itself
 
   int64_t row_units() const { return ceil_div(product_.m, rows_); }
-  int64_t column_units() const { return ceil_div(product_.n, columns_); }
+  int64_t column_units() const {
+    if (share_columns_ == 0) return ceil_div(product_.n, columns_);
+    return ceil_div(product_.n, share_columns_) * units_of_share();
+  }
+  int64_t units_of_share() const {
+    return wide_units_ + ceil_div(share_columns_ - wide_units_ * columns_, last_columns_);
+  }
   int64_t units() const { return row_units() * column_units(); }
 
   // The operands along k of a panel for `count` numbers, with the zeros behind them.
@@ -202,6 +225,7 @@ class MatrixProduct {
       if (shares_b_) pack_shared_b(k, k_end);
       auto do_unit = [&](int64_t index, int64_t next, int thread) {
         const Unit unit = unit_of(index, thread);
+        if (unit.columns == 0) return;
         const TileScope scope(tiles_);
         multiply_unit(unit, unit_of(next, thread), k, k_end);
         if (k_end == product_.k) finish_unit(unit);
@@ -225,11 +249,18 @@ class MatrixProduct {
     int64_t rows, columns;
   };
 
-  // One beyond the last has neither rows nor columns.
+  // One beyond the last has neither rows nor columns; the last thread's share may end with units without columns.
   Unit unit_of(int64_t index, int thread) const {
     const int64_t row = std::min(index / column_units() * rows_, product_.m);
-    const int64_t column = index % column_units() * columns_;
-    const int64_t columns = row < product_.m ? std::min(columns_, product_.n - column) : 0;
+    const int64_t column_unit = index % column_units();
+    int64_t column = column_unit * columns_, columns = columns_;
+    if (share_columns_ > 0) {
+      const int64_t in_share = column_unit % units_of_share();
+      const int64_t wide = std::min(in_share, wide_units_);
+      column = column_unit / units_of_share() * share_columns_ + wide * columns_ + (in_share - wide) * last_columns_;
+      if (in_share >= wide_units_) columns = last_columns_;
+    }
+    columns = row < product_.m ? std::max<int64_t>(0, std::min(columns, product_.n - column)) : 0;
     return {thread, row, column, std::min(rows_, product_.m - row), columns};
   }
 
@@ -323,12 +354,16 @@ class MatrixProduct {
           continue;
         }
       }
+      // What comes near while the panel at column j is multiplied, as one of so many at a time.
+      const auto coming_lines = [&](int64_t j, int64_t panels) {
+        if (has_few_rows_) return part_of_next_strip(unit, j, k, count, unit_after, k_after, k_end);
+        return lines_of_shared_panel(unit, j + panels * kPanelColumns, k, k_begin, count);
+      };
       int64_t j = 0;
-      for (; takes_two_panels(j, writable_columns); j += 2 * kPanelColumns) {
+      for (; takes_two_panels(j, writable_columns); j += kWideColumns) {
         const Panel panels[2] = {panel_of(unit, j, k, k_begin, count),
                                  panel_of(unit, j + kPanelColumns, k, k_begin, count)};
-        Lines after[2] = {next_shared_panel(unit, j + kPanelColumns, k, k_begin, count),
-                          next_shared_panel(unit, j + 2 * kPanelColumns, k, k_begin, count)};
+        Lines after[2] = {coming_lines(j, 2), coming_lines(j + kPanelColumns, 2)};
         const Prefetch prefetch[2] = {spread(after[0], row_panels, depth), spread(after[1], row_panels, depth)};
         for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
           const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
@@ -340,8 +375,7 @@ class MatrixProduct {
       }
       for (; j < unit.columns; j += kPanelColumns) {
         const Panel panel = panel_of(unit, j, k, k_begin, count);
-        Lines after = has_few_rows_ ? part_of_next_strip(unit, j, k, count, unit_after, k_after, k_end)
-                                    : next_shared_panel(unit, j, k, k_begin, count);
+        Lines after = coming_lines(j, 1);
         const Prefetch prefetch = spread(after, row_panels, depth);
         for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
           const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
@@ -424,22 +458,21 @@ class MatrixProduct {
       return {reinterpret_cast<const P*>(data), product_.b.depth_stride};
     }
     P* const strip = packed_b_ + unit.thread * thread_b_;
-    const int64_t column = j % strip_columns_;
+    const int64_t column = reads_b_ ? 0 : j % strip_columns_;
     if (column == 0) pack_b(unit.column + j, std::min(strip_columns_, unit.columns - j), k, count, strip);
     return {strip + column * depth_of(count), kPanelColumns};
   }
 
-  // Whether the panel at column j of a unit is multiplied together with the next. With few rows threads end together
-  // only if units are small.
+  // Whether the panel at column j of a unit is multiplied together with the next.
   bool takes_two_panels(int64_t j, int64_t writable_columns) const {
-    return kHasWideTiles && !tiles_ && !has_few_rows_ && j + 2 * kPanelColumns <= writable_columns;
+    return kHasWideTiles && !tiles_ && j + kWideColumns <= writable_columns;
   }
 
-  // The packed panel after that at column j of the unit, if it has one.
-  Lines next_shared_panel(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
-    if (j + kPanelColumns >= unit.columns) return {};
+  // The packed panel from column j of the unit on, if it has one.
+  Lines lines_of_shared_panel(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
+    if (j >= unit.columns) return {};
     constexpr int64_t size = sizeof(P);
-    const Panel panel = panel_of(unit, j + kPanelColumns, k, k_begin, count);
+    const Panel panel = panel_of(unit, j, k, k_begin, count);
     return {reinterpret_cast<const char*>(panel.data), depth_of(count), panel.stride * size, kPanelColumns * size};
   }
 
@@ -599,8 +632,10 @@ class MatrixProduct {
   bool streams_b_;      // of that, a plain b in its order
   bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
-  int64_t rows_, columns_;  // of a unit
-  int64_t strip_columns_;   // kPanelColumns where plain b is read in place
+  int64_t rows_, columns_;             // of a unit
+  int64_t share_columns_ = 0;          // of n, for each thread, where they are shared out
+  int64_t wide_units_, last_columns_;  // units of columns_ that a share begins with, and columns of each after them
+  int64_t strip_columns_;              // kPanelColumns where plain b is read in place
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
   P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]; copied [threads][rows_][depth]
   P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a strip's panels
