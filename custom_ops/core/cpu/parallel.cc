@@ -26,8 +26,8 @@ namespace {
 
 constexpr int kMaxShares = 64;
 
-// What a thread takes first: indices side by side, always the same, whose operands are then in its core's cache from the
-// call before. A thread that has done with its own takes what is left of others'.
+// What a thread takes first: indices side by side, always the same, so that their operands are in its core's cache from
+// the call before. A thread that has done with its own takes what is left of others'.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
