@@ -110,7 +110,7 @@ class MatrixProduct {
     const int64_t k = product_.k;
     const int64_t runs = std::max<int64_t>(1, ceil_div(k, tiles_ ? kMaxTileRun : kMaxRun));
     run_ = round_up(std::max<int64_t>(1, ceil_div(k, runs)), 2 * kNumbers<T> * depth_step_);
-    reads_a_ = !tiles_ && can_be_read_in_place(product_.a) && !aliases(product_.a.stride);
+    reads_a_ = can_be_read_in_place(product_.a) && !aliases(product_.a.stride) && (!tiles_ || has_whole_tiles_of_a());
     copies_a_ = !tiles_ && !reads_a_ && !kPaired<T> && product_.a.depth_stride == 1;
     has_few_rows_ = product_.m <= kMaxRows;
     streams_b_ = can_stream_b();
@@ -141,7 +141,7 @@ class MatrixProduct {
     if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
     // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
     // finely, and threads end together.
-    const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ ? 4 : 1) * kPanelColumns, step);
+    const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ || tiles_ ? 4 : 1) * kPanelColumns, step);
     const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
     while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
       columns_ = round_up(columns_ / 2, step);
@@ -191,6 +191,11 @@ class MatrixProduct {
   static bool can_be_read_in_place(const MatrixView<T>& view) {
     if (view.depth_stride != 1 || !(kPaired<T> || std::is_same_v<T, P>)) return false;
     return view.stride % kNumbers<T> == 0;
+  }
+
+  // Tiles are read whole.
+  bool has_whole_tiles_of_a() const {
+    return product_.m % kTileProductRows == 0 && product_.k % (kTileProductDepth * kNumbers<T>) == 0;
   }
 
   static bool aliases(int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % kAliasingStride == 0; }
@@ -543,8 +548,10 @@ class MatrixProduct {
                      const Prefetch& prefetch) const {
     if constexpr (kHasTileProducts<T>) {
       if (tiles_) {
-        for (int64_t k = 0; k < depth; k += prefetch.step) prefetch();
-        return multiply_tiles(depth, a.data, b.data, c);
+        const auto meanwhile = [&] {
+          for (int64_t step = 0; step < kTileProductDepth; step += prefetch.step) prefetch();
+        };
+        return multiply_tiles(depth, a.data, a.row_stride, b.data, c, meanwhile);
       }
     }
     if (rows == kPanelRows) {
@@ -555,7 +562,7 @@ class MatrixProduct {
 
   // Rows of a, in place or copied, or a packed panel of them.
   TileOperand<P> operand_of(const P* a, int64_t stride) const {
-    if (has_rows_of_a()) return {a, stride, 1};
+    if (has_rows_of_a() || tiles_) return {a, stride, 1};
     return {a, 1, kPanelRows};
   }
 

@@ -1,5 +1,5 @@
 // Products of bfloat16 matrices on the tiles of AMX, registers of 16 rows of 64 bytes: [32, 32] sums in four of them.
-// multiply_tiles has panels, of a [32][depth] pairs, row by row, of b [depth][32]; depth is a multiple of 16.
+// multiply_tiles has rows of a, of `depth` pairs, and panels of b [depth][32]; depth is a multiple of 16.
 // TileGemm has what lies in the caches, in place of micro_gemm.
 
 namespace pfa::cpu::PFA_ISA {
@@ -53,10 +53,12 @@ struct TileScope {
 };
 
 #if defined(PFA_TILE_PRODUCTS)
-// c [32, 32] (+)= a @ b; c.scale is not looked at.
-inline void multiply_tiles(int64_t depth, const uint32_t* a, const uint32_t* b, TileResult<float> c) {
+// c [32, 32] (+)= a @ b; c.scale is not looked at. What comes near meanwhile is asked for between the tiles.
+template <class Meanwhile>
+void multiply_tiles(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b, TileResult<float> c,
+                    const Meanwhile& meanwhile) {
   constexpr int64_t b_bytes = 32 * sizeof(uint32_t);
-  const int64_t a_bytes = depth * sizeof(uint32_t);
+  const int64_t a_bytes = a_stride * sizeof(uint32_t);
   const int64_t c_bytes = c.row_stride * sizeof(float);
   float* const lower = c.data + 16 * c.row_stride;
   if (c.accumulate) {
@@ -71,8 +73,9 @@ inline void multiply_tiles(int64_t depth, const uint32_t* a, const uint32_t* b, 
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += kTileProductDepth) {
+    meanwhile();
     _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(5, a + 16 * depth + k, a_bytes);
+    _tile_loadd(5, a + 16 * a_stride + k, a_bytes);
     _tile_loadd(6, b + k * 32, b_bytes);
     _tile_loadd(7, b + k * 32 + 16, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
