@@ -388,7 +388,11 @@ struct AttentionBackward {
         continue;
       }
       load_row(out.row(first + i), p.head_dim, tiles.out_row);
-      if constexpr (sizeof(T) == 2) add_residues(head, first + i, tiles.out_row);
+      if constexpr (sizeof(T) == 2) {
+        if (p.out_residue) {
+          add_residues(RoundingResidue::of(p.dtype), p.head_dim, head.residues(first + i), tiles.out_row);
+        }
+      }
       load_row(d_out.row(first + i), p.head_dim, tiles.d_out_row);
       tiles.gradient.delta[i] = row_dot<A>(tiles.out_row, tiles.d_out_row, p.head_dim);
     }
@@ -397,19 +401,6 @@ struct AttentionBackward {
       tiles.gradient.score_shift[i] = A(0);
       tiles.gradient.log_sum_exp[i] = std::numeric_limits<A>::infinity();
       tiles.gradient.delta[i] = A(0);
-    }
-  }
-
-  // Adds to a query's result what rounding took from it.
-  static void add_residues(const Head<T>& head, int64_t query, A* values) {
-    const AttentionParams& p = head.p;
-    if (!p.out_residue) return;
-    const RoundingResidue rounding = RoundingResidue::of(p.dtype);
-    const uint32_t* const row =
-        p.out_residue + (head.layout.statistics(head.index) + query) * residue_words(p.head_dim);
-    for (int64_t d = 0; d < p.head_dim; ++d) {
-      const uint32_t residue = row[d / kResiduesInWord] >> 4 * (d % kResiduesInWord) & 15u;
-      values[d] += rounding.decode(residue, values[d]);
     }
   }
 };

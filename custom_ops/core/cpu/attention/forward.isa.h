@@ -251,23 +251,6 @@ struct AttentionForward {
     }
   }
 
-  // What rounding took from a query's result.
-  static void keep_residues(const Head<T>& head, int64_t query, const A* values, const T* rounded) {
-    const AttentionParams& p = head.p;
-    if (!p.out_residue) return;
-    const RoundingResidue rounding = RoundingResidue::of(p.dtype);
-    const int64_t words = residue_words(p.head_dim);
-    uint32_t* const row = p.out_residue + (head.layout.statistics(head.index) + query) * words;
-    for (int64_t w = 0; w < words; ++w) {
-      const int64_t first = w * kResiduesInWord;
-      uint32_t word = 0;
-      for (int64_t i = 0; i < std::min(kResiduesInWord, p.head_dim - first); ++i) {
-        word |= rounding.encode(values[first + i], widen(rounded[first + i])) << 4 * i;
-      }
-      row[w] = word;
-    }
-  }
-
   // Divides rows of o, queries `first`.. of the tile, by their sums and writes them, with what backward needs of the
   // softmax.
   static void write(const Head<T>& head, int64_t tile_query, int64_t queries, A* rows, int64_t first,
@@ -284,7 +267,12 @@ struct AttentionForward {
       A* row = rows + i * head.shape.padded;
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
       store_row(row, p.head_dim, out.row(first_query + i));
-      if constexpr (sizeof(T) == 2) keep_residues(head, first_query + i, row, out.row(first_query + i));
+      if constexpr (sizeof(T) == 2) {
+        if (p.out_residue) {
+          encode_residues(RoundingResidue::of(p.dtype), p.head_dim, row, out.row(first_query + i),
+                          head.residues(first_query + i));
+        }
+      }
       if (log_sum_exp) {
         log_sum_exp[i] = sum == 0 ? std::numeric_limits<A>::infinity() : std::log(sum);
         score_shift[i] = sum == 0 ? A(0) : tiles.softmax.maximum[first + i];

@@ -78,6 +78,11 @@ struct Head {
 
   // From `query` on, of what has a number for every query of every head.
   A* statistics(void* data, int64_t query) const { return static_cast<A*>(data) + layout.statistics(index) + query; }
+
+  // Of the query's result.
+  uint32_t* residues(int64_t query) const {
+    return p.out_residue + (layout.statistics(index) + query) * residue_words(p.head_dim);
+  }
 };
 
 // Packs rows first..first + count - 1 along the depth: tile [count][stride], zero beyond head_dim.

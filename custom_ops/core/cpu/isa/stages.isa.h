@@ -56,6 +56,7 @@
 #include "core/cpu/attention/softmax.isa.h"
 
 #include "core/cpu/attention/one_query.isa.h"
+#include "core/cpu/attention/residues.isa.h"
 #include "core/cpu/attention/weights.isa.h"
 
 #include "core/cpu/attention/backward.isa.h"
