@@ -301,16 +301,14 @@ HEAD_DIMS = [
     Case(2, 93, 3, head_dim).but(causal=True, dropout_rate=0.1)
     for head_dim in (1, 3, 8, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256)
 ]
-# Batch, length, heads and head dim.
+# Batch, length, heads and head dim; so many numbers that in 16 bits chance does not decide who is nearer.
 SIZES = [
     Case(*sizes, mask=Mask("B1SS", "bool")).but(pre_layer_norm=True, attn_dropout_rate=0.1, dropout_rate=0.1, seed=3)
     for sizes in (
-        (2, 1, 2, 40), (1, 7, 6, 1), (2, 7, 3, 80), (3, 129, 1, 40), (1, 129, 2, 64), (1, 129, 1, 128), (1, 130, 2, 72),
-        (2, 33, 2, 256), (1, 16, 5, 3), (2, 300, 2, 16), (3, 100, 5, 80),
+        (2, 1, 2, 40), (1, 7, 46, 1), (2, 7, 3, 80), (3, 129, 1, 40), (1, 129, 2, 64), (1, 129, 1, 128),
+        (1, 130, 2, 72), (2, 33, 2, 256), (1, 16, 5, 3), (2, 300, 2, 16), (3, 100, 5, 80),
     )
 ]  # fmt: skip
-# Of its 42 numbers ordinary ops in float16 happen to come nearer with seed 3 than with 56 of 60 others.
-SIZES[1] = SIZES[1].but(seed=5)
 SIZES += [
     Case(*sizes).but(causal=True, attn_dropout_rate=0.1, seed=5, offset=2**33 + 1)
     for sizes in (
@@ -414,7 +412,8 @@ def feed_forward_features():
         found["gated-" + activation] = plain.but(activation=activation, gated=True)
         found["full-" + activation] = FULL_FEED_FORWARD.but(activation=activation)
         found["full-gated-" + activation] = FULL_FEED_FORWARD.but(activation=activation, gated=True)
-    # As above, in the gradient of linear1_bias in float16 beside a float32 x: nearer than with 56 of 60 other seeds.
+    # With seed 17 ordinary ops in float16 beside a float32 x happen to come nearer than with 56 of 60 others, in the
+    # gradient of linear1_bias.
     found["full-silu"] = found["full-silu"].but(seed=18)
     for gated in (False, True):
         for name in FEED_FORWARD_OPTIONAL:

@@ -33,13 +33,14 @@ struct RoundingResidue {
   PFA_HOST_DEVICE uint32_t encode(float value, float rounded) const {
     const float inverse = float_of((254u << 23) - power_of(rounded));
     const float place = (value - rounded) * inverse * sixteenths + 8.5f;
-    const float positive = place > 0.0f ? place : 0.0f;  // NaN is not
+    const float positive = place > 0.0f ? place : 0.0f;                // NaN is not
     return static_cast<int32_t>(positive < 15.0f ? positive : 15.0f);  // few processors convert to unsigned numbers
   }
 
   // What to add to `rounded`.
   PFA_HOST_DEVICE float decode(uint32_t residue, float rounded) const {
-    return (static_cast<float>(static_cast<int32_t>(residue)) - 8.0f) * (1.0f / sixteenths) * float_of(power_of(rounded));
+    return (static_cast<float>(static_cast<int32_t>(residue)) - 8.0f) * (1.0f / sixteenths) *
+           float_of(power_of(rounded));
   }
 
  private:
