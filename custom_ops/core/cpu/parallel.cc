@@ -63,7 +63,7 @@ PFA_UNSANITIZED void run_parallel(int64_t count, int threads, bool ahead, LoopBo
     for (int i = 0; i < share_count; ++i) {
       Share& share = shares[(thread + i) % share_count];
       for (int64_t index = share.take(); index < share.end;) {
-        // While others still find some, the next index may be held in reserve.
+        // While the share has some left for others, the next index may be held in reserve.
         const bool reserves = ahead && index + 2 < share.end;
         const int64_t after = reserves ? share.take() : index + 1;
         body(closure, index, after, thread);
