@@ -30,6 +30,7 @@
 
 #include "core/cpu/linear/panels.isa.h"
 
+#include "core/cpu/linear/column_cut.isa.h"
 #include "core/cpu/linear/lines.isa.h"
 #include "core/cpu/linear/register_tile.isa.h"
 
@@ -56,7 +57,7 @@
 #include "core/cpu/attention/softmax.isa.h"
 
 #include "core/cpu/attention/one_query.isa.h"
-#include "core/cpu/attention/residues.isa.h"
+#include "core/cpu/attention/residue.isa.h"
 #include "core/cpu/attention/weights.isa.h"
 
 #include "core/cpu/attention/backward.isa.h"

@@ -36,10 +36,9 @@ class MatrixProduct {
   static size_t workspace_bytes(const Context& context, Product<T, R> product) {
     product.addend = nullptr;
     product.step = nullptr;
-    Arena arena, oriented_arena;
-    MatrixProduct(context, product).place(arena);
-    MatrixProduct(context, oriented(context, product)).place(oriented_arena);
-    return std::max(arena.used(), oriented_arena.used());
+    const Product<T, R> turned = oriented(context, product);
+    const size_t bytes = bytes_as_it_is(context, product);
+    return turned.transposes_c ? std::max(bytes, bytes_as_it_is(context, turned)) : bytes;
   }
 
   static void run(const Context& context, const Product<T, R>& product, void* workspace) {
@@ -88,6 +87,12 @@ class MatrixProduct {
   // larger than c.
   static constexpr int64_t kMaxSpan = 4096;
 
+  static size_t bytes_as_it_is(const Context& context, const Product<T, R>& product) {
+    Arena arena;
+    MatrixProduct(context, product).place(arena);
+    return arena.used();
+  }
+
   // The product of which that is made: for few rows and a weight that would be packed against its order, c^T = b @ a^T.
   // The bits are the same. With one number to an operand packing takes too small a part of the time.
   static Product<T, R> oriented(const Context& context, const Product<T, R>& product) {
@@ -130,36 +135,34 @@ class MatrixProduct {
     const bool takes_arranged_panels = product_.is_b_arranged && reads_b_;
     const int64_t step = takes_arranged_panels ? std::max(kPanelColumns, kArrangedColumns) : kPanelColumns;
     strip_columns_ = step;
-    columns_ = round_up(std::max<int64_t>(product_.n, 1), step);
+    int64_t columns = round_up(std::max<int64_t>(product_.n, 1), step);  // of a unit
     if (streams_b_ && product_.b.stride == 1) {
       // As many units for each thread, and long pieces of b's rows.
-      const int64_t units = round_up(ceil_div(columns_, streamed_columns(product_.m)), threads_);
-      columns_ = round_up(ceil_div(columns_, units), step);
+      const int64_t units = round_up(ceil_div(columns, streamed_columns(product_.m)), threads_);
+      cut_ = ColumnCut::evenly(product_.n, round_up(ceil_div(columns, units), step));
       return;
     }
-    if (has_own_sums() || reads_a_) columns_ = std::min(columns_, kMaxColumns);
-    if (has_few_rows_) columns_ = std::min(columns_, kMaxUnsharedColumns);
+    if (has_own_sums() || reads_a_) columns = std::min(columns, kMaxColumns);
+    if (has_few_rows_) columns = std::min(columns, kMaxUnsharedColumns);
     // Where there are few rows, these are cut last: each cut reads all of b once more. Columns may then be cut
-    // finely, and threads end together.
+    // finely, and threads end together; on tiles a panel by itself is too little work for that.
     const int64_t least_columns = std::max((!has_few_rows_ || !reads_a_ || tiles_ ? 4 : 1) * kPanelColumns, step);
     const bool packs_strips = !shares_b_ && !reads_b_ && (product_.is_b_arranged || product_.b.stride == 1);
-    while (units() < (has_few_rows_ ? 16 : 4) * threads_ && columns_ > (packs_strips ? kStripColumns : least_columns))
-      columns_ = round_up(columns_ / 2, step);
-    while (units() < 2 * threads_ && columns_ > least_columns) columns_ = round_up(columns_ / 2, step);
-    if (packs_strips) strip_columns_ = std::min(columns_, kStripColumns);
-    if (kHasWideTiles && !tiles_ && has_few_rows_ && !streams_b_ && !transposes_c()) share_columns(step);
+    const auto has_fewer_units = [&](int64_t count) { return row_units() * ceil_div(product_.n, columns) < count; };
+    while (has_fewer_units((has_few_rows_ ? 16 : 4) * threads_) &&
+           columns > (packs_strips ? kStripColumns : least_columns)) {
+      columns = round_up(columns / 2, step);
+    }
+    while (has_fewer_units(2 * threads_) && columns > least_columns) columns = round_up(columns / 2, step);
+    if (kHasWideTiles && !tiles_ && has_few_rows_ && !streams_b_ && !transposes_c()) {
+      strip_columns_ = kWideColumns;
+      columns = reads_a_ ? kWideColumns : 2 * kWideColumns;  // rows that are copied are copied for each unit
+      cut_ = ColumnCut::by_thread(product_.n, columns, step, threads_);
+    } else {
+      if (packs_strips) strip_columns_ = std::min(columns, kStripColumns);
+      cut_ = ColumnCut::evenly(product_.n, columns);
+    }
     while (units() < 4 * threads_ && rows_ > 2 * panel_rows_) rows_ = round_up(rows_ / 2, panel_rows_);
-  }
-
-  // Cuts the columns of a product of few rows for wide tiles. Each thread begins with a share of columns that lie side
-  // by side: where threads wrote neighbouring columns, each core would fetch ahead what the other is about to write. A
-  // share ends with units of `least` columns, so that threads end together.
-  void share_columns(int64_t least) {
-    columns_ = reads_a_ ? kWideColumns : 2 * kWideColumns;  // rows that are copied are copied for each unit
-    strip_columns_ = kWideColumns;
-    last_columns_ = least;
-    share_columns_ = round_up(ceil_div(product_.n, threads_), least);
-    wide_units_ = std::max<int64_t>(0, threads_ == 1 ? share_columns_ : share_columns_ - least) / columns_;
   }
 
   // Rows of a have a stride, in place or copied; else panels of them are packed.
@@ -175,14 +178,7 @@ class MatrixProduct {
   bool has_own_sums() const { return kNarrows || transposes_c(); }  // else they go to c itself
 
   int64_t row_units() const { return ceil_div(product_.m, rows_); }
-  int64_t column_units() const {
-    if (share_columns_ == 0) return ceil_div(product_.n, columns_);
-    return ceil_div(product_.n, share_columns_) * units_of_share();
-  }
-  int64_t units_of_share() const {
-    return wide_units_ + ceil_div(share_columns_ - wide_units_ * columns_, last_columns_);
-  }
-  int64_t units() const { return row_units() * column_units(); }
+  int64_t units() const { return row_units() * cut_.units(); }
 
   // The operands along k of a panel for `count` numbers, with the zeros behind them.
   int64_t depth_of(int64_t count) const { return round_up(operands<T>(count), depth_step_); }
@@ -218,8 +214,8 @@ class MatrixProduct {
       sums_stride_ = round_up(product_.n, kPanelColumns);
       sums_ = take<A>(arena, product_.m * sums_stride_);
     } else {
-      sums_stride_ = columns_;
-      thread_sums_ = rows_ * columns_;
+      sums_stride_ = cut_.width;
+      thread_sums_ = rows_ * cut_.width;
       sums_ = take<A>(arena, threads_ * thread_sums_);
     }
   }
@@ -254,19 +250,11 @@ class MatrixProduct {
     int64_t rows, columns;
   };
 
-  // One beyond the last has neither rows nor columns; the last thread's share may end with units without columns.
+  // One beyond the last has neither rows nor columns.
   Unit unit_of(int64_t index, int thread) const {
-    const int64_t row = std::min(index / column_units() * rows_, product_.m);
-    const int64_t column_unit = index % column_units();
-    int64_t column = column_unit * columns_, columns = columns_;
-    if (share_columns_ > 0) {
-      const int64_t in_share = column_unit % units_of_share();
-      const int64_t wide = std::min(in_share, wide_units_);
-      column = column_unit / units_of_share() * share_columns_ + wide * columns_ + (in_share - wide) * last_columns_;
-      if (in_share >= wide_units_) columns = last_columns_;
-    }
-    columns = row < product_.m ? std::max<int64_t>(0, std::min(columns, product_.n - column)) : 0;
-    return {thread, row, column, std::min(rows_, product_.m - row), columns};
+    const int64_t row = std::min(index / cut_.units() * rows_, product_.m);
+    const ColumnCut::Piece columns = cut_.unit(index % cut_.units());
+    return {thread, row, columns.first, std::min(rows_, product_.m - row), row < product_.m ? columns.count : 0};
   }
 
   // Where the shared panels of a run begin; the run begins k_in_span, a multiple of run_, after its span.
@@ -639,14 +627,14 @@ class MatrixProduct {
   bool streams_b_;      // of that, a plain b in its order
   bool shares_b_;       // one packed b for all threads; else each thread packs a strip at a time
   int64_t run_, span_;
-  int64_t rows_, columns_;             // of a unit
-  int64_t share_columns_ = 0;          // of n, for each thread, where they are shared out
-  int64_t wide_units_, last_columns_;  // units of columns_ that a share begins with, and columns of each after them
-  int64_t strip_columns_;              // kPanelColumns where plain b is read in place
+  int64_t rows_;  // of a unit
+  ColumnCut cut_;
+  int64_t strip_columns_;  // kPanelColumns where plain b is read in place
   int64_t thread_a_ = 0, thread_b_ = 0, thread_sums_ = 0, sums_stride_ = 0;
-  P* packed_a_ = nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]; copied [threads][rows_][depth]
+  P* packed_a_ =
+      nullptr;  // [threads][rows_ / panel_rows_][depth][panel_rows_]; copied or for tiles [threads][rows_][depth]
   P* packed_b_ = nullptr;  // [runs of the span][panels][depth][kPanelColumns]; or [threads] of a strip's panels
-  A* sums_ = nullptr;      // [threads][rows_, columns_]; where k has several spans [m, sums_stride_]
+  A* sums_ = nullptr;      // [threads][rows_, cut_.width]; where k has several spans [m, sums_stride_]
 };
 
 }  // namespace pfa::cpu::PFA_ISA

@@ -5,7 +5,7 @@ namespace pfa::cpu::PFA_ISA {
 constexpr int64_t kResiduePiece = 64;  // numbers; their residues are spread out between numbers and words
 static_assert(kResiduePiece % kResiduesInWord == 0 && kResiduePiece % kLanes<uint32_t> == 0);
 
-// words [ceil(count / kResiduesInWord)] of values [count] that were rounded to `rounded`.
+// words [ceil(count / kResiduesInWord)] of values [count] that were rounded to `rounded`. Not inline, as store_row.
 template <class T>
 [[gnu::noinline]] void encode_residues(RoundingResidue rounding, int64_t count, const float* __restrict values,
                                        const T* __restrict rounded, uint32_t* __restrict words) {
