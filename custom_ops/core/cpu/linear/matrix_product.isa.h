@@ -315,7 +315,6 @@ class MatrixProduct {
     A* sums = sums_of(unit);
     const int64_t stride = has_own_sums() ? sums_stride_ : product_.n;
     const int64_t writable_columns = has_own_sums() ? round_up(unit.columns, kPanelColumns) : unit.columns;
-    const int64_t row_panels = ceil_div(unit.rows, panel_rows_);
     for (int64_t k = k_begin; k < k_end; k += run_) {
       const int64_t count = std::min(run_, k_end - k);
       const int64_t depth = depth_of(count);
@@ -336,44 +335,47 @@ class MatrixProduct {
       }
       if constexpr (!kPaired<T>) {
         if (streams_b_) {
-          multiply_by_stream(unit, k, count, operand_of(a, a_stride), {sums, stride, A(1), continues}, unit_after,
+          multiply_by_stream(unit, k, count, operand_at(a, a_stride, 0), {sums, stride, A(1), continues}, unit_after,
                              k_after);
           continue;
         }
       }
       if constexpr (kHasWidePanels) {
         if (product_.is_b_arranged && product_.m <= kFewestRows) {
-          multiply_by_wide_panels(unit, k, depth, operand_of(a, a_stride), {sums, stride, A(1), continues});
+          multiply_by_wide_panels(unit, k, depth, operand_at(a, a_stride, 0), {sums, stride, A(1), continues});
           continue;
         }
       }
-      // What comes near while the panel at column j is multiplied, as one of so many at a time.
+      // What comes near while `panels` panels from column j on are multiplied.
       const auto coming_lines = [&](int64_t j, int64_t panels) {
-        if (has_few_rows_) return part_of_next_strip(unit, j, k, count, unit_after, k_after, k_end);
-        return lines_of_shared_panel(unit, j + panels * kPanelColumns, k, k_begin, count);
+        if (has_few_rows_) return part_of_next_strip(unit, j, panels, k, count, unit_after, k_after, k_end);
+        return lines_of_shared_panels(unit, j + panels * kPanelColumns, panels, k, k_begin, count);
       };
       int64_t j = 0;
       for (; takes_two_panels(j, writable_columns); j += kWideColumns) {
         const Panel panels[2] = {panel_of(unit, j, k, k_begin, count),
                                  panel_of(unit, j + kPanelColumns, k, k_begin, count)};
-        Lines after[2] = {coming_lines(j, 2), coming_lines(j + kPanelColumns, 2)};
-        const Prefetch prefetch[2] = {spread(after[0], row_panels, depth), spread(after[1], row_panels, depth)};
-        for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
-          const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
-          // [panel_rows_, 2 kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, 2 kPanelColumns]
-          multiply_two_panels(depth, operand_of(a + i * a_stride, a_stride), panels, i_end - i,
-                              {sums + i * stride + j, stride, A(1), continues}, prefetch);
+        Lines after = coming_lines(j, 2);
+        const int64_t tiles = ceil_div(unit.rows, kWideRows);
+        const Prefetch prefetch = spread(after, tiles, depth);
+        for (int64_t i = 0, tile = 1; tile <= tiles; ++tile) {
+          const int64_t i_end = end_of_rows(unit, tile, tiles, kWideRows);
+          // [kWideRows, 2 kPanelColumns] of the sums (+)= [kWideRows, depth] @ [depth, 2 kPanelColumns]
+          const TileResult<A> c{sums + i * stride + j, stride, A(1), continues};
+          multiply_wide_rows(i_end - i, depth, operand_at(a, a_stride, i), panels[0].data, panels[0].stride,
+                             panels[1].data - panels[0].data, c, prefetch);
           i = i_end;
         }
       }
       for (; j < unit.columns; j += kPanelColumns) {
         const Panel panel = panel_of(unit, j, k, k_begin, count);
         Lines after = coming_lines(j, 1);
-        const Prefetch prefetch = spread(after, row_panels, depth);
-        for (int64_t i = 0, tile = 1; tile <= row_panels; ++tile) {
-          const int64_t i_end = end_of_row_panel(unit, tile, row_panels);
+        const int64_t tiles = ceil_div(unit.rows, panel_rows_);
+        const Prefetch prefetch = spread(after, tiles, depth);
+        for (int64_t i = 0, tile = 1; tile <= tiles; ++tile) {
+          const int64_t i_end = end_of_rows(unit, tile, tiles, panel_rows_);
           // [panel_rows_, kPanelColumns] of the sums (+)= [panel_rows_, depth] @ [depth, kPanelColumns]
-          multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel, i_end - i,
+          multiply_panels(depth, operand_at(a, a_stride, i), panel, i_end - i,
                           std::min(kPanelColumns, writable_columns - j),
                           {sums + i * stride + j, stride, A(1), continues}, prefetch);
           i = i_end;
@@ -382,10 +384,10 @@ class MatrixProduct {
     }
   }
 
-  // Where the rows of a unit that are multiplied at a time end. They are cut evenly where panels don't cut them: a tile
-  // of one or two would wait for its sums.
-  int64_t end_of_row_panel(const Unit& unit, int64_t panel, int64_t panels) const {
-    return has_rows_of_a() ? unit.rows * panel / panels : std::min(panel * panel_rows_, unit.rows);
+  // Where the rows of a unit that are multiplied at a time, at most `most`, end. They are cut evenly where panels don't
+  // cut them: a tile of one or two would wait for its sums.
+  int64_t end_of_rows(const Unit& unit, int64_t tile, int64_t tiles, int64_t most) const {
+    return has_rows_of_a() ? unit.rows * tile / tiles : std::min(tile * most, unit.rows);
   }
 
   // The same of one run of k for at most kFewestRows.
@@ -426,9 +428,8 @@ class MatrixProduct {
       const int64_t column_panels = ceil_div(unit.columns, kPanelColumns);
       const Prefetch prefetch = spread(after, column_panels, depth);
       for (int64_t j = 0; j < unit.columns; j += kPanelColumns) {
-        multiply_panels(depth, operand_of(a + i * a_stride, a_stride), panel_of(unit, j, k, k_begin, count), rows,
-                        kPanelColumns, {sums.data + i * sums.row_stride + j, sums.row_stride, A(1), sums.accumulate},
-                        prefetch);
+        multiply_panels(depth, operand_at(a, a_stride, i), panel_of(unit, j, k, k_begin, count), rows, kPanelColumns,
+                        {sums.data + i * sums.row_stride + j, sums.row_stride, A(1), sums.accumulate}, prefetch);
       }
     }
   }
@@ -461,30 +462,35 @@ class MatrixProduct {
     return kHasWideTiles && !tiles_ && j + kWideColumns <= writable_columns;
   }
 
-  // The packed panel from column j of the unit on, if it has one.
-  Lines lines_of_shared_panel(const Unit& unit, int64_t j, int64_t k, int64_t k_begin, int64_t count) const {
+  // The packed panels from column j of the unit on, at most so many; they lie behind each other.
+  Lines lines_of_shared_panels(const Unit& unit, int64_t j, int64_t panels, int64_t k, int64_t k_begin,
+                               int64_t count) const {
     if (j >= unit.columns) return {};
     constexpr int64_t size = sizeof(P);
     const Panel panel = panel_of(unit, j, k, k_begin, count);
-    return {reinterpret_cast<const char*>(panel.data), depth_of(count), panel.stride * size, kPanelColumns * size};
+    panels = std::min(panels, ceil_div(unit.columns - j, kPanelColumns));
+    return {reinterpret_cast<const char*>(panel.data), panels * depth_of(count), panel.stride * size,
+            kPanelColumns * size};
   }
 
-  // Of the strip after that which has column j of the unit a part, as large as the panel is of its own; the strip may
-  // be the first of `unit_after` at k_after.
-  Lines part_of_next_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, const Unit& unit_after,
-                           int64_t k_after, int64_t k_end) const {
+  // Of the strip after that which has `panels` panels from column j of the unit on, as large a part as they are of their
+  // own; the strip may be the first of `unit_after` at k_after.
+  Lines part_of_next_strip(const Unit& unit, int64_t j, int64_t panels, int64_t k, int64_t count,
+                           const Unit& unit_after, int64_t k_after, int64_t k_end) const {
     const int64_t strip = j / strip_columns_ * strip_columns_;
-    const int64_t panels = ceil_div(std::min(strip_columns_, unit.columns - strip), kPanelColumns);
-    const int64_t panel = (j - strip) / kPanelColumns;
+    const int64_t of = ceil_div(std::min(strip_columns_, unit.columns - strip), kPanelColumns);
+    const int64_t first = (j - strip) / kPanelColumns;
+    const int64_t last = first + panels;
     const int64_t next = strip + strip_columns_;
-    if (next < unit.columns) return lines_of_strip(unit, next, k, count, panel, panels);
-    return lines_of_strip(unit_after, 0, k_after, std::min(run_, k_end - k_after), panel, panels);
+    if (next < unit.columns) return lines_of_strip(unit, next, k, count, first, last, of);
+    return lines_of_strip(unit_after, 0, k_after, std::min(run_, k_end - k_after), first, last, of);
   }
 
-  // Part `part` of `parts`, along k, of the strip of b from column j of the unit on.
-  Lines lines_of_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, int64_t part, int64_t parts) const {
-    const int64_t first = count * part / parts;
-    const int64_t last = count * (part + 1) / parts;
+  // Parts first_part to last_part - 1 of `parts`, along k, of the strip of b from column j of the unit on.
+  Lines lines_of_strip(const Unit& unit, int64_t j, int64_t k, int64_t count, int64_t first_part, int64_t last_part,
+                       int64_t parts) const {
+    const int64_t first = count * first_part / parts;
+    const int64_t last = count * last_part / parts;
     const int64_t columns = std::min(strip_columns_, unit.columns - j);
     if (product_.is_b_arranged) {
       if (columns <= 0) return {};
@@ -511,26 +517,6 @@ class MatrixProduct {
     }
   }
 
-  // The same for all columns of two panels.
-  void multiply_two_panels(int64_t depth, TileOperand<P> a, const Panel (&b)[2], int64_t rows, TileResult<A> c,
-                           const Prefetch (&prefetch)[2]) const {
-    for (int64_t i = 0; i < rows; i += kWideRows) {
-      const int64_t count = std::min(kWideRows, rows - i);
-      const Prefetch& meanwhile = prefetch[i > 0];
-      if (count >= kLeastWideRows) {
-        multiply_wide_rows(count, depth, a, b[0].data, b[0].stride, b[1].data - b[0].data, c, meanwhile);
-      } else {
-        for (int64_t panel = 0; panel < 2; ++panel) {
-          const TileResult<A> part{c.data + panel * kPanelColumns, c.row_stride, c.scale, c.accumulate};
-          multiply_last_rows<kLeastWideRows - 1, kVectors>(count, depth, a, b[panel].data, b[panel].stride, part,
-                                                           meanwhile);
-        }
-      }
-      a.data += kWideRows * a.row_stride;
-      c.data += kWideRows * c.row_stride;
-    }
-  }
-
   // The same as multiply_panels, for all columns of the panel; on tiles for all panel_rows_ too.
   void multiply_rows(int64_t depth, TileOperand<P> a, Panel b, int64_t rows, TileResult<A> c,
                      const Prefetch& prefetch) const {
@@ -548,10 +534,11 @@ class MatrixProduct {
     multiply_last_rows<kPanelRows - 1, kVectors>(rows, depth, a, b.data, b.stride, c, prefetch);
   }
 
-  // Rows of a, in place or copied, or a packed panel of them.
-  TileOperand<P> operand_of(const P* a, int64_t stride) const {
-    if (has_rows_of_a() || tiles_) return {a, stride, 1};
-    return {a, 1, kPanelRows};
+  // a from row i of the unit on: its rows in place or copied, or its packed panels, of one of which no more is taken.
+  TileOperand<P> operand_at(const P* a, int64_t stride, int64_t i) const {
+    if (has_rows_of_a() || tiles_) return {a + i * stride, stride, 1};
+    const int64_t row = i % kPanelRows;
+    return {a + (i - row) * stride + row, 1, kPanelRows};
   }
 
   // An addend that is c itself is there already where the sums go to c.

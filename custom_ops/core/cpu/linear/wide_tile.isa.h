@@ -9,7 +9,7 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr int kWideVectors = 4;
-constexpr int kLeastWideRows = 4;  // with fewer, a step would wait for the sums of that before
+constexpr int kLeastWideRows = 1;
 constexpr int kMostWideRows = 6;
 constexpr int64_t kWideSteps = 4;  // from one asking for lines to the next
 
