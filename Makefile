@@ -201,7 +201,7 @@ SANITIZED := $(SANITIZED_ROWS) or ($(SANITIZED_BLOCKS)) and (float16 or float32)
 SANITIZED_STAGES := $(SANITIZED_ROWS) or test_attention and (float16 or float32) \
 	or test_gradients_are_the_same_each_time and bfloat16 and (diagonal or packed or ranges)
 
-.PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-exact gpu-sanitize gpu-bench
+.PHONY: gpu-core gpu-test gpu-test-paddle gpu-fuzz gpu-soak gpu-exact gpu-sanitize gpu-bench
 
 define gpu_build
 	cmake -S . -B $(1) -DPFA_CUDA=ON -DBUILD_TESTING=OFF \
@@ -230,6 +230,10 @@ gpu-sanitize:
 
 gpu-fuzz: gpu-core
 	PYTHONPATH=$(GPU_BUILD):unittests:unittests/gpu $(GPU_PYTHON) unittests/fuzz --device gpu --cases $(FUZZ_CASES) $(FUZZ)
+
+gpu-soak:
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=python:unittests $(GPU_PYTHON) unittests/soak --parts small mixed $(SOAK)
 
 gpu-exact: gpu-core
 	$(GPU_RUN) benchmarks/gpu_exact.py

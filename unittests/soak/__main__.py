@@ -3,6 +3,7 @@ and memory must not grow.
 
     make soak                                   # all, nearly three hours
     make soak SOAK="--parts small --calls 100000"
+    make gpu-soak                               # the calls, on a GPU
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 
+import paddle
 import soak_calls
 import soak_clients
 from soak_calls import MEBIBYTE
@@ -113,6 +115,8 @@ def main(given=None):
     parser.add_argument("--serving-minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
     arguments = parser.parse_args(given)
+    if paddle.is_compiled_with_cuda():
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})
     well = True
     for part in arguments.parts:
         print(part, flush=True)

@@ -1,4 +1,8 @@
-"""Calls that are made over and over: what each gives, and the memory that the process keeps."""
+"""Calls that are made over and over, on Paddle's current device: what each gives, and the memory that the process keeps.
+
+Tensors come from NumPy, and only the package's operators compute with them, for a GPU on which Paddle's own do nothing
+(`runners.paddle_computes_on`).
+"""
 
 import ctypes
 import gc
@@ -7,8 +11,10 @@ import time
 import zlib
 from typing import NamedTuple
 
+import common
 import numpy as np
 import paddle
+import runners
 from paddle_fused_attention import FusedMultiHeadAttention, fused_feedforward, fused_multi_head_attention
 from paddle_fused_attention.functional import flash_attn_unpadded, scaled_dot_product_attention
 from paddle_fused_attention.incubate.functional import fused_linear_activation
@@ -40,10 +46,8 @@ def mixed_sizes(count, seed):
 
 def _inputs(shapes, dtype):
     rng = np.random.default_rng(len(shapes))
-    tensors = [paddle.to_tensor(rng.standard_normal(shape).astype("float32")).astype(dtype) for shape in shapes]
-    for tensor in tensors:
-        tensor.stop_gradient = False
-    return tensors
+    draw = lambda shape: common.to_storage(rng.standard_normal(shape), dtype)  # noqa: E731
+    return [paddle.to_tensor(draw(shape), stop_gradient=False) for shape in shapes]
 
 
 def _with_gradients(call, inputs):
@@ -88,7 +92,7 @@ def _attention(sizes, dtype):
 
 def _packed(sizes, dtype):
     b, s, h, d = sizes
-    starts = paddle.arange(0, (b + 1) * s, s, dtype="int32")
+    starts = paddle.to_tensor(np.arange(0, (b + 1) * s, s, dtype="int32"))
 
     def call(*inputs):
         return flash_attn_unpadded(*inputs, starts, starts, s, s, d**-0.5, causal=True)[0]
@@ -118,17 +122,13 @@ def _decoding(sizes, dtype):
     return run
 
 
-KINDS = (_block, _feed_forward, _attention, _packed, _linear, _decoding)
-
-
 def make_calls(all_sizes, dtypes=("float32", "bfloat16")):
     """By name: functions of nothing that give tensors."""
+    kinds = [(kind, dtype) for kind in (_block, _feed_forward, _attention, _packed, _linear) for dtype in dtypes]
+    if runners.paddle_computes_on(paddle.to_tensor(0).place):  # its caches are Paddle's work
+        kinds.append((_decoding, "float32"))
     return {
-        f"{kind.__name__[1:]} {dtype} {tuple(sizes)}": kind(sizes, dtype)
-        for sizes in all_sizes
-        for kind in KINDS
-        for dtype in dtypes
-        if kind is not _decoding or dtype == "float32"
+        f"{kind.__name__[1:]} {dtype} {tuple(sizes)}": kind(sizes, dtype) for sizes in all_sizes for kind, dtype in kinds
     }
 
 
@@ -140,11 +140,12 @@ def digest(tensors):
 
 
 def kept_bytes():
-    """What the process has in memory, when all has been given back that can be."""
+    """What the process has in memory, when all has been given back that can be; of a GPU's that of tensors."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+        on_host = int(file.read().split()[1]) * resource.getpagesize()
+    return on_host + (paddle.device.cuda.memory_allocated() if paddle.get_device().startswith("gpu") else 0)
 
 
 class Report(NamedTuple):
