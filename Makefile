@@ -119,8 +119,9 @@ soak: $(STATE)/installed $(STATE)/demo-packages
 
 SANITIZED_CASES ?= 5000
 SANITIZERS_OF_CORE := address,undefined -fno-sanitize-recover=undefined
-# Calls in place of inline checks, of which GCC is slow to compile as many as the kernels would have.
-SANITIZED_FLAGS := -O1 -g1 --param asan-instrumentation-with-call-threshold=0
+# Calls in place of inline checks, of which GCC is slow to compile as many as the kernels would have. Products and sums become fused
+# multiply-adds everywhere, as with -O3, else bits differ from those of the kernels that have these as instructions of their own.
+SANITIZED_FLAGS := -O1 -fexpensive-optimizations -g1 --param asan-instrumentation-with-call-threshold=0
 # Python itself knows no sanitizer, so that its runtime library has to be there first, and libstdc++, whose exceptions it watches. What
 # Python never frees is no fault, nor is what Paddle frees by another function than it should. NumPy's own threads would be taken for races.
 UNDER = OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)" \

@@ -473,8 +473,8 @@ class MatrixProduct {
             kPanelColumns * size};
   }
 
-  // Of the strip after that which has `panels` panels from column j of the unit on, as large a part as they are of their
-  // own; the strip may be the first of `unit_after` at k_after.
+  // Of the strip after that which has `panels` panels from column j of the unit on, as large a part as these are of
+  // their own; it may be the first of `unit_after` at k_after.
   Lines part_of_next_strip(const Unit& unit, int64_t j, int64_t panels, int64_t k, int64_t count,
                            const Unit& unit_after, int64_t k_after, int64_t k_end) const {
     const int64_t strip = j / strip_columns_ * strip_columns_;
