@@ -39,6 +39,13 @@ def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nran
     embed_dim = x.shape[2]
     if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
         embed_dim = qkv_weight.shape[0]
+    shape = list(qkv_weight.shape)
+    if len(shape) == 2 and shape[0] != embed_dim and shape[1] * nranks == 3 * shape[0] > 0:
+        # The weight fits itself, so that x is likelier wrong.
+        raise ValueError(
+            f"x: expected shape [batch, seq_len, {shape[0]}] for qkv_weight of shape {shape} with transpose_qkv_wb, "
+            f"got {list(x.shape)}"
+        )
     if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
         raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {shown(num_heads)}")
     if num_heads < 1 or embed_dim % (num_heads * nranks):
