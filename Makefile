@@ -14,7 +14,7 @@
 #                           under ThreadSanitizer, and the operator's fast tests under the first; GCC's; hours. Its parts:
 #                           sanitize-core, sanitize-threads, sanitize-operator
 # make bench-attention      attention by itself on the CPU against PyTorch
-# make lint, make format    ruff, mypy, clang-format and the compiler's warnings; the second applies the two that format
+# make lint, make format    ruff, mypy, basedpyright, clang-format and the compiler's warnings; the second applies the two that format
 # make gpu-test             the core's CUDA tests; make gpu-sanitize runs some of them under compute-sanitizer's tools
 # make gpu-test-paddle      the operator on a GPU, with a GPU_PYTHON that has paddlepaddle-gpu, pytest and setuptools
 # make gpu-fuzz             make fuzz on the CUDA core
@@ -255,6 +255,8 @@ lint-python: build/lint/packages
 	build/lint/bin/ruff check
 	build/lint/bin/ruff format --check
 	build/lint/bin/mypy
+	report=$$(PATH="$(CURDIR)/build/lint/bin:$$PATH" PYTHONPATH=python:.ci/stubs \
+		basedpyright --verifytypes paddle_fused_attention --ignoreexternal) || { echo "$$report"; exit 1; }
 
 lint-cpp: build/lint/packages
 	build/lint/bin/clang-format --dry-run -Werror $(CXX_FILES)

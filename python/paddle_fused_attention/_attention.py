@@ -16,6 +16,7 @@ from ._descriptions import MODES, checked_fields
 from ._meshes import is_auto_parallel
 from ._ordinary_attention import attention_of_ordinary_ops
 from ._ordinary_parts import is_exported_to_onnx
+from ._types import Mode
 
 
 class Attention(NamedTuple):
@@ -53,7 +54,7 @@ class Attention(NamedTuple):
     causal: bool = False
     keys_by_head: bool = False
 
-    mode: str = MODES[0]
+    mode: Mode = MODES[0]
     seed: int | None = None
     window_left: int = -1
     window_right: int = -1

@@ -13,6 +13,7 @@ from paddle.framework import in_dynamic_mode
 
 from ._checks import INFINITY, check_number, check_tensor, check_window, shown
 from ._descriptions import MODES, checked_fields, without_fields
+from ._types import Mode
 
 
 class Scores(NamedTuple):
@@ -94,14 +95,14 @@ class Block(NamedTuple):
     add_residual: bool = True
     causal: bool = False
 
-    mode: str = MODES[0]
+    mode: Mode = MODES[0]
     seed: int | None = None
 
     cu_seqlens: Any = None  # the operator's last input
     scores: Scores = PLAIN_SCORES
 
     @property
-    def tensors(self) -> tuple:
+    def tensors(self) -> tuple[Any, ...]:
         fields: Any = self
         return fields[OF_TENSORS]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ._checks import one_line, shown
 from ._namings import LAYOUTS, NamedBlock, Signs, layout_by_shapes
+from ._types import Layout
 
 
 class CheckpointError(Exception):
@@ -24,12 +25,12 @@ class CheckpointError(Exception):
         super().__init__(one_line(message))
 
 
-def check_layout(argument: str, layout: str | None) -> None:
+def check_layout(argument: str, layout: Layout | None) -> None:
     if layout is not None and not (isinstance(layout, str) and layout in LAYOUTS):
         raise CheckpointError(f"{argument}: expected {' or '.join(LAYOUTS)}, got {shown(layout)}")
 
 
-def shown_layout(layout: str) -> str:
+def shown_layout(layout: Layout) -> str:
     return "[in, out]" if layout == "in-out" else "[out, in]"
 
 
@@ -98,7 +99,7 @@ def orders_of(normalize_before: bool | None, blocks: list[NamedBlock], signs: Si
     return {name: bool(normalize_before if order is None else order) for name, order in told.items()}
 
 
-def layout_of(arrays: dict[Any, Any], block: NamedBlock, layout: str | None, file_layout: str | None) -> str:
+def layout_of(arrays: dict[Any, Any], block: NamedBlock, layout: Layout | None, file_layout: Layout | None) -> Layout:
     told = layout_by_shapes(arrays, block, arrays[block.names("weight")[-1]].shape[0])
     by_shape = set(told.values())
     name, naming = next(iter(told), ""), block.naming

@@ -37,7 +37,7 @@ class Projections(NamedTuple):
     num_heads: int = 1
 
     @property
-    def weights(self) -> tuple:
+    def weights(self) -> tuple[Any, Any, Any]:
         return self.q_weight, self.k_weight, self.v_weight
 
 

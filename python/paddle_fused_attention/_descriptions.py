@@ -3,14 +3,15 @@ a function or a layer makes of the user's arguments."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import paddle
 from paddle.base.framework import EagerParamBase
 
 from ._checks import INFINITY, check_number, check_seed, check_switches, check_tensor, shown
+from ._types import Mode
 
-MODES = ("upscale_in_train", "downscale_in_infer")
+MODES: tuple[Mode, ...] = get_args(Mode)
 _NONE = type(None)
 USUAL_TYPES = frozenset((_NONE, paddle.Tensor, EagerParamBase))
 _BOOL = frozenset((bool,))

@@ -20,6 +20,7 @@ from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import first_of_process, is_auto_parallel, mesh_axis_of, sum_over_mesh
 from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
 from ._residual_norm import ResidualNorm, residual_norm, residual_tail
+from ._types import Activation, Mode
 
 # The operators' numbers for activations.
 ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -53,12 +54,12 @@ class FeedForward(NamedTuple):
     add_residual: bool = True
     gated: bool = False
 
-    activation: str = "relu"
-    mode: str = MODES[0]
+    activation: Activation = "relu"
+    mode: Mode = MODES[0]
     seed: int | None = None
 
     @property
-    def tensors(self) -> tuple:
+    def tensors(self) -> tuple[Any, ...]:
         fields: Any = self
         return fields[_OF_TENSORS]
 

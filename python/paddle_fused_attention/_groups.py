@@ -13,9 +13,10 @@ from paddle.framework import in_dynamic_mode
 
 from ._checks import shown
 from ._op import check_tensors
+from ._types import Group
 
 
-def resolve_group(group: Any) -> Any:
+def resolve_group(group: Group | None) -> Group | None:
     """The group, or that of all processes for None; None if it has no other process."""
     if group is None:
         if not dist.is_initialized():
@@ -32,7 +33,7 @@ def resolve_group(group: Any) -> Any:
     return group if group.nranks > 1 else None
 
 
-def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
+def group_of_ring(ring_id: int, nranks: int | None = None) -> Group | None:
     """The group that Paddle's ``ring_id`` stands for; None for -1, or if it has no other process.
 
     Raises:
@@ -58,7 +59,7 @@ def group_of_ring(ring_id: int, nranks: int | None = None) -> Any:
 
 
 @paddle.no_grad()
-def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
+def _all_reduce(tensor: paddle.Tensor, group: Group) -> paddle.Tensor:
     """Sums over the group in place, unseen by autograd, and returns the tensor. gloo's own sums of float16 are
     wrong."""
     data = tensor.detach()
@@ -71,7 +72,7 @@ def _all_reduce(tensor: paddle.Tensor, group: Any) -> paddle.Tensor:
     return tensor
 
 
-def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Tensor | None:
+def _with_summed_gradient(tensor: paddle.Tensor | None, group: Group | None) -> paddle.Tensor | None:
     """A tensor that every process uses for its own part, with a gradient that is summed over the group."""
     if tensor is None or group is None or tensor.stop_gradient or not paddle.is_grad_enabled():
         return tensor
@@ -82,7 +83,7 @@ def _with_summed_gradient(tensor: paddle.Tensor | None, group: Any) -> paddle.Te
     return view
 
 
-def sums_over(group: Any) -> dict[str, Any]:
+def sums_over(group: Group | None) -> dict[str, Any]:
     """The sums of results and of gradients over the group; None: nothing is summed."""
     return {
         # In place: the gradient of every part is that of the sum, and the operator's backward does not read its result.
@@ -91,7 +92,7 @@ def sums_over(group: Any) -> dict[str, Any]:
     }
 
 
-def check_dygraph(group: Any, names: Sequence[str], tensors: Sequence) -> None:
+def check_dygraph(group: Group | None, names: Sequence[str], tensors: Sequence) -> None:
     """Refuses what can't be summed over the group before the operator runs on any process."""
     if group is None:
         return
@@ -103,7 +104,7 @@ def check_dygraph(group: Any, names: Sequence[str], tensors: Sequence) -> None:
     check_tensors(names, tensors)
 
 
-def check_seeds(group: Any) -> None:
+def check_seeds(group: Group) -> None:
     """Refuses different seeds. They would give each process other initial values and dropout masks, which nothing later
     would notice."""
     generator = core.default_cpu_generator()

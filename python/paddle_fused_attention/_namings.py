@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any, Iterator, get_args
 
 import numpy as np
 
+from ._types import Layout
 from .weights import QKV_PARAMETERS
 
-LAYOUTS = ("in-out", "out-in")  # of the weights of linear layers
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PACKED_PARTS = (*QKV_PARAMETERS, "linear_weight", "linear_bias", "pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 NORM_NAMES = (("weight", "bias"), ("gamma", "beta"))
 
@@ -58,7 +59,7 @@ class Naming:
     feed_forward: tuple[str, str]
     feed_forward_norm: str
     layer: tuple[str, ...]
-    layout: str
+    layout: Layout
     normalize_before: bool | None
     only_qkv: bool = False
     fixed_layout: bool = False
@@ -544,10 +545,10 @@ def _unknown_name(arrays: dict[Any, Any], block: NamedBlock, ours: set) -> str |
     return None
 
 
-def layout_by_shapes(arrays: dict[Any, Any], block: NamedBlock, width: int) -> dict[str, str]:
+def layout_by_shapes(arrays: dict[Any, Any], block: NamedBlock, width: int) -> dict[str, Layout]:
     """The layouts that the matrices in the block's layer show by their shapes, by name; square ones show none."""
     widening = [block.naming.feed_forward[0], *(block.naming.qkv if len(block.naming.qkv) == 1 else ())]
-    told = {}
+    told: dict[str, Layout] = {}
     for part in (*widening, block.naming.feed_forward[1]):
         name = f"{block.prefix}{part}.weight"
         shape: tuple[int, ...] = getattr(arrays.get(name), "shape", ())

@@ -14,6 +14,7 @@ from ._block import Block
 from ._descriptions import MODES, checked_fields, without_fields
 from ._meshes import is_auto_parallel
 from ._ordinary_parts import cast_all, compute_dtype, is_exported_to_onnx, layer_norm
+from ._types import Mode
 
 
 class ResidualNorm(NamedTuple):
@@ -33,11 +34,11 @@ class ResidualNorm(NamedTuple):
     training: bool = True
     final_layer_norm: bool = True
 
-    mode: str = MODES[0]
+    mode: Mode = MODES[0]
     seed: int | None = None
 
     @property
-    def tensors(self) -> tuple:
+    def tensors(self) -> tuple[Any, ...]:
         fields: Any = self
         return fields[_OF_TENSORS]
 

@@ -11,6 +11,7 @@ from paddle import nn
 from . import _arranged
 from ._checks import check_model
 from ._parts import is_plain
+from ._types import Model
 from .conversion.feed_forward import FusedFeedForward
 from .conversion.multi_head_attention import PackedMultiHeadAttention
 from .conversion.transformer_layer import TransformerLayer
@@ -57,7 +58,7 @@ def arrange_weights(model: nn.Layer) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in marked]
 
 
-def restore_weights(model: nn.Layer) -> nn.Layer:
+def restore_weights(model: Model) -> Model:
     """The inverse of :func:`arrange_weights`, in place: every parameter has its values and its ``stop_gradient`` again.
 
     Raises:

@@ -9,6 +9,8 @@ argument for, each takes by keyword: `window_size`, `seed`, and a scale.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import paddle
 
 from . import _op
@@ -40,7 +42,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     training: bool = True,
-    backend: str | None = None,
+    backend: Literal["p2p"] | None = None,
     scale: float | None = None,
     enable_gqa: bool = True,
     name: str | None = None,
@@ -204,7 +206,7 @@ def flashmask_attention(
     *,
     dropout: float = 0.0,
     causal: bool = False,
-    window_size: int | tuple | None = None,
+    window_size: int | tuple[int, int] | None = None,
     return_softmax_lse: bool = False,
     return_seed_offset: bool = False,
     fixed_seed_offset: paddle.Tensor | None = None,

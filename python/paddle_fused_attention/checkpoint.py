@@ -39,6 +39,7 @@ from ._namings import (
     reason_against,
     reason_against_packed,
 )
+from ._types import Layout
 from .report import Report
 from .weights import pack_projections, separate_projections
 
@@ -73,8 +74,8 @@ def pack(
     normalize_before: bool | None = None,
     progress: Progress = _no_progress,
     *,
-    layout: str | None = None,
-    file_layout: str | None = None,
+    layout: Layout | None = None,
+    file_layout: Layout | None = None,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
     whole_layers: bool = False,
@@ -169,7 +170,7 @@ def unpack(
     names: str = "*",
     progress: Progress = _no_progress,
     *,
-    layout: str | None = None,
+    layout: Layout | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[Any, Any], CheckpointReport]:
     """The inverse of :func:`pack`, with results of the same kinds, also for state dicts of models and for what earlier
@@ -286,7 +287,7 @@ def _title(record: dict | None) -> str | None:
 
 
 def _metadata(
-    old: Mapping[str, str] | None, records: dict[str, dict], arrays: dict, layout: str | None
+    old: Mapping[str, str] | None, records: dict[str, dict], arrays: dict, layout: Layout | None
 ) -> dict[str, str]:
     new = {key: value for key, value in (old or {}).items() if key != METADATA_BLOCKS}
     packed = set(packed_blocks_in(arrays))
@@ -299,8 +300,8 @@ def _metadata(
 
 
 def _layout_and_norms_before(
-    arrays: dict, block: NamedBlock, layout: str | None, record: dict | None
-) -> tuple[str, list[tuple[str, str]]]:
+    arrays: dict, block: NamedBlock, layout: Layout | None, record: dict | None
+) -> tuple[Layout, list[tuple[str, str]]]:
     """The layout that a packed block had, and the names of the attention's norm and the feed-forward's."""
     told = layout_by_shapes(arrays, block, arrays[f"{block.packed_name}.qkv_weight"].shape[-1])
     if record is not None:
@@ -334,7 +335,7 @@ def _layout_and_norms_before(
 
 
 def _pack_block(
-    arrays: dict[Any, Any], block: NamedBlock, num_heads: int, normalize_before: bool | None, layout: str
+    arrays: dict[Any, Any], block: NamedBlock, num_heads: int, normalize_before: bool | None, layout: Layout
 ) -> tuple[list[str], dict[str, Any]]:
     """The names to remove and the arrays to add; `normalize_before` is None if the layer norm stays."""
     *weights, out = (arrays[name] for name in block.names("weight"))
@@ -366,7 +367,9 @@ def _pack_block(
     return old, {name: np.ascontiguousarray(array) for name, array in new.items() if array is not None}
 
 
-def _describe(block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: str, signs: Signs) -> str:
+def _describe(
+    block: NamedBlock, new: dict[str, Any], normalize_before: bool | None, layout: Layout, signs: Signs
+) -> str:
     """What a block was, and what its packed names are for."""
     naming, above = block.naming, block.prefix.split(".")
     where = f"{naming.title}, weights {shown_layout(layout)}"
@@ -416,7 +419,7 @@ def _use_of_whole_layer(
 def _unpack_block(
     arrays: dict[Any, Any],
     block: NamedBlock,
-    layout: str,
+    layout: Layout,
     norms: list[tuple[str, str]],
 ) -> tuple[list[str], dict[str, Any]]:
     """The names to remove and the arrays to add."""

@@ -24,6 +24,7 @@ from . import _safetensors_files, _torch_files, whole_files
 from ._checks import check_switches, shown
 from ._namings import LAYOUTS
 from ._safetensors_files import RawTensor, is_metadata, is_text, parse_json
+from ._types import Layout
 from ._unpickling import Budget, FormatError, Unpickler, is_shape, resolve, shown_name
 from .checkpoint import METADATA, METADATA_LAYOUT, CheckpointError
 
@@ -37,7 +38,7 @@ _BIG_TABLE = "UnpackBigParamInfor@@"
 _METADATA = "paddle_fused_attention.metadata"
 
 # "np" tells nothing: PaddleNLP writes it into files in Paddle's layout, others into files in PyTorch's.
-_LAYOUT_OF_FORMAT = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
+_LAYOUT_OF_FORMAT: dict[str, Layout] = {"pt": "out-in", "pd": "in-out", "paddle": "in-out"}
 
 __all__ = [
     "SUFFIXES",
@@ -66,7 +67,7 @@ class Checkpoint:
 
     arrays: dict[str, Any]
     metadata: dict[str, str] | None = None
-    layout: str | None = None
+    layout: Layout | None = None
 
 
 def check_suffix(path: Path) -> None:
@@ -183,8 +184,8 @@ def _errors_of_writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: not enough memory to write it") from None
 
 
-def _layout(metadata: dict[str, str] | None, of_kind: str | None) -> str | None:
-    own = (metadata or {}).get(METADATA_LAYOUT)
+def _layout(metadata: dict[str, str] | None, of_kind: Layout | None) -> Layout | None:
+    own: Any = (metadata or {}).get(METADATA_LAYOUT)
     if own is not None and own not in LAYOUTS:
         raise FormatError(
             f"expected {METADATA_LAYOUT} to be {' or '.join(LAYOUTS)} in its metadata, got {shown_name(own)}"

@@ -7,6 +7,7 @@ import paddle
 from ._checks import check_switches
 from ._feed_forward import FeedForward, feed_forward
 from ._groups import group_of_ring
+from ._types import Activation, Mode
 from .parallel import parallel_feed_forward
 
 
@@ -23,12 +24,12 @@ def fused_feedforward(
     ln2_bias: paddle.Tensor | None = None,
     dropout1_rate: float = 0.5,
     dropout2_rate: float = 0.5,
-    activation: str = "relu",
+    activation: Activation = "relu",
     ln1_epsilon: float = 1e-5,
     ln2_epsilon: float = 1e-5,
     pre_layer_norm: bool = False,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     ring_id: int = -1,
     add_residual: bool = True,
     name: str | None = None,

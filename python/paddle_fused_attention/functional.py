@@ -14,6 +14,7 @@ from ._meshes import is_auto_parallel
 from ._ordinary_parts import is_exported_to_onnx
 from ._residual_norm import ResidualNorm, residual_norm
 from ._split_heads import attention_over_mesh
+from ._types import Activation, Mode
 from .attention_functional import (
     flash_attention,
     flash_attn_qkvpacked,
@@ -69,7 +70,7 @@ def fused_multi_head_attention(
     name: str | None = None,
     *,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     final_layer_norm: bool = True,
     add_residual: bool = True,
     causal: bool = False,
@@ -159,7 +160,7 @@ def fused_bias_dropout_residual_layer_norm(
     dropout_rate: float = 0.5,
     ln_epsilon: float = 1e-5,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     name: str | None = None,
     *,
     final_layer_norm: bool = True,
@@ -234,7 +235,7 @@ def fused_linear_activation(
     bias: paddle.Tensor | None = None,
     trans_x: bool = False,
     trans_y: bool = False,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> paddle.Tensor:
     """``activation(x @ y + bias)`` as one operator, differentiable, in dygraph and in static graphs.
 

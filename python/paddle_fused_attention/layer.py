@@ -78,6 +78,37 @@ class FusedMultiHeadAttention(WideNorms, LoadsAnyFloat):
     Cache = Cache
     StaticCache = StaticCache
 
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    kdim: int
+    vdim: int
+    num_kv_heads: int
+    window_size: tuple[int, int] | None
+    scale: float | None
+    need_weights: bool
+    dropout_rate: float
+    attn_dropout_rate: float
+    normalize_before: bool
+    epsilon: float
+    final_layer_norm: bool
+    causal: bool
+    add_residual: bool
+    qkv_weight: paddle.Tensor | None
+    qkv_bias: paddle.Tensor | None
+    q_weight: paddle.Tensor | None
+    k_weight: paddle.Tensor | None
+    v_weight: paddle.Tensor | None
+    q_bias: paddle.Tensor | None
+    k_bias: paddle.Tensor | None
+    v_bias: paddle.Tensor | None
+    linear_weight: paddle.Tensor
+    linear_bias: paddle.Tensor | None
+    pre_ln_scale: paddle.Tensor | None
+    pre_ln_bias: paddle.Tensor | None
+    ln_scale: paddle.Tensor | None
+    ln_bias: paddle.Tensor | None
+
     _norm_parameters = ("pre_ln_scale", "pre_ln_bias", "ln_scale", "ln_bias")
 
     def __init__(

@@ -29,6 +29,7 @@ from ._loading import LoadsAnyFloat
 from ._op import is_constant_mask
 from ._parts import parameters_of
 from ._split_heads import attention_over_processes
+from ._types import Activation, Group
 from ._wide_norms import WideNorms
 from .layer import FusedMultiHeadAttention
 
@@ -46,7 +47,7 @@ def _mask_of_heads(mask: Any, x: Any, first_head: int, num_heads: int, total_hea
 
 
 @paddle.jit.not_to_static
-def parallel_attention(block: Block, group: Any, key_value: tuple | None = None) -> paddle.Tensor:
+def parallel_attention(block: Block, group: Group | None, key_value: tuple[Any, Any] | None = None) -> paddle.Tensor:
     """Computes a checked block of which each process of `group` holds an equal share of the heads, in the order of
     ranks.
 
@@ -76,7 +77,7 @@ def parallel_attention(block: Block, group: Any, key_value: tuple | None = None)
 
 
 @paddle.jit.not_to_static
-def parallel_feed_forward(description: FeedForward, group: Any) -> paddle.Tensor:
+def parallel_feed_forward(description: FeedForward, group: Group | None) -> paddle.Tensor:
     """Computes a checked description of which each process of `group` holds an equal share of the hidden numbers, in
     the order of ranks.
 
@@ -128,7 +129,7 @@ class _SpreadLayer(nn.Layer):
         """By the names of the parameters that are spread."""
         raise NotImplementedError
 
-    def _spread(self, group: Any, argument: str, count: int) -> None:
+    def _spread(self, group: Group | None, argument: str, count: int) -> None:
         """Cuts the whole parameters to this process's part, if there is a group; `argument` is what `count` is
         called, the number of things that are shared out."""
         if group is None:
@@ -225,7 +226,7 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         add_residual: bool = True,
         window_size: int | tuple[int, int] | None = None,
         scale: float | None = None,
-        group: Any = None,
+        group: Group | None = None,
     ) -> None:
         group = resolve_group(group)
         embed_dim, num_heads = check_heads(embed_dim, num_heads)
@@ -281,7 +282,7 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         return f"{super().extra_repr()}, degree={self.degree}"
 
     @classmethod
-    def from_full(cls, layer: FusedMultiHeadAttention, group: Any = None) -> ParallelFusedMultiHeadAttention:
+    def from_full(cls, layer: FusedMultiHeadAttention, group: Group | None = None) -> ParallelFusedMultiHeadAttention:
         """Makes the layer of this process's part of `layer`, which is the same on every process, with copied
         parameters.
 
@@ -310,7 +311,7 @@ class ParallelFusedMultiHeadAttention(_SpreadLayer, FusedMultiHeadAttention):
         norm: nn.LayerNorm | None = None,
         normalize_before: bool = False,
         *,
-        group: Any = None,
+        group: Group | None = None,
         **kwargs: Any,
     ) -> ParallelFusedMultiHeadAttention:
         """As :meth:`FusedMultiHeadAttention.from_multi_head_attention`, spread over `group`."""
@@ -368,6 +369,25 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         NotImplementedError: A group of several processes in a static graph.
     """
 
+    d_model: int
+    dim_feedforward: int
+    dropout_rate: float
+    epsilon: float
+    activation: Activation
+    act_dropout_rate: float
+    normalize_before: bool
+    final_layer_norm: bool
+    add_residual: bool
+    gated: bool
+    linear1_weight: paddle.Tensor
+    linear1_bias: paddle.Tensor | None
+    linear2_weight: paddle.Tensor
+    linear2_bias: paddle.Tensor | None
+    ln1_scale: paddle.Tensor | None
+    ln1_bias: paddle.Tensor | None
+    ln2_scale: paddle.Tensor | None
+    ln2_bias: paddle.Tensor | None
+
     _norm_parameters = ("ln1_scale", "ln1_bias", "ln2_scale", "ln2_bias")
 
     def __init__(
@@ -376,7 +396,7 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         dim_feedforward: int,
         dropout_rate: float = 0.1,
         epsilon: float = 1e-5,
-        activation: str = "relu",
+        activation: Activation = "relu",
         act_dropout_rate: float | None = None,
         normalize_before: bool = False,
         weight_attr: Any = None,
@@ -386,7 +406,7 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         final_layer_norm: bool | None = None,
         add_residual: bool = True,
         gated: bool = False,
-        group: Any = None,
+        group: Group | None = None,
     ) -> None:
         group = resolve_group(group)
         check_text("name", name)
@@ -471,7 +491,7 @@ class ParallelFusedFeedForward(_SpreadLayer, WideNorms, LoadsAnyFloat):
         return ", ".join(f"{name}={value}" for name, value in {**shown, "degree": self.degree}.items())
 
 
-def _copy_of(source: FusedMultiHeadAttention, cls: Any, **arguments: Any) -> Any:
+def _copy_of(source: Any, cls: Any, **arguments: Any) -> Any:
     layer = cls(**source._settings(), **arguments)
     layer.to(dtype=source.qkv_weight.dtype)
     whole = full_state_dict(source)
@@ -492,7 +512,7 @@ class ParallelClipGradByGlobalNorm(nn.ClipGradByGlobalNorm):
         group: That of the layers; None: all processes.
     """
 
-    def __init__(self, clip_norm: float, group: Any = None) -> None:
+    def __init__(self, clip_norm: float, group: Group | None = None) -> None:
         super().__init__(check_number("clip_norm", clip_norm, 0.0, INFINITY))
         group = resolve_group(group)
         self._group_id = None if group is None else group.id

@@ -37,7 +37,7 @@ def separate_state_dict(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return model.state_dict()
 
 
-def translate_state_dict(attention: Any, state: dict, prefix: str) -> dict:
+def translate_state_dict(attention: Any, state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The entries of a packed attention, which begin with `prefix`, under the names that the caller of state_dict
     wants."""
     loaded = state_being_loaded()
@@ -131,7 +131,7 @@ _OLD_NAMES = {
 }
 
 
-def with_old_names(state: dict, prefix: str) -> dict:
+def with_old_names(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The entries of a converted encoder layer, which begin with `prefix`, under their old names if set_state_dict asks
     and what it loads has these."""
     loaded = state_being_loaded()
@@ -176,7 +176,7 @@ def _packed_parameters(model: nn.Layer, state: dict) -> Iterator[tuple[Any, Any,
                 yield from ((packing, packed, names, group) for group in _dicts_by_parameter(state))
 
 
-def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
+def pack_optimizer_state(model: nn.Layer, state: dict[str, Any]) -> dict[str, Any]:
     """Makes the state of an unconverted model's optimizer one for the same model's optimizer after :func:`convert`.
 
     Moments and master weights, which have their parameter's shape, are packed as the parameters were. Numbers, such as
@@ -208,7 +208,7 @@ def pack_optimizer_state(model: nn.Layer, state: dict) -> dict:
     return result
 
 
-def separate_optimizer_state(model: nn.Layer, state: dict) -> dict:
+def separate_optimizer_state(model: nn.Layer, state: dict[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`pack_optimizer_state`: the state of a converted model's optimizer, for one of the model as
     it was before.
 

@@ -48,7 +48,7 @@ def pack_rows(parameters: Sequence[Any], shape: Sequence[int]) -> Any:
     return joined.reshape(shape)
 
 
-def separate_projections(packed: Any, count: int, interleaved: bool = False) -> list:
+def separate_projections(packed: Any, count: int, interleaved: bool = False) -> list[Any]:
     """The inverse of :func:`pack_projections` for three parameters or one, as copies that are dense in memory."""
     if count == 3:
         return list(_unpack(packed, packed.shape[1], packed.shape[1]))

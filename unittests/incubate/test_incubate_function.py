@@ -196,6 +196,16 @@ ERRORS = [
         r"qkv_weight: expected shape \[12, 36\] .* got \[3, 3, 4, 12\]",
     ),
     (
+        dict(transpose_qkv_wb=True, num_heads=3, qkv_weight=np.zeros([13, 36])),
+        ValueError,
+        r"qkv_weight: expected shape \[12, 36\] .* got \[13, 36\]",
+    ),
+    (
+        dict(transpose_qkv_wb=True, num_heads=5, qkv_weight=np.zeros([15, 45])),
+        ValueError,
+        rf"x: expected shape \[batch, seq_len, 15\] for qkv_weight of shape \[15, 45\] .* got \[2, {SEQ}, 12\]",
+    ),
+    (
         dict(cache_kv=np.zeros([2, BATCH, HEADS, 4])),
         ValueError,
         r"cache_kv: expected shape \[2, 2, 3, length, 4\] .* got \[2, 2, 3, 4\]",

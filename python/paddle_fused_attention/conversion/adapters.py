@@ -80,7 +80,7 @@ class AttentionAdapter:
         """What the layer returns, from the result ``[batch, seq_len, embed_dim]``."""
         return out
 
-    def example(self, x: Any) -> tuple:
+    def example(self, x: Any) -> tuple[Any, ...]:
         """Arguments of a call with x alone, for trying the layer."""
         return (x,)
 
@@ -102,10 +102,10 @@ class VisionTransformerAdapter(AttentionAdapter):
     """The attention of vision transformers as timm and PaddleClas write it: ``qkv``, ``attn_drop``, ``proj``,
     ``proj_drop``, ``scale``."""
 
-    projections = ("qkv",)
-    output = "proj"
-    attn_dropout = "attn_drop"
-    dropout = "proj_drop"
+    projections: tuple[str, ...] = ("qkv",)
+    output: str = "proj"
+    attn_dropout: str | None = "attn_drop"
+    dropout: str | None = "proj_drop"
 
     def scale(self, attention: Any) -> float | None:
         return attention.scale
@@ -157,7 +157,7 @@ class PaddleNLPGPTAdapter(AttentionAdapter):
             mask = paddle.cast(mask, query.dtype)
         return query, mask, mask is None
 
-    def example(self, x: Any) -> tuple:
+    def example(self, x: Any) -> tuple[Any, ...]:
         return (x, None, None)
 
 
@@ -203,7 +203,7 @@ class FeedForwardAdapter:
         class's own forward runs. By default, the operator serves calls with one positional argument."""
         return args[0] if len(args) == 1 and not kwargs else None
 
-    def example(self, x: Any) -> tuple:
+    def example(self, x: Any) -> tuple[Any, ...]:
         """Arguments of a call with x alone, for trying the layer."""
         return (x,)
 
@@ -223,10 +223,11 @@ class VisionTransformerMlpAdapter(FeedForwardAdapter):
     """The feed-forward of vision transformers as timm and PaddleClas write it: ``fc1``, ``act``, ``fc2`` and ``drop``
     after each projection."""
 
-    linear1 = "fc1"
-    linear2 = "fc2"
-    activation = "act"
-    dropout1 = dropout2 = "drop"
+    linear1: str = "fc1"
+    linear2: str = "fc2"
+    activation: str | None = "act"
+    dropout1: str | None = "drop"
+    dropout2: str | None = "drop"
 
 
 class PaddleNLPFusedLlamaAdapter(FeedForwardAdapter):
@@ -234,7 +235,7 @@ class PaddleNLPFusedLlamaAdapter(FeedForwardAdapter):
 
     linear1 = "gate_up_fused_proj"
     linear2 = "down_proj"
-    activation = None
+    activation: str | None = None
     gated = True
 
     def reason_against(self, layer: Any) -> str | None:
@@ -249,8 +250,8 @@ class PaddleNLPReluAdapter(FeedForwardAdapter):
 
     linear1 = "wi"
     linear2 = "wo"
-    activation = None
-    dropout1 = "dropout"
+    activation: str | None = None
+    dropout1: str | None = "dropout"
 
     def activation_name(self, layer: Any) -> str | None:
         return "relu"

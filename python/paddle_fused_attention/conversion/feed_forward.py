@@ -25,7 +25,12 @@ NO_NORM = (None, None, None, None)
 
 
 def describe(
-    layer: Any, adapter: FeedForwardAdapter, x: Any, norms: tuple = NO_NORM, epsilon: float = 0.0, before: Any = None
+    layer: Any,
+    adapter: FeedForwardAdapter,
+    x: Any,
+    norms: tuple[Any, ...] = NO_NORM,
+    epsilon: float = 0.0,
+    before: Any = None,
 ) -> FeedForward | None:
     """The description of what a layer's parts compute; None if the operator can't compute it.
 
@@ -82,7 +87,7 @@ class FusedFeedForward(OwnEntries):
     def _own_entries(self, state: dict, prefix: str) -> dict:
         return state
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds no class by name that is made at run time.
         return _new_fused, (self._original,), self.__dict__
 

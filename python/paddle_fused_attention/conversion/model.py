@@ -6,13 +6,14 @@ import gc
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Any, Iterable, Literal, overload
 
 import paddle
 from paddle import nn
 
 from .._arranged import check_all_plain
 from .._checks import check_model, check_switches
+from .._types import Model
 from ..report import Report
 from .adapters import AttentionAdapter
 from .decoder_layer import ConvertedDecoderLayer
@@ -47,7 +48,13 @@ _PROJECTIONS = (
 )
 
 
-def convert(model: nn.Layer, return_report: bool = False) -> Any:
+@overload
+def convert(model: Model, return_report: Literal[False] = False) -> Model: ...
+@overload
+def convert(model: Model, return_report: Literal[True]) -> tuple[Model, Report]: ...
+@overload
+def convert(model: Model, return_report: bool) -> Model | tuple[Model, Report]: ...
+def convert(model: Model, return_report: bool = False) -> Model | tuple[Model, Report]:
     """Makes a model run the operators for every attention and feed-forward that they can serve. These are all parts of
     each ``paddle.nn.TransformerEncoderLayer`` and ``TransformerDecoderLayer``, of either norm order, with their layer
     norm, dropout and residual, each other ``paddle.nn.MultiHeadAttention``, and each layer whose class has an adapter
@@ -118,7 +125,7 @@ def convert(model: nn.Layer, return_report: bool = False) -> Any:
     return model
 
 
-def revert(model: nn.Layer) -> nn.Layer:
+def revert(model: Model) -> Model:
     """The inverse of :func:`convert`, in place. The projections get parameters of their own again: new ones with the
     packed values, the old names and Paddle's old names (``Parameter.name``).
 
@@ -143,10 +150,10 @@ def revert(model: nn.Layer) -> nn.Layer:
     _check_not_in_use("revert", [*transformer_layers, *attentions, *feed_forwards], parameters)
     for layer in transformer_layers:
         unfuse(layer, next(kind for kind, converted in _TRANSFORMER_LAYERS.items() if type(layer) is converted))
-    for layer in attentions:
-        unfuse_attention(layer)
-    for layer in feed_forwards:
-        unfuse_feed_forward(layer)
+    for attention in attentions:
+        unfuse_attention(attention)
+    for feed_forward in feed_forwards:
+        unfuse_feed_forward(feed_forward)
     return model
 
 
@@ -203,7 +210,7 @@ def _find(model: nn.Layer, report: Report) -> _Found:
     return found
 
 
-def _look_at_transformer_layer(name: str, layer: Any, uses: dict, found: _Found, report: Report) -> None:
+def _look_at_transformer_layer(name: str, layer: Any, uses: dict[int, int], found: _Found, report: Report) -> None:
     kind = next(kind for kind in _TRANSFORMER_LAYERS if isinstance(layer, kind))
     converted = _TRANSFORMER_LAYERS[kind]
     reason = reason_against_layer(layer, kind, converted._attentions)
@@ -252,9 +259,9 @@ def _reason_without_adapter(layer: nn.Layer) -> str:
     return f"a {full_name(type(layer))}, for which there is no adapter"
 
 
-def _count_uses(model: nn.Layer) -> dict:
+def _count_uses(model: nn.Layer) -> dict[int, int]:
     """In how many places each sublayer and parameter of the model is."""
-    counts: dict = {}
+    counts: dict[int, int] = {}
     for layer in model.sublayers(include_self=True):
         for child in (*layer._sub_layers.values(), *layer._parameters.values()):
             if child is not None:

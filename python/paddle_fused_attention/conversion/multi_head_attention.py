@@ -37,7 +37,7 @@ class _OnOperators(nn.MultiHeadAttention):
             return nn.MultiHeadAttention.forward(self, query, key, value, attn_mask, cache)
         return results_of(*composed)
 
-    def compute_kv(self, key: Any, value: Any) -> tuple:
+    def compute_kv(self, key: Any, value: Any) -> tuple[Any, ...]:
         if not self._is_untouched():
             return nn.MultiHeadAttention.compute_kv(self, key, value)
         return projected_keys(self._block(key, None), self._source(key, value))
@@ -123,12 +123,12 @@ def fuse_attention(attention: Any) -> None:
 def unfuse_attention(attention: Any) -> None:
     """The inverse of :func:`fuse_attention`."""
     if isinstance(attention, WideMultiHeadAttention):
-        attention.__class__ = nn.MultiHeadAttention
+        attention.__class__ = nn.MultiHeadAttention  # type: ignore[assignment]
     else:
         separate(attention)
 
 
-def reason_against_bare(attention: Any, uses: dict) -> str | None:
+def reason_against_bare(attention: Any, uses: dict[int, int]) -> str | None:
     """Why an attention that is no part of a transformer layer can't be converted; None if it can."""
     reason = reason_against_class(nn.MultiHeadAttention) or reason_against_class(nn.Linear)
     if reason is not None:

@@ -42,11 +42,11 @@ class Packing:
     num_heads: int
     parameter_names: dict[tuple[str, str], str]
 
-    def pack(self, parameters: list) -> Any:
+    def pack(self, parameters: list[Any]) -> Any:
         """The packed parameter of the projections' weights [embed_dim, columns] or biases [columns]."""
         return pack_projections(parameters, self.num_heads, self.interleaved)
 
-    def separate(self, packed: Any) -> list:
+    def separate(self, packed: Any) -> list[Any]:
         """The inverse of :meth:`pack`, as copies."""
         return separate_projections(packed, len(self.projections), self.interleaved)
 
@@ -176,7 +176,7 @@ class PackedAttention(OwnEntries):
     def _own_entries(self, state: dict, prefix: str) -> dict:
         return translate_state_dict(self, state, prefix)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds no class by name that is made at run time.
         return _new_packed, (self._original,), self.__dict__
 
@@ -228,7 +228,7 @@ def _scale_query(packed: Any, factor: float) -> Any:
     return paddle.concat([packed[:1] * factor, packed[1:]])
 
 
-def training_attributes(parameter: Any) -> tuple:
+def training_attributes(parameter: Any) -> tuple[Any, ...]:
     """How a parameter is trained. Parameters that are packed into one must agree in it."""
     return (*(getattr(parameter, name) for name in _TRAINING_ATTRIBUTES), parameter.dtype)
 
@@ -304,7 +304,7 @@ def separate(attention: Any) -> None:
                     else None
                 )
     for layer in parts.values():
-        layer.__class__ = nn.Linear
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
         del layer.__dict__["_packed_in"], layer.__dict__["_part"]
     attention.__class__ = attention._original
     del attention.__dict__["_packing"]

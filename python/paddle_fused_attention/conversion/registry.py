@@ -66,7 +66,7 @@ _adapters: dict[Any, Any] = {
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def register_adapter(layer_class: type | str, adapter: AttentionAdapter | FeedForwardAdapter) -> None:
+def register_adapter(layer_class: type[nn.Layer] | str, adapter: AttentionAdapter | FeedForwardAdapter) -> None:
     """Makes :func:`convert` serve the layers of a class.
 
     Args:
@@ -108,7 +108,7 @@ def adapter_for(kind: type) -> Any:
     return _adapters.get(kind) or _adapters.get(full_name(kind))
 
 
-def reason_against(attention: Any, adapter: AttentionAdapter, uses: dict, prefix: str = "") -> str | None:
+def reason_against(attention: Any, adapter: AttentionAdapter, uses: dict[int, int], prefix: str = "") -> str | None:
     """Why an attention can't be packed; None if it can. `uses` says in how many places each layer and parameter is;
     `prefix` comes before the names of parts."""
     reason = adapter.reason_against(attention)
@@ -168,7 +168,7 @@ def _reason_against_shapes(num_heads: int, layers: list, output: Any) -> str | N
     return None
 
 
-def reason_against_adapted(layer: Any, adapter: Any, uses: dict) -> str | None:
+def reason_against_adapted(layer: Any, adapter: Any, uses: dict[int, int]) -> str | None:
     """Why a layer of another class than Paddle's can't be converted; None if it can. The adapter must name everything
     in it, and a converted copy must give the numbers of the class's own forward."""
     if not is_plain(layer, type(layer)):

@@ -205,7 +205,7 @@ def reason_against_layer(layer: Any, kind: Any, attentions: dict[str, AttentionP
     return None
 
 
-def reasons_against_parts(layer: Any, converted: type[TransformerLayer], uses: dict) -> dict[str, str | None]:
+def reasons_against_parts(layer: Any, converted: type[TransformerLayer], uses: dict[int, int]) -> dict[str, str | None]:
     """By the names of a layer's parts, why operators do not serve each; None if they do."""
     reasons = {name: _reason_against_attention(layer, part, uses) for name, part in converted._attentions.items()}
     return {**reasons, "feed-forward": _reason_against_feed_forward(layer, converted._feed_forward_part)}
@@ -218,7 +218,7 @@ def _reason_against_part(layer: Any, name: str, kind: Any) -> str | None:
     return None if is_plain(part, kind) else f"its {name} has hooks or a forward of its own"
 
 
-def _reason_against_attention(layer: Any, part: AttentionPart, uses: dict) -> str | None:
+def _reason_against_attention(layer: Any, part: AttentionPart, uses: dict[int, int]) -> str | None:
     kinds = (nn.MultiHeadAttention, nn.LayerNorm, nn.Dropout)
     for kind in (*kinds, nn.Linear):
         reason = reason_against_class(kind)

@@ -15,6 +15,7 @@ from .._feed_forward import check_activation
 from .._groups import group_of_ring
 from .._initializers import check_attr
 from .._loading import LoadsAnyFloat
+from .._types import Activation
 from .functional import fused_feedforward
 from .layer import FusedMultiHeadAttention
 
@@ -54,7 +55,7 @@ class FusedFeedForward(LoadsAnyFloat, BuiltIn):
         dim_feedforward: int,
         dropout_rate: float = 0.1,
         epsilon: float = 1e-05,
-        activation: str = "relu",
+        activation: Activation = "relu",
         act_dropout_rate: float | None = None,
         normalize_before: bool = False,
         linear1_weight_attr: Any = None,
@@ -168,13 +169,16 @@ class FusedTransformerEncoderLayer(BuiltInEncoderLayer):
         TypeError, ValueError: An argument is of the wrong type, or does not fit.
     """
 
+    fused_attn: FusedMultiHeadAttention
+    ffn: FusedFeedForward
+
     def __init__(
         self,
         d_model: int,
         nhead: int,
         dim_feedforward: int,
         dropout_rate: float = 0.1,
-        activation: str = "relu",
+        activation: Activation = "relu",
         attn_dropout_rate: float | None = None,
         act_dropout_rate: float | None = None,
         normalize_before: bool = False,

@@ -4,7 +4,7 @@ operators."""
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import paddle
 
@@ -15,6 +15,7 @@ from .._composed_attention import Source, composed_attention
 from .._groups import group_of_ring
 from .._linear import linear
 from .._op import check_tensors
+from .._types import Activation, Mode
 from ..functional import self_attention
 from ..parallel import parallel_attention
 from ..weights import pack_projections
@@ -33,12 +34,19 @@ __all__ = [
 _DTYPES_OF_PRODUCTS = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "complex64", "complex128")
 
 
-def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple:
+def pack_transposed(x: Any, qkv_weight: Any, qkv_bias: Any, num_heads: int, nranks: int) -> tuple[Any, ...]:
     """Packs a weight ``[embed_dim, 3 * embed_dim]`` and a bias ``[3 * embed_dim]`` with columns in the order 3,
     num_heads, head_dim, or one of nranks parts of these, with a part of the heads."""
     embed_dim = x.shape[2]
     if embed_dim < 0 and len(qkv_weight.shape) == 2:  # unknown in a static graph, where the weight's is known
         embed_dim = qkv_weight.shape[0]
+    shape = list(qkv_weight.shape)
+    if len(shape) == 2 and shape[0] != embed_dim and shape[1] * nranks == 3 * shape[0] > 0:
+        # The weight fits itself, so that x is likelier wrong.
+        raise ValueError(
+            f"x: expected shape [batch, seq_len, {shape[0]}] for qkv_weight of shape {shape} with transpose_qkv_wb, "
+            f"got {list(x.shape)}"
+        )
     if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
         raise TypeError(f"num_heads: expected an int with transpose_qkv_wb, got {shown(num_heads)}")
     if num_heads < 1 or embed_dim % (num_heads * nranks):
@@ -82,7 +90,7 @@ def fused_multi_head_attention(
     attn_dropout_rate: float = 0.5,
     ln_epsilon: float = 1e-05,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     ring_id: int = -1,
     add_residual: bool = True,
     num_heads: int = -1,
@@ -132,10 +140,10 @@ def fused_multi_head_attention(
     group = group_of_ring(ring_id)
     if not type(transpose_qkv_wb) is type(pre_layer_norm) is bool:
         check_switches(transpose_qkv_wb=transpose_qkv_wb, pre_layer_norm=pre_layer_norm)
-    for argument, value in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
-        check_tensor(argument, value, required=True)
-    for argument, value in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
-        check_tensor(argument, value)
+    for argument, tensor in (("x", x), ("qkv_weight", qkv_weight), ("linear_weight", linear_weight)):
+        check_tensor(argument, tensor, required=True)
+    for argument, optional in (("qkv_bias", qkv_bias), ("cache_kv", cache_kv)):
+        check_tensor(argument, optional)
     if transpose_qkv_wb or cache_kv is not None:
         # These tensors go through Paddle's own operators.
         check_tensors(
@@ -176,12 +184,12 @@ def fused_feedforward(
     ln2_bias: paddle.Tensor | None = None,
     dropout1_rate: float = 0.5,
     dropout2_rate: float = 0.5,
-    activation: str = "relu",
+    activation: Activation = "relu",
     ln1_epsilon: float = 1e-5,
     ln2_epsilon: float = 1e-5,
     pre_layer_norm: bool = False,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     ring_id: int = -1,
     add_residual: bool = True,
     name: str | None = None,
@@ -223,7 +231,7 @@ def fused_bias_dropout_residual_layer_norm(
     dropout_rate: float = 0.5,
     ln_epsilon: float = 1e-5,
     training: bool = True,
-    mode: str = "upscale_in_train",
+    mode: Mode = "upscale_in_train",
     name: str | None = None,
 ) -> paddle.Tensor:
     """:func:`paddle_fused_attention.fused_bias_dropout_residual_layer_norm` with the signature of
@@ -314,7 +322,7 @@ def fused_linear_activation(
     bias: paddle.Tensor | None,
     trans_x: bool = False,
     trans_y: bool = False,
-    activation: str | None = None,
+    activation: Activation | Literal["none"] | None = None,
 ) -> paddle.Tensor:
     """:func:`paddle_fused_attention.fused_linear_activation`, which takes "none" too, Paddle's name for no activation,
     and with ``trans_x`` x ``[K, ...]``, for a result ``[..., N]``."""

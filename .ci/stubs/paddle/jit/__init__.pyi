@@ -1,0 +1,6 @@
+from typing import Any, Callable, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+def not_to_static(func: _Function) -> _Function: ...
+def __getattr__(name: str) -> Any: ...
