@@ -206,6 +206,7 @@ class Toolchain:
         self.build_info = (
             "# Written by setup.py: what the operator library beside this file was built for.\n"
             f'PADDLE_VERSION = "{paddle.__version__}"\nWITH_CUDA = {self.with_cuda}\n'
+            f"CUDA_ARCHITECTURES = {tuple(architectures)}\n"
         )
 
 

@@ -15,6 +15,11 @@ def run_script(path, *arguments, **options):
     return _run(path, *arguments, **options)
 
 
+def run_module(name, *arguments, **options):
+    """The same of `python -m NAME ARGUMENTS`."""
+    return _run("-m", name, *arguments, **options)
+
+
 def printed_with_threads(code, counts):
     """What `python -c CODE` prints with these numbers of threads: a set."""
     ends = [run_python(code, threads=threads) for threads in counts]
@@ -24,7 +29,10 @@ def printed_with_threads(code, counts):
 
 
 def _run(*arguments, threads=2, directory=None, timeout=300, **variables):
-    """`directory` is the one to start in, `timeout` in seconds; `variables` are more of the environment's."""
+    """`threads` None leaves OMP_NUM_THREADS unset; `directory` is the one to start in, `timeout` in seconds;
+    `variables` are more of the environment's."""
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(sys.path), **variables)
+    if threads is None:
+        del environment["OMP_NUM_THREADS"]
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=timeout)

@@ -1,19 +1,23 @@
-"""``python -m paddle_fused_attention``: ``convert`` packs a checkpoint for the fused layers, ``revert`` unpacks it."""
+"""``python -m paddle_fused_attention``: ``convert`` packs a checkpoint for the fused layers, ``revert`` unpacks it,
+``info`` tells what runs here."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Iterable, NoReturn, Sequence, TextIO
+from typing import Any, Iterable, Iterator, NoReturn, Sequence, TextIO
 
 import paddle
 
-from . import checkpoint, checkpoint_files
-from ._checks import one_line, shown
+from . import __version__, checkpoint, checkpoint_files
+from ._checks import check_count, one_line, shown
+from ._environment import environment_report
+from ._explain import ELEMENTS, card_number
 from ._namings import LAYOUTS
 from .checkpoint import CheckpointError
 
@@ -53,6 +57,31 @@ def _path_argument(text: str) -> Path:
     return Path(text)
 
 
+def _head_dim_argument(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}") from None
+    with _named_by_the_parser():
+        check_count("head_dim", number)
+    return number
+
+
+def _device_argument(text: str) -> str:
+    with _named_by_the_parser():
+        card_number(text)
+    return text
+
+
+@contextlib.contextmanager
+def _named_by_the_parser() -> Iterator[None]:
+    """Hands an error that begins with the argument's name to the parser, which names the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
@@ -61,8 +90,9 @@ class _ArgumentParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _ArgumentParser(
         prog="python -m paddle_fused_attention",
-        description="Packs the attention of checkpoints for the fused layer, and unpacks it.",
+        description="Packs the attention of checkpoints for the fused layer, and unpacks it. Tells what runs here.",
     )
+    parser.add_argument("--version", action="version", version=f"paddle-fused-attention {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in (
         ("convert", "pack the projections, and where the names ask for it the layer norm, of every attention block"),
@@ -109,6 +139,19 @@ def _parser() -> argparse.ArgumentParser:
             "--names", metavar="PATTERN", default="*", help="which blocks, as in 'encoder.layers.*' (default: all)"
         )
         command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    text = "what is installed, what runs here and why, for a bug report"
+    command = commands.add_parser("info", help=text, description=f"Prints {text}.")
+    command.add_argument(
+        "--head-dim",
+        metavar="D",
+        type=_head_dim_argument,
+        default=64,
+        help="the numbers of one head of the attention whose kernels are told (default: 64)",
+    )
+    command.add_argument("--dtype", choices=tuple(ELEMENTS), help="its dtype (default: each)")
+    command.add_argument(
+        "--device", type=_device_argument, help="cpu, gpu or gpu:N (default: the CPU and each kind of GPU)"
+    )
     return parser
 
 
@@ -143,7 +186,8 @@ def _print(text: str, file: TextIO) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
-def _print_report(lines: Iterable[str]) -> None:
+def _print_report(lines: Iterable[str], unprinted: str) -> None:
+    """Prints a report; `unprinted` says what it means where that fails."""
     try:
         for line in lines:
             _print(line, sys.stdout)
@@ -151,7 +195,7 @@ def _print_report(lines: Iterable[str]) -> None:
     except OSError as error:
         # Python writes the rest when it ends, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise CheckpointError(f"the file is written, but its report can't be: {error.strerror}") from None
+        raise CheckpointError(f"{unprinted}: {error.strerror}") from None
 
 
 def _one_or_by_pattern(numbers: list[tuple[str | None, int]]) -> int | dict[str, int]:
@@ -217,7 +261,9 @@ def _run(arguments: argparse.Namespace, progress: _ProgressBar) -> None:
     unchanged = sum(1 for name in arrays if name in read.arrays)
     counts = f"{len(report.converted)} blocks {done}, {len(report.left_alone)} left alone, {unchanged} values unchanged"
     blocks = [f"{name}: {what}" for name, what in report.converted.items()]
-    _print_report([*blocks, *report.lines_of_left_alone(), f"{target}: {counts}"])
+    _print_report(
+        [*blocks, *report.lines_of_left_alone(), f"{target}: {counts}"], "the file is written, but its report can't be"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,7 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paddle.set_device("cpu")
     progress = _ProgressBar(parsed.command)
     try:
-        _run(parsed, progress)
+        if parsed.command == "info":
+            report = list(environment_report(parsed.head_dim, parsed.dtype, parsed.device))
+            _print_report(report, "the report can't be printed")
+        else:
+            _run(parsed, progress)
     except CheckpointError as error:
         progress.close()
         advice = "; --force replaces it" if isinstance(error, checkpoint_files.TargetExists) else ""

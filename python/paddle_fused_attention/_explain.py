@@ -12,7 +12,8 @@ import paddle
 from ._checks import check_count, shown
 from ._op import library
 
-_ELEMENTS = {"float32": 32, "float64": 64, "float16": 16, "bfloat16": -16}
+# What the library calls the dtypes.
+ELEMENTS = {"float32": 32, "float64": 64, "float16": 16, "bfloat16": -16}
 
 _explain = library.custom_fused_attention_explain
 _explain.restype = ctypes.c_char_p
@@ -64,12 +65,14 @@ def explain(head_dim: int, dtype: Any = None, device: str | None = None) -> Expl
     """
     check_count("head_dim", head_dim)
     name = _name_of(paddle.get_default_dtype() if dtype is None else dtype)
-    if name not in _ELEMENTS:
-        raise ValueError(f"dtype: expected one of {', '.join(_ELEMENTS)}, got {shown(dtype)}")
+    if name not in ELEMENTS:
+        raise ValueError(f"dtype: expected one of {', '.join(ELEMENTS)}, got {shown(dtype)}")
     where = paddle.get_device() if device is None else device
     if not isinstance(where, str):
         raise TypeError(f"device: expected a string, got {type(where).__name__}")
-    answer = _explain(ctypes.c_int32(_card(where)), ctypes.c_int32(_ELEMENTS[name]), ctypes.c_int64(head_dim)).decode()
+    answer = _explain(
+        ctypes.c_int32(card_number(where)), ctypes.c_int32(ELEMENTS[name]), ctypes.c_int64(head_dim)
+    ).decode()
     if answer.startswith("!"):
         raise ValueError(f"device: {shown(where)}: {answer[1:]}")
     choices: dict[str, Choice] = {}
@@ -93,8 +96,8 @@ def _name_of(dtype: Any) -> str:
         return ""
 
 
-def _card(device: str) -> int:
-    """The GPU's number, or -1 for the CPU."""
+def card_number(device: str) -> int:
+    """The GPU's number, or -1 for the CPU. Raises ValueError for what is no device, or not there."""
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "gpu") or (number and not number.isdecimal()) or (kind == "cpu" and number not in ("", "0")):
         raise ValueError(f"device: expected 'cpu', 'gpu' or 'gpu:N', got {shown(device)}")

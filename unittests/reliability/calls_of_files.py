@@ -46,21 +46,40 @@ def command(kind):
                 if name in ("input", "output"):
                     arguments.append(value.replace("{}", str(path)))
                 elif value is True:
-                    arguments.append("--" + name.replace("_", "-"))
+                    arguments.append(_option(name))
                 elif value not in (None, False):
-                    arguments += ["--" + name.replace("_", "-"), value]
-            err = io.StringIO()
-            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-                try:
-                    status = main(arguments)
-                except SystemExit as end:
-                    status = end.code
-            if status:
-                lines = err.getvalue().strip().splitlines()
-                raise ValueError(lines[-1].replace(str(path), "{}") if lines else f"no message, status {status}")
+                    arguments += [_option(name), value]
+            _run_main(arguments, path)
             return sorted(checkpoint_files.read(Path(options["output"].replace("{}", str(path)))).arrays.items())
 
     return run
+
+
+def info(**options):
+    """What `info` says of the attention, without the lines on what is installed here."""
+    given = {name: value for name, value in options.items() if value is not None}
+    lines = _run_main(
+        ["info", *(word for name, value in given.items() for word in (_option(name), value))]
+    ).splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("attention on ")) :]
+
+
+def _option(name):
+    return "--" + name.replace("_", "-")
+
+
+def _run_main(arguments, path=None):
+    """What the command prints; raises ValueError of an error's last line, in which `{}` stands for the path."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = end.code
+    if status:
+        lines = err.getvalue().strip().splitlines()
+        raise ValueError(lines[-1].replace(str(path), "{}") if lines else f"no message, status {status}")
+    return out.getvalue()
 
 
 def text(default, bad=(), good=()):
@@ -98,23 +117,8 @@ OPTIONS = {
     "layout": text(None, ["", "in", "OUT-IN", "out-in "], ["in-out"]),
     "names": text(None, ["", "text", "[", "*\n*", "encoder"], ["*", "encoder.layers.*"]),
 }
-NUMBERS_OF_HEADS = (
-    "",
-    "0",
-    "-1",
-    "5",
-    "1.5",
-    "nan",
-    "text",
-    "=",
-    "=4",
-    "a=b",
-    "9" * 400,
-    "9" * 5000,
-    "text=4",
-    "4 5",
-    "0x4",
-)
+NO_COUNTS = ("", "0", "-1", "1.5", "nan", "text", "9" * 400, "9" * 5000, "4 5", "0x4")
+NUMBERS_OF_HEADS = (*NO_COUNTS, "5", "=", "=4", "a=b", "text=4")
 FILE_NAMES = {"input": ("{}", "IN", "-", "/dev/null"), "output": ("{}", "OUT", "-")}
 # What an error says of a file, behind its name.
 FILE_ENDS = ("expected a name that ends", "no such file", "File name too long")
@@ -131,6 +135,15 @@ CHECKPOINTS = {
         command("revert"),
         {**FILES, **OPTIONS},
         called={**FILE_NAMES, "layout": ("--layout",), "names": ("--names",)},
+    ),
+    "command info": Target(
+        info,
+        {
+            "head_dim": text("64", NO_COUNTS, ["064"]),
+            "dtype": text("float32", ["", "int8", "float", "FLOAT32", "float32 ", "a\nb"]),
+            "device": text("cpu", ["", "CPU", "cpu:1", "gpu:-1", "gpu:4096", "xpu", "gpu:" + "9" * 400, "a\0b"]),
+        },
+        called={"head_dim": ("--head-dim",), "dtype": ("--dtype",), "device": ("--device",)},
     ),
     "checkpoint.pack": Target(
         lambda **arguments: sorted(checkpoint.pack(**arguments)[0].items()),
