@@ -100,6 +100,7 @@ struct GeneralAttention : BlockOperator {
     if (weight.rank == 3) {
       check_grouped_weight(arguments, attributes);
     } else if (!agree(std::array{int64_t{3}, num_heads, head_dim, embed_dim}, weight) || !packs_width) {
+      if (weight.rank == 4 && weight[0] == 3) check_width_of_x(arguments, heads, head_dim);
       const bool splits = heads > 0 && embed_dim > 0 && embed_dim % heads == 0;
       const std::string width = std::to_string(embed_dim);
       arguments.refuse_shape(
@@ -136,6 +137,15 @@ struct GeneralAttention : BlockOperator {
     check_mask_shape(arguments, kAttnMask, {x[0], num_heads, x[1], x[1]}, "[batch, num_heads, seq_len, seq_len]");
   }
 
+  // Refuses x where the weight agrees with itself on another width, so that x is the likelier one to be wrong.
+  static void check_width_of_x(const Arguments& arguments, int64_t num_heads, int64_t head_dim) {
+    const Shape x = arguments.shapes[kX], weight = arguments.shapes[kQKVWeight];
+    const int64_t width = num_heads * head_dim;
+    if (num_heads <= 0 || head_dim <= 0 || weight.last() != width || agree(x.last(), width)) return;
+    arguments.refuse_shape(kX, (x.rank == 2 ? "shape [tokens, " : "shape [batch, seq_len, ") + std::to_string(width) +
+                                   "] for " + arguments.names[kQKVWeight] + " of shape " + text(weight));
+  }
+
   // [H + 2 * num_kv_heads, D, E], of a whole layer.
   static void check_grouped_weight(const Arguments& arguments, const Attributes& attributes) {
     const Shape weight = arguments.shapes[kQKVWeight];
@@ -146,6 +156,7 @@ struct GeneralAttention : BlockOperator {
         num_heads < 0 || weight[0] < 0 ||
         (num_kv_heads > 0 && num_heads + 2 * num_kv_heads == weight[0] && num_heads % num_kv_heads == 0);
     if (!agree(embed_dim, weight[2]) || !splits || !groups) {
+      if (groups) check_width_of_x(arguments, num_heads, head_dim);
       const std::string width = std::to_string(embed_dim);
       arguments.refuse_shape(kQKVWeight, "shape [num_heads + 2 * num_kv_heads, head_dim, " + width +
                                              "] with num_heads * head_dim = " + width +

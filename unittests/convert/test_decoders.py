@@ -371,7 +371,7 @@ BAD = [
     (lambda x, m: (x, m.astype("float64")), TypeError, "memory:"),
     (lambda x, m: (x, m, np.ones([SEQ, SEQ])), TypeError, "tgt_mask:"),
     (lambda x, m: (x, m, None, paddle.ones([SEQ, SEQ], "bool")), ValueError, "memory_mask:"),
-    (lambda x, m: (x[:, :, :8], m), ValueError, "qkv_weight:"),
+    (lambda x, m: (x[:, :, :8], m), ValueError, "tgt:"),
     (lambda x, m: (x, m, paddle.ones([SEQ, KEYS], "bool")), ValueError, "tgt_mask:"),
     (lambda x, m: (x, m, None, None, 3), TypeError, "cache:"),
     (lambda x, m: (x, m, None, None, (None, 3)), TypeError, "cache:"),

@@ -205,7 +205,7 @@ def test_views_of_caches(served):
         (lambda x, k, v: (x, k[:, :1], v), ValueError, "cache.k: expected shape"),
         (lambda x, k, v: (x, k, v[:, :, :2]), ValueError, "cache.v: expected shape"),
         (lambda x, k, v: (x, k, v.astype("float64")), TypeError, "cache.v: expected cache.k's dtype"),
-        (lambda x, k, v: (x[..., :8], k, v), ValueError, "qkv_weight: expected shape"),
+        (lambda x, k, v: (x[..., :8], k, v), ValueError, "x: expected shape"),
         (lambda x, k, v: (x, k[0], v[0]), ValueError, "cache.k: expected shape"),
     ],
 )

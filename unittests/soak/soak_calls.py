@@ -1,4 +1,4 @@
-"""Calls that are made over and over, on Paddle's current device: what each gives, and the memory that the process keeps.
+"""Calls that are made over and over, on Paddle's current device: what each gives, and what memory the process keeps.
 
 Tensors come from NumPy, and only the package's operators compute with them, for a GPU on which Paddle's own do nothing
 (`runners.paddle_computes_on`).
@@ -127,9 +127,8 @@ def make_calls(all_sizes, dtypes=("float32", "bfloat16")):
     kinds = [(kind, dtype) for kind in (_block, _feed_forward, _attention, _packed, _linear) for dtype in dtypes]
     if runners.paddle_computes_on(paddle.to_tensor(0).place):  # its caches are Paddle's work
         kinds.append((_decoding, "float32"))
-    return {
-        f"{kind.__name__[1:]} {dtype} {tuple(sizes)}": kind(sizes, dtype) for sizes in all_sizes for kind, dtype in kinds
-    }
+    name = lambda kind, *of: " ".join([kind.__name__[1:], *map(str, of)])  # noqa: E731
+    return {name(kind, dtype, tuple(s)): kind(s, dtype) for s in all_sizes for kind, dtype in kinds}
 
 
 def digest(tensors):
