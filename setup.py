@@ -15,16 +15,25 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
-import setuptools
+# Without build isolation pip sees to none of these.
+try:
+    import setuptools
+except ModuleNotFoundError:
+    raise SystemExit("setuptools 62 or later is needed: pip install -U setuptools wheel") from None
+else:
+    SETUPTOOLS_VERSION = tuple(map(int, setuptools.__version__.split(".")[:2]))
 
-if int(setuptools.__version__.split(".")[0]) < 61:
-    # Older ones don't read pyproject.toml. Without build isolation pip doesn't see to it.
-    raise SystemExit(f"setuptools 61 or later is needed, got {setuptools.__version__}: pip install -U setuptools")
+if SETUPTOOLS_VERSION < (62, 0):  # 61 is the first that reads pyproject.toml, and can't leave the licence to setup()
+    raise SystemExit(f"setuptools 62 or later is needed, got {setuptools.__version__}: pip install -U setuptools")
+if {"bdist_wheel", "dist_info"}.intersection(sys.argv) and SETUPTOOLS_VERSION < (70, 1) and not find_spec("wheel"):
+    raise SystemExit(f"setuptools {setuptools.__version__} makes wheels with the package wheel only: pip install wheel")
 
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
@@ -52,19 +61,43 @@ def find(patterns):
     return sorted(path for pattern in patterns for path in glob(pattern, recursive=True))
 
 
+# How the names of the folders begin where front ends build in isolation, and the command that builds without.
+ISOLATION = {
+    "pip-build-env-": ("pip", "pip install --no-build-isolation ."),
+    "build-env-": ("build", "python -m build --no-isolation"),
+    "builds-v": ("uv", "uv pip install --no-build-isolation ."),
+}
+
+
 def import_paddle():
     try:
         import paddle
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise
+        message = "paddle_fused_attention is compiled for the Paddle that is installed, and"
+        folders = Path(setuptools.__file__).parts
+        for beginning, (front_end, command) in ISOLATION.items():
+            if any(folder.startswith(beginning) for folder in folders):
+                pip = "uv pip" if front_end == "uv" else "pip"
+                raise PlatformError(
+                    f"{message} the isolated build environment of {front_end} hides it. "
+                    f"In the environment that has Paddle:\n    {pip} install 'setuptools>=62' wheel\n    {command}"
+                ) from None
         raise PlatformError(
-            "paddle_fused_attention is compiled for the Paddle that is installed, and none is. Install it, "
-            "then build without "
-            "isolation:\n    pip install paddlepaddle setuptools wheel    (or paddlepaddle-gpu)\n"
+            f"{message} none is. Install it, then build without isolation:\n"
+            "    pip install paddlepaddle 'setuptools>=62' wheel    (or paddlepaddle-gpu)\n"
             "    pip install --no-build-isolation ."
         ) from None
     return paddle
+
+
+def find_cxx():
+    """The command that compiles C++, a list: CXX may have a launcher or options."""
+    cxx = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not shutil.which(cxx[0]):
+        raise PlatformError(f"The C++ compiler {cxx[0]} is not found: install g++, or set CXX to another.")
+    return cxx
 
 
 def find_cuda_home():
@@ -139,6 +172,7 @@ class Toolchain:
     Paddle."""
 
     def __init__(self, paddle):
+        cxx = find_cxx()
         self.with_cuda = paddle.is_compiled_with_cuda()
         core_sources = find(CORE_SOURCES) + (find(CORE_CUDA_SOURCES) if self.with_cuda else [])
         operator_sources = find(OPERATOR_SOURCES)
@@ -159,7 +193,6 @@ class Toolchain:
         includes = [f"-I{path}" for path in ("custom_ops", *cuda_includes)]
         operator_includes = [f"-I{path}" for path in ("custom_ops", *paddle_says.include_dirs, *cuda_includes)]
 
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
         cxx_flags = [*CXX_FLAGS, *defines]
         user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         core = {".cc": [*cxx, *cxx_flags, *includes, *user_flags]}
@@ -257,7 +290,11 @@ class BuildOperator(build_ext):
         self.spawn([*tools.linker, *objects, "-o", str(library), *tools.link_flags])
 
 
+# setuptools 77 warns of every other form than an SPDX expression, which none before it knows, in pyproject.toml either.
+LICENSE = {"license_expression" if SETUPTOOLS_VERSION >= (77, 0) else "license": "Apache-2.0"}
+
 setuptools.setup(
     ext_modules=[setuptools.Extension(f"{PACKAGE}._C", find(CORE_SOURCES + OPERATOR_SOURCES), depends=find(HEADERS))],
     cmdclass={"build_ext": BuildOperator},
+    **LICENSE,
 )

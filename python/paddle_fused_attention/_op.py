@@ -55,28 +55,47 @@ _ERROR = re.compile(r"\[custom_\w+\] (ValueError|TypeError): (.*?)(?: \(at [^\n]
 _ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError}
 
 
+def _rebuild() -> str:
+    """The command that builds the package again."""
+    # Nothing but this message needs them.
+    import importlib.metadata
+    import json
+    import shlex
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    advice = "Build the package again for the Paddle that is installed:\n    "
+    sources = Path(__file__).parents[2]
+    if (sources / "setup.py").exists():  # imported from there
+        return f"{advice}cd {shlex.quote(str(sources))} && python setup.py build_ext --inplace"
+    try:  # what pip installed from a folder says which
+        record = importlib.metadata.distribution("paddle-fused-attention").read_text("direct_url.json")
+        sources = Path(url2pathname(urlsplit(json.loads(record or "")["url"]).path))
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        pass
+    install = "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir"
+    if (sources / "setup.py").exists():
+        return f"{advice}{install} {shlex.quote(str(sources))}"
+    return f"{advice}{install} .    (in the folder of its sources)"
+
+
 def _load() -> Any:
     """Registers the operator and returns its library."""
-    rebuild = (
-        "Build the package again for the Paddle that is installed:\n"
-        "    pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir paddle-fused-attention\n"
-        "(or, in a source checkout: pip install --no-deps --no-build-isolation .)"
-    )
     try:
         build = importlib.import_module(f"{__package__}._build_info")  # which the build writes
     except ImportError:
-        raise ImportError(f"paddle_fused_attention has not been built. {rebuild}") from None
+        raise ImportError(f"paddle_fused_attention has not been built. {_rebuild()}") from None
     installed = (paddle.__version__, paddle.is_compiled_with_cuda())
     built_for = (build.PADDLE_VERSION, build.WITH_CUDA)
     if installed != built_for:
         kinds = {True: "with CUDA", False: "for the CPU"}
         raise ImportError(
             f"paddle_fused_attention was built for Paddle {built_for[0]} {kinds[built_for[1]]}, but the Paddle that "
-            f"is installed is {installed[0]} {kinds[installed[1]]}. {rebuild}"
+            f"is installed is {installed[0]} {kinds[installed[1]]}. {_rebuild()}"
         )
     libraries = glob(str(Path(__file__).with_name("_C*.so")))
     if not libraries:
-        raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {rebuild}")
+        raise ImportError(f"paddle_fused_attention: its operator library _C.so is missing. {_rebuild()}")
     # Paddle's own function for this, in utils.cpp_extension, would require setuptools at run time.
     registered = core.load_op_meta_info_and_register_op(libraries[0])
     # Since Paddle 3.2 the registration returns the new operators' names, which the next call takes.

@@ -2,6 +2,8 @@
 
 import ctypes
 import glob
+import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -31,16 +33,37 @@ def test_a_package_built_for_another_paddle_says_so():
         result = run_python(OTHER_PADDLE, version, cuda)
         assert result.returncode != 0
         message = result.stderr[result.stderr.index("ImportError:") :]
-        assert version in message and paddle.__version__ in message and "pip install" in message
+        assert version in message and paddle.__version__ in message
+        assert "pip install" in message or "build_ext --inplace" in message
         assert "CPU" in message and "CUDA" in message or cuda == with_cuda
     result = run_python(OTHER_PADDLE, paddle.__version__, with_cuda)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("url", ["file://{}", "file:///nowhere", "https://example.com/a.git", None])
+def test_advice_after_a_change_of_paddle_is_a_command_that_works(url, monkeypatch, tmp_path):
+    """It names the folder that was installed from, if that is known and still there, and nothing that no index has."""
+    op = importlib.import_module("paddle_fused_attention._op")
+    sources = tmp_path / "some sources"
+    sources.mkdir()
+    (sources / "setup.py").touch()
+
+    class Distribution:
+        def read_text(self, name):
+            return url and json.dumps({"url": url.format(str(sources).replace(" ", "%20"))})
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
+    monkeypatch.setattr(op, "__file__", str(tmp_path / "site-packages" / "paddle_fused_attention" / "_op.py"))
+    *_, command = op._rebuild().splitlines()
+    where = f"'{sources}'" if url == "file://{}" else ".    (in the folder of its sources)"
+    install = "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir"
+    assert command.strip() == f"{install} {where}"
+    monkeypatch.setattr(op, "__file__", str(sources / "python" / "paddle_fused_attention" / "_op.py"))
+    assert op._rebuild().splitlines()[-1].strip() == f"cd '{sources}' && python setup.py build_ext --inplace"
+
+
 def test_importing_twice_and_exports():
     """The operator is registered once, and the package's top has the whole public API."""
-    import importlib
-
     assert importlib.import_module("paddle_fused_attention") is paddle_fused_attention
     for name in (
         "fused_multi_head_attention",
