@@ -1,6 +1,6 @@
-// A register tile of 4 to 6 rows and 4 vectors with AVX-512, in instructions of its own. A step along k loads 4 vectors
-// of b and a factor for each row, and starts up to 24 multiply-adds: where two of these start in a cycle, nothing else
-// may take their place. In the compiler's code pointers move at every step, and go to memory and come back.
+// A register tile of up to 6 rows and 4 vectors with AVX-512, in instructions of its own. A step along k loads 4
+// vectors of b and a factor for each row, and starts up to 24 multiply-adds: where two of these start in a cycle,
+// nothing else may take their place. In the compiler's code pointers move at every step, and go to memory and back.
 //
 //   zmm0 to zmm3    a row of b
 //   zmm4 to zmm7    factors
@@ -9,7 +9,6 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr int kWideVectors = 4;
-constexpr int kLeastWideRows = 1;
 constexpr int kMostWideRows = 6;
 constexpr int64_t kWideSteps = 4;  // from one asking for lines to the next
 
@@ -55,7 +54,7 @@ constexpr bool kHasWideTiles = true;
   template <int kAStep, int kBStep, int kRows>                                                                        \
   inline void sum_wide_tile(int64_t k, const P* first, int64_t row_stride, int64_t a_k, const P* b, int64_t b_k,      \
                             int64_t third, Lines::Walk walk, int64_t count, Vec<T> (&sums)[kRows][4]) {               \
-    static_assert(kLeastWideRows <= kRows && kRows <= kMostWideRows, "what the registers hold");                      \
+    static_assert(0 < kRows && kRows <= kMostWideRows, "what the registers hold");                                   \
     constexpr int64_t size = sizeof(P);                                                                               \
     const P* fourth = first + 3 * row_stride;                                                                         \
     a_k *= size;                                                                                                      \
@@ -166,11 +165,11 @@ inline void multiply_wide_tile([[maybe_unused]] int64_t k_size, [[maybe_unused]]
 #endif
 }
 
-// The same for kLeastWideRows to kMostWideRows.
+// The same for 1 to kMostWideRows.
 template <int kRows = kMostWideRows, class T, class P, class Meanwhile>
 inline void multiply_wide_rows(int64_t rows, int64_t k_size, TileOperand<P> a, const P* b, int64_t b_k, int64_t third,
                                TileResult<T> c, const Meanwhile& meanwhile) {
-  if constexpr (kRows >= kLeastWideRows) {
+  if constexpr (kRows > 0) {
     if (rows == kRows) {
       multiply_wide_tile<kRows>(k_size, a, b, b_k, third, c, meanwhile);
     } else {
