@@ -291,7 +291,8 @@ class BuildOperator(build_ext):
 
 
 # setuptools 77 warns of every other form than an SPDX expression, which none before it knows, in pyproject.toml either.
-LICENSE = {"license_expression" if SETUPTOOLS_VERSION >= (77, 0) else "license": "Apache-2.0"}
+KNOWS_EXPRESSIONS = hasattr(setuptools.Distribution().metadata, "license_expression")
+LICENSE = {"license_expression" if KNOWS_EXPRESSIONS else "license": "Apache-2.0"}
 
 setuptools.setup(
     ext_modules=[setuptools.Extension(f"{PACKAGE}._C", find(CORE_SOURCES + OPERATOR_SOURCES), depends=find(HEADERS))],
