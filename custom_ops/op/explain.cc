@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/cpu/implementations.h"
+#include "core/qkv_layout.h"
 #include "op/devices.h"
 #ifdef PFA_WITH_CUDA
 #include "core/cuda/attention/implementations.h"
@@ -58,6 +59,8 @@ extern "C" __attribute__((visibility("default"))) const char* custom_fused_atten
               : element == 16  ? DType::kFloat16
               : element == -16 ? DType::kBFloat16
                                : DType::kFloat32;
+    const void* const somewhere = nullptr;  // which counts as aligned
+    p.query = p.key = p.value = heads_from(somewhere, 0, p.queries, p.num_heads, p.head_dim, p.dtype);
     if (card < 0) {
       explain_cpu(lines);
     } else {

@@ -94,3 +94,13 @@ def test_place_names_its_own_implementations(place):
         )
         with pytest.raises(ValueError, match="head_dim: no implementation serves 257"):
             explain(257, "float16", device)
+
+
+def test_hopper_serves_dense_tensors(place):
+    if isinstance(place, paddle.CPUPlace) or paddle.device.cuda.get_device_capability(0) != (9, 0):
+        pytest.skip("for GPUs of compute capability 9.0")
+    for dtype in ("float16", "bfloat16"):
+        for head_dim in (8, 40, 64, 128):
+            found = explain(head_dim, dtype, "gpu:0")
+            for choice in (found.forward, found.backward):
+                assert choice.implementation == "hopper" or "not compiled" in choice.rejected["hopper"]
