@@ -104,6 +104,6 @@ def card_number(device: str) -> int:
     if kind == "cpu":
         return -1
     count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
-    if int(number or 0) >= count:
+    if len(number) > 9 or int(number or 0) >= count:  # Python makes no int of thousands of digits
         raise ValueError(f"device: expected one of the {count} GPUs that Paddle sees, got {shown(device)}")
     return int(number or 0)

@@ -67,6 +67,7 @@ def test_defaults_are_paddles_dtype_and_device():
         ((64, "float32", "xpu"), ValueError, "device: expected 'cpu', 'gpu' or 'gpu:N', got 'xpu'"),
         ((64, "float32", "cpu:1"), ValueError, "device: expected 'cpu', 'gpu' or 'gpu:N', got 'cpu:1'"),
         ((64, "float32", "gpu:4096"), ValueError, "device: expected one of the "),
+        ((64, "float32", "gpu:" + "9" * 5000), ValueError, "device: expected one of the "),
         ((64, "float32", 0), TypeError, "device: expected a string, got int"),
     ],
 )
