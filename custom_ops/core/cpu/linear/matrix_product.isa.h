@@ -72,6 +72,8 @@ class MatrixProduct {
   // Of b that a thread packs at a time where columns lie beside each other: so much of each row that memory and the
   // tables of pages keep up, and so little that it stays in the L2 cache.
   static constexpr int64_t kStripColumns = std::max<int64_t>(kPanelColumns, 64);
+  // With so few rows b is read in its order. By wide tiles panels are faster from fewer rows on, unless b is widened.
+  static constexpr int64_t kMostStreamedRows = !kHasWideTiles ? kMaxStreamedRows : std::is_same_v<T, P> ? 8 : 12;
   // With so few rows a product reads b in place, if it lies as panels do and a panel's rows are some lines each: pages
   // apart, single lines come slowly and are all in the same few lines of the caches.
   static constexpr int64_t kFewRows = kPanelColumns * sizeof(P) >= 128 ? 64 : 0;
@@ -170,7 +172,7 @@ class MatrixProduct {
 
   // Whether b, a weight as a user keeps it, is read in its order.
   bool can_stream_b() const {
-    const int64_t most_rows = product_.b.stride == 1 ? kMaxStreamedRows : kMaxTransposedRows;
+    const int64_t most_rows = product_.b.stride == 1 ? kMostStreamedRows : kMaxTransposedRows;
     return !kPaired<T> && !product_.is_b_arranged && has_rows_of_a() && product_.m <= most_rows;
   }
 
